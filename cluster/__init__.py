@@ -1,0 +1,1 @@
+"""Ray actors, refresh, placement and the command line: composes `indexing` and `training`."""

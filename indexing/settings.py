@@ -1,0 +1,52 @@
+"""Configuration sections of the corpus and of the index."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class WorldConfig:
+    """The synthetic world: invented people, each with one passage per relation (see `indexing/world.py`)."""
+
+    num_people: int = 900
+    num_values: int = 200  # invented values of each relation
+    lookalike_probability: float = 0.4  # chance that a passage also states a true fact about a look-alike
+    swap_fraction: float = 1.0  # share of the facts that the dated update changes
+    seed: int = 0
+
+
+@dataclass
+class CorpusConfig:
+    """Where the passages come from."""
+
+    path: str = ""  # BEIR folder, .jsonl[.gz] or .parquet file; empty: `world` is generated
+    format: str = "auto"  # auto | beir | jsonl | parquet
+    on_bad: str = "error"  # error | skip: what a bad passage does (no JSON, broken UTF-8, duplicate id, no text, oversized)
+    max_characters: int = 100_000  # longer passages count as oversized
+    updates: str = ""  # .jsonl[.gz] of dated {"date","op","_id","title","text"} events; empty: updates.jsonl[.gz] beside the corpus
+    as_of: str = ""  # apply the updates up to this date ("end": all of them); empty: the corpus as it is
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+
+@dataclass
+class QuestionsConfig:
+    """Where the questions, their answers and their relevance judgements come from."""
+
+    path: str = ""  # folder with queries-SPLIT.jsonl[.gz] and qrels/SPLIT.tsv; empty: the corpus folder
+    train: str = "train"  # name of the split to train on
+    evaluate: str = "test"  # name of the split to evaluate on
+    on_bad: str = "error"  # error | skip
+    as_of: str = ""  # answers that were true on this date, from metadata.timeline ("end": the last state); empty: `answers` as they stand
+    max_questions: int = 0  # 0: all; otherwise a seeded sample of the evaluation split
+
+
+@dataclass
+class IndexConfig:
+    """One sharded FAISS index."""
+
+    factory: str = "Flat"  # Flat | SQfp16 | IVFn,Flat
+    num_shards: int = 2
+    device: str = "cpu"  # cpu | gpu
+    nprobe: int = 16  # lists visited by IVF kinds
+    training_sample: int = 100_000  # vectors that an IVF index is trained on
+    keep_generations: int = 2  # snapshots kept on disk beside those that checkpoints name
+    search_timeout_s: float = 120.0  # a search that finds no complete generation for so long is an error

@@ -1,0 +1,73 @@
+"""What the system asks of a generator: read passages once, then score or write answers from them.
+
+A generator sees K passages per question in two ways: one passage at a time (`per_passage_log_probs`, axis order
+`batch, k, tokens`) and all of them fused (`fused_log_probs`, `batch, tokens`). Both start from the same `read`, so
+that an encoder-decoder encodes each passage once whatever the objective needs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class ReaderBatch:
+    """Tensors that a generator made from token rows; subclasses add their own. Answer tokens end with end-of-sequence."""
+
+    answer_ids: Tensor  # int64 [batch, tokens], padded with 0; tokens may be 0 when only writing
+    answer_mask: Tensor  # bool [batch, tokens]
+    passage_mask: Tensor  # bool [batch, k]: False for a padded passage
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with every tensor on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in values.items()}
+        return type(self)(**moved)
+
+
+@dataclass
+class Decoded:
+    """Written answers: `tokens[i]` without special tokens, and the log-probability of the whole answer."""
+
+    tokens: list[list[int]]
+    log_probs: Tensor  # float32 [len(tokens)]
+
+
+class Generator(nn.Module, ABC):
+    """Reads passages and writes answers."""
+
+    @abstractmethod
+    def collate(
+        self,
+        questions: Sequence[np.ndarray],
+        passages: Sequence[Sequence[np.ndarray]],
+        answers: Sequence[np.ndarray] | None,
+    ) -> ReaderBatch:
+        """Token rows to CPU tensors: question rows [batch], passage rows [batch][k] (a row may be empty: closed book;
+        shorter lists than the longest are padded and masked), answer rows [batch] without end-of-sequence."""
+
+    @abstractmethod
+    def read(self, batch: ReaderBatch) -> object:
+        """What is computed once per batch and shared by all scoring and writing (encoder states); may be None."""
+
+    @abstractmethod
+    def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        """float32 [batch, k, tokens]: log P(y_t | y_<t, q, z_k), 0 at padding."""
+
+    @abstractmethod
+    def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
+        """float32 [batch, tokens]: log P(y_t | y_<t, q, z_1..K), 0 at padding. `passage_bias` [batch, k], usually
+        log p(z|q), is added to the attention logits of each passage's tokens, with gradient. Raises ValueError where the
+        architecture cannot take a bias."""
+
+    @abstractmethod
+    def write(
+        self, reading: object, batch: ReaderBatch, fused: bool, max_tokens: int, num_beams: int, passage_bias: Tensor | None = None
+    ) -> Decoded:
+        """Greedy (num_beams 1) or beam search. fused: one answer per question, `batch` of them; otherwise one per passage,
+        `batch * k`, question by question. log_probs are unnormalised sums over the written tokens and end-of-sequence."""

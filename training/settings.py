@@ -1,0 +1,176 @@
+"""Configuration sections of the models, the objective and the training loop."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class FreshEncoderConfig:
+    """Size of an encoder that starts from random weights (BERT shape)."""
+
+    num_layers: int = 2
+    hidden: int = 128
+    num_heads: int = 4
+    intermediate: int = 512
+    dropout: float = 0.0
+
+
+@dataclass
+class TokenizerConfig:
+    """Tokeniser of a fresh model: WordPiece trained once on the corpus and the training questions."""
+
+    vocabulary: int = 3000
+    lowercase: bool = True
+    digits_whole: bool = False  # runs of digits are one word of the pre-tokeniser, never joined to letters
+
+
+@dataclass
+class EncoderConfig:
+    """The retriever's towers."""
+
+    name: str = ""  # Hugging Face or sentence-transformers name or folder; empty: `fresh`
+    fresh: FreshEncoderConfig = field(default_factory=FreshEncoderConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when the model is fresh
+    towers: str = "shared"  # shared | separate
+    pooling: str = "auto"  # auto (read from the checkpoint, mean when fresh) | mean | cls | last
+    normalize: str = "auto"  # auto (read from the checkpoint, true when fresh) | true | false
+    temperature: float = 0.05  # scores are inner products divided by this
+    max_question_tokens: int = 32
+    max_passage_tokens: int = 64
+    max_title_tokens: int = 24
+    length_groups: int = 4  # passages are sorted by length into so many trimmed groups
+    attention: str = "auto"  # auto (eager on CPU, sdpa on GPU) | eager | sdpa | flash_attention_2
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class FreshGeneratorConfig:
+    """Size of a generator that starts from random weights."""
+
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 1
+    hidden: int = 128
+    num_heads: int = 4
+    intermediate: int = 512
+    dropout: float = 0.0
+
+
+@dataclass
+class GeneratorConfig:
+    """The language model that reads passages and writes answers."""
+
+    kind: str = "copy"  # copy (fresh encoder-decoder with copy head) | fusion (any encoder-decoder) | causal (any causal LM)
+    name: str = ""  # Hugging Face name or folder; empty: `fresh`
+    fresh: FreshGeneratorConfig = field(default_factory=FreshGeneratorConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when the model is fresh and the encoder is not
+    template: str = "{passages}Question: {question}\nAnswer:"  # causal: segments, tokenised once
+    passage_template: str = "{title}\n{text}\n\n"  # causal: one passage inside {passages}
+    max_question_tokens: int = 32
+    max_passage_tokens: int = 64
+    max_answer_tokens: int = 16
+    length_groups: int = 4
+    attention: str = "auto"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass
+class ObjectiveConfig:
+    """What is minimised; see `training/objectives/`."""
+
+    name: str = "rag_sequence"  # rag_sequence | rag_token | emdr2 | pdist | fused | inverse_cloze | independent_cropping
+    temperature: float = 1.0  # of p(z|q), on top of the encoder's own
+    target_temperature: float = 1.0  # pdist
+    weight: float = 1.0  # of the retriever loss beside the generator loss (emdr2, pdist)
+    level: str = "sequence"  # emdr2: sequence | token
+    normalization: str = "length"  # pdist: length | none
+    reduction: str = "batch"  # pdist: batch | elements
+    score_bias: bool = True  # fused: add log p(z|q) to the reader's attention on passage z, with gradient
+    keep_probability: float = 0.1  # inverse cloze: chance that the sentence stays in its passage
+    title_probability: float = 0.3  # inverse cloze: chance that the query is the title instead of a span
+    drop_probability: float = 0.1  # inverse cloze: chance that a query token is dropped
+    min_span: int = 5  # tokens of a query span
+    max_span: int = 14
+    scale: float = 1.0  # multiplies the loss
+
+
+@dataclass
+class RetrievalConfig:
+    """Where the passages of a question come from while training and evaluating."""
+
+    source: str = "index"  # index | gold (the labelled passage, filled up with retrieved ones) | none (closed book)
+    k: int = 4
+    prefetch_depth: int = 1  # batches searched ahead while one trains
+
+
+@dataclass
+class TrainingConfig:
+    """One stage of training."""
+
+    train: str = "both"  # both | query_only | retriever_only | generator_only | none
+    steps: int = 250  # optimiser steps
+    batch_size: int = 16  # questions per micro-batch and trainer
+    lr_retriever: float = 1e-3
+    lr_generator: float = 2e-3
+    warmup_steps: int = 20
+    schedule: str = "linear"  # linear (to zero) | constant
+    log_every: int = 1
+    stop_after_nonfinite: int = 5  # updates skipped in a row before the run stops
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed."""
+
+    zero_stage: int = 0
+    precision: str = "fp32"  # fp32 | bf16 (16-bit weights, fp32 master copy) | bf16_autocast (fp32 weights, 16-bit compute)
+    gradient_accumulation: int = 1
+    clip_norm: float = 1.0  # of retriever and of generator, separately; 0: none
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    offload_optimizer: bool = False
+    timeout_s: float = 600.0  # of a collective
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept for a resume."""
+
+    every_steps: int = 100
+    keep: int = 2
+    index: bool = True  # save the index generation in use with the checkpoint
+
+
+@dataclass
+class DecodingConfig:
+    """How an answer is written."""
+
+    mode: str = "marginal"  # marginal (per passage, answers summed with p(z|q)) | fused | top1
+    num_beams: int = 1
+    max_tokens: int = 12
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured, and when."""
+
+    every_steps: int = 0  # 0: only at the end
+    max_questions: int = 0  # of an evaluation during training; 0: all
+    batch_size: int = 32
+    k: int = 100  # depth of the ranking metrics
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    also: list[str] = field(default_factory=list)  # further modes at the end: marginal | fused | top1 | closed_book | gold
+    examples: int = 5  # decoded examples that the report prints
+
+
+@dataclass
+class MonitorConfig:
+    """Console, metrics.jsonl and W&B."""
+
+    console: bool = True
+    wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | off
+    project: str = "tandem"
+    entity: str = ""
+    init_timeout_s: float = 20.0
