@@ -1,6 +1,19 @@
-"""Configuration sections of the run and of its place on the machines."""
+"""Configuration sections of the run and of its place on the machines, and the root of all sections."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from indexing.settings import CorpusConfig, IndexConfig, QuestionsConfig
+from training.settings import (
+    CheckpointConfig,
+    EncoderConfig,
+    EngineConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    MonitorConfig,
+    ObjectiveConfig,
+    RetrievalConfig,
+    TrainingConfig,
+)
 
 
 @dataclass
@@ -41,3 +54,34 @@ class ClusterConfig:
     max_failures: int = 3  # trainer restarts before the run is given up
     start_timeout_s: float = 300.0
     dry_run: bool = False  # print the placement, build what can be built without weights, stop
+
+
+@dataclass
+class Settings:
+    """The root: everything that one run (one stage of a file with stages) is made of."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class UpdateConfig:
+    """After the last stage: apply corpus updates, encode again without training, ask again."""
+
+    as_of: str = ""  # "end" or a date YYYY-MM-DD; empty: no update
+    stages: list[str] = field(
+        default_factory=list
+    )  # stages whose system is asked again; empty in a file without stages

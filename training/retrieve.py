@@ -5,6 +5,9 @@ answers searches and rebuilds itself. `submit` and `publish` return at once; the
 `PendingHits.result`, `wait_for_version` and `save_generation`, and each wait is bounded.
 """
 
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,3 +60,82 @@ class IndexService(Protocol):
     def status(self) -> IndexStatus:
         """The newest known state; never waits."""
         ...
+
+
+@dataclass(frozen=True)
+class Searched:
+    """One batch of questions with its hits."""
+
+    number: int  # of the batch in the stream
+    questions: np.ndarray  # int64 [batch]: question numbers
+    hits: Hits
+    wait_s: float  # that training stood still for the search
+
+
+@dataclass
+class _InFlight:
+    number: int
+    questions: np.ndarray
+    pending: PendingHits
+
+
+@dataclass
+class _Known:
+    """Hits that a checkpoint remembers, so that a resume trains on what the interrupted run would have."""
+
+    hits: Hits
+
+    def result(self) -> Hits:
+        return self.hits
+
+
+class Prefetcher:
+    """Searches `depth` batches ahead: while one batch trains, the shards answer the next ones.
+
+    `next()` hands out the oldest search, waiting for it if it must, and submits further ones first with the encoder as
+    it is now; the shards work while the caller trains. With depth 0 it searches when asked.
+    """
+
+    def __init__(
+        self,
+        service: IndexService,
+        batch_of: Callable[[int], np.ndarray],
+        encode_questions: Callable[[np.ndarray], np.ndarray],
+        k: int,
+        depth: int,
+        start: int = 0,
+    ) -> None:
+        self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
+        self.k, self.depth = k, depth
+        self.position = start  # number of the next batch to search
+        self._queue: deque[_InFlight] = deque()
+
+    def next(self) -> Searched:
+        """The next batch with its hits."""
+        if not self._queue:
+            self._submit()
+        first = self._queue.popleft()
+        begin = time.perf_counter()
+        hits = first.pending.result()
+        wait_s = time.perf_counter() - begin
+        while len(self._queue) < self.depth:
+            self._submit()
+        return Searched(first.number, first.questions, hits, wait_s)
+
+    def _submit(self) -> None:
+        questions = self.batch_of(self.position)
+        pending = self.service.submit(self.encode_questions(questions), self.k)
+        self._queue.append(_InFlight(self.position, questions, pending))
+        self.position += 1
+
+    def state(self) -> list[Hits]:
+        """Hits of the batches searched ahead, in order; waits for them."""
+        for item in self._queue:
+            item.pending = _Known(item.pending.result())
+        return [item.pending.result() for item in self._queue]
+
+    def restore(self, ahead: list[Hits]) -> None:
+        """Take over the hits of another prefetcher's `state()` as the next batches."""
+        for hits in ahead:
+            self._queue.append(_InFlight(self.position, self.batch_of(self.position), _Known(hits)))
+            self.position += 1

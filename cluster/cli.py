@@ -1,0 +1,182 @@
+"""The command line. Answers help and mistakes before anything heavy is imported; a verb's work starts in `cluster.run`.
+
+Exit codes: 0 done, 1 failed, 2 a mistake in the command or the configuration, 130 interrupted.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.config import Experiment
+
+VERBS = {
+    "train": "train every stage, from where an earlier call of the same run stopped",
+    "prepare": "read, check and tokenise corpus and questions into the store",
+    "index": "encode the corpus with a trained encoder and build the index",
+    "evaluate": "measure a trained system on the evaluation questions",
+    "ask": 'answer one question: ask "question" [config.yaml ...]',
+    "show": "print the resolved configuration of every stage and where its run lies",
+    "test": "run every check: lint, format, types, import rules, tests; what follows goes to pytest",
+}
+DEFAULT_VERB = "train"
+
+HELP = """usage: tandem [VERB] [config.yaml | run folder ...] [section.field=value ...]
+
+Trains a retriever and a generator as one system, with the index of the whole corpus refreshed beside the training.
+
+{verbs}
+
+Without a verb: train. Without a file: configs/quickstart.yaml. Later files win over earlier ones, section.field=value
+over all; stages.NAME.section.field=value is for one stage. Runs lie in runs/<run.name>/.
+
+examples:
+  tandem train configs/quickstart.yaml run.seed=1
+  tandem train configs/quickstart.yaml training.steps=50 stages.joint.retrieval.k=8
+  tandem show configs/quickstart.yaml
+  tandem ask "Who wrote it?" runs/quickstart/joint"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Writes "done" to the file that TANDEM_DONE_FILE names after success,
+    for launchers whose own exit code says nothing."""
+    code = _command(sys.argv[1:] if arguments is None else arguments)
+    done_file = os.environ.get("TANDEM_DONE_FILE")
+    if code == 0 and done_file:
+        Path(done_file).write_text("done\n", encoding="utf-8")
+    return code
+
+
+def _command(arguments: list[str]) -> int:
+    verb, rest = (arguments[0], arguments[1:]) if arguments else (DEFAULT_VERB, [])
+    if verb in ("--help", "-h", "help"):
+        print(_help())
+        return 0
+    if verb not in VERBS:
+        return _mistake(_unknown_verb(verb))
+    if verb == "test":
+        from cluster import check
+
+        if rest[:1] in (["--help"], ["-h"]):
+            print(f"usage: tandem test [pytest options]\n\n{VERBS['test']}")
+            return 0
+        return guarded(lambda: check.run(rest), None)
+    if any(argument in ("--help", "-h") for argument in rest):
+        print(_help())
+        return 0
+    return _work(verb, rest)
+
+
+def _work(verb: str, rest: list[str]) -> int:
+    """A verb that reads a configuration."""
+    from cluster import config
+
+    question = ""
+    if verb == "ask":
+        if not rest or not rest[0].strip() or rest[0].endswith((".yaml", ".yml")):
+            return _mistake('ask needs a question first: tandem ask "question" [config.yaml ...]')
+        question, rest = rest[0], rest[1:]
+    options = [argument for argument in rest if argument.startswith("-")]
+    if options:
+        return _mistake(f"unknown option {options[0]}; settings are section.field=value, see --help")
+    overrides = [argument for argument in rest if "=" in argument and not Path(argument).exists()]
+    paths = [argument for argument in rest if argument not in overrides]
+    try:
+        experiment = config.load(paths, overrides)
+    except ValueError as error:
+        return _mistake(str(error))
+    if verb == "show":
+        print(show(experiment))
+        return 0
+    return guarded(lambda: _run(verb, experiment, question), experiment.directory)
+
+
+def _run(verb: str, experiment: "Experiment", question: str) -> int | None:
+    from cluster import run
+
+    match verb:
+        case "prepare":
+            return run.prepare(experiment)
+        case "index":
+            return run.index(experiment)
+        case "evaluate":
+            return run.evaluate(experiment)
+        case "ask":
+            return run.ask(experiment, question)
+        case _:
+            return run.train(experiment)
+
+
+def show(experiment: "Experiment") -> str:
+    """The resolved configuration of every stage as YAML documents, each under a comment with its run folder."""
+    from cluster import config
+
+    parts: list[str] = []
+    for name, settings in experiment.stages.items():
+        folder = Path(settings.run.directory) / settings.run.name
+        parts.append(f"# {f'stage {name}: ' if name else ''}{folder}\n{config.to_yaml(settings)}")
+    if experiment.update.as_of:
+        parts.append(f"# after the last stage\nupdate:\n{_indent(config.to_yaml(experiment.update))}")
+    return "---\n".join(parts).rstrip()
+
+
+def guarded(work: Callable[[], int | None], directory: Path | None) -> int:
+    """Run `work` and turn what it raises into one line and an exit code; the traceback goes to error.log in
+    `directory`, or where that does not exist to a temporary file."""
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        print("tandem: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        cause = getattr(error, "cause", None)  # Ray wraps what a remote call raised, and makes it many lines long
+        shown = cause if isinstance(cause, Exception) else error
+        log = _write_traceback(error, directory)
+        if isinstance(shown, ValueError):
+            return _mistake(str(shown))
+        sentence = next((line for line in str(shown).splitlines() if line.strip()), "no message")
+        print(f"tandem: failed: {type(shown).__name__}: {sentence.strip()} (traceback: {log})", file=sys.stderr)
+        return 1
+
+
+def _write_traceback(error: Exception, directory: Path | None) -> Path:
+    text = "".join(traceback.format_exception(error))
+    if directory is not None and directory.is_dir():
+        with contextlib.suppress(OSError):
+            log = directory / "error.log"
+            log.write_text(text, encoding="utf-8")
+            return log
+    with tempfile.NamedTemporaryFile("w", prefix="tandem-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    return Path(file.name)
+
+
+def _mistake(sentence: str) -> int:
+    print(f"tandem: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _unknown_verb(verb: str) -> str:
+    if verb.endswith((".yaml", ".yml")) or "=" in verb:
+        return f"{verb} is no verb. Did you mean: {DEFAULT_VERB} {verb}"
+    near = get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown verb {verb}.{hint} Verbs: {', '.join(VERBS)}"
+
+
+def _help() -> str:
+    return HELP.format(verbs="\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items()))
+
+
+def _indent(text: str) -> str:
+    return "".join(f"  {line}\n" for line in text.splitlines())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Which process gets which processors and GPUs: decided once, from settings and the cluster's nodes, before launch.
+
+A Ray CPU is a ticket, not a core. Trainers always hold theirs; shards and refresh workers hold one only where enough
+are left, so that the same plan starts on a laptop with two cores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.settings import ClusterConfig, RefreshConfig
+from indexing.settings import IndexConfig
+
+EPSILON = 1e-6  # Ray counts in ten-thousandths
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one machine of the cluster offers."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What each of `number` like processes holds."""
+
+    name: str
+    number: int
+    cpus: float
+    gpus: float
+    threads: int  # of computation; 0: the library's own choice
+
+    @property
+    def device(self) -> str:
+        """cuda or cpu."""
+        return "cuda" if self.gpus > 0 else "cpu"
+
+    def __str__(self) -> str:
+        gpus = f", {self.gpus:g} GPU each" if self.gpus else ", on CPU"
+        threads = f", {self.threads} threads" if self.threads else ""
+        return f"{self.number} x {self.name}: {self.cpus:g} CPU each{gpus}{threads}"
+
+
+@dataclass(frozen=True)
+class PlacementPlan:
+    """Trainers, shards and refresh workers, and the nodes that they were planned for."""
+
+    trainers: Seat
+    shards: Seat
+    workers: Seat
+    nodes: tuple[Node, ...]
+
+    @property
+    def multi_node(self) -> bool:
+        """Whether shards and workers are to be spread."""
+        return len(self.nodes) > 1
+
+    def __str__(self) -> str:
+        offered = f"{len(self.nodes)} node(s) with {_sum(self.nodes, 'cpus'):g} CPU and {_sum(self.nodes, 'gpus'):g} GPU"
+        return "\n".join([f"placement on {offered}:", *(f"  {seat}" for seat in self.seats())])
+
+    def seats(self) -> tuple[Seat, Seat, Seat]:
+        """In the order in which they are seated."""
+        return self.trainers, self.shards, self.workers
+
+
+def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> PlacementPlan:
+    """Seat everybody. Raises ValueError with the numbers when the nodes cannot hold the plan."""
+    cpus, gpus = _sum(nodes, "cpus"), _sum(nodes, "gpus")
+    trainer_gpus = cluster.trainer_gpus if cluster.trainer_gpus >= 0 else float(gpus > 0)
+    shard_gpus = cluster.shard_gpus if cluster.shard_gpus >= 0 else float(index.device == "gpu")
+    left_gpus = gpus - cluster.num_trainers * trainer_gpus - index.num_shards * shard_gpus
+    worker_gpus = cluster.refresh_gpus if cluster.refresh_gpus >= 0 else _share(left_gpus, refresh.num_workers)
+    _check_gpus(
+        {"trainer_gpus": trainer_gpus, "shard_gpus": shard_gpus, "refresh_gpus": worker_gpus},
+        index.device,
+    )
+    trainer_cpus = 1.0 if trainer_gpus else float(cluster.threads_per_trainer)
+    left_cpus = cpus - cluster.num_trainers * trainer_cpus - 1  # one ticket stays for the controller of the trainers
+    helper_cpus = float(left_cpus >= index.num_shards + refresh.num_workers)
+    plan = PlacementPlan(
+        Seat("trainer", cluster.num_trainers, trainer_cpus, trainer_gpus, 0 if trainer_gpus else cluster.threads_per_trainer),
+        Seat("index shard", index.num_shards, helper_cpus, shard_gpus, _shard_threads(cluster, refresh, index, nodes)),
+        Seat("refresh worker", refresh.num_workers, helper_cpus, worker_gpus, 0 if worker_gpus else refresh.threads),
+        tuple(nodes),
+    )
+    _check_fit(plan)
+    return plan
+
+
+def _share(left_gpus: float, num_workers: int) -> float:
+    """GPUs of each refresh worker out of what is left: a whole one, a fraction, or none."""
+    share = max(0.0, left_gpus) / num_workers
+    return 1.0 if share >= 1 else int(share * 100) / 100
+
+
+def _shard_threads(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> int:
+    """FAISS threads of a shard: an even share of the cores that trainers and workers leave."""
+    used = cluster.num_trainers * cluster.threads_per_trainer + refresh.num_workers * refresh.threads
+    return max(1, int((_sum(nodes, "cpus") - used) // index.num_shards))
+
+
+def _check_gpus(wanted: dict[str, float], device: str) -> None:
+    for name, gpus in wanted.items():
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"cluster.{name} is {gpus:g}: allowed are whole numbers, fractions below 1, and -1")
+    if device == "gpu" and wanted["shard_gpus"] == 0:
+        raise ValueError("index.device is gpu, but cluster.shard_gpus is 0: allowed is more than 0")
+
+
+def _check_fit(plan: PlacementPlan) -> None:
+    """Seat every process on a node, those that want most first."""
+    free = [[node.cpus, node.gpus] for node in plan.nodes]
+    for seat in sorted(plan.seats(), key=lambda seat: (-seat.gpus, -seat.cpus)):
+        for number in range(seat.number):
+            room = next((f for f in free if f[0] + EPSILON >= seat.cpus and f[1] + EPSILON >= seat.gpus), None)
+            if room is None:
+                raise ValueError(_refusal(plan, seat, number))
+            room[0] -= seat.cpus
+            room[1] -= seat.gpus
+
+
+def _refusal(plan: PlacementPlan, seat: Seat, seated: int) -> str:
+    cpus = sum(s.number * s.cpus for s in plan.seats())
+    gpus = sum(s.number * s.gpus for s in plan.seats())
+    return (
+        f"the cluster cannot hold this run: it wants {cpus:g} CPU and {gpus:g} GPU, and no node has room for "
+        f"{seat.name} {seated + 1} of {seat.number} ({seat.cpus:g} CPU, {seat.gpus:g} GPU).\n{plan}\n"
+        "Lower cluster.num_trainers, index.num_shards, refresh.num_workers, cluster.trainer_gpus, cluster.shard_gpus, "
+        "cluster.refresh_gpus or cluster.threads_per_trainer, or add machines"
+    )
+
+
+def _sum(nodes: Sequence[Node], what: str) -> float:
+    return float(sum(node.cpus if what == "cpus" else node.gpus for node in nodes))

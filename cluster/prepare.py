@@ -1,0 +1,198 @@
+"""From files to memory-mapped stores: validate, tokenise once with both tokenisers, write once.
+
+    <run>/world/                     the synthetic world, where no corpus is named
+    <run>/tokenizers/{retriever,generator}/
+    <run>/data/<key>/{passages,questions-SPLIT}/     key: hash of everything that these depend on
+
+What is there and fits is used again; a corpus file that changed has another key.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from cluster.settings import Settings
+from indexing.corpus import CorpusReport, Passage, Question, iterate_corpus, read_questions
+from indexing.questions import QuestionStore, write_questions
+from indexing.snapshot import is_complete
+from indexing.store import Store, write_store
+from indexing.world import write_world
+from training.models.sides import (
+    generator_answer_side,
+    generator_passage_side,
+    generator_question_side,
+    retriever_passage_side,
+    retriever_question_side,
+)
+from training.models.tokenizers import build_tokenizer, load_tokenizer
+from training.settings import TokenizerConfig
+
+Say = Callable[[str], None]
+REPORT_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where the data of a stage lies."""
+
+    passages: Path
+    questions: dict[str, Path]  # by split
+    tokenizers: Path  # holds retriever/ and generator/
+
+
+def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str] | None = None) -> Prepared:
+    """Write what is not there yet. Raises ValueError for bad settings and, with `on_bad: error`, for bad lines."""
+    settings = with_corpus(settings, root, say)
+    questions = settings.questions
+    wanted = list(dict.fromkeys(splits if splits is not None else (questions.train, questions.evaluate)))
+    tokenizers = prepare_tokenizers(settings, root, say)
+    folder = root / "data" / _key(settings, tokenizers)
+    passages = _prepare_passages(settings, folder / "passages", tokenizers, say)
+    store = Store.open(passages, verify=False)
+    paths = {split: folder / f"questions-{split}" for split in wanted}
+    for split, path in paths.items():
+        if not is_complete(path):
+            _prepare_questions(settings, split, path, store, tokenizers, say)
+    return Prepared(passages, paths, root / "tokenizers")
+
+
+def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
+    """The same settings with paths filled in; generates the synthetic world where no corpus is named."""
+    corpus, questions = settings.corpus, settings.questions
+    if not corpus.path:
+        world = root / "world"
+        if not world.exists():
+            say(f"generating the synthetic world in {world}")
+        write_world(corpus.world, world)
+        corpus = replace(corpus, path=str(world))
+    if not questions.path:
+        folder = Path(corpus.path)
+        questions = replace(questions, path=str(folder if folder.is_dir() else folder.parent))
+    return replace(settings, corpus=corpus, questions=questions)
+
+
+def prepare_tokenizers(
+    settings: Settings, root: Path, say: Say
+) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """The retriever's and the generator's tokeniser: of the run, else of the checkpoint that it starts from, else of
+    the pretrained models, else trained on the corpus and the training questions; saved in `<root>/tokenizers`."""
+    folder = root / "tokenizers"
+    start = _starting_tokenizers(settings)
+    if start is not None and not folder.exists():
+        shutil.copytree(start, folder)
+    encoder, generator = settings.encoder, settings.generator
+    if start is not None:
+        return load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator")
+
+    def build(name: str, config: TokenizerConfig, part: str, trust: bool) -> PreTrainedTokenizerFast:
+        if not name and not (folder / part / "tokenizer.json").is_file():
+            say(f"training a tokeniser of {config.vocabulary} pieces for the {part}")
+        return build_tokenizer(name, config, _texts(settings), folder / part, trust)
+
+    retriever = build(encoder.name, encoder.tokenizer, "retriever", encoder.trust_remote_code)
+    if not encoder.name and not generator.name:  # both fresh: one vocabulary
+        if not (folder / "generator").exists():
+            shutil.copytree(folder / "retriever", folder / "generator")
+        return retriever, load_tokenizer(folder / "generator")
+    return retriever, build(generator.name, generator.tokenizer, "generator", generator.trust_remote_code)
+
+
+def _starting_tokenizers(settings: Settings) -> Path | None:
+    """Tokenisers of the checkpoint that the run starts from, when it is of another run."""
+    start = Path(settings.run.init_from) if settings.run.init_from else None
+    if start is None or not start.is_dir():
+        return None
+    places = [start / "tokenizers", start.parent / "tokenizers", start.parent.parent / "tokenizers"]
+    return next((place for place in places if (place / "retriever").is_dir()), None)
+
+
+def _texts(settings: Settings) -> Iterator[str]:
+    """What a fresh tokeniser is trained on."""
+    passages, _ = iterate_corpus(settings.corpus)
+    for passage in passages:
+        yield f"{passage.title} {passage.text}"
+    for question in read_questions(settings.questions, settings.questions.train):
+        yield question.text
+
+
+def _prepare_passages(
+    settings: Settings, path: Path, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], say: Say
+) -> Path:
+    if is_complete(path):
+        return path
+    passages, report = iterate_corpus(settings.corpus)
+    sides = [
+        retriever_passage_side(tokenizers[0], settings.encoder),
+        generator_passage_side(tokenizers[1], settings.generator, settings.encoder.max_title_tokens),
+    ]
+    store = write_store(path, _with_progress(passages, "passages", say), sides, {"corpus": settings.corpus.path})
+    say(f"{len(store)} passages tokenised with both tokenisers into {path}")
+    _tell_bad(report, settings.corpus.path, say)
+    return path
+
+
+def _prepare_questions(
+    settings: Settings,
+    split: str,
+    path: Path,
+    store: Store,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    say: Say,
+) -> None:
+    questions = alive(read_questions(settings.questions, split), store, settings.questions.as_of)
+    if not questions:
+        raise ValueError(f"questions.path {settings.questions.path!r}: split {split!r} has no question to ask")
+    sides = [
+        retriever_question_side(tokenizers[0], settings.encoder),
+        generator_question_side(tokenizers[1], settings.generator),
+    ]
+    answer_side = generator_answer_side(tokenizers[1], settings.generator)
+    written: QuestionStore = write_questions(path, questions, sides, answer_side, store)
+    say(f"{len(written)} questions of split {split} tokenised into {path}")
+
+
+def alive(questions: list[Question], store: Store, as_of: str) -> list[Question]:
+    """With `as_of`, without the questions none of whose passages exists at that date."""
+    if not as_of:
+        return questions
+    return [q for q in questions if not q.relevant or any(store.row_of(id) is not None for id in q.relevant)]
+
+
+def _with_progress(passages: Iterator[Passage], what: str, say: Say) -> Iterator[Passage]:
+    begin = last = time.monotonic()
+    for count, passage in enumerate(passages, start=1):
+        yield passage
+        now = time.monotonic()
+        if now - last > REPORT_EVERY_S:
+            last = now
+            say(f"{count} {what} tokenised, {count / (now - begin):.0f}/s")
+
+
+def _tell_bad(report: CorpusReport, path: str, say: Say) -> None:
+    if sum(report.bad.values()):
+        say(f"{path}: {report.summary()}")
+
+
+def _key(settings: Settings, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]) -> str:
+    """Hash of settings, source files and tokenisers that the stores depend on."""
+    encoder, generator = settings.encoder, settings.generator
+    sides = [
+        retriever_passage_side(tokenizers[0], encoder),
+        retriever_question_side(tokenizers[0], encoder),
+        generator_passage_side(tokenizers[1], generator, encoder.max_title_tokens),
+        generator_question_side(tokenizers[1], generator),
+        generator_answer_side(tokenizers[1], generator),
+    ]
+    parts: list[Any] = [asdict(settings.corpus), asdict(settings.questions), [side.fingerprint for side in sides]]
+    folders = {Path(settings.corpus.path), Path(settings.questions.path), Path(settings.corpus.updates or ".")}
+    for folder in sorted(folders - {Path(".")}):
+        files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+        parts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

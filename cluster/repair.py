@@ -1,0 +1,121 @@
+"""Shards that died come back empty; here they are noticed and given the serving generation again.
+
+One thread calls `check` about once a second. A shard that answers without the serving generation gets it, in this
+order: committed, if it has it prepared (the commit was interrupted); loaded from the snapshot; encoded again from the
+kept weights, before any other chunk. Searches meanwhile wait and try again, bounded by index.search_timeout_s. A shard
+that stays silent for `hung_s` is killed, and then found empty.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.chunks import EncodePool, split
+from cluster.ports import Events, RefreshFailed, ShardLost, ShardPort, Weights, has_prepared
+from cluster.snapshots import Snapshots
+from indexing.shard import ShardStatus
+from indexing.snapshot import TornSnapshot
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The generation that answers searches. `weights` is None when a restarted coordinator no longer has them."""
+
+    generation: int
+    weights_version: int
+    publish_id: int
+    weights: Weights | None
+
+
+class Repair:
+    """Keeps the serving generation on every shard."""
+
+    def __init__(
+        self,
+        shards: Sequence[ShardPort],
+        pool: EncodePool,
+        snapshots: Snapshots,
+        serving: Callable[[], Serving | None],
+        events: Events,
+        chunk_passages: int,
+        hung_s: float,
+    ) -> None:
+        self._shards = shards
+        self._pool = pool
+        self._snapshots = snapshots
+        self._serving = serving
+        self._events = events
+        self._chunk_passages = chunk_passages
+        self._hung_s = hung_s
+        self._lost_since: dict[int, float] = {}
+        self.beyond_repair = False  # a shard lacks the serving generation, and only new weights can help
+
+    def check(self) -> None:
+        """Look at every shard once, and repair what can be repaired."""
+        beyond_repair = False
+        for shard in self._shards:
+            serving = self._serving()  # before the status: a commit in between is then seen in both
+            try:
+                status = shard.status()
+                self._note_found(shard)
+                if serving is not None and serving.generation not in status.generations:
+                    beyond_repair |= not self._restore(shard, status, serving)
+            except ShardLost as lost:
+                self._note_lost(shard, lost)
+        self.beyond_repair = beyond_repair
+
+    def _note_found(self, shard: ShardPort) -> None:
+        if (since := self._lost_since.pop(shard.number, None)) is not None:
+            self._events("shard_found", shard=shard.number, seconds=round(time.monotonic() - since, 3))
+
+    def _note_lost(self, shard: ShardPort, lost: ShardLost) -> None:
+        now = time.monotonic()
+        if shard.number not in self._lost_since:
+            self._lost_since[shard.number] = now
+            self._events("shard_lost", shard=shard.number, why=str(lost))
+        elif lost.silent and now - self._lost_since[shard.number] > self._hung_s:
+            self._events("shard_killed", shard=shard.number, why=f"silent for {self._hung_s:.0f} s")
+            self._lost_since[shard.number] = now
+            shard.restart()
+
+    def _restore(self, shard: ShardPort, status: ShardStatus, serving: Serving) -> bool:
+        """Give `shard` the serving generation. Returns False when there is nothing to make it from."""
+        begin = time.monotonic()
+        source = self._source(shard, status, serving)
+        if source is None:
+            if not self.beyond_repair:
+                self._events("shard_not_restored", shard=shard.number, generation=serving.generation)
+            return False
+        self._events(
+            "shard_restored",
+            shard=shard.number,
+            generation=serving.generation,
+            source=source,
+            seconds=round(time.monotonic() - begin, 3),
+        )
+        return True
+
+    def _source(self, shard: ShardPort, status: ShardStatus, serving: Serving) -> str | None:
+        generation = serving.generation
+        if has_prepared(status, generation):
+            shard.commit(generation)
+            return "prepared"
+        if self._snapshots.saved(generation):
+            try:
+                shard.load(generation, str(self._snapshots.path(generation)))
+            except (TornSnapshot, ValueError, OSError) as error:
+                self._events("snapshot_refused", why=str(error))
+            else:
+                return "snapshot"
+        if serving.weights is None:
+            return None
+        try:
+            lost = self._pool.run(generation, serving.weights, split([shard], self._chunk_passages), urgent=True)
+            if lost:
+                raise ShardLost(f"shard {shard.number} died again")
+            shard.prepare(generation)
+            shard.commit(generation)
+        except (RefreshFailed, ValueError) as error:
+            self._events("repair_failed", shard=shard.number, why=str(error))
+            return None
+        return "weights"

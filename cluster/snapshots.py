@@ -1,0 +1,186 @@
+"""Index generations on disk: `index/generation-N/`, written by the shards, sealed with a manifest by the coordinator.
+
+Producers of wishes: every commit, and `save_generation` of a checkpoint. Consumer: one thread that calls `work`; each
+shard then writes its own files, and no search waits for that. A torn or failed snapshot is never read: the directory
+gets its name and manifest at the end. Generations that checkpoints name are protected from pruning, also after a
+restart of the coordinator (`index/protected.json`).
+"""
+
+import json
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.ports import Events, ShardLost, ShardPort
+from indexing.shard import GenerationGone
+from indexing.snapshot import complete_directories, is_complete, prune, verify, write_file, write_once
+
+PREFIX = "generation-"
+FAILURES = 3  # of one generation, before its snapshot is given up
+
+
+@dataclass(frozen=True)
+class IndexIdentity:
+    """What an index on disk must share with the run that loads it."""
+
+    encoder_fingerprint: str  # of the encoder's settings and its tokeniser, without the weights
+    corpus_fingerprint: str
+    factory: str
+    ranges: tuple[tuple[int, int], ...]  # passage numbers of each shard
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A generation to be written."""
+
+    generation: int
+    weights_version: int
+
+
+def check_snapshot(directory: str | Path, identity: IndexIdentity, contents: bool = True) -> Wish:
+    """The generation and weights version of a snapshot that fits `identity`.
+
+    `contents` False compares sizes only. Raises TornSnapshot for an incomplete one, ValueError for another index.
+    """
+    extra = verify(directory, contents)
+    wanted = {**asdict(identity), "ranges": [list(pair) for pair in identity.ranges]}
+    found = {name: extra.get(name) for name in wanted}
+    if found["ranges"] != wanted["ranges"] and len(found["ranges"] or []) != len(identity.ranges):
+        raise ValueError(
+            f"index {directory} has {len(found['ranges'] or [])} shards, this run has {len(identity.ranges)}: set "
+            f"index.num_shards={len(found['ranges'] or [])}, or let the index be built anew"
+        )
+    reasons = {
+        "encoder_fingerprint": "another encoder or tokeniser",
+        "corpus_fingerprint": "another corpus",
+        "factory": f"index.factory={found['factory']} instead of {identity.factory}",
+        "ranges": "other passages in its shards",
+    }
+    for name, reason in reasons.items():
+        if found[name] != wanted[name]:
+            raise ValueError(f"index {directory} was built with {reason}: it cannot serve this run")
+    return Wish(int(extra["generation"]), int(extra["weights_version"]))
+
+
+class Snapshots:
+    """Writes, finds and prunes the generations of one run."""
+
+    def __init__(
+        self,
+        directory: str | Path,
+        shards: Sequence[ShardPort],
+        identity: IndexIdentity,
+        events: Events,
+        keep: int,
+        keep_protected: int,
+    ) -> None:
+        self.directory = Path(directory)
+        self._shards = shards
+        self._identity = identity
+        self._events = events
+        self._keep = keep
+        self._keep_protected = keep_protected
+        self._lock = threading.Lock()
+        self._wishes: dict[int, Wish] = {}
+        self._attempts: Counter[int] = Counter()
+        self._failures: dict[int, str] = {}
+        self._protected = self._read_protected()
+
+    def path(self, generation: int) -> Path:
+        """Where a generation lies, or would."""
+        return self.directory / f"{PREFIX}{generation}"
+
+    def saved(self, generation: int) -> bool:
+        """Whether a generation is on disk, with a manifest and all files in their size."""
+        return is_complete(self.path(generation))
+
+    def newest(self, first: int) -> Wish | None:
+        """The newest generation on disk from number `first` on that fits this run; contents are compared."""
+
+        def warn(torn: str) -> None:
+            self._events("snapshot_refused", why=torn)
+
+        for number, path in complete_directories(self.directory, PREFIX, warn):
+            if number < first:
+                break
+            try:
+                return check_snapshot(path, self._identity, contents=False)
+            except ValueError as error:
+                warn(str(error))
+        return None
+
+    def want(self, generation: int, weights_version: int) -> None:
+        """Ask for a snapshot; `work` writes it."""
+        with self._lock:
+            if not self.saved(generation):
+                self._wishes[generation] = Wish(generation, weights_version)
+
+    def pending(self) -> set[int]:
+        """Generations that are still to be written: shards keep them open."""
+        with self._lock:
+            return set(self._wishes)
+
+    def failure(self, generation: int) -> str | None:
+        """Why a generation could not be written."""
+        with self._lock:
+            return self._failures.get(generation)
+
+    def protect(self, generation: int) -> None:
+        """Keep a generation that a checkpoint names; only the newest few stay protected."""
+        with self._lock:
+            if generation in self._protected[-1:]:
+                return
+            self._protected = [g for g in self._protected if g != generation] + [generation]
+            self._protected = self._protected[-self._keep_protected :]
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_file(self.directory / "protected.json", [json.dumps(self._protected).encode()])
+
+    def work(self) -> bool:
+        """Write the oldest wish; returns whether there was one."""
+        with self._lock:
+            if not self._wishes:
+                return False
+            wish = self._wishes[min(self._wishes)]
+        try:
+            self._write(wish)
+        except ShardLost as lost:  # it comes back with this generation, or without it, which then raises
+            self._events("snapshot_failed", generation=wish.generation, why=str(lost))
+        except (OSError, ValueError, GenerationGone) as error:  # disk full, or released meanwhile
+            self._count_failure(wish, str(error))
+        else:
+            with self._lock:
+                self._wishes.pop(wish.generation, None)
+                self._failures.pop(wish.generation, None)
+                protected = tuple(self._protected)
+            prune(self.directory, PREFIX, self._keep, protected)
+        return True
+
+    def tidy(self) -> None:
+        """Remove what a killed coordinator left half-written."""
+        for leftover in self.directory.glob(f".{PREFIX}*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _write(self, wish: Wish) -> None:
+        if self.saved(wish.generation):
+            return
+        target = self.path(wish.generation)
+        shutil.rmtree(target, ignore_errors=True)  # torn: it would have been found complete
+        extra = {**asdict(self._identity), "generation": wish.generation, "weights_version": wish.weights_version}
+        with write_once(target, extra) as directory, ThreadPoolExecutor(len(self._shards)) as threads:
+            list(threads.map(lambda shard: shard.save(wish.generation, str(directory)), self._shards))
+
+    def _count_failure(self, wish: Wish, why: str) -> None:
+        with self._lock:
+            self._attempts[wish.generation] += 1
+            self._failures[wish.generation] = why
+            if self._attempts[wish.generation] >= FAILURES:
+                self._wishes.pop(wish.generation, None)
+        self._events("snapshot_failed", generation=wish.generation, why=why)
+
+    def _read_protected(self) -> list[int]:
+        path = self.directory / "protected.json"
+        return [int(number) for number in json.loads(path.read_text())] if path.exists() else []

@@ -1,0 +1,209 @@
+"""Checks of a resolved configuration: allowed values, ranges, and settings that contradict each other.
+
+Every refusal is one ValueError that names the setting, its value and what is allowed. Whether files exist is seen by
+those who open them.
+"""
+
+import math
+import re
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+
+from cluster.settings import Settings
+from training.settings import ObjectiveConfig
+
+CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a generator
+TRAINS_RETRIEVER = ("both", "query_only", "retriever_only")
+DECODING = ("marginal", "fused", "top1")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "corpus.format": ("auto", "beir", "jsonl", "parquet"),
+    "corpus.on_bad": ("error", "skip"),
+    "questions.on_bad": ("error", "skip"),
+    "encoder.towers": ("shared", "separate"),
+    "encoder.pooling": ("auto", "mean", "cls", "last"),
+    "encoder.normalize": ("auto", "true", "false"),
+    "encoder.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
+    "generator.kind": ("copy", "fusion", "causal"),
+    "generator.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
+    "objective.name": ("rag_sequence", "rag_token", "emdr2", "pdist", "fused", *CONTRASTIVE),
+    "objective.level": ("sequence", "token"),
+    "objective.normalization": ("length", "none"),
+    "objective.reduction": ("batch", "elements"),
+    "retrieval.source": ("index", "gold", "none"),
+    "index.device": ("cpu", "gpu"),
+    "refresh.precision": ("float32", "bfloat16"),
+    "training.train": ("both", "query_only", "retriever_only", "generator_only", "none"),
+    "training.schedule": ("linear", "constant"),
+    "engine.precision": ("fp32", "bf16", "bf16_autocast"),
+    "evaluation.decoding.mode": DECODING,
+    "monitor.wandb": ("auto", "online", "offline", "off"),
+}
+ALSO = (*DECODING, "closed_book", "gold")
+
+# Numbers are never negative; these are above zero, or a share between 0 and 1.
+POSITIVE = {
+    *("corpus.max_characters", "corpus.world.num_people", "corpus.world.num_values"),
+    *("encoder.temperature", "encoder.max_question_tokens", "encoder.max_passage_tokens", "encoder.length_groups"),
+    *("encoder.fresh.num_layers", "encoder.fresh.hidden", "encoder.fresh.num_heads", "encoder.fresh.intermediate"),
+    *("encoder.tokenizer.vocabulary", "generator.tokenizer.vocabulary", "generator.length_groups"),
+    *("generator.fresh.num_encoder_layers", "generator.fresh.num_decoder_layers", "generator.fresh.hidden"),
+    *("generator.fresh.num_heads", "generator.fresh.intermediate"),
+    *("generator.max_question_tokens", "generator.max_passage_tokens", "generator.max_answer_tokens"),
+    *("objective.temperature", "objective.target_temperature", "objective.scale", "objective.min_span"),
+    *("retrieval.k", "index.num_shards", "index.nprobe", "index.training_sample", "index.keep_generations"),
+    *("index.search_timeout_s", "refresh.num_workers", "refresh.chunk_passages", "refresh.batch_tokens"),
+    *("refresh.threads", "refresh.chunk_timeout_s", "training.batch_size", "training.log_every"),
+    *("training.stop_after_nonfinite", "engine.gradient_accumulation", "engine.epsilon", "engine.timeout_s"),
+    *("checkpoint.keep", "evaluation.batch_size", "evaluation.k", "evaluation.decoding.num_beams"),
+    *("evaluation.decoding.max_tokens", "monitor.init_timeout_s", "cluster.num_trainers"),
+    *("cluster.threads_per_trainer", "cluster.start_timeout_s"),
+}
+SHARES = {
+    *("corpus.world.lookalike_probability", "corpus.world.swap_fraction"),
+    *("encoder.fresh.dropout", "generator.fresh.dropout"),
+    *("objective.keep_probability", "objective.title_probability", "objective.drop_probability"),
+    *("engine.beta1", "engine.beta2"),
+}
+GPUS = {"cluster.trainer_gpus", "cluster.refresh_gpus", "cluster.shard_gpus"}
+
+_DATE = re.compile(r"(end|\d{4}-\d{2}-\d{2})?")
+_FACTORY = re.compile(r"Flat|SQfp16|IVF[1-9]\d*,Flat")
+_RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+
+
+def values_of(section: object, prefix: str = "") -> dict[str, object]:
+    """Dotted name -> value of every setting below `section`, a dataclass."""
+    values: dict[str, object] = {}
+    for entry in fields(section):  # pyright: ignore[reportArgumentType]
+        value = vars(section)[entry.name]
+        if is_dataclass(value):
+            values |= values_of(value, f"{prefix}{entry.name}.")
+        else:
+            values[f"{prefix}{entry.name}"] = value
+    return values
+
+
+def refuse(setting: str, value: object, allowed: str) -> ValueError:
+    """The error of one setting, in the words that all of them use."""
+    return ValueError(f"{setting}={value}: {allowed}")
+
+
+def suggestion(word: str, known: tuple[str, ...] | list[str], cutoff: float = 0.6) -> str:
+    """' Did you mean ...?' for the nearest known words, or nothing."""
+    near = get_close_matches(word, known, n=2, cutoff=cutoff)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def check_date(setting: str, value: str) -> None:
+    """Refuse what is neither empty, "end" nor YYYY-MM-DD."""
+    if not _DATE.fullmatch(value):
+        raise refuse(setting, value, 'must be empty, "end" or a date YYYY-MM-DD')
+
+
+def validate(settings: Settings) -> None:
+    """Check one resolved run. Raises ValueError."""
+    for setting, value in values_of(settings).items():
+        if isinstance(value, str):
+            _check_choice(setting, value, CHOICES.get(setting))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            _check_number(setting, value)
+    for mode in settings.evaluation.also:
+        _check_choice("evaluation.also", mode, ALSO)
+    _check_texts(settings)
+    _check_models(settings)
+    _check_objective(settings)
+    _check_refresh(settings)
+
+
+def _check_choice(setting: str, value: str, allowed: tuple[str, ...] | None) -> None:
+    if allowed is not None and value not in allowed:
+        raise refuse(setting, value, f"must be one of {', '.join(allowed)}.{suggestion(value, allowed)}")
+
+
+def _check_number(setting: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise refuse(setting, value, "must be a finite number")
+    if setting in GPUS:
+        if value != -1 and (value < 0 or (value > 1 and value != int(value))):
+            raise refuse(setting, value, "must be -1 (automatic), a share between 0 and 1, or a whole number of GPUs")
+    elif setting in POSITIVE:
+        if value <= 0:
+            raise refuse(setting, value, "must be at least 1" if isinstance(value, int) else "must be above 0")
+    elif setting in SHARES:
+        if not 0 <= value <= 1:
+            raise refuse(setting, value, "must be between 0 and 1")
+    elif value < 0:
+        raise refuse(setting, value, "must not be negative")
+
+
+def _check_texts(settings: Settings) -> None:
+    check_date("corpus.as_of", settings.corpus.as_of)
+    check_date("questions.as_of", settings.questions.as_of)
+    if not _RUN_NAME.fullmatch(settings.run.name):
+        raise refuse("run.name", settings.run.name, "must be letters, digits and ._- (the name of a folder)")
+    if not settings.run.directory:
+        raise refuse("run.directory", "", "must name a folder")
+    if not _FACTORY.fullmatch(settings.index.factory):
+        raise refuse("index.factory", settings.index.factory, "must be Flat, SQfp16 or IVFn,Flat (like IVF1024,Flat)")
+    for setting, template, needed in (
+        ("generator.template", settings.generator.template, ("{passages}", "{question}")),
+        ("generator.passage_template", settings.generator.passage_template, ("{text}",)),
+    ):
+        missing = [part for part in needed if part not in template]
+        if missing:
+            raise refuse(setting, repr(template), f"must contain {' and '.join(missing)}")
+
+
+def _check_models(settings: Settings) -> None:
+    for section, fresh in (("encoder", settings.encoder.fresh), ("generator", settings.generator.fresh)):
+        if fresh.hidden % fresh.num_heads:
+            raise refuse(f"{section}.fresh.hidden", fresh.hidden, f"must be a multiple of num_heads={fresh.num_heads}")
+    if settings.generator.kind == "copy" and settings.generator.name:
+        raise refuse("generator.name", settings.generator.name, "must be empty with generator.kind=copy (always fresh)")
+    engine = settings.engine
+    if engine.zero_stage > 3:
+        raise refuse("engine.zero_stage", engine.zero_stage, "must be 0, 1, 2 or 3")
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        raise refuse("engine.offload_optimizer", "true", "needs engine.zero_stage of 1, 2 or 3")
+    for setting, beta in (("engine.beta1", engine.beta1), ("engine.beta2", engine.beta2)):
+        if beta == 1:
+            raise refuse(setting, beta, "must be below 1")
+
+
+def _has_score_bias(objective: ObjectiveConfig) -> bool:
+    return objective.name == "fused" and objective.score_bias
+
+
+def _check_objective(settings: Settings) -> None:
+    objective, train = settings.objective, settings.training.train
+    if objective.min_span > objective.max_span:
+        raise refuse(
+            "objective.min_span", objective.min_span, f"must not exceed objective.max_span={objective.max_span}"
+        )
+    if objective.name in CONTRASTIVE:
+        if train in ("both", "generator_only"):
+            allowed = "must be retriever_only, query_only or none"
+            raise refuse(
+                "training.train", train, f"{allowed} with objective.name={objective.name}, which has no generator"
+            )
+        return
+    if _has_score_bias(objective) and settings.generator.kind == "causal":
+        allowed = "must be copy or fusion with objective.name=fused and objective.score_bias=true"
+        raise refuse("generator.kind", "causal", f"{allowed} (a causal model takes no bias per passage)")
+    if train not in TRAINS_RETRIEVER:
+        return
+    if objective.name == "fused" and not objective.score_bias:
+        allowed = "must be true, or training.train must be generator_only: without it no gradient reaches the retriever"
+        raise refuse("objective.score_bias", "false", allowed)
+    if settings.retrieval.source == "none":
+        allowed = f"must be index or gold with training.train={train}: the retriever learns from passages"
+        raise refuse("retrieval.source", "none", allowed)
+
+
+def _check_refresh(settings: Settings) -> None:
+    bound, every = settings.refresh.max_staleness_steps, settings.refresh.every_steps
+    moves = settings.training.train in ("both", "retriever_only") and settings.objective.name not in CONTRASTIVE
+    if bound and moves and (every == 0 or bound < every):
+        allowed = f"must be 0 (no bound) or at least refresh.every_steps={every}, which must not be 0 then"
+        raise refuse("refresh.max_staleness_steps", bound, f"{allowed}; training would wait for ever")

@@ -1,0 +1,122 @@
+"""Questions as a write-once directory: text, token rows, answers and the passages that state them.
+
+`questions.*` holds one JSON object per question, `tokens-SIDE.*` the token rows of its text, `answers.*` the token rows
+of all answers with `answer_starts` saying where each question's begin, `gold.*` passage numbers, `targets` the answer
+to train on.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from indexing.corpus import Question
+from indexing.snapshot import write_file, write_once
+from indexing.store import BATCH_PASSAGES, Store, TokenSide, batched, open_extra, tokenize
+from indexing.table import Ragged, RaggedWriter, TokenTable, check_rows, map_array
+
+KIND = "question store"
+
+
+class QuestionStore:
+    """Questions by number 0..n-1, in the order in which they were written."""
+
+    def __init__(self, path: Path, extra: dict[str, Any]) -> None:
+        self.path = path
+        self.corpus_fingerprint: str = extra["corpus_fingerprint"]  # of the store whose passage numbers are meant
+        self.num_without_gold: int = extra["num_without_gold"]  # questions none of whose passages is in the store
+        self.side_fingerprints: dict[str, str] = extra["sides"]
+        self.answer_fingerprint: str = extra["answer_side"]
+        self._questions = Ragged(path, "questions", "uint8")
+        self._tokens = {name: TokenTable(path, f"tokens-{name}") for name in self.side_fingerprints}
+        self._answers = TokenTable(path, "answers")
+        self._answer_starts = map_array(path / "answer_starts", "int64")
+        self._gold = Ragged(path, "gold", "int64")
+        self._targets = map_array(path / "targets", "int64")
+
+    @staticmethod
+    def open(path: str | Path, verify: bool = True) -> "QuestionStore":
+        """Open a question store; see `Store.open`."""
+        return QuestionStore(Path(path), open_extra(path, KIND, verify))
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def question(self, number: int) -> Question:
+        """The question as it was read. Raises IndexError."""
+        return Question(**json.loads(self._questions.text(number)))
+
+    def tokens(self, side: str) -> TokenTable:
+        """Token rows of the question text by question number. Raises ValueError that names the sides."""
+        if side not in self._tokens:
+            raise ValueError(f"questions {self.path} have no side {side!r}, only {sorted(self._tokens)}")
+        return self._tokens[side]
+
+    def answer_tokens(self, number: int) -> list[np.ndarray]:
+        """int32 token rows of the answers, in the order of `Question.answers`."""
+        check_rows(number, number, len(self))
+        return self._answers.rows(np.arange(self._answer_starts[number], self._answer_starts[number + 1]))
+
+    def gold_rows(self, number: int) -> np.ndarray:
+        """int64 [any]: numbers of the relevant passages that are in the store."""
+        return np.array(self._gold.row(number))
+
+    def target(self, number: int) -> int:
+        """The answer to train on: the first whose text stands in a relevant passage, otherwise 0."""
+        check_rows(number, number, len(self))
+        return int(self._targets[number])
+
+
+def write_questions(
+    path: str | Path, questions: Sequence[Question], sides: Sequence[TokenSide], answer_side: TokenSide, store: Store
+) -> QuestionStore:
+    """Write `questions` for the passages of `store` as a new question store, and open it.
+
+    `sides` make the tokens of the question text, `answer_side` those of each answer. Raises FileExistsError, and
+    ValueError for no questions.
+    """
+    if not questions:
+        raise ValueError(f"there are no questions to write to {path}")
+    gold = [[row for row in map(store.row_of, question.relevant) if row is not None] for question in questions]
+    seal = {
+        "kind": KIND,
+        "corpus_fingerprint": store.fingerprint,
+        "num_without_gold": sum(not rows for rows in gold),
+        "sides": {side.name: side.fingerprint for side in sides},
+        "answer_side": answer_side.fingerprint,
+    }
+    answers = [answer for question in questions for answer in question.answers]
+    starts = np.cumsum([0, *(len(question.answers) for question in questions)], dtype=np.int64)
+    with write_once(path, seal) as directory:
+        with RaggedWriter(directory, "questions", "uint8") as writer:
+            for batch in batched(questions, BATCH_PASSAGES):
+                writer.append([json.dumps(vars(question)).encode() for question in batch])
+        with ExitStack() as stack:
+            tables = [stack.enter_context(RaggedWriter(directory, f"tokens-{side.name}", "int32")) for side in sides]
+            for batch in batched(questions, BATCH_PASSAGES):
+                for side, table in zip(sides, tables, strict=True):
+                    table.append(tokenize(side, [("", question.text) for question in batch]))
+        with RaggedWriter(directory, "answers", "int32") as writer:
+            for batch in batched(answers, BATCH_PASSAGES):
+                writer.append(tokenize(answer_side, [("", answer) for answer in batch]))
+        with RaggedWriter(directory, "gold", "int64") as writer:
+            writer.append([np.array(rows, np.int64) for rows in gold])
+        write_file(directory / "answer_starts", [starts])
+        targets = [_target(question, rows, store) for question, rows in zip(questions, gold, strict=True)]
+        write_file(directory / "targets", [np.array(targets, np.int64)])
+    return QuestionStore.open(path, verify=False)
+
+
+def _target(question: Question, gold: Sequence[int], store: Store) -> int:
+    """The first answer that stands, as whole words and in whatever case, in a relevant passage; 0 when none does."""
+    passages = [store.passage(row) for row in gold]
+    text = "\n".join(f"{passage.title}\n{passage.text}" for passage in passages).casefold()
+    for number, answer in enumerate(question.answers):
+        wanted = answer.strip().casefold()
+        if wanted and re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text):
+            return number
+    return 0

@@ -1,0 +1,141 @@
+"""Batches as pure functions of (seed, number of the batch): a loader's position is one number, so a resume is exact.
+
+Questions come in an endless stream of shuffled passes. The global batch `n` is the stream's slice
+`[n * batch_size * world_size, (n + 1) * batch_size * world_size)`; each trainer takes its part of the slice, so
+the number of trainers changes who computes, never what is computed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from indexing.questions import QuestionStore
+from indexing.store import Store
+from training.models.copy_reader import pad_rows
+from training.models.generator import Generator
+from training.models.system import ContrastBatch, RetrievalBatch
+from training.settings import ObjectiveConfig
+
+
+
+def stream_slice(num_items: int, start: int, stop: int, seed: int) -> np.ndarray:
+    """Items `[start, stop)` of the endless stream of seeded permutations of `range(num_items)`; int64."""
+    parts = []
+    while start < stop:
+        number, offset = divmod(start, num_items)
+        taken = min(stop - start, num_items - offset)
+        parts.append(np.random.default_rng([seed, number]).permutation(num_items)[offset : offset + taken])
+        start += taken
+    return np.concatenate(parts)
+
+
+class Stream:
+    """This trainer's part of the endless stream."""
+
+    def __init__(self, num_items: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        if num_items < 1:
+            raise ValueError("questions.train: the split has no question left to train on")
+        self.num_items, self.batch_size, self.seed = num_items, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+
+    def batch(self, number: int) -> np.ndarray:
+        """Items of batch `number` [batch_size]."""
+        start = (number * self.world_size + self.rank) * self.batch_size
+        return stream_slice(self.num_items, start, start + self.batch_size, self.seed)
+
+
+class Collator:
+    """Token rows of questions and passages to the tensors of a batch; nothing is tokenised here."""
+
+    def __init__(self, store: Store, questions: QuestionStore, generator: Generator, pad_id: int) -> None:
+        self.questions, self.generator, self.pad_id = questions, generator, pad_id
+        self.passages_for_retriever = store.tokens("retriever")
+        self.passages_for_generator = store.tokens("generator")
+        self.questions_for_retriever = questions.tokens("retriever")
+        self.questions_for_generator = questions.tokens("generator")
+
+    def question_tensors(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Retriever's ids and mask of questions."""
+        return pad_rows(self.questions_for_retriever.rows(numbers), self.pad_id)
+
+    def __call__(self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True) -> RetrievalBatch:
+        """`passages[i]`: passage numbers for question `numbers[i]`; shorter lists are padded, an empty one is closed
+        book (the reader then sees one empty passage)."""
+        k = max(1, max(len(row) for row in passages))
+        flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in passages])
+        for_retriever = iter(self.passages_for_retriever.rows(flat))
+        for_generator = iter(self.passages_for_generator.rows(flat))
+        blank = np.array([self.pad_id], dtype=np.int32)
+        retriever_rows: list[np.ndarray] = []
+        generator_rows: list[list[np.ndarray]] = []
+        for row in passages:
+            retriever_rows += [next(for_retriever) for _ in row] + [blank] * (k - len(row))
+            generator_rows.append([next(for_generator) for _ in row] or [np.empty(0, dtype=np.int32)])
+        answers = [self.target(int(number)) for number in numbers] if with_answers else None
+        reader = self.generator.collate(self.questions_for_generator.rows(numbers), generator_rows, answers)
+        return RetrievalBatch(*self.question_tensors(numbers), *pad_rows(retriever_rows, self.pad_id), reader)
+
+    def target(self, number: int) -> np.ndarray:
+        """Tokens of the gold answer to train on."""
+        return self.questions.answer_tokens(number)[self.questions.target(number)]
+
+
+def gold_first(hits: np.ndarray, gold: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """One labelled passage and the k - 1 best retrieved others, in random order: reader warm-up with hard negatives."""
+    if not len(gold):
+        return hits[:k]
+    others = hits[~np.isin(hits, gold)][: k - 1]
+    return rng.permutation(np.append(others, rng.choice(gold)))
+
+
+class ClozeSource:
+    """Batches of the retriever's warm start, cut from the corpus itself; nothing is materialised.
+
+    inverse_cloze: a span of a passage (or its title) is the query, the passage without the span the positive (Lee et
+    al. 2019). independent_cropping: two spans of one passage (Izacard et al. 2022).
+    """
+
+    def __init__(self, store: Store, stream: Stream, config: ObjectiveConfig, separator_id: int, pad_id: int) -> None:
+        self.tokens = store.tokens("retriever")
+        self.stream, self.config = stream, config
+        self.separator_id, self.pad_id = separator_id, pad_id
+
+    def batch(self, number: int) -> ContrastBatch:
+        """Batch `number` of this trainer."""
+        numbers = self.stream.batch(number)
+        rng = np.random.default_rng([self.stream.seed, 1, number, self.stream.rank])
+        cut = self._crop if self.config.name == "independent_cropping" else self._cloze
+        pairs = [cut(row, rng) for row in self.tokens.rows(numbers)]
+        queries, passages = [query for query, _ in pairs], [passage for _, passage in pairs]
+        return ContrastBatch(
+            *pad_rows(queries, self.pad_id), *pad_rows(passages, self.pad_id), torch.from_numpy(numbers.astype(np.int64))
+        )
+
+    def _body(self, row: np.ndarray) -> tuple[int, int]:
+        """Where the text stands in `[CLS] title [SEP] text [SEP]`, or in `[CLS] title text [SEP]`."""
+        separators = np.flatnonzero(row[:-1] == self.separator_id)
+        return (int(separators[0]) + 1 if len(separators) else 1), len(row) - 1
+
+    def _span(self, start: int, stop: int, rng: np.random.Generator) -> tuple[int, int]:
+        length = min(int(rng.integers(self.config.min_span, self.config.max_span + 1)), max(1, stop - start))
+        first = int(rng.integers(start, max(start, stop - length) + 1))
+        return first, min(stop, first + length)
+
+    def _query(self, row: np.ndarray, first: int, last: int, rng: np.random.Generator) -> np.ndarray:
+        inner = row[first:last]
+        kept = inner[rng.random(len(inner)) >= self.config.drop_probability]
+        return np.concatenate([row[:1], kept if len(kept) else inner, row[-1:]])
+
+    def _cloze(self, row: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = self._body(row)
+        if start > 2 and rng.random() < self.config.title_probability:
+            return self._query(row, 1, start - 1, rng), row
+        first, last = self._span(start, stop, rng)
+        keep = rng.random() < self.config.keep_probability or last - first >= stop - start
+        return self._query(row, first, last, rng), row if keep else np.concatenate([row[:first], row[last:]])
+
+    def _crop(self, row: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        start, stop = self._body(row)
+        query = self._query(row, *self._span(start, stop, rng), rng)
+        return query, self._query(row, *self._span(start, stop, rng), rng)

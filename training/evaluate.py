@@ -1,0 +1,205 @@
+"""Run a split: ranking of the index, then answers written from the retrieved passages, each question measured alone.
+
+Every trainer takes its share of the questions and the same number of batches, because with sharded weights each
+forward is a collective; rank 0 has all rows at the end.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from indexing.questions import QuestionStore
+from indexing.store import Store
+from training.data import Collator
+from training.engine import Engine
+from training.metrics import answer_metrics, answer_recall, means, normalize_answer, ranking_metrics
+from training.models.decode import marginal_answers, top1_answers
+from training.retrieve import IndexService
+from training.settings import DecodingConfig, EvaluationConfig, ObjectiveConfig, RetrievalConfig
+
+CONTROLS = ("closed_book", "gold")  # reads no passage; reads the labelled passage
+DECODINGS = ("marginal", "fused", "top1")
+
+
+@dataclass
+class Evaluation:
+    """Means over the split, and what happened with each question."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0, in the order of the questions
+    generation: int = -1
+    weights_version: int = -1
+
+
+class Evaluator:
+    """Measures a system on questions of one store."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        collator: Collator,
+        store: Store,
+        service: IndexService | None,
+        to_text: Callable[[Sequence[int]], str],
+        config: EvaluationConfig,
+        retrieval: RetrievalConfig,
+        objective: ObjectiveConfig,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.engine, self.collator, self.store, self.service = engine, collator, store, service
+        self.to_text, self.config, self.retrieval, self.objective = to_text, config, retrieval, objective
+        self.progress = progress
+        self.questions: QuestionStore = collator.questions
+
+    def __call__(self, numbers: np.ndarray, also: Sequence[str] = (), texts: bool = False) -> Evaluation:
+        """Measure questions `numbers` under the configured decoding and under each mode of `also`. `texts`: recall by
+        answer string too, which reads the hits' texts. Raises ValueError for an empty split."""
+        if not len(numbers):
+            raise ValueError("questions.evaluate: the split has no question left to ask")
+        mine = self._my_share(numbers)
+        was_training = self.engine.module.training
+        self.engine.module.eval()
+        try:
+            evaluation = Evaluation()
+            rows = self._rank(mine, evaluation, texts)
+            for mode in (self.config.decoding.mode, *also):
+                self._answer(mine, rows, mode)
+        finally:
+            self.engine.module.train(was_training)
+        everyone = self.engine.gather_objects(rows)
+        by_number = {row["number"]: row for part in everyone for row in part}
+        evaluation.rows = [by_number[int(number)] for number in numbers]
+        evaluation.metrics = mean_of_rows(evaluation.rows)
+        return evaluation
+
+    def _my_share(self, numbers: np.ndarray) -> np.ndarray:
+        """Every trainer's part has the same size; the last ones repeat the first question."""
+        share = -(-len(numbers) // self.engine.world_size)
+        padded = np.concatenate([numbers, np.repeat(numbers[:1], share * self.engine.world_size - len(numbers))])
+        return padded[self.engine.rank :: self.engine.world_size]
+
+    def _batches(self, numbers: np.ndarray) -> list[slice]:
+        size = self.config.batch_size
+        return [slice(start, start + size) for start in range(0, len(numbers), size)]
+
+    def _rank(self, numbers: np.ndarray, evaluation: Evaluation, texts: bool) -> list[dict[str, Any]]:
+        """Search every question; rows with ranking metrics and the best `retrieval.k` hits."""
+        asked = [self.questions.question(int(number)) for number in numbers]
+        rows: list[dict[str, Any]] = [
+            {"number": int(number), "id": q.id, "question": q.text, "answers": q.answers, "old_answers": q.old_answers}
+            for number, q in zip(numbers, asked, strict=True)
+        ]
+        if self.service is None:
+            for row in rows:
+                row["hits"] = np.empty(0, dtype=np.int64)
+            return rows
+        depth = min(max(self.config.k, self.retrieval.k), self.service.num_passages)
+        hits = self._search(numbers, depth, evaluation)
+        gold = [self.questions.gold_rows(int(number)) for number in numbers]
+        measured = ranking_metrics(hits, gold)
+        if texts:
+            measured |= answer_recall([self._texts(row) for row in hits], [q.answers for q in asked])
+        for i, row in enumerate(rows):
+            row |= {name: float(values[i]) for name, values in measured.items()}
+            row["hits"] = hits[i, : self.retrieval.k]
+        return rows
+
+    def _search(self, numbers: np.ndarray, depth: int, evaluation: Evaluation) -> np.ndarray:
+        assert self.service is not None
+        pending = [
+            self.service.submit(encode_questions(self.engine, self.collator, numbers[part]), depth)
+            for part in self._batches(numbers)
+        ]
+        found = [search.result() for search in pending]
+        evaluation.generation, evaluation.weights_version = found[-1].generation, found[-1].weights_version
+        return np.concatenate([hits.ids for hits in found])
+
+    def _texts(self, hits: np.ndarray) -> list[str]:
+        passages = [self.store.passage(int(number)) for number in hits]
+        return [f"{passage.title} {passage.text}" for passage in passages]
+
+    def _answer(self, numbers: np.ndarray, rows: list[dict[str, Any]], mode: str) -> None:
+        """Write an answer to every question and measure it; the main mode's metrics carry no prefix."""
+        decoding = self.config.decoding if mode in CONTROLS else replace(self.config.decoding, mode=mode)
+        prefix = "" if mode == self.config.decoding.mode else f"{mode}/"
+        begin = time.monotonic()
+        for part in self._batches(numbers):
+            chunk = rows[part]
+            passages = [self._passages(row, mode) for row in chunk]
+            predictions, likelihoods = self._write(numbers[part], passages, decoding)
+            measured = answer_metrics(predictions, [row["answers"] for row in chunk])
+            old = answer_metrics(predictions, [row["old_answers"] for row in chunk])["exact_match"]
+            for i, row in enumerate(chunk):
+                row |= {f"{prefix}{name}": float(values[i]) for name, values in measured.items()}
+                row[f"{prefix}prediction"] = predictions[i]
+                row[f"{prefix}log_likelihood"] = likelihoods[i]
+                if row["old_answers"]:
+                    row[f"{prefix}old_exact_match"] = float(old[i])
+            done = min(part.stop, len(numbers))
+            rate = done / max(1e-9, time.monotonic() - begin)
+            left_s = (len(numbers) - done) / rate
+            self.progress(f"evaluate {mode}: {done}/{len(numbers)} questions, {rate:.0f}/s, {left_s:.0f} s left")
+
+    def _passages(self, row: dict[str, Any], mode: str) -> np.ndarray:
+        if mode == "closed_book" or (self.retrieval.source == "none" and mode != "gold"):
+            return np.empty(0, dtype=np.int64)
+        return self.questions.gold_rows(row["number"])[:1] if mode == "gold" else row["hits"]
+
+    def _write(
+        self, numbers: np.ndarray, passages: list[np.ndarray], decoding: DecodingConfig
+    ) -> tuple[list[str], list[float]]:
+        batch = self.collator(numbers, passages).to(self.engine.device)
+        score_bias = self.objective.name == "fused" and self.objective.score_bias
+        with torch.no_grad():
+            answers = self.engine("answer", batch, decoding, self.objective.temperature, score_bias)
+        texts = [self.to_text(tokens) for tokens in answers.decoded.tokens]
+        match decoding.mode:
+            case "fused":
+                predictions = texts
+            case "top1":
+                predictions = top1_answers(texts, answers.log_prior)
+            case _:
+                predictions = marginal_answers(texts, answers.decoded.log_probs, answers.log_prior)
+        return predictions, answers.log_likelihood.float().cpu().tolist()
+
+
+def encode_questions(engine: Engine, collator: Collator, numbers: np.ndarray) -> np.ndarray:
+    """float32 vectors [batch, dim] of questions, by the query encoder as it is now, without dropout."""
+    ids, mask = collator.question_tensors(numbers)
+    was_training = engine.module.training
+    engine.module.eval()
+    with torch.no_grad():
+        vectors = engine("encode_questions", ids.to(engine.device), mask.to(engine.device))
+    engine.module.train(was_training)
+    return vectors.float().cpu().numpy()
+
+
+def mean_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean of every number that rows carry, over the rows that carry it (NaN: not measurable for that question)."""
+    names = sorted({name for row in rows for name, value in row.items() if isinstance(value, float)})
+    return means({name: np.array([row.get(name, np.nan) for row in rows]) for name in names})
+
+
+def changed_questions(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `after` whose answers are others than in `before`, with what each system state said.
+
+    `new`: the prediction is right after the update; `old`: it is still the former answer and not a right one.
+    """
+    former = {row["id"]: row for row in before}
+    changed = []
+    for row in after:
+        known = former.get(row["id"])
+        if known is None or _normalized(known["answers"]) == _normalized(row["answers"]):
+            continue
+        old = answer_metrics([row["prediction"]], [known["answers"]])["exact_match"][0]
+        stale = float(old) if not row["exact_match"] else 0.0
+        changed.append({**row, "new": row["exact_match"], "old": stale, "before": known["exact_match"]})
+    return changed
+
+
+def _normalized(answers: Sequence[str]) -> set[str]:
+    return {normalize_answer(answer) for answer in answers}

@@ -1,0 +1,224 @@
+"""The algorithm, for every stage: pretraining, fine-tuning and alignment differ in data, objective and what trains.
+
+One trainer process runs `train`. It is handed an engine (collectives, weights), an index service (hits now, a newer
+index later), a source of batches and a monitor; it knows none of their machinery.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from training.engine import Engine
+from training.models.system import ContrastBatch, RetrievalBatch
+from training.models.weights import to_numpy
+from training.monitor import Monitor, Parts, memory_metrics
+from training.objectives.choose import compute, needs
+from training.retrieve import IndexService, IndexStatus
+from training.settings import ObjectiveConfig, TrainingConfig
+
+
+@dataclass
+class Fetched:
+    """One micro-batch on its device, and what is known of the hits in it."""
+
+    batch: RetrievalBatch | ContrastBatch
+    num_questions: int
+    search_wait_s: float = 0.0
+    generation: int | None = None
+    weights_version: int = 0
+    gold_in_k: float = 0.0  # share of questions with a labelled passage among the K
+
+
+class Source(Protocol):
+    """Where micro-batches come from; its position is part of the checkpoint."""
+
+    def next(self) -> Fetched:
+        """The next micro-batch."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What `next` needs to go on as if nothing had happened."""
+        ...
+
+
+@dataclass
+class LoopState:
+    """Where the loop is; saved whole with every checkpoint."""
+
+    step: int = 0  # optimiser steps done
+    published: int = -1  # newest weights version handed out
+    skipped_steps: int = 0  # updates left out because something was not finite
+    seconds: float = 0.0  # of training, over all attempts
+    blocked_steps: int = 0  # steps that waited because of refresh.max_staleness_steps
+
+
+@dataclass
+class Hooks:
+    """What the loop does besides training, each a plain function that does one thing; None: not in this stage."""
+
+    evaluate: Callable[[int], None] | None = None
+    evaluate_every: int = 0
+    save: Callable[[LoopState], None] | None = None
+    save_every: int = 0
+    publish_every: int = 0
+    publish_precision: str = "float32"
+    max_staleness_steps: int = 0
+    wait_timeout_s: float = 600.0
+
+
+@dataclass
+class Window:
+    """Sums over the micro-batches of one optimiser step."""
+
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+    fetched: list[Fetched] = field(default_factory=list)
+
+    def add(self, fetched: Fetched, stats: dict[str, torch.Tensor]) -> None:
+        """Remember one micro-batch."""
+        self.fetched.append(fetched)
+        for name, value in stats.items():
+            self.stats[name] = self.stats.get(name, torch.zeros((), device=value.device)) + value
+
+    def means(self) -> dict[str, float]:
+        """Means over the micro-batches; one transfer from the device."""
+        names = list(self.stats)
+        values = torch.stack([self.stats[name].float() for name in names]).tolist() if names else []
+        return {name: value / len(self.fetched) for name, value in zip(names, values, strict=True)}
+
+
+def train(
+    config: TrainingConfig,
+    objective: ObjectiveConfig,
+    engine: Engine,
+    source: Source,
+    service: IndexService | None,
+    monitor: Monitor,
+    state: LoopState,
+    hooks: Hooks,
+) -> LoopState:
+    """Run optimiser steps `state.step + 1 .. config.steps`; what follows the last one is the caller's. Raises FloatingPointError when updates are not finite
+    `config.stop_after_nonfinite` times in a row, TimeoutError when a bounded wait ends."""
+    needed = needs(objective)
+    task = ("contrast",) if needed.in_batch else ("likelihoods", needed, objective.temperature)
+    engine.module.train()
+    parts, window, resumed_at = Parts(), Window(), state.step
+    while state.step < config.steps:
+        # Between steps: evaluate, save. What was done before an interruption is not done again.
+        if not window.fetched and (state.step == 0 or state.step > resumed_at):
+            _between_steps(state, hooks)
+            parts.restart()
+
+        # The next micro-batch, searched while the last one trained.
+        with parts.measure("fetch"):
+            fetched = source.next()
+
+        # Forward, objective, backward, step.
+        with parts.measure("forward"):
+            outputs = engine(task[0], fetched.batch, *task[1:])
+            loss, stats = compute(objective, outputs)
+        with parts.measure("backward"):
+            engine.backward(loss)
+        rates = learning_rates(config, state.step)
+        with parts.measure("optimizer"):
+            result = engine.step(rates)
+        window.add(fetched, {"loss/total": loss.detach(), **stats})
+        if not result.at_boundary:
+            continue
+        state.step += 1
+        state.skipped_steps += not result.updated
+
+        # Hand out the encoder; the index follows by itself.
+        if service is not None and hooks.publish_every and state.step % hooks.publish_every == 0:
+            with parts.measure("publish"):
+                publish(engine, service, state, hooks.publish_precision)
+        if service is not None and hooks.max_staleness_steps:
+            _wait_if_stale(service, state, hooks, monitor)
+
+        # Log.
+        metrics = step_metrics(window, state, parts.pop(), service.status() if service is not None else None)
+        state.seconds += metrics["time/step_s"]
+        if state.step % config.log_every == 0 or state.step == config.steps or not result.updated:
+            metrics |= {f"optim/grad_norm_{name}": norm for name, norm in result.grad_norm.items()}
+            metrics |= {f"optim/lr_{name}": rate for name, rate in rates.items()}
+            monitor.log(metrics, state.step)
+        window = Window()
+        if result.skipped_in_a_row >= config.stop_after_nonfinite:
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {result.skipped_in_a_row} steps in a row (step {state.step}); no "
+                f"such update was applied. Lower training.lr_retriever or training.lr_generator, or set "
+                f"engine.precision=fp32; training.stop_after_nonfinite={config.stop_after_nonfinite}"
+            )
+    return state
+
+
+def publish(engine: Engine, service: IndexService, state: LoopState, precision: str) -> None:
+    """Gather the passage encoder (collective), hand it out from rank 0, and go on."""
+    weights = engine.passage_encoder_weights()
+    if engine.rank == 0:
+        service.publish(state.step, weights)
+    state.published = state.step
+
+
+def _between_steps(state: LoopState, hooks: Hooks, timer: Timer) -> None:
+    if hooks.evaluate is not None and hooks.evaluate_every and state.step % hooks.evaluate_every == 0:
+        with parts.measure("evaluate"):
+            hooks.evaluate(state.step)
+    if hooks.save is not None and hooks.save_every and state.step and state.step % hooks.save_every == 0:
+        with parts.measure("save"):
+            hooks.save(state)
+
+
+def _wait_if_stale(service: IndexService, state: LoopState, hooks: Hooks, monitor: Monitor) -> None:
+    """Training waits for a refresh here and nowhere else."""
+    oldest = state.step - hooks.max_staleness_steps
+    if oldest <= 0 or service.status().weights_version >= oldest:
+        return
+    monitor.message(f"step {state.step}: waits for an index of step {oldest} or newer (refresh.max_staleness_steps)")
+    state.blocked_steps += 1
+    service.wait_for_version(oldest, hooks.wait_timeout_s)
+
+
+def step_metrics(
+    window: Window, state: LoopState, times: dict[str, float], status: IndexStatus | None
+) -> dict[str, float]:
+    """Everything that is known of one optimiser step, by metric key."""
+    fetched, seconds = window.fetched, times["time/step_s"]
+    waited = sum(f.search_wait_s for f in fetched)
+    metrics = window.means()
+    metrics |= {
+        "perf/questions_per_s": sum(f.num_questions for f in fetched) / seconds,
+        "perf/tokens_per_s": sum(f.batch.num_tokens for f in fetched) / seconds,
+        "optim/skipped_steps": state.skipped_steps,
+        **times,
+        **memory_metrics(),
+    }
+    used = [f for f in fetched if f.generation is not None]
+    if used:
+        metrics |= {
+            "time/search_wait_s": waited,
+            "time/search_wait_share": waited / seconds,
+            "retrieval/gold_in_k": sum(f.gold_in_k for f in used) / len(used),
+            "index/generation": max(f.generation or 0 for f in used),
+            "index/staleness_steps": state.step - 1 - min(f.weights_version for f in used),
+            "index/blocked_steps": state.blocked_steps,
+        }
+    if status is not None:
+        metrics |= {
+            "index/generations_committed": status.generations_committed,
+            "index/refresh_s": status.refresh_seconds,
+            "index/refresh_failures": status.failures,
+            "perf/refresh_passages_per_s": status.refresh_passages_per_s,
+        }
+    return metrics
+
+
+def learning_rates(config: TrainingConfig, step: int) -> dict[str, float]:
+    """Learning rate of each group in optimiser step `step + 1`: linear warm-up, then linear to zero or constant."""
+    factor = 1.0
+    if step < config.warmup_steps:
+        factor = (step + 1) / (config.warmup_steps + 1)
+    elif config.schedule == "linear":
+        factor = max(0.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
+    return {"retriever": config.lr_retriever * factor, "generator": config.lr_generator * factor}

@@ -1,0 +1,304 @@
+"""A small encoder-decoder with a copy head, trained from random weights.
+
+Each passage is encoded together with the question; the decoder attends to one passage or to all of them. The next
+token is a mixture of the vocabulary and of a pointer over the passages' tokens: `gate * vocabulary + (1 - gate) *
+pointer` (See et al. 2017, "Get To The Point", equations 8 and 9), which lets a model of a few hundred steps write
+names it has never seen. A bias per passage, usually log p(z|q), may be added to the attention and pointer logits of
+that passage's tokens (Lewis et al. 2020, "Pre-training via Paraphrasing", equation 4), with gradient.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.models.decode import beam_search
+from training.models.generator import Decoded, Generator, ReaderBatch
+from training.models.packing import by_length
+from training.settings import GeneratorConfig
+
+
+@dataclass
+class CopyBatch(ReaderBatch):
+    """`[CLS] question [SEP] passage [SEP]` per passage."""
+
+    source_ids: Tensor  # int64 [batch * k, source]
+    source_mask: Tensor  # int64 [batch * k, source]
+    copy_mask: Tensor  # bool [batch * k, source]: the passage's tokens and the last [SEP]
+
+
+@dataclass
+class Memory:
+    """What the decoder attends to, with its projections, computed once."""
+
+    keys: list[Tensor]  # per decoder layer, [rows, heads, source, head_dim]
+    values: list[Tensor]
+    copy_keys: Tensor  # [rows, source, hidden]
+    source_ids: Tensor  # [rows, source]
+    attention_bias: Tensor  # float [rows, source]: 0, -inf at padding, plus the passage's bias
+    copy_bias: Tensor  # float [rows, source]
+
+    def repeat(self, times: int) -> "Memory":
+        """Every row `times` times in a row, for beams."""
+
+        def each(tensor: Tensor) -> Tensor:
+            return tensor.repeat_interleave(times, dim=0)
+
+        return Memory(
+            [each(t) for t in self.keys], [each(t) for t in self.values], each(self.copy_keys),
+            each(self.source_ids), each(self.attention_bias), each(self.copy_bias),
+        )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """Multi-head attention by plain matrix products: on a CPU the fused kernel's backward with a mask is slower."""
+
+    def __init__(self, hidden: int, num_heads: int) -> None:
+        super().__init__()
+        if hidden % num_heads:
+            raise ValueError(f"generator.fresh.hidden={hidden} must be a multiple of generator.fresh.num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden, bias=False)
+        self.value = nn.Linear(hidden, hidden)
+        self.output = nn.Linear(hidden, hidden)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[rows, tokens, hidden] to [rows, heads, tokens, head_dim]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `x`."""
+        return self.split(self.key(x)), self.split(self.value(x))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """`bias` is added to the logits and broadcasts to [rows, heads, queries, keys]."""
+        queries = self.split(self.query(x))
+        logits = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+        weights = (logits + bias.to(logits.dtype)).softmax(dim=-1)
+        return self.output((weights @ values).transpose(1, 2).flatten(2))
+
+
+class TiedEmbedding(nn.Embedding):
+    """Token embeddings that are the output layer too; called for both, so that sharded weights are gathered for both."""
+
+    def forward(self, input: Tensor, as_output: bool = False) -> Tensor:
+        """Embed ids, or map states [..., hidden] to logits [..., vocabulary]."""
+        return F.linear(input, self.weight) if as_output else super().forward(input)
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer; a decoder's attends to the memory between self-attention and feed-forward."""
+
+    def __init__(self, hidden: int, num_heads: int, intermediate: int, dropout: float, cross: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden)
+        self.attention = Attention(hidden, num_heads)
+        self.cross_norm = nn.LayerNorm(hidden) if cross else None
+        self.cross_attention = Attention(hidden, num_heads) if cross else None
+        self.feed_forward_norm = nn.LayerNorm(hidden)
+        self.feed_forward = nn.Sequential(nn.Linear(hidden, intermediate), nn.GELU(), nn.Linear(intermediate, hidden))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, bias: Tensor, memory: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """`memory`: keys, values and bias of what is attended to."""
+        normed = self.attention_norm(x)
+        x = x + self.dropout(self.attention(normed, *self.attention.project(normed), bias))
+        if memory is not None and self.cross_attention is not None and self.cross_norm is not None:
+            x = x + self.dropout(self.cross_attention(self.cross_norm(x), *memory))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory's states."""
+        assert self.cross_attention is not None
+        return self.cross_attention.project(states)
+
+
+class CopyReader(Generator):
+    """The small reader. `start_id`, `end_id`, `pad_id` are token ids of its tokeniser ([CLS], [SEP], [PAD])."""
+
+    def __init__(self, config: GeneratorConfig, vocabulary: int, start_id: int, end_id: int, pad_id: int) -> None:
+        super().__init__()
+        size = config.fresh
+        self.config, self.vocabulary = config, vocabulary
+        self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
+        self.max_source = config.max_question_tokens + config.max_passage_tokens + 3
+        self.tokens = TiedEmbedding(vocabulary, size.hidden)
+        self.source_positions = nn.Embedding(self.max_source, size.hidden)
+        self.target_positions = nn.Embedding(config.max_answer_tokens + 1, size.hidden)
+        self.segments = nn.Embedding(2, size.hidden)
+        layer = (size.hidden, size.num_heads, size.intermediate, size.dropout)
+        self.encoder = nn.ModuleList(Layer(*layer, cross=False) for _ in range(size.num_encoder_layers))
+        self.decoder = nn.ModuleList(Layer(*layer, cross=True) for _ in range(size.num_decoder_layers))
+        self.encoder_norm = nn.LayerNorm(size.hidden)
+        self.decoder_norm = nn.LayerNorm(size.hidden)
+        self.copy_query = nn.Linear(size.hidden, size.hidden)
+        self.copy_key = nn.Linear(size.hidden, size.hidden, bias=False)
+        self.gate = nn.Linear(size.hidden, 1)
+        self.apply(_initialise)
+
+    def collate(
+        self,
+        questions: Sequence[np.ndarray],
+        passages: Sequence[Sequence[np.ndarray]],
+        answers: Sequence[np.ndarray] | None,
+    ) -> CopyBatch:
+        k = max(len(rows) for rows in passages)
+        passage_mask = torch.tensor([[i < len(rows) for i in range(k)] for rows in passages])
+        sources: list[np.ndarray] = []
+        starts: list[int] = []
+        for question, rows in zip(questions, passages, strict=True):
+            head = np.concatenate([[self.start_id], question[: self.config.max_question_tokens], [self.end_id]])
+            for i in range(k):
+                tail = rows[i][: self.config.max_passage_tokens] if i < len(rows) else np.empty(0, dtype=np.int64)
+                sources.append(np.concatenate([head, tail, [self.end_id]]).astype(np.int64))
+                starts.append(len(head))
+        source_ids, source_mask = pad_rows(sources, self.pad_id)
+        copy_mask = (torch.arange(source_ids.shape[1]) >= torch.tensor(starts)[:, None]) & source_mask.bool()
+        answer_ids, answer_mask = self._answers(answers, len(questions))
+        return CopyBatch(answer_ids, answer_mask.bool(), passage_mask, source_ids, source_mask, copy_mask)
+
+    def _answers(self, answers: Sequence[np.ndarray] | None, batch: int) -> tuple[Tensor, Tensor]:
+        if answers is None:
+            return torch.zeros(batch, 0, dtype=torch.int64), torch.zeros(batch, 0, dtype=torch.int64)
+        limit = self.config.max_answer_tokens
+        return pad_rows([np.append(row[:limit], self.end_id) for row in answers], self.pad_id)
+
+    def read(self, batch: ReaderBatch) -> Tensor:
+        """Encoder states [batch * k, source, hidden]; each passage encoded once, in groups of like length."""
+        assert isinstance(batch, CopyBatch)
+        return by_length(self._encode, batch.source_ids, batch.source_mask, self.config.length_groups)
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        ends = (ids == self.end_id).long()
+        in_passage = (ends.cumsum(dim=1) - ends).clamp(max=1)  # everything after the question's [SEP]
+        x = self.tokens(ids) + self.segments(in_passage) + self.source_positions(positions)
+        bias = _mask_bias(mask.bool())[:, None, None, :]
+        for layer in self.encoder:
+            x = layer(x, bias)
+        return self.encoder_norm(x)
+
+    def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        assert isinstance(batch, CopyBatch)
+        k = batch.passage_mask.shape[1]
+        memory = self._memory_of_each(reading, batch)
+        targets = batch.answer_ids.repeat_interleave(k, dim=0)
+        log_probs = self._target_log_probs(memory, targets)
+        return log_probs.unflatten(0, (-1, k)).masked_fill(~batch.answer_mask[:, None], 0.0)
+
+    def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
+        assert isinstance(batch, CopyBatch)
+        memory = self._memory_of_all(reading, batch, passage_bias)
+        return self._target_log_probs(memory, batch.answer_ids).masked_fill(~batch.answer_mask, 0.0)
+
+    def _memory_of_each(self, states: object, batch: CopyBatch) -> Memory:
+        """One row of memory per passage."""
+        assert isinstance(states, Tensor)
+        return self._project(states, batch.source_ids, _mask_bias(batch.source_mask.bool()), _mask_bias(batch.copy_mask))
+
+    def _memory_of_all(self, states: object, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
+        """One row of memory per question: the real tokens of its passages, side by side."""
+        assert isinstance(states, Tensor)
+        num_questions, k = batch.passage_mask.shape
+        used = batch.source_mask.bool().unflatten(0, (num_questions, k)) & batch.passage_mask[..., None]
+        used = used.flatten(1)  # [batch, k * source]
+        width = int(used.sum(dim=1).max())
+        order = (~used).long().argsort(dim=1, stable=True)[:, :width]  # real tokens first, in order
+        kept = used.gather(1, order)
+        memory_states = states.unflatten(0, (num_questions, k)).flatten(1, 2)
+        memory_states = memory_states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+        source_ids = batch.source_ids.view(num_questions, -1).gather(1, order)
+        copyable = batch.copy_mask.view(num_questions, -1).gather(1, order) & kept
+        bias = torch.zeros(order.shape, device=states.device)
+        if passage_bias is not None:
+            # A padded passage has bias -inf and no token here: zero keeps its gradient finite.
+            per_passage = passage_bias.float().masked_fill(~batch.passage_mask, 0.0)
+            bias = per_passage.gather(1, order // batch.source_ids.shape[1])
+        return self._project(memory_states, source_ids, bias + _mask_bias(kept), bias + _mask_bias(copyable))
+
+    def _project(self, states: Tensor, source_ids: Tensor, attention_bias: Tensor, copy_bias: Tensor) -> Memory:
+        projected = [layer.project(states) for layer in self._decoder_layers()]
+        keys, values = [key for key, _ in projected], [value for _, value in projected]
+        return Memory(keys, values, self.copy_key(states), source_ids, attention_bias, copy_bias)
+
+    def _decoder_layers(self) -> Iterator[Layer]:
+        for layer in self.decoder:
+            assert isinstance(layer, Layer)
+            yield layer
+
+    def _decode(self, memory: Memory, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vocabulary logits [rows, tokens, vocabulary], pointer weights [rows, tokens, source], gate [rows, tokens]."""
+        length = inputs.shape[1]
+        x = self.tokens(inputs) + self.target_positions(torch.arange(length, device=inputs.device))
+        causal = _mask_bias(torch.ones(length, length, dtype=torch.bool, device=inputs.device).tril())
+        bias = memory.attention_bias[:, None, None, :]
+        for layer, keys, values in zip(self.decoder, memory.keys, memory.values, strict=True):
+            x = layer(x, causal, (keys, values, bias))
+        x = self.decoder_norm(x)
+        logits = self.tokens(x, as_output=True)
+        pointer = (self.copy_query(x) @ memory.copy_keys.transpose(1, 2)).float() / math.sqrt(x.shape[-1])
+        pointer = (pointer + memory.copy_bias[:, None]).softmax(dim=-1)
+        return logits, pointer, torch.sigmoid(self.gate(x).float()).squeeze(-1)
+
+    def _target_log_probs(self, memory: Memory, targets: Tensor) -> Tensor:
+        """float32 log-probabilities of `targets` [rows, tokens]; the mixture is never spread over the vocabulary."""
+        inputs = F.pad(targets, (1, 0), value=self.start_id)[:, :-1]
+        logits, pointer, gate = self._decode(memory, inputs)
+        written = (logits.gather(-1, targets[..., None]).squeeze(-1).float() - logits.float().logsumexp(dim=-1)).exp()
+        same = memory.source_ids[:, None, :] == targets[..., None]
+        copied = (pointer * same).sum(dim=-1)
+        return (gate * written + (1 - gate) * copied).clamp_min(1e-30).log()
+
+    def write(
+        self, reading: object, batch: ReaderBatch, fused: bool, max_tokens: int, num_beams: int, passage_bias: Tensor | None = None
+    ) -> Decoded:
+        assert isinstance(batch, CopyBatch)
+        memory = self._memory_of_all(reading, batch, passage_bias) if fused else self._memory_of_each(reading, batch)
+        rows = memory.source_ids.shape[0]
+        memory = memory.repeat(num_beams) if num_beams > 1 else memory
+        sources = memory.source_ids
+
+        def next_log_probs(prefix: Tensor) -> Tensor:
+            logits, pointer, gate = self._decode(memory, prefix)
+            gate, pointer = gate[:, -1:], pointer[:, -1]
+            mixed = gate * logits[:, -1].float().softmax(dim=-1)
+            mixed = mixed.scatter_add(1, sources, (1 - gate) * pointer)
+            mixed[:, self.pad_id] = 0.0
+            return mixed.clamp_min(1e-30).log()
+
+        max_tokens = min(max_tokens, self.config.max_answer_tokens)
+        sharded = hasattr(self.gate.weight, "ds_id")  # ZeRO 3: each step is a collective
+        return beam_search(
+            next_log_probs, rows, self.start_id, self.end_id, max_tokens, num_beams, sources.device, run_to_end=sharded
+        )
+
+
+def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ragged rows to int64 ids and mask [rows, longest]."""
+    width = max(len(row) for row in rows)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _mask_bias(mask: Tensor) -> Tensor:
+    """0 where `mask`, a large negative number elsewhere (finite, so that a row of padding stays finite)."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Normal(0, 0.02)-like weights: tied embeddings of this size do not start by predicting their own input."""
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

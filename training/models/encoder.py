@@ -1,0 +1,337 @@
+"""Text to vector: one tower from a Hugging Face or sentence-transformers checkpoint or from random weights, and the
+retriever made of two (shared, separate, or with a frozen passage side)."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from training.models.checkpoint_layout import POOLINGS, DenseLayout, Layout, read_layout
+from training.models.packing import by_length, row_lengths
+from training.models.weights import from_numpy
+from training.settings import EncoderConfig
+
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
+TRAIN = ("both", "query_only", "retriever_only", "generator_only", "none")
+
+
+class TextEncoder(nn.Module):
+    """A transformer, pooling over valid tokens, projections, L2 normalisation. Padding never changes a vector."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        pooling: tuple[str, ...] = ("mean",),
+        normalize: bool = True,
+        projections: nn.Module | None = None,
+        length_groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projections = projections if projections is not None else nn.Sequential()
+        self.pooling = pooling
+        self.normalize = normalize
+        self.length_groups = length_groups
+        linear = [module for module in self.projections.modules() if isinstance(module, nn.Linear)]
+        self.dim: int = linear[-1].out_features if linear else int(backbone.config.hidden_size) * len(pooling)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """float32 [n, dim] of token ids [n, t] and mask [n, t] (bool or integer, padding on the right).
+
+        A row without any valid token gets the vector of its first position: finite, and to be masked by the caller.
+        """
+        return by_length(self._encode, ids, mask, self.length_groups)
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.to(torch.int64)
+        first = torch.zeros_like(mask)
+        first[:, :1] = 1
+        mask = torch.where(mask.any(dim=1, keepdim=True), mask, first)
+        states = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        pooled = torch.cat([pool(states, mask, mode) for mode in self.pooling], dim=-1)
+        vectors = self.projections(pooled).to(torch.float32)
+        return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """One vector [n, dim] a row from `states` [n, t, dim] over the valid tokens of `mask` [n, t]; sums are float32."""
+    match mode:
+        case "mean":
+            total = (states * mask.unsqueeze(-1).to(states.dtype)).sum(dim=1, dtype=torch.float32)
+            return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(states.dtype)
+        case "cls":
+            chosen = mask.argmax(dim=1)
+        case "last":
+            chosen = (row_lengths(mask) - 1).clamp(min=0)
+        case "max":
+            return states.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(dim=1)
+        case _:
+            raise ValueError(f"encoder.pooling is {mode!r}; allowed: auto, {', '.join(POOLINGS)}")
+    return states[torch.arange(len(states), device=states.device), chosen]
+
+
+class Retriever(nn.Module):
+    """Query tower and passage tower. Shared towers are one object; separate ones share nothing."""
+
+    def __init__(self, query_encoder: TextEncoder, passage_encoder: TextEncoder, temperature: float) -> None:
+        super().__init__()
+        if query_encoder.dim != passage_encoder.dim:
+            raise ValueError(f"query vectors have {query_encoder.dim} numbers, passage vectors {passage_encoder.dim}")
+        self.query_encoder = query_encoder
+        self.passage_encoder = passage_encoder
+        self.temperature = temperature
+
+    @property
+    def shared(self) -> bool:
+        """Whether both towers are one."""
+        return self.query_encoder is self.passage_encoder
+
+    @property
+    def dim(self) -> int:
+        return self.query_encoder.dim
+
+    @property
+    def passage_prefix(self) -> str:
+        """What the names of the passage tower's weights start with in `named_parameters()`."""
+        return "query_encoder." if self.shared else "passage_encoder."
+
+    def encode_queries(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """float32 [batch, dim] of question tokens [batch, t]."""
+        return self.query_encoder(ids, mask)
+
+    def encode_passages(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """float32 [n, dim] of passage tokens [n, t]."""
+        return self.passage_encoder(ids, mask)
+
+    def scores(self, queries: Tensor, passages: Tensor) -> Tensor:
+        """float32 [batch, k]: inner products of queries [batch, dim] and passages [batch, k, dim], over temperature.
+
+        Products and sums are elementwise, which autocast leaves in float32.
+        """
+        products = queries.to(torch.float32).unsqueeze(1) * passages.to(torch.float32)
+        return products.sum(dim=-1) / self.temperature
+
+    def train(self, mode: bool = True) -> "Retriever":
+        """As usual, but a frozen tower stays in evaluation mode: its vectors are the index's, without dropout."""
+        super().train(mode)
+        for tower in (self.query_encoder, self.passage_encoder):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
+
+
+def build_encoder(config: EncoderConfig, vocab_size: int | None = None) -> TextEncoder:
+    """The tower that `config` describes; a fresh one needs the tokeniser's `vocab_size`.
+
+    Raises ValueError that names the setting when the checkpoint cannot be read, or is too short for the token limits.
+    """
+    _check(config)
+    if config.name:
+        encoder, limit = _checkpoint_encoder(config)
+    else:
+        encoder, limit = _fresh_encoder(config, vocab_size), None
+    for setting, tokens in _token_limits(config).items():
+        if limit is not None and tokens > limit:
+            raise ValueError(f"{setting} is {tokens}; {config.name!r} takes at most {limit}")
+    if config.gradient_checkpointing:
+        encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return encoder
+
+
+def build_retriever(config: EncoderConfig, train: str, vocab_size: int | None = None) -> Retriever:
+    """Both towers, with `requires_grad` set for `train`. query_only on shared towers: passages get a frozen copy."""
+    query_encoder = build_encoder(config, vocab_size)
+    separate = config.towers == "separate" or train == "query_only"
+    passage_encoder = copy.deepcopy(query_encoder) if separate else query_encoder
+    retriever = Retriever(query_encoder, passage_encoder, config.temperature)
+    set_trainable(retriever, train)
+    return retriever
+
+
+def set_trainable(retriever: Retriever, train: str) -> None:
+    """Set `requires_grad` of both towers: both and retriever_only train them, query_only the query side, the rest none.
+
+    Raises ValueError for another value, and for query_only on towers that are one object.
+    """
+    if train not in TRAIN:
+        raise ValueError(f"training.train is {train!r}; allowed: {', '.join(TRAIN)}")
+    if train == "query_only" and retriever.shared:
+        raise ValueError(
+            "training.train=query_only needs a passage tower of its own: build the retriever with query_only"
+        )
+    retriever.passage_encoder.requires_grad_(train in ("both", "retriever_only"))
+    retriever.query_encoder.requires_grad_(train in ("both", "retriever_only", "query_only"))
+    retriever.train(retriever.training)
+
+
+def passage_state(retriever: Retriever) -> dict[str, Tensor]:
+    """The passage tower's weights under the names of a `TextEncoder`: what is published."""
+    return dict(retriever.passage_encoder.state_dict())
+
+
+def load_passage_weights(encoder: TextEncoder, weights: Mapping[str, np.ndarray]) -> None:
+    """Put published arrays (`weights.to_numpy`) into `encoder`. Raises ValueError naming weights that do not fit."""
+    load_encoder_state(encoder, from_numpy(weights))
+
+
+def load_encoder_state(encoder: TextEncoder, state: Mapping[str, Tensor]) -> None:
+    """Strict loading with a message for users instead of torch's."""
+    own = encoder.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if missing or unknown or shapes:
+        raise ValueError(
+            f"these weights are not of this encoder: missing {missing[:3]}, unknown {unknown[:3]}, "
+            f"other shape {sorted(shapes)[:3]}"
+        )
+    encoder.load_state_dict(dict(state))
+
+
+def complete_towers(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """A state dict with both towers, from one of shared towers that was saved with one of them only.
+
+    `prefix` is the retriever's own place in the names, such as "retriever.". Fits shared and separate retrievers.
+    """
+    query, passage = f"{prefix}query_encoder.", f"{prefix}passage_encoder."
+    full = dict(state)
+    for name, tensor in state.items():
+        if name.startswith(query):
+            full.setdefault(passage + name[len(query) :], tensor)
+        elif name.startswith(passage):
+            full.setdefault(query + name[len(passage) :], tensor)
+    return full
+
+
+def choose_attention(setting: str, name: str) -> str:
+    """`auto` is eager on a CPU, where SDPA's backward with a padding mask is slow, and sdpa on a GPU."""
+    if setting not in ATTENTIONS:
+        raise ValueError(f"{name} is {setting!r}; allowed: {', '.join(ATTENTIONS)}")
+    if setting == "auto":
+        return "sdpa" if torch.cuda.is_available() else "eager"
+    return setting
+
+
+def load_pretrained(auto_class: Any, name: str, setting: str, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` in float32, quietly. Raises ValueError that names `setting` when there is nothing to read."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(name, dtype=torch.float32, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{setting}={name!r} cannot be loaded: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check(config: EncoderConfig) -> None:
+    """One clear line for a wrong value."""
+    normalize = str(config.normalize).lower()
+    allowed: dict[str, tuple[str, tuple[str, ...]]] = {
+        "encoder.towers": (config.towers, ("shared", "separate")),
+        "encoder.pooling": (config.pooling, ("auto", *POOLINGS)),
+        "encoder.normalize": (normalize, ("auto", "true", "false")),
+    }
+    for setting, (value, choices) in allowed.items():
+        if value not in choices:
+            raise ValueError(f"{setting} is {value!r}; allowed: {', '.join(choices)}")
+    if not config.temperature > 0:
+        raise ValueError(f"encoder.temperature is {config.temperature}; allowed: above 0")
+    for setting, value in _token_limits(config).items():
+        if value < 3:
+            raise ValueError(f"{setting} is {value}; allowed: at least 3")
+
+
+def _token_limits(config: EncoderConfig) -> dict[str, int]:
+    return {
+        "encoder.max_question_tokens": config.max_question_tokens,
+        "encoder.max_passage_tokens": config.max_passage_tokens,
+    }
+
+
+def _fresh_encoder(config: EncoderConfig, vocab_size: int | None) -> TextEncoder:
+    """BERT of `encoder.fresh`'s size with random weights, without pooler."""
+    if not vocab_size:
+        raise ValueError("encoder.name is empty: a fresh encoder needs the tokeniser's vocabulary size")
+    fresh = config.fresh
+    if fresh.hidden % fresh.num_heads:
+        raise ValueError(f"encoder.fresh.hidden is {fresh.hidden}; allowed: a multiple of num_heads={fresh.num_heads}")
+    options: dict[str, Any] = {"attn_implementation": choose_attention(config.attention, "encoder.attention")}
+    shape = BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=fresh.hidden,
+        num_hidden_layers=fresh.num_layers,
+        num_attention_heads=fresh.num_heads,
+        intermediate_size=fresh.intermediate,
+        hidden_dropout_prob=fresh.dropout,
+        attention_probs_dropout_prob=fresh.dropout,
+        max_position_embeddings=max(_token_limits(config).values()),
+        **options,
+    )
+    backbone = BertModel(shape, add_pooling_layer=False)
+    pooling = ("mean",) if config.pooling == "auto" else (config.pooling,)
+    return TextEncoder(backbone, pooling, _normalize(config, True), length_groups=config.length_groups)
+
+
+def _checkpoint_encoder(config: EncoderConfig) -> tuple[TextEncoder, int | None]:
+    """The encoder of `encoder.name`, and the number of tokens that it takes. A plain Hugging Face checkpoint says
+    nothing about pooling and normalisation: mean and true."""
+    layout = read_layout(config.name) or Layout(pooling=("mean",), normalize=True)
+    backbone = load_pretrained(
+        AutoModel,
+        config.name,
+        "encoder.name",
+        subfolder=layout.transformer_folder,
+        attn_implementation=choose_attention(config.attention, "encoder.attention"),
+        trust_remote_code=config.trust_remote_code,
+    )
+    if backbone.config.is_encoder_decoder:
+        backbone = cast(PreTrainedModel, backbone.get_encoder())
+    if "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters:
+        backbone.register_module("pooler", None)  # unused weights would be published, clipped and saved
+    backbone.config.use_cache = False
+    pooling = layout.pooling if config.pooling == "auto" else (config.pooling,)
+    limits = [limit for limit in (layout.max_tokens, _num_positions(backbone)) if limit is not None]
+    encoder = TextEncoder(
+        backbone,
+        pooling,
+        _normalize(config, layout.normalize),
+        nn.Sequential(*(_dense(dense) for dense in layout.dense)),
+        config.length_groups,
+    )
+    return encoder, min(limits, default=None)
+
+
+def _normalize(config: EncoderConfig, otherwise: bool) -> bool:
+    setting = str(config.normalize).lower()
+    return otherwise if setting == "auto" else setting == "true"
+
+
+def _num_positions(backbone: PreTrainedModel) -> int | None:
+    """Positions of learned embeddings; RoBERTa's start after its padding index. None for relative or rotary ones."""
+    for name, module in backbone.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - offset
+    return None
+
+
+def _dense(layout: DenseLayout) -> nn.Module:
+    """A projection with its weights."""
+    linear = nn.Linear(layout.in_features, layout.out_features, bias=layout.bias)
+    if layout.weights.suffix == ".safetensors":
+        state = load_file(str(layout.weights))
+    else:
+        state = torch.load(layout.weights, map_location="cpu", weights_only=True)
+    linear.load_state_dict({name.removeprefix("linear."): tensor.to(torch.float32) for name, tensor in state.items()})
+    activation = getattr(nn, layout.activation, None)
+    if activation is None or not issubclass(activation, nn.Module):
+        raise ValueError(f"activation {layout.activation!r} of a Dense module is no class of torch.nn")
+    return nn.Sequential(linear, activation())

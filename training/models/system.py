@@ -1,0 +1,152 @@
+"""The trained module: retriever and generator under one roof, so that one engine and one backward serve both.
+
+Everything the engine is asked for goes through `System.forward(task, ...)`: sharded weights are then gathered by the
+engine's own hooks whatever part runs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.models.encoder import Retriever
+from training.models.generator import Decoded, Generator, ReaderBatch
+from training.objectives.contrastive import gather_rows, in_batch
+from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
+from training.settings import DecodingConfig
+
+
+@dataclass
+class RetrievalBatch:
+    """Questions with their K retrieved passages, as both models read them."""
+
+    question_ids: Tensor  # int64 [batch, tokens], retriever's tokeniser
+    question_mask: Tensor
+    passage_ids: Tensor  # int64 [batch * k, tokens]
+    passage_token_mask: Tensor
+    reader: ReaderBatch
+
+    def to(self, device: torch.device | str) -> "RetrievalBatch":
+        """The same batch on `device`."""
+        tensors = (self.question_ids, self.question_mask, self.passage_ids, self.passage_token_mask)
+        return RetrievalBatch(*(t.to(device, non_blocking=True) for t in tensors), self.reader.to(device))
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens that the two encoders and the reader see."""
+        answers = int(self.reader.answer_mask.sum())
+        return int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum()) + answers
+
+
+@dataclass
+class ContrastBatch:
+    """Query spans and the passages they were cut from."""
+
+    query_ids: Tensor  # int64 [batch, tokens]
+    query_mask: Tensor
+    passage_ids: Tensor  # int64 [batch, tokens]
+    passage_token_mask: Tensor
+    passage_numbers: Tensor  # int64 [batch]: equal numbers are one passage, never a negative of itself
+
+    def to(self, device: torch.device | str) -> "ContrastBatch":
+        """The same batch on `device`."""
+        tensors = (self.query_ids, self.query_mask, self.passage_ids, self.passage_token_mask, self.passage_numbers)
+        return ContrastBatch(*(t.to(device, non_blocking=True) for t in tensors))
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens that the encoders see."""
+        return int(self.query_mask.sum()) + int(self.passage_token_mask.sum())
+
+
+@dataclass
+class Answers:
+    """What the system writes for a batch of questions."""
+
+    log_prior: Tensor  # float32 [batch, k]: log p(z|q), -inf at padded passages
+    log_likelihood: Tensor  # float32 [batch]: log p(gold answer|q), marginal over the passages or fused
+    decoded: Decoded  # batch answers if fused, else batch * k
+
+
+class System(nn.Module):
+    """Retriever and generator as one module."""
+
+    def __init__(self, retriever: Retriever, generator: Generator) -> None:
+        super().__init__()
+        self.retriever = retriever
+        self.generator = generator
+
+    def forward(self, task: str, *arguments: Any) -> Any:
+        """One entrance for the engine: `likelihoods | contrast | encode_questions | answer`."""
+        match task:
+            case "likelihoods":
+                return self.likelihoods(*arguments)
+            case "contrast":
+                return self.contrast(*arguments)
+            case "encode_questions":
+                return self.retriever.encode_queries(*arguments)
+            case "answer":
+                return self.answer(*arguments)
+        raise AssertionError(f"no task named {task}")
+
+    def scores(self, batch: RetrievalBatch) -> Tensor:
+        """float32 [batch, k]: inner products of fresh vectors over the temperature."""
+        queries = self.retriever.encode_queries(batch.question_ids, batch.question_mask)
+        passages = self.retriever.encode_passages(batch.passage_ids, batch.passage_token_mask)
+        return self.retriever.scores(queries, passages.unflatten(0, (queries.shape[0], -1)))
+
+    def likelihoods(self, batch: RetrievalBatch, needs: Needs, temperature: float) -> Likelihoods:
+        """Scores and the token log-probabilities that the objective needs; every passage is encoded once by the reader."""
+        scores = self.scores(batch)
+        reading = self.generator.read(batch.reader)
+        per_passage = fused = None
+        if needs.per_passage and needs.per_passage_gradient:
+            per_passage = self.generator.per_passage_log_probs(reading, batch.reader)
+        elif needs.per_passage:
+            per_passage = self._detached_per_passage(reading, batch.reader)
+        if needs.fused:
+            bias = retrieval_log_probs(scores, batch.reader.passage_mask, temperature) if needs.score_bias else None
+            fused = self.generator.fused_log_probs(reading, batch.reader, bias)
+        return Likelihoods(
+            scores=scores,
+            per_passage=per_passage,
+            fused=fused,
+            answer_mask=batch.reader.answer_mask,
+            passage_mask=batch.reader.passage_mask,
+        )
+
+    @torch.no_grad()
+    def _detached_per_passage(self, reading: object, batch: ReaderBatch) -> Tensor:
+        """A distillation target: dropout off; the passages are encoded again only if dropout touched their encoding."""
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.generator.modules())
+        if not (self.generator.training and dropout):
+            return self.generator.per_passage_log_probs(reading, batch)
+        self.generator.eval()
+        try:
+            return self.generator.per_passage_log_probs(self.generator.read(batch), batch)
+        finally:
+            self.generator.train()
+
+    def contrast(self, batch: ContrastBatch) -> Likelihoods:
+        """Scores of the spans against the passages of the whole batch, of every trainer's batch."""
+        queries = self.retriever.encode_queries(batch.query_ids, batch.query_mask)
+        passages = self.retriever.encode_passages(batch.passage_ids, batch.passage_token_mask)
+        return in_batch(queries, passages, batch.passage_numbers, self.retriever.temperature, gather_rows)
+
+    @torch.no_grad()
+    def answer(self, batch: RetrievalBatch, decoding: DecodingConfig, temperature: float, score_bias: bool) -> Answers:
+        """Write answers. `score_bias`: the fused reader was trained with log p(z|q) in its attention."""
+        prior = retrieval_log_probs(self.scores(batch), batch.reader.passage_mask, temperature)
+        reading = self.generator.read(batch.reader)
+        fused = decoding.mode == "fused"
+        bias = prior if fused and score_bias else None
+        if batch.reader.answer_ids.shape[1] == 0:
+            log_likelihood = torch.zeros(prior.shape[0])
+        elif fused:
+            log_likelihood = self.generator.fused_log_probs(reading, batch.reader, bias).sum(dim=1)
+        else:
+            per_passage = self.generator.per_passage_log_probs(reading, batch.reader).sum(dim=2)
+            log_likelihood = mixture_log_probs(prior, per_passage, batch.reader.passage_mask)
+        decoded = self.generator.write(reading, batch.reader, fused, decoding.max_tokens, decoding.num_beams, bias)
+        return Answers(prior, log_likelihood, decoded)

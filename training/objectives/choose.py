@@ -1,0 +1,64 @@
+"""From an objective's settings to its function: one `match` says what it needs, one computes it.
+
+A new objective is a pure function in the file of its family and one case in each of the two.
+"""
+
+from torch import Tensor
+
+from training.objectives.check import check_objective
+from training.objectives.contrastive import info_nce
+from training.objectives.distillation import emdr2, pdist
+from training.objectives.likelihood import fused_likelihood, rag_sequence, rag_token
+from training.objectives.likelihoods import Likelihoods, Needs, Stats
+from training.settings import ObjectiveConfig
+
+
+def needs(config: ObjectiveConfig) -> Needs:
+    """What has to be computed for this objective. Raises ValueError for settings that are not allowed."""
+    check_objective(config)
+    match config.name:
+        # likelihood.py: gradient to the generator and to both encoders
+        case "rag_sequence" | "rag_token":
+            return Needs(per_passage=True, per_passage_gradient=True)
+        case "fused":
+            return Needs(fused=True, score_bias=config.score_bias)
+        # distillation.py: the generator learns from its fused likelihood, the retriever from a detached target
+        case "emdr2" | "pdist":
+            return Needs(fused=True, per_passage=True)
+        # contrastive.py: no generator
+        case "inverse_cloze" | "independent_cropping":
+            return Needs(in_batch=True)
+        case _:
+            raise AssertionError(f"check_objective let {config.name!r} through")
+
+
+def compute(config: ObjectiveConfig, outputs: Likelihoods) -> tuple[Tensor, Stats]:
+    """The loss, a scalar times `config.scale`, and detached statistics (`loss/*` before the scale).
+
+    The loss always depends on the scores, with gradient 0 where the objective gives none: a rank whose graph never
+    touches the retriever would make the collectives of ZeRO disagree.
+    """
+    match config.name:
+        case "rag_sequence":
+            loss, stats = rag_sequence(outputs, config.temperature)
+        case "rag_token":
+            loss, stats = rag_token(outputs, config.temperature)
+        case "fused":
+            loss, stats = fused_likelihood(outputs, config.temperature)
+        case "emdr2":
+            loss, stats = emdr2(outputs, config.level, config.weight, config.temperature)
+        case "pdist":
+            loss, stats = pdist(
+                outputs,
+                config.normalization,
+                config.reduction,
+                config.weight,
+                config.temperature,
+                config.target_temperature,
+            )
+        case "inverse_cloze" | "independent_cropping":
+            loss, stats = info_nce(outputs, config.temperature)
+        case _:
+            raise ValueError(f"objective.name={config.name!r} is no objective; see training/objectives/check.py")
+    touch = (0.0 * outputs.scores.masked_fill(~outputs.passage_mask, 0.0)).sum()
+    return config.scale * (loss + touch), stats

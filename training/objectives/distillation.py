@@ -1,0 +1,99 @@
+"""Distillation objectives: the generator learns from its own fused likelihood, the retriever from a detached target.
+
+EMDR2 is Singh et al. 2021, "End-to-End Training of Multi-Document Reader and Retriever", equation 4 (`sequence`); its
+published code sums over passages at every token (`token`). PDist is perplexity distillation of Izacard et al. 2022,
+"Atlas", section 2.2; REPLUG-LSR (Shi et al. 2023) and the LSR of RA-DIT (Lin et al. 2023) differ in temperatures.
+The per-passage log-probabilities are detached here, whatever graph they come with.
+"""
+
+from torch import Tensor
+
+from training.objectives.likelihoods import (
+    Likelihoods,
+    Stats,
+    answer_lengths,
+    answer_tokens,
+    entropy,
+    mean_over_questions,
+    mean_over_tokens,
+    mixture_log_probs,
+    retrieval_log_probs,
+)
+
+
+def emdr2(
+    outputs: Likelihoods, level: str = "sequence", weight: float = 1.0, temperature: float = 1.0
+) -> tuple[Tensor, Stats]:
+    """-mean_t f + weight * retriever loss; that is -logsumexp_k(log p_k + sg(L_k)) (`level` sequence) or
+    -1/T sum_t logsumexp_k(log p_k + sg(l_kt)) (token)."""
+    assert outputs.per_passage is not None
+    assert outputs.answer_mask is not None
+    prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
+    target = answer_tokens(outputs.per_passage.detach(), outputs.answer_mask)
+    match level:
+        case "sequence":
+            marginal = mixture_log_probs(prior, target.sum(dim=-1), outputs.passage_mask)
+        case "token":
+            tokens = mixture_log_probs(prior, target, outputs.passage_mask)
+            marginal = mean_over_tokens(tokens, outputs.answer_mask)
+        case _:
+            raise ValueError(f"objective.level={level!r}: allowed are sequence, token")
+    retriever = -mean_over_questions(marginal, outputs.num_questions)
+    return _total(retriever, weight, prior, outputs)
+
+
+def pdist(
+    outputs: Likelihoods,
+    normalization: str = "length",
+    reduction: str = "batch",
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    target_temperature: float = 1.0,
+) -> tuple[Tensor, Stats]:
+    """-mean_t f + weight * KL(target || p) with target = sg(softmax_k(g / target_temperature)).
+
+    g = L_k / T (`normalization` length) or L_k (none). `reduction` batch averages over questions; elements divides
+    each question's divergence by its number of real passages as well, as published code does.
+    """
+    assert outputs.per_passage is not None
+    assert outputs.answer_mask is not None
+    prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
+    gains = answer_tokens(outputs.per_passage.detach(), outputs.answer_mask).sum(dim=-1)
+    match normalization:
+        case "length":
+            gains = gains / answer_lengths(outputs.answer_mask).unsqueeze(-1)
+        case "none":
+            pass
+        case _:
+            raise ValueError(f"objective.normalization={normalization!r}: allowed are length, none")
+    target = retrieval_log_probs(gains, outputs.passage_mask, target_temperature)
+    divergence = kl_to_target(target, prior, outputs.passage_mask)
+    match reduction:
+        case "batch":
+            pass
+        case "elements":
+            divergence = divergence / outputs.passage_mask.sum(dim=-1).clamp(min=1)
+        case _:
+            raise ValueError(f"objective.reduction={reduction!r}: allowed are batch, elements")
+    loss, stats = _total(mean_over_questions(divergence, outputs.num_questions), weight, prior, outputs)
+    return loss, stats | {"retrieval/target_entropy": entropy(target, outputs.passage_mask)}
+
+
+def kl_to_target(target: Tensor, prior: Tensor, passage_mask: Tensor) -> Tensor:
+    """KL(target || prior) [batch] of two log-distributions [batch, k] over the real passages."""
+    # Padding is -inf in both: masked before the product, or -inf - -inf would be NaN in value and gradient.
+    target, prior = (x.masked_fill(~passage_mask, 0.0) for x in (target, prior))
+    return (target.exp() * (target - prior)).masked_fill(~passage_mask, 0.0).sum(dim=-1)
+
+
+def _total(retriever: Tensor, weight: float, prior: Tensor, outputs: Likelihoods) -> tuple[Tensor, Stats]:
+    """Generator loss plus weighted retriever loss, with the statistics that every objective of this family has."""
+    assert outputs.fused is not None
+    assert outputs.answer_mask is not None
+    means = mean_over_tokens(outputs.fused, outputs.answer_mask)
+    generator = -mean_over_questions(means, outputs.num_questions)
+    return generator + weight * retriever, {
+        "loss/generator": generator.detach(),
+        "loss/retriever": retriever.detach(),
+        "retrieval/entropy": entropy(prior, outputs.passage_mask),
+    }

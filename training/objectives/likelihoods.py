@@ -1,0 +1,98 @@
+"""What an objective sees, and the masked arithmetic that every objective shares.
+
+Symbols: `s` score, `p` retrieval distribution, `l` per-passage token log-probability, `L` its sum over the answer, `f`
+fused token log-probability. Everything is computed in float32 (float64 where an input is float64), is finite for one
+passage, padded passages and scores of +-1e4, and sums over questions before it divides by a given number of
+questions, so that accumulation and data parallelism cannot change the answer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Stats = dict[str, Tensor]
+
+
+@dataclass
+class Likelihoods:
+    """Scores of fresh encoders and what the generator says of the answers. `k` is the number of candidates of a
+    contrastive objective."""
+
+    scores: Tensor  # [batch, k], inner products already divided by the encoder's temperature
+    passage_mask: Tensor  # bool [batch, k]: False for padding, or a candidate that is no fair negative
+    answer_mask: Tensor | None = None  # bool [batch, tokens]: False for padding
+    per_passage: Tensor | None = None  # l [batch, k, tokens]: log P(y_t | y_<t, q, z_k), 0 at padding
+    fused: Tensor | None = None  # f [batch, tokens]: log P(y_t | y_<t, q, z_1..K), 0 at padding
+    positives: Tensor | None = None  # int64 [batch]: column of the positive; contrastive objectives only
+    num_questions: float | None = None  # denominator of sums over questions; None: batch
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the trained module has to compute before `compute` can be called."""
+
+    per_passage: bool = False  # `Likelihoods.per_passage`
+    per_passage_gradient: bool = False  # it carries gradient; otherwise score without gradient and with dropout off
+    fused: bool = False  # `Likelihoods.fused`
+    score_bias: bool = False  # the fused pass gets `retrieval_log_probs` as passage bias, with gradient
+    in_batch: bool = False  # no generator: `contrastive.in_batch` makes the Likelihoods from pairs of vectors
+
+
+def in_full_precision(values: Tensor) -> Tensor:
+    """`values` in float32, or in float64 where they are float64 already."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def retrieval_log_probs(scores: Tensor, passage_mask: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(z|q) = log softmax_k(scores / temperature) over the real passages, [batch, k].
+
+    Padding gets -inf. A row of nothing but padding gets zeros and no gradient.
+    """
+    logits = (in_full_precision(scores) / temperature).masked_fill(~passage_mask, float("-inf"))
+    some = passage_mask.any(dim=-1, keepdim=True)
+    return torch.log_softmax(torch.where(some, logits, 0.0), dim=-1).masked_fill(~some, 0.0)
+
+
+def mixture_log_probs(prior: Tensor, values: Tensor, passage_mask: Tensor) -> Tensor:
+    """logsumexp_k(prior_k + values_k) over the real passages.
+
+    prior [batch, k] of `retrieval_log_probs`; values [batch, k] or [batch, k, tokens], ignored (even NaN) at padding.
+    Returns [batch] or [batch, tokens]; 0 without gradient for a row of nothing but padding.
+    """
+    missing = ~passage_mask
+    empty = missing.all(dim=-1)
+    if values.dim() == 3:
+        prior, missing, empty = prior.unsqueeze(-1), missing.unsqueeze(-1), empty.unsqueeze(-1)
+    joint = prior + in_full_precision(values).masked_fill(missing, 0.0)
+    # An empty row of -inf would have gradient NaN; its prior is 0, so that only the final mask is needed.
+    return torch.logsumexp(joint, dim=1).masked_fill(empty, 0.0)
+
+
+def answer_tokens(values: Tensor, answer_mask: Tensor) -> Tensor:
+    """values [batch, tokens] or [batch, k, tokens] with 0 wherever answer_mask [batch, tokens] leaves out a token,
+    whatever (even NaN) stands there: neither prompt nor padding enters a likelihood."""
+    left_out = ~answer_mask if values.dim() == 2 else ~answer_mask.unsqueeze(1)
+    return in_full_precision(values).masked_fill(left_out, 0.0)
+
+
+def answer_lengths(answer_mask: Tensor) -> Tensor:
+    """Number of answer tokens [batch], at least 1, so that an empty answer costs nothing instead of dividing by 0."""
+    return answer_mask.sum(dim=-1).clamp(min=1)
+
+
+def mean_over_tokens(values: Tensor, answer_mask: Tensor) -> Tensor:
+    """Mean of values [batch, tokens] over each answer's own tokens, [batch]."""
+    return answer_tokens(values, answer_mask).sum(dim=-1) / answer_lengths(answer_mask)
+
+
+def mean_over_questions(values: Tensor, num_questions: float | None) -> Tensor:
+    """Sum of values [batch] divided by num_questions (None: batch)."""
+    return values.sum() / (values.shape[0] if num_questions is None else num_questions)
+
+
+@torch.no_grad()
+def entropy(log_probs: Tensor, passage_mask: Tensor) -> Tensor:
+    """Mean entropy in nats of distributions [batch, k] over their real passages."""
+    terms = (log_probs.exp() * log_probs).masked_fill(~passage_mask, 0.0)
+    return -terms.sum(dim=-1).mean()

@@ -1,0 +1,63 @@
+"""The processes that train together, and small things that they tell each other."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """The process group of the launcher (Ray Train, torchrun), or one of this process alone where there is none.
+
+    Every method is collective: all ranks call it in the same order. None waits longer than `timeout_s`. The group is
+    never left, since DeepSpeed keeps groups that it made from it.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        on_gpu, timeout = torch.cuda.is_available(), timedelta(seconds=timeout_s)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not dist.is_initialized():
+            backend = "nccl" if on_gpu else "gloo"
+            if "WORLD_SIZE" in os.environ:
+                dist.init_process_group(backend, timeout=timeout)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        set_timeout(None, timeout_s)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.all_reduce_sum([0.0])
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is true on some rank."""
+        return self.all_reduce_sum([float(flag)])[0] > 0
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over ranks, in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's `value` (pickled) on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value` (pickled) on every rank, by rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def set_timeout(group: Any, timeout_s: float) -> None:
+    """Bound the collectives of a process group (None: the one of all ranks)."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)

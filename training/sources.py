@@ -1,0 +1,90 @@
+"""The micro-batches of a stage: questions with their hits, or spans cut from the corpus for a warm start."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from indexing.merge import Hits
+from training.data import ClozeSource, Collator, gold_first
+from training.loop import Fetched
+from training.retrieve import Prefetcher
+from training.settings import RetrievalConfig
+
+
+class RetrievedBatches:
+    """Questions with the passages that the index returned, searched ahead by the prefetcher."""
+
+    def __init__(
+        self, prefetcher: Prefetcher, collator: Collator, config: RetrievalConfig, device: torch.device, seed: int
+    ) -> None:
+        self.prefetcher, self.collator, self.config, self.device, self.seed = prefetcher, collator, config, device, seed
+        self._trained = prefetcher.position
+
+    def next(self) -> Fetched:
+        """The next micro-batch on the device."""
+        searched = self.prefetcher.next()
+        gold = [self.collator.questions.gold_rows(int(number)) for number in searched.questions]
+        hits = searched.hits.ids
+        if self.config.source == "gold":
+            rng = np.random.default_rng([self.seed, 2, searched.number])
+            passages = [gold_first(row, rows, self.config.k, rng) for row, rows in zip(hits, gold, strict=True)]
+        else:
+            passages = list(hits[:, : self.config.k])
+        batch = self.collator(searched.questions, passages).to(self.device)
+        found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
+        self._trained = searched.number + 1
+        return Fetched(
+            batch,
+            num_questions=len(searched.questions),
+            search_wait_s=searched.wait_s,
+            generation=searched.hits.generation,
+            weights_version=searched.hits.weights_version,
+            gold_in_k=float(np.mean(found)),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Number of the next batch, and the hits of those already searched."""
+        ahead = [(h.ids, h.scores, h.generation, h.weights_version) for h in self.prefetcher.state()]
+        return {"number": self._trained, "ahead": ahead}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; the prefetcher must start at `state["number"]`."""
+        self._trained = state["number"]
+        self.prefetcher.restore([Hits(*values) for values in state["ahead"]])
+
+
+class ClosedBookBatches:
+    """Questions without passages: the control, and a stage that needs no index."""
+
+    def __init__(self, collator: Collator, batch_of: Callable[[int], np.ndarray], device: torch.device, start: int = 0) -> None:
+        self.collator, self.batch_of, self.device, self.number = collator, batch_of, device, start
+
+    def next(self) -> Fetched:
+        """The next micro-batch on the device."""
+        questions = self.batch_of(self.number)
+        self.number += 1
+        batch = self.collator(questions, [np.empty(0, dtype=np.int64)] * len(questions)).to(self.device)
+        return Fetched(batch, num_questions=len(questions))
+
+    def state(self) -> dict[str, Any]:
+        """Number of the next batch."""
+        return {"number": self.number}
+
+
+class ClozeBatches:
+    """Spans and the passages they were cut from."""
+
+    def __init__(self, source: ClozeSource, device: torch.device, start: int = 0) -> None:
+        self.source, self.device, self.number = source, device, start
+
+    def next(self) -> Fetched:
+        """The next micro-batch on the device."""
+        batch = self.source.batch(self.number).to(self.device)
+        self.number += 1
+        return Fetched(batch, num_questions=len(batch.passage_numbers))
+
+    def state(self) -> dict[str, Any]:
+        """Number of the next batch."""
+        return {"number": self.number}

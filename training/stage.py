@@ -1,0 +1,285 @@
+"""One stage in one trainer process: build, restore, train, measure, save. Every rank runs the same lines.
+
+The stage is described by a `StageJob` (sections and places, no objects), so that it can be sent to a process; the index
+service is handed in, so that the same code runs under Ray and, in tests, without it.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from indexing.questions import QuestionStore
+from indexing.store import Store
+from training.checkpoint import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
+from training.data import ClozeSource, Collator, Stream
+from training.engine import Engine
+from training.evaluate import Evaluation, Evaluator, encode_questions
+from training.jsonl import append_line, plain
+from training.loop import Hooks, LoopState, Source, publish, train
+from training.models.build import build_system, parameter_groups
+from training.models.encoder import complete_towers
+from training.models.system import System
+from training.models.tokenizers import load_tokenizer, pad_id, to_text
+from training.monitor import Monitor
+from training.objectives.choose import needs
+from training.retrieve import IndexService, Prefetcher
+from training.settings import (
+    CheckpointConfig,
+    EncoderConfig,
+    EngineConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    MonitorConfig,
+    ObjectiveConfig,
+    RetrievalConfig,
+    TrainingConfig,
+)
+from training.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches
+
+EVALUATION_FILE, PREDICTIONS_FILE = "evaluation.json", "predictions.jsonl"
+PROGRESS_EVERY_S = 5.0
+
+
+@dataclass
+class StageJob:
+    """Everything that a trainer process needs to know."""
+
+    run_dir: str
+    passages: str  # store of the corpus
+    train_questions: str  # store, or "" where none are trained on
+    evaluate_questions: str  # store, or "" where nothing is evaluated
+    tokenizers: str  # folder of retriever/ and generator/
+    init_from: str  # checkpoint whose weights the stage starts from, or ""
+    seed: int
+    threads: int
+    fingerprint: str  # of the settings: which evaluation belongs to which
+    encoder: EncoderConfig
+    generator: GeneratorConfig
+    objective: ObjectiveConfig
+    retrieval: RetrievalConfig
+    training: TrainingConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    monitor: MonitorConfig
+    publish_every: int = 0
+    publish_precision: str = "float32"
+    max_staleness_steps: int = 0
+    wait_timeout_s: float = 1800.0  # for a generation, at the start and at the end
+    index_from_snapshot: bool = False  # the service was started with the generation that the checkpoint names
+    config: dict[str, Any] = field(default_factory=dict)  # resolved settings, for the monitor
+
+
+class Stage:
+    """The objects of one trainer process."""
+
+    def __init__(self, job: StageJob, service: IndexService | None, stream: TextIO | None = None) -> None:
+        """Build models, engine and monitor. Collective."""
+        torch.set_num_threads(job.threads)
+        self.job, self.service, self.run_dir = job, service, Path(job.run_dir)
+        folder = Path(job.tokenizers)
+        tokenizers = (load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator"))
+        self.store = Store.open(job.passages, verify=False)
+        self.system = build_system(job.encoder, job.generator, job.training.train, tokenizers, job.seed)
+        self.engine = Engine(self.system, job.engine, parameter_groups(self.system))
+        self.pad_id, self.separator_id = pad_id(tokenizers[0]), tokenizers[0].sep_token_id
+        self.to_text: Callable[[Any], str] = lambda tokens: to_text(tokenizers[1], tokens)
+        self.monitor = Monitor(
+            self.run_dir, job.monitor, job.config, job.training.steps, self.engine.rank, stream=stream
+        )
+        self.state = LoopState()
+        self.source: Source | None = None
+        self.evaluator = self._make_evaluator() if job.evaluate_questions else None
+        self._last_progress = 0.0
+
+    # ---------------------------------------------------------------- the stage, in order
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, measure, save; what was measured, on rank 0. Raises what the loop raises."""
+        job = self.job
+        with self.monitor:
+            loader_state = self.restore()
+            self.serve_index(fresh=not job.index_from_snapshot)
+            if job.training.steps > self.state.step:
+                self.source = self.make_source(loader_state)
+                begin = time.monotonic()
+                train(
+                    job.training, job.objective, self.engine, self.source, self.service, self.monitor, self.state, self.hooks()
+                )
+                self.monitor.message(f"trained to step {self.state.step} in {time.monotonic() - begin:.0f} s")
+            if self.retriever_trains and self.state.step:
+                self.serve_index(fresh=self.state.published != self.state.step)
+            result = self.finish()
+        return result
+
+    def restore(self) -> dict[str, Any] | None:
+        """Newest complete checkpoint of this run, else the weights of `init_from`, else as built. Collective."""
+        job = self.job
+        torch.manual_seed(job.seed * 1000 + self.engine.rank)
+        found = self.engine.broadcast_object(self._newest() if self.engine.rank == 0 else None)
+        if found is not None and job.training.train != "none":
+            state, rank_state = load_checkpoint(Path(found), self.engine)
+            self.state = LoopState(**state["loop"])
+            self.monitor.message(f"resumes from {found} at step {self.state.step}")
+            self.monitor.event("resumed", checkpoint=found, step=self.state.step)
+            return rank_state["source"]
+        if job.init_from:
+            weights = complete_towers(load_weights(Path(job.init_from)), "retriever.") if self.engine.rank == 0 else {}
+            self.engine.load_consolidated(weights)
+            self.monitor.message(f"starts from {job.init_from}")
+        return None
+
+    def serve_index(self, fresh: bool) -> None:
+        """Wait until a generation of the present weights serves. Collective."""
+        if self.service is None:
+            return
+        if fresh:
+            publish(self.engine, self.service, self.state, self.job.publish_precision)
+        begin = time.monotonic()
+        self.service.wait_for_version(self.state.published if fresh else 0, self.job.wait_timeout_s)
+        self.monitor.message(
+            f"index of {self.service.num_passages} passages serves (step {self.state.step}, {time.monotonic() - begin:.1f} s)"
+        )
+
+    def make_source(self, loader_state: dict[str, Any] | None) -> Source:
+        """Micro-batches from where the checkpoint stood."""
+        job, engine = self.job, self.engine
+        place = (job.seed, engine.rank, engine.world_size)
+        start = loader_state["number"] if loader_state else 0
+        if needs(job.objective).in_batch:
+            stream = Stream(len(self.store), job.training.batch_size, *place)
+            cloze = ClozeSource(self.store, stream, job.objective, self.separator_id, self.pad_id)
+            return ClozeBatches(cloze, engine.device, start)
+        questions = QuestionStore.open(job.train_questions, verify=False)
+        collator = Collator(self.store, questions, self.system.generator, self.pad_id)
+        stream = Stream(len(questions), job.training.batch_size, *place)
+        if self.service is None:
+            return ClosedBookBatches(collator, stream.batch, engine.device, start)
+        k, depth = job.retrieval.k, job.retrieval.prefetch_depth
+        # A labelled passage takes one place: search one more, so that k - 1 others are left.
+        k = min(k + (job.retrieval.source == "gold"), self.service.num_passages)
+        prefetcher = Prefetcher(
+            self.service, stream.batch, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start
+        )
+        source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, job.seed)
+        if loader_state:
+            source.restore(loader_state)
+        return source
+
+    def hooks(self) -> Hooks:
+        """What the loop does between steps."""
+        job = self.job
+        return Hooks(
+            evaluate=self.evaluate_briefly if self.evaluator is not None else None,
+            evaluate_every=job.evaluation.every_steps,
+            save=self.save,
+            save_every=job.checkpoint.every_steps,
+            publish_every=job.publish_every if self.retriever_trains else 0,
+            publish_precision=job.publish_precision,
+            max_staleness_steps=job.max_staleness_steps if self.retriever_trains else 0,
+            wait_timeout_s=job.wait_timeout_s,
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the whole split, save, and write down what was measured."""
+        result: dict[str, Any] = {"step": self.state.step, "fingerprint": self.job.fingerprint, "metrics": {}}
+        result |= {"train_seconds": self.state.seconds, "blocked_steps": self.state.blocked_steps}
+        if self.evaluator is not None:
+            numbers = np.arange(len(self.evaluator.questions))
+            evaluation = self.evaluator(numbers, also=self.job.evaluation.also, texts=True)
+            self._log_evaluation(evaluation)
+            result |= {"metrics": evaluation.metrics, "generation": evaluation.generation}
+            result |= {"weights_version": evaluation.weights_version, "num_questions": len(numbers)}
+            if self.engine.rank == 0:
+                self._write_predictions(evaluation)
+        if self.service is not None:
+            result["generations_committed"] = self.service.status().generations_committed
+        if self.source is not None:
+            self.save(self.state)
+        if self.engine.rank == 0:
+            self.monitor.summary(result["metrics"])
+            partial = self.run_dir / f".{EVALUATION_FILE}"
+            partial.write_text(json.dumps(plain(result), indent=1), encoding="utf-8")
+            partial.rename(self.run_dir / EVALUATION_FILE)
+        self.engine.barrier()
+        return result
+
+    # ---------------------------------------------------------------- parts
+
+    @property
+    def retriever_trains(self) -> bool:
+        """Whether the passage encoder changes, so that the index has something to follow."""
+        return any(p.requires_grad for p in self.system.retriever.passage_encoder.parameters())
+
+    def save(self, state: LoopState) -> None:
+        """Checkpoint, with the index generation in use. Collective."""
+        assert self.source is not None
+        generation = self._save_index()
+        save_checkpoint(
+            self.run_dir,
+            state.step,
+            self.engine,
+            state={"loop": asdict(state), "generation": generation, "fingerprint": self.job.fingerprint},
+            rank_state={"source": self.source.state()},
+            keep=self.job.checkpoint.keep,
+            folders={"tokenizers": Path(self.job.tokenizers)},
+        )
+        self.monitor.event("checkpoint", step=state.step, generation=generation)
+
+    def _save_index(self) -> int:
+        """Number of the generation on disk, -1 where there is none; a full disk costs the snapshot, not the run."""
+        if self.service is None or not self.job.checkpoint.index or self.engine.rank:
+            return -1
+        generation = self.service.status().generation
+        try:
+            self.service.save_generation(generation, self.job.wait_timeout_s)
+        except (OSError, TimeoutError) as error:
+            self.monitor.message(f"index generation {generation} was not saved, a resume will encode again: {error}")
+            self.monitor.event("index_save_failed", generation=generation, message=str(error))
+            return -1
+        return generation
+
+    def evaluate_briefly(self, step: int) -> None:
+        """Evaluation during training, on a fixed sample."""
+        assert self.evaluator is not None
+        limit, total = self.job.evaluation.max_questions, len(self.evaluator.questions)
+        numbers = np.arange(total)
+        if 0 < limit < total:
+            numbers = np.sort(np.random.default_rng(self.job.seed).permutation(total)[:limit])
+        self._log_evaluation(self.evaluator(numbers))
+
+    def _log_evaluation(self, evaluation: Evaluation) -> None:
+        split = Path(self.job.evaluate_questions).name.removeprefix("questions-")
+        metrics = {f"eval/{split}/{name}": value for name, value in evaluation.metrics.items()}
+        metrics[f"eval/{split}/index_version"] = evaluation.weights_version
+        self.monitor.log(metrics, self.state.step)
+
+    def _make_evaluator(self) -> Evaluator:
+        questions = QuestionStore.open(self.job.evaluate_questions, verify=False)
+        collator = Collator(self.store, questions, self.system.generator, self.pad_id)
+        job = self.job
+        return Evaluator(
+            self.engine, collator, self.store, self.service, self.to_text, job.evaluation, job.retrieval, job.objective,
+            self._progress,
+        )  # fmt: skip
+
+    def _progress(self, text: str) -> None:
+        if time.monotonic() - self._last_progress > PROGRESS_EVERY_S:
+            self._last_progress = time.monotonic()
+            self.monitor.message(text)
+
+    def _newest(self) -> str | None:
+        found = newest_checkpoint(self.run_dir, self.monitor.message)
+        return str(found) if found is not None else None
+
+    def _write_predictions(self, evaluation: Evaluation) -> None:
+        path = self.run_dir / PREDICTIONS_FILE
+        path.unlink(missing_ok=True)
+        for row in evaluation.rows:
+            append_line(path, {**row, "hits": self.store.ids(row["hits"])})
