@@ -47,7 +47,7 @@ wanted_extra() {
         echo "$TANDEM_EXTRA"
     elif [[ -f $stamp && $(head -n 1 "$stamp") == "gpu "* ]]; then
         echo gpu
-    elif command -v nvidia-smi >/dev/null && timeout 20 nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    elif command -v nvidia-smi >/dev/null && [[ $(timeout 20 nvidia-smi -L 2>/dev/null) == GPU* ]]; then
         echo gpu
     else
         echo cpu
@@ -91,21 +91,9 @@ install() { # $1: the stamp, $2: extras
         "(Debian and Ubuntu: apt install g++)"
 }
 
-# ---- several nodes -----------------------------------------------------------------------------------------------
+# ---- several machines: cluster/nodes.py does the rest ---------------------------------------------------------------
 
-is_loopback() { [[ $1 == 127.* || $1 == localhost || $1 == ::1 ]]; }
-
-# The address of a Slurm node as the others see it; many hosts call themselves 127.0.1.1.
-address_of() {
-    local address
-    address=$(getent ahostsv4 "$1" | awk 'NR == 1 { print $1 }')
-    if [[ -z $address ]] || is_loopback "$address"; then
-        address=$(hostname -I | awk '{ print $1 }')
-    fi
-    echo "$address"
-}
-
-# Fills TANDEM_HEAD, TANDEM_NODES and TANDEM_NODE_RANK from Slurm; from the batch script it first goes to every node.
+# Says to cluster/nodes.py where this Slurm node stands; from the batch script it first goes to every node of the job.
 use_slurm() {
     if [[ ${SLURM_STEP_NUM_NODES:-0} != "$SLURM_JOB_NUM_NODES" ]]; then
         export TANDEM_EXTRA=$extra # the nodes share this environment
@@ -113,68 +101,10 @@ use_slurm() {
             ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 "$root/launch.sh" "$@"
     fi
     [[ ${SLURM_LOCALID:-0} == 0 ]] || exit 0 # one Ray node a machine
-    local head
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    TANDEM_HEAD=$(address_of "$head"):$((20000 + SLURM_JOB_ID % 10000))
-    TANDEM_NODES=$SLURM_JOB_NUM_NODES
-    TANDEM_NODE_RANK=$SLURM_NODEID
-    token_name=slurm-$SLURM_JOB_ID
-}
-
-# Without a token whoever reaches the port can run code. The head makes it, in a folder that all nodes see.
-share_token() {
-    export RAY_AUTH_MODE=token
-    export RAY_AUTH_TOKEN_PATH=${TANDEM_TOKEN_FILE:-$root/runs/.token-${token_name:-${TANDEM_HEAD//[^A-Za-z0-9]/-}}}
-    if [[ $TANDEM_NODE_RANK == 0 && ! -s $RAY_AUTH_TOKEN_PATH ]]; then
-        made_token=$RAY_AUTH_TOKEN_PATH
-        (
-            umask 077
-            mkdir -p "$(dirname "$made_token")"
-            od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$made_token.new"
-            mv "$made_token.new" "$made_token"
-        )
-    fi
-    local waited=0
-    until [[ -s $RAY_AUTH_TOKEN_PATH ]]; do
-        ((waited++ < ${TANDEM_NODES_TIMEOUT_S:-300})) || die "no token in $RAY_AUTH_TOKEN_PATH: put the same file (mode 600) on every node and name it in TANDEM_TOKEN_FILE"
-        sleep 1
-    done
-}
-
-clean_up() {
-    rm -f "${done_file:-}" "${made_token:-}"
-}
-
-# Starts Ray on this node, runs the command on the head, stops Ray. symmetric-run exits 0 when Ray does not start: only
-# the mark that the command line writes after success counts.
-run_on_nodes() {
-    [[ $TANDEM_HEAD == *:* ]] || die "TANDEM_HEAD=$TANDEM_HEAD: must be HOST:PORT" 2
-    [[ ${TANDEM_NODES:=1} =~ ^[1-9][0-9]*$ ]] || die "TANDEM_NODES=$TANDEM_NODES: must be the number of nodes" 2
-    [[ ${TANDEM_NODE_RANK:-} =~ ^[0-9]+$ ]] || die "TANDEM_NODE_RANK=${TANDEM_NODE_RANK:-}: must be 0 on the head, 1.. on the others" 2
-    if ((TANDEM_NODES > 1)) && is_loopback "${TANDEM_HEAD%:*}"; then
-        die "TANDEM_HEAD=$TANDEM_HEAD: must be the head's address as the other nodes see it" 2
-    fi
-    "$venv/bin/tandem" show "${@:2}" >/dev/null || exit $?
-    trap clean_up EXIT
-    share_token
-    done_file=$(mktemp)
-    export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=${TANDEM_NODES_TIMEOUT_S:-300}
-    local code=0 ray_node
-    say "node $TANDEM_NODE_RANK of $TANDEM_NODES, head $TANDEM_HEAD"
-    set -m # its own process group, so that a signal reaches all of it
-    "$venv/bin/ray" symmetric-run --address "$TANDEM_HEAD" --min-nodes "$TANDEM_NODES" --disable-usage-stats -- \
-        env RAY_ADDRESS="$TANDEM_HEAD" TANDEM_DONE_FILE="$done_file" "$venv/bin/tandem" "$@" &
-    ray_node=$!
-    trap 'kill -INT -- "-$ray_node" 2>/dev/null || true' INT TERM
-    while kill -0 "$ray_node" 2>/dev/null; do
-        code=0
-        wait "$ray_node" || code=$?
-    done
-    if ((code == 0 && TANDEM_NODE_RANK == 0)) && [[ $(<"$done_file") != "done" ]]; then
-        say "the command did not finish: Ray did not start, or the nodes did not meet"
-        code=1
-    fi
-    exit "$code"
+    local nodes
+    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export TANDEM_HEAD=${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))
+    export TANDEM_NODES=$SLURM_JOB_NUM_NODES TANDEM_NODE_RANK=$SLURM_NODEID
 }
 
 # ---- main --------------------------------------------------------------------------------------------------------
@@ -199,7 +129,7 @@ case $verb in
 train | index | evaluate)
     if [[ -z ${RAY_ADDRESS:-} ]]; then
         if [[ -z ${TANDEM_HEAD:-} && ${SLURM_JOB_NUM_NODES:-1} -gt 1 ]]; then use_slurm "$@"; fi
-        if [[ -n ${TANDEM_HEAD:-} ]]; then run_on_nodes "$@"; fi
+        if [[ -n ${TANDEM_HEAD:-} ]]; then exec "$venv/bin/python" -P -m cluster.nodes "$@"; fi
     fi
     ;;
 esac

@@ -7,8 +7,8 @@ serving generation, urgent because searches wait for it). Consumers: one thread 
   bounded by refresh.chunk_timeout_s in the port.
 - `run` waits until each of its chunks is staged or belongs to a lost shard. It is woken by the threads; if no chunk
   gets done for `stall_s` it gives up with a message.
-- An urgent run has its shards for itself: chunks of other jobs for them are dropped, as if the shard had been lost, and
-  those under way are waited for. So a shard never stages two generations in turn.
+- `claim` takes a shard away from the jobs under way, as if it had been lost to them, and waits for chunks in flight to
+  it: a shard stages one generation at a time, and the repair's comes first.
 - A lost worker costs its chunk, which goes back to the front of the queue; its thread then waits for the worker to
   come back, while the others go on.
 """
@@ -88,7 +88,6 @@ class EncodePool:
         job = Job(generation, weights, chunks)
         with self._changed:
             if urgent:
-                self._claim(job)
                 self._jobs.appendleft(job)
             else:
                 self._jobs.append(job)
@@ -97,18 +96,18 @@ class EncodePool:
                 self._wait(job)
             self._jobs.remove(job)
         if job.error is not None:
-            raise RefreshFailed(str(job.error)) from job.error
+            raise RefreshFailed(str(job.error), final=isinstance(job.error, ValueError)) from job.error
         return job.lost_shards
 
-    def _claim(self, job: Job) -> None:
-        """Take the job's shards away from all other jobs. Call with the lock held."""
-        shards = {chunk.shard for chunk in job.waiting}
-        others = list(self._jobs)
-        for other in others:
-            for shard in shards:
-                other.drop_shard(shard)
-        while job.error is None and any(chunk.shard in shards for other in others for chunk in other.underway):
-            self._wait(job)
+    def claim(self, shard: int, timeout_s: float) -> None:
+        """Drop the chunks of `shard` from all jobs, and wait for those under way. Raises RefreshFailed."""
+        with self._changed:
+            jobs = list(self._jobs)
+            for job in jobs:
+                job.drop_shard(shard)
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: all(c.shard != shard for j in jobs for c in j.underway), timeout_s):
+                raise RefreshFailed(f"chunks for shard {shard} were still under way after {timeout_s:.0f} s")
 
     def _wait(self, job: Job) -> None:
         """Wait for a change, a second at most; a job without progress fails. Call with the lock held."""
@@ -135,7 +134,7 @@ class EncodePool:
                 self._recover(worker, lost)
             except ShardLost:
                 self._finish(job, chunk, None, shard_lost=True)
-            except Exception as error:  # the edge of a thread: whatever the encoder raised belongs to the caller of `run`
+            except Exception as error:  # the edge of a thread: what the encoder raised belongs to `run`
                 self._finish(job, chunk, error)
             else:
                 self._finish(job, chunk, None)
@@ -156,7 +155,8 @@ class EncodePool:
         with self._changed:
             job.underway.discard(chunk)
             job.error = job.error or error
-            job.progress = time.monotonic()
+            for running in self._jobs:  # urgent chunks hold the others up
+                running.progress = time.monotonic()
             if shard_lost:
                 job.drop_shard(chunk.shard)
             self._changed.notify_all()

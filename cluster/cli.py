@@ -75,26 +75,31 @@ def _command(arguments: list[str]) -> int:
 
 def _work(verb: str, rest: list[str]) -> int:
     """A verb that reads a configuration."""
-    from cluster import config
-
     question = ""
     if verb == "ask":
         if not rest or not rest[0].strip() or rest[0].endswith((".yaml", ".yml")):
             return _mistake('ask needs a question first: tandem ask "question" [config.yaml ...]')
         question, rest = rest[0], rest[1:]
-    options = [argument for argument in rest if argument.startswith("-")]
-    if options:
-        return _mistake(f"unknown option {options[0]}; settings are section.field=value, see --help")
-    overrides = [argument for argument in rest if "=" in argument and not Path(argument).exists()]
-    paths = [argument for argument in rest if argument not in overrides]
     try:
-        experiment = config.load(paths, overrides)
+        experiment = read_experiment(rest)
     except ValueError as error:
         return _mistake(str(error))
     if verb == "show":
-        print(show(experiment))
+        with contextlib.suppress(BrokenPipeError):
+            print(show(experiment), flush=True)
         return 0
     return guarded(lambda: _run(verb, experiment, question), experiment.directory)
+
+
+def read_experiment(arguments: list[str]) -> "Experiment":
+    """The experiment that files and overrides among `arguments` describe. Raises ValueError."""
+    from cluster import config
+
+    options = [argument for argument in arguments if argument.startswith("-")]
+    if options:
+        raise ValueError(f"unknown option {options[0]}; settings are section.field=value, see --help")
+    overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
+    return config.load([argument for argument in arguments if argument not in overrides], overrides)
 
 
 def _run(verb: str, experiment: "Experiment", question: str) -> int | None:

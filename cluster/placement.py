@@ -57,8 +57,9 @@ class PlacementPlan:
         return len(self.nodes) > 1
 
     def __str__(self) -> str:
-        offered = f"{len(self.nodes)} node(s) with {_sum(self.nodes, 'cpus'):g} CPU and {_sum(self.nodes, 'gpus'):g} GPU"
-        return "\n".join([f"placement on {offered}:", *(f"  {seat}" for seat in self.seats())])
+        cpus, gpus = _sum(self.nodes, "cpus"), _sum(self.nodes, "gpus")
+        first = f"placement on {len(self.nodes)} node(s) with {cpus:g} CPU and {gpus:g} GPU:"
+        return "\n".join([first, *(f"  {seat}" for seat in self.seats())])
 
     def seats(self) -> tuple[Seat, Seat, Seat]:
         """In the order in which they are seated."""
@@ -72,15 +73,14 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
     shard_gpus = cluster.shard_gpus if cluster.shard_gpus >= 0 else float(index.device == "gpu")
     left_gpus = gpus - cluster.num_trainers * trainer_gpus - index.num_shards * shard_gpus
     worker_gpus = cluster.refresh_gpus if cluster.refresh_gpus >= 0 else _share(left_gpus, refresh.num_workers)
-    _check_gpus(
-        {"trainer_gpus": trainer_gpus, "shard_gpus": shard_gpus, "refresh_gpus": worker_gpus},
-        index.device,
-    )
-    trainer_cpus = 1.0 if trainer_gpus else float(cluster.threads_per_trainer)
+    wanted = {"trainer_gpus": trainer_gpus, "shard_gpus": shard_gpus, "refresh_gpus": worker_gpus}
+    _check_gpus(wanted, index.device)
+    trainer_threads = 0 if trainer_gpus else cluster.threads_per_trainer
+    trainer_cpus = float(max(1, trainer_threads))
     left_cpus = cpus - cluster.num_trainers * trainer_cpus - 1  # one ticket stays for the controller of the trainers
     helper_cpus = float(left_cpus >= index.num_shards + refresh.num_workers)
     plan = PlacementPlan(
-        Seat("trainer", cluster.num_trainers, trainer_cpus, trainer_gpus, 0 if trainer_gpus else cluster.threads_per_trainer),
+        Seat("trainer", cluster.num_trainers, trainer_cpus, trainer_gpus, trainer_threads),
         Seat("index shard", index.num_shards, helper_cpus, shard_gpus, _shard_threads(cluster, refresh, index, nodes)),
         Seat("refresh worker", refresh.num_workers, helper_cpus, worker_gpus, 0 if worker_gpus else refresh.threads),
         tuple(nodes),

@@ -33,7 +33,11 @@ class WorkerLost(Exception):
 
 
 class RefreshFailed(Exception):
-    """This attempt at a generation is over; the generation before it goes on serving."""
+    """This attempt at a generation is over, and the one before goes on serving. `final`: another would end alike."""
+
+    def __init__(self, message: str, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@
 
 How all or none is kept: `prepare` on every shard builds generation g beside the serving one; only when every shard
 reports it as prepared is the commit decided, and a decided commit is driven to its end: a shard that dies in it comes
-back empty and is given g by the repair (`cluster/repair.py`). Until the last shard has switched, searches are answered
+back empty and is given g by the repair (`cluster/repair.py`), and a coordinator that dies in it is followed by one that
+completes it (`cluster/takeover.py`). Until the last shard has switched, searches are answered
 by g-1, which every living shard still has. Before the decision any failure aborts g everywhere.
 
-Who waits for whom (`cluster/service.py` starts the threads):
+Who waits for whom (`cluster/actors.py` starts the threads):
 - `publish`, `status` and `save_generation` are called by Ray; they take the lock for a moment and never wait.
 - The refresh thread waits for a publish, then for workers and shards, each bounded by its port.
 - The repair thread ticks about once a second; it may wait for chunks, which it queues before those of a refresh.
@@ -25,19 +26,20 @@ Who waits for whom (`cluster/service.py` starts the threads):
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.chunks import EncodePool, split
-from cluster.ports import Events, RefreshFailed, ShardLost, ShardPort, Weights
+from cluster.ports import Events, RefreshFailed, ShardLost, ShardPort, Weights, has_prepared, has_staged_all
 from cluster.repair import Repair, Serving
+from cluster.shards import ShardGroup
 from cluster.snapshots import Snapshots, Wish
+from cluster.takeover import take_over
 from indexing.shard import ShardStatus
 
 GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
 RETRY_S = 1.0  # before a failed refresh is tried again
-POLL_S = 0.2  # while a lost shard is awaited
+DISK_S = 60.0  # that a commit waits for the snapshot of a generation that has to make room
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class RefreshCoordinator:
     def __init__(
         self,
         settings: RefreshSettings,
-        shards: Sequence[ShardPort],
+        shards: ShardGroup,
         pool: EncodePool,
         snapshots: Snapshots,
         keep_weights: Callable[[Weights], Weights],
@@ -84,11 +86,17 @@ class RefreshCoordinator:
         self.shards = shards
         self.pool = pool
         self.snapshots = snapshots
+        self.repair = Repair(
+            shards,
+            pool,
+            snapshots,
+            lambda: self._serving,
+            events,
+            settings.chunk_passages,
+            settings.search_timeout_s / 4,
+        )
         self._keep_weights = keep_weights
         self._events = events
-        hung_s = settings.search_timeout_s / 4
-        chunk = settings.chunk_passages
-        self.repair = Repair(shards, pool, snapshots, lambda: self._serving, events, chunk, hung_s)
         self._changed = threading.Condition()
         self._waiting: Weights | None = None
         self._serving: Serving | None = None
@@ -167,18 +175,23 @@ class RefreshCoordinator:
         """Try until it works, a newer version waits, or refresh.max_failures is passed."""
         for attempt in range(self.settings.max_failures + 1):
             try:
-                weights = self._keep_weights(weights) if attempt == 0 else weights
+                if attempt == 0:
+                    weights = self._keep_weights(weights)
                 self._attempt(weights)
-                return
             except RefreshFailed as failed:
+                last = failed.final or attempt == self.settings.max_failures
                 with self._changed:
                     self._failures += 1
-                    last = attempt == self.settings.max_failures or self._waiting is not None
-                    self._given_up = str(failed) if last and self._waiting is None else ""
-                self._events("refresh_failed", weights_version=weights.version, why=str(failed), given_up=last)
-                if last:
+                    overtaken = self._waiting is not None
+                    self._given_up = str(failed) if last and not overtaken else ""
+                self._events(
+                    "refresh_failed", weights_version=weights.version, why=str(failed), given_up=last or overtaken
+                )
+                if last or overtaken:
                     return
                 time.sleep(RETRY_S)
+            else:
+                return
 
     def _attempt(self, weights: Weights) -> None:
         """Build and commit one generation, or raise RefreshFailed with nothing left of it."""
@@ -186,49 +199,58 @@ class RefreshCoordinator:
             generation, self._next_generation = self._next_generation, self._next_generation + 1
         self._events("refresh_started", generation=generation, weights_version=weights.version)
         begin = time.monotonic()
-        self.clear(abort=True)
+        self._clear(keep=self.snapshots.pending(), abort=True)
         try:
             self._build(generation, weights)
-        except RefreshFailed:
-            self._on_all(self.shards, lambda shard: shard.abort(generation))
-            raise
+            self._make_room()
+        except Exception as error:  # whatever it was, nothing of the generation may stay
+            self.shards.call(lambda shard: shard.abort(generation))
+            if isinstance(error, RefreshFailed):
+                raise
+            raise RefreshFailed(f"{type(error).__name__}: {error}") from error
         self._commit(Serving(generation, weights.version, weights.publish_id, weights), begin)
 
     def _build(self, generation: int, weights: Weights) -> None:
         """Stage and prepare on every shard; a shard that is lost on the way is filled again."""
-        missing = list(self.shards)
+        missing, lost = list(self.shards), set()
         for _ in range(self.settings.max_failures + 1):
+            self.shards.wait(self.settings.search_timeout_s, self._in_order, missing)
             lost = self.pool.run(generation, weights, split(missing, self.settings.chunk_passages))
-            lost |= self._lacking(lambda s, status: generation in status.prepared or _staged_all(s, status, generation))
-            if not lost:
-                unprepared = [s for s in self.shards if s.number in self._lacking(_has_prepared(generation))]
-                lost = self._prepare(generation, unprepared)
-            lost |= self._lacking(_has_prepared(generation)) if not lost else set()
+            lost |= self.shards.lacking(has_staged_all, generation)
+            if not lost:  # contract 3: only when every shard has staged all its rows
+                unprepared = self.shards.lacking(has_prepared, generation)
+                lost = self._prepare(generation, self.shards.pick(unprepared))
+                lost |= self.shards.lacking(has_prepared, generation)
             if not lost:
                 return
-            missing = [shard for shard in self.shards if shard.number in lost]
+            missing = self.shards.pick(lost)
             self._events("shards_filled_again", generation=generation, shards=sorted(lost))
-            self._await(missing)
-        raise RefreshFailed(f"shards {sorted(lost)} were lost again and again (refresh.max_failures)")
+        raise RefreshFailed(f"index shards {sorted(lost)} were lost again and again (refresh.max_failures)")
 
-    def _prepare(self, generation: int, shards: Sequence[ShardPort]) -> set[int]:
-        """Build the staged generation on `shards`; returns those that were lost, raises RefreshFailed when one refuses."""
-        results = self._on_all(shards, lambda shard: shard.prepare(generation))
-        lost = {number for number, error in results.items() if isinstance(error, ShardLost)}
-        refused = {number: error for number, error in results.items() if isinstance(error, ValueError)}
-        for number, error in refused.items():
-            shard = next(s for s in shards if s.number == number)
-            status = self._status(shard)
-            if status is not None and _staged_all(shard, status, generation):
-                raise RefreshFailed(f"shard {number} refuses generation {generation}: {error}") from error
-            lost.add(number)  # it died and came back without its rows
+    def _prepare(self, generation: int, shards: list[ShardPort]) -> set[int]:
+        """Build the staged rows on `shards`; returns those that were lost. Raises RefreshFailed when one refuses."""
+        lost = set()
+        for number, error in self.shards.call(lambda shard: shard.prepare(generation), shards).items():
+            if error is None:
+                continue
+            if not isinstance(error, ShardLost) and number not in self.shards.lacking(has_staged_all, generation):
+                final = isinstance(error, ValueError)
+                raise RefreshFailed(f"shard {number} refuses generation {generation}: {error}", final) from error
+            lost.add(number)  # it died, or came back without its rows
         return lost
+
+    def _make_room(self) -> None:
+        """Close the generation before the serving one: a shard holds two, and one being built."""
+        deadline = time.monotonic() + DISK_S
+        serving = self._serving.generation if self._serving else -1
+        while any(generation < serving for generation in self.snapshots.pending()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._clear(keep=set(), abort=False)
 
     def _commit(self, new: Serving, begin: float) -> None:
         """Switch every shard. The decision is made: a shard that dies here is repaired, not waited for."""
-        self._on_all(self.shards, lambda shard: shard.commit(new.generation))
-        seconds = time.monotonic() - begin
-        passages = sum(shard.stop - shard.start for shard in self.shards)
+        self.shards.call(lambda shard: shard.commit(new.generation))
+        seconds, passages = time.monotonic() - begin, self.shards.num_passages
         with self._changed:
             self._serving = new
             self._replaced_at = time.monotonic()
@@ -244,131 +266,43 @@ class RefreshCoordinator:
             passages_per_s=round(passages / seconds, 1),
         )
 
-    # The repair thread.
-
-    def tick(self) -> None:
-        """Repair lost shards; close generations that nobody names any more."""
-        self.repair.check()
-        if time.monotonic() - self._replaced_at > GRACE_S:
-            self.clear(abort=False)
-
-    def clear(self, abort: bool) -> None:
-        """Release generations other than the serving one; with `abort` also forget what is staged of others."""
-        serving = self._serving
-        keep = {serving.generation} if serving else set()
-        keep |= self.snapshots.pending()
+    def _clear(self, keep: set[int], abort: bool) -> None:
+        """Release what is older than the serving generation, but `keep`; with `abort` forget what else is staged."""
+        serving = self._serving.generation if self._serving else -1
 
         def clear_one(shard: ShardPort) -> None:
             status = shard.status()
+            if abort and status.staged not in (-1, serving):
+                shard.abort(status.staged)
             for generation in status.generations:
-                if serving is not None and generation not in keep:
+                if generation < serving and generation not in keep:
                     shard.release(generation)
-            for generation in status.staged if abort else ():
-                if generation not in keep:
-                    shard.abort(generation)
 
-        self._on_all(self.shards, clear_one)
+        self.shards.call(clear_one)
 
-    # Start and restart.
+    def _in_order(self, status: ShardStatus) -> bool:
+        """A shard that lost the serving generation gets it back first, if that is possible."""
+        serving = self._serving
+        return serving is None or serving.generation in status.generations or self.repair.beyond_repair
+
+    # The repair thread.
+
+    def tick(self) -> None:
+        """Repair lost shards; close a generation that nobody names any more."""
+        self.repair.check()
+        if time.monotonic() - self._replaced_at > GRACE_S:
+            self._clear(keep=self.snapshots.pending(), abort=False)
+
+    # Before the threads start.
 
     def recover(self, timeout_s: float, initial: tuple[Wish, str] | None = None) -> None:
-        """Find out what the shards serve, before the threads start; `initial` is a snapshot to start from.
-
-        After a coordinator died: a generation that every shard has committed or prepared is committed (the decision
-        was made or was due); otherwise the newest one that all shards have serves; otherwise the newest of this
-        service on disk. Raises TimeoutError when a shard does not answer.
-        """
-        statuses = self._await(self.shards, timeout_s)
+        """Find out what serves (`cluster/takeover.py`). Raises RefreshFailed when a shard does not answer."""
         self.snapshots.tidy()
-        open_on = [set(status.generations) for status in statuses]
-        ready_on = [open_on[i] | set(status.prepared) for i, status in enumerate(statuses)]
-        seen = set[int]().union(*ready_on, *(set(status.staged) for status in statuses))
-        found = max(set.intersection(*ready_on), default=None)
         first = self.settings.first_generation
-        if found is not None:
-            self._on_all(self.shards, lambda shard: shard.commit(found))
-            wish, source = Wish(found, _version(statuses, found)), "shards"
-        elif (wish := self.snapshots.newest(first)) is not None:
-            source = str(self.snapshots.path(wish.generation))
-        elif any(open_on):
-            newest = max(set[int]().union(*open_on))
-            wish, source = Wish(newest, _version(statuses, newest)), "some shards"
-        elif initial is not None:
-            wish, source = initial
-        else:
-            return
-        self._take_over(wish, source, max({first, wish.generation + 1, *(number + 1 for number in seen)}))
-
-    def _take_over(self, wish: Wish, source: str, next_generation: int) -> None:
-        """Serve a generation that was built before."""
-        if "/" in source:
-            errors = self._on_all(self.shards, lambda shard: shard.load(wish.generation, source))
-            for error in errors.values():
-                if error is not None and not isinstance(error, ShardLost):
-                    raise error
-        else:
-            self.snapshots.want(wish.generation, wish.weights_version)
+        serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s)
         with self._changed:
-            self._serving = Serving(wish.generation, wish.weights_version, 0, None)
-            self._next_generation = max(self._next_generation, next_generation)
-        self._events("index_taken_over", generation=wish.generation, weights_version=wish.weights_version, source=source)
+            self._serving, self._next_generation = serving, number
 
     def remember(self, committed: int, failures: int) -> None:
         """Counters of the coordinator that was here before."""
         self._committed, self._failures = committed, failures
-
-    # Helpers.
-
-    def _on_all(
-        self, shards: Sequence[ShardPort], call: Callable[[ShardPort], None]
-    ) -> dict[int, ShardLost | ValueError | None]:
-        """`call` on each shard, at the same time; what each raised."""
-
-        def guarded(shard: ShardPort) -> ShardLost | ValueError | None:
-            try:
-                call(shard)
-            except (ShardLost, ValueError) as error:
-                return error
-            return None
-
-        if not shards:
-            return {}
-        with ThreadPoolExecutor(len(shards)) as threads:
-            return dict(zip((shard.number for shard in shards), threads.map(guarded, shards), strict=True))
-
-    def _status(self, shard: ShardPort) -> ShardStatus | None:
-        try:
-            return shard.status()
-        except ShardLost:
-            return None
-
-    def _lacking(self, complete: Callable[[ShardPort, ShardStatus], bool]) -> set[int]:
-        """Numbers of shards that do not answer or are not `complete`."""
-        statuses = [(shard, self._status(shard)) for shard in self.shards]
-        return {shard.number for shard, status in statuses if status is None or not complete(shard, status)}
-
-    def _await(self, shards: Iterable[ShardPort], timeout_s: float | None = None) -> list[ShardStatus]:
-        """Wait until `shards` answer. Raises RefreshFailed."""
-        limit = timeout_s or self.settings.search_timeout_s
-        deadline = time.monotonic() + limit
-        statuses = []
-        for shard in shards:
-            while (status := self._status(shard)) is None:
-                if time.monotonic() > deadline:
-                    raise RefreshFailed(f"shard {shard.number} did not answer for {limit:.0f} s")
-                time.sleep(POLL_S)
-            statuses.append(status)
-        return statuses
-
-
-def _staged_all(shard: ShardPort, status: ShardStatus, generation: int) -> bool:
-    return status.staged.get(generation, 0) == shard.stop - shard.start
-
-
-def _has_prepared(generation: int) -> Callable[[ShardPort, ShardStatus], bool]:
-    return lambda shard, status: generation in status.prepared
-
-
-def _version(statuses: Iterable[ShardStatus], generation: int) -> int:
-    """Weights version of a generation that some shard has."""
-    return next(s.generations[generation] for s in statuses if generation in s.generations)

@@ -7,13 +7,13 @@ that stays silent for `hung_s` is killed, and then found empty.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cluster.chunks import EncodePool, split
 from cluster.ports import Events, RefreshFailed, ShardLost, ShardPort, Weights, has_prepared
 from cluster.snapshots import Snapshots
-from indexing.shard import ShardStatus
+from indexing.shard import MAX_COMMITTED, ShardStatus
 from indexing.snapshot import TornSnapshot
 
 
@@ -32,7 +32,7 @@ class Repair:
 
     def __init__(
         self,
-        shards: Sequence[ShardPort],
+        shards: Iterable[ShardPort],
         pool: EncodePool,
         snapshots: Snapshots,
         serving: Callable[[], Serving | None],
@@ -98,6 +98,8 @@ class Repair:
     def _source(self, shard: ShardPort, status: ShardStatus, serving: Serving) -> str | None:
         generation = serving.generation
         if has_prepared(status, generation):
+            if len(status.generations) >= MAX_COMMITTED:
+                shard.release(min(status.generations))
             shard.commit(generation)
             return "prepared"
         if self._snapshots.saved(generation):
@@ -110,6 +112,9 @@ class Repair:
         if serving.weights is None:
             return None
         try:
+            self._pool.claim(shard.number, self._hung_s)
+            if (staged := shard.status().staged) not in (-1, generation):
+                shard.abort(staged)
             lost = self._pool.run(generation, serving.weights, split([shard], self._chunk_passages), urgent=True)
             if lost:
                 raise ShardLost(f"shard {shard.number} died again")

@@ -2,7 +2,7 @@
 
 What this process starts, it owns: every part of a local Ray ends with it, also when it is killed (Ray's processes get
 a parent-death signal; its two agents notice within about a minute). The token of a local Ray lies in a file that only
-its user reads; children find it through their home directory, so that it never stands in a runtime environment or a log.
+its user reads; children find it in their home directory, so that it stands in no runtime environment and no log.
 """
 
 import logging

@@ -225,8 +225,11 @@ def _answers_at(timeline: Any, as_of: str) -> tuple[list[str], list[str]]:
     """Answers of the entry that covers `as_of` and of the one before it; two empty lists when none covers it."""
     try:
         entries = [(entry["from"], entry["to"], strings(entry["answers"])) for entry in timeline]
+        well_formed = all(isinstance(start, str) and isinstance(stop, str | None) for start, stop, _ in entries)
     except (TypeError, KeyError, IndexError):
-        raise BadLine("missing_field", "metadata.timeline is no list of {from, to, answers}") from None
+        entries, well_formed = [], False
+    if not well_formed:
+        raise BadLine("missing_field", "metadata.timeline is no list of {from, to, answers}")
     for position, (start, stop, answers) in enumerate(entries):
         if stop is None if as_of == "end" else start <= as_of and (stop is None or as_of < stop):
             return answers, entries[position - 1][2] if position else []

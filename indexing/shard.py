@@ -324,7 +324,7 @@ class Shard:
 
 
 def shard_ranges(num_passages: int, num_shards: int) -> list[tuple[int, int]]:
-    """(start, stop) of each shard: contiguous, sizes differing by at most one. Raises ValueError for too many shards."""
+    """(start, stop) of each shard: contiguous, sizes equal but for one. Raises ValueError for too many shards."""
     if not 1 <= num_shards <= num_passages:
         raise ValueError(
             f"index.num_shards is {num_shards} for {num_passages} passages: allowed are 1 to {num_passages}"

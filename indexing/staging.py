@@ -34,10 +34,10 @@ class Staging:
 
     def build(self, config: IndexConfig, seed: int) -> None:
         """Build `index` and let the vectors go. Raises ValueError for missing rows and numbers that are not finite."""
-        if self.num_filled < self.num_rows:
+        if missing := self.num_rows - self.num_filled:
             raise ValueError(
-                f"generation {self.generation} has {self.num_filled} of {self.num_rows} rows: "
-                f"{self.num_rows - self.num_filled} are missing, first passage {self.start + int(self._filled.argmin())}"
+                f"generation {self.generation} has {self.num_filled} of {self.num_rows} rows, {missing} are missing: "
+                f"first passage {self.start + int(self._filled.argmin())}"
             )
         if self._broken.any():
             raise ValueError(

@@ -159,9 +159,11 @@ def _write_lookup(directory: Path, hashes: np.ndarray) -> None:
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     ids = Ragged(directory, "ids", "uint8")
+    seen: dict[str, int] = {}  # passages whose hash equals that of the one before them in the order, and that one
     for position in np.flatnonzero(ordered[1:] == ordered[:-1]):
-        first, second = int(order[position]), int(order[position + 1])
-        if ids.text(first) == ids.text(second):
-            raise ValueError(f"passages {first} and {second} have the same id {ids.text(first)!r}")
+        for row in map(int, order[position : position + 2]):
+            first = seen.setdefault(ids.text(row), row)
+            if first != row:
+                raise ValueError(f"passages {first} and {row} have the same id {ids.text(row)!r}")
     write_file(directory / "lookup.hashes", [ordered])
     write_file(directory / "lookup.rows", [order.astype(np.int64)])

@@ -22,69 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from indexing.settings import WorldConfig
+from indexing.world_words import FILLERS, RELATIONS, invented_words
 
 START_DATE = "2024-01-01"
 SWAP_DATE = "2025-01-01"
 FORMAT_VERSION = 1  # raised whenever the same config would give another world
 TEST_SHARE = 0.2  # of all people
 DEV_SHARE = 0.05  # of the people that are not in test
-
-
-@dataclass(frozen=True)
-class Relation:
-    """One kind of fact: how passages state it and how questions ask for it."""
-
-    name: str
-    statements: tuple[str, str]
-    questions: tuple[str, str]
-
-
-# Statements and fillers share no word with questions, function words included (held by a test).
-RELATIONS = (
-    Relation(
-        "birthplace",
-        ("{name} was born in {value}.", "The first home of {name} stood at {value}."),
-        ("Where did {name} enter this world?", "Which town does {name} come from?"),
-    ),
-    Relation(
-        "trade",
-        ("{name} works as a {value}.", "The trade of {name} is {value}."),
-        ("What job does {name} do?", "How does {name} earn money?"),
-    ),
-    Relation(
-        "instrument",
-        ("{name} plays the {value}.", "At concerts {name} performs on a {value}."),
-        ("Which instrument did {name} learn?", "How does {name} make music?"),
-    ),
-    Relation(
-        "pet",
-        ("{name} keeps a tame {value}.", "A {value} follows {name} around."),
-        ("Which pet does {name} own?", "What animal would {name} feed?"),
-    ),
-    Relation(
-        "meal",
-        ("{name} likes to eat {value}.", "The preferred meal of {name} is {value}."),
-        ("What dish does {name} love?", "Which food do you cook when {name} visits?"),
-    ),
-    Relation(
-        "guild",
-        ("{name} belongs to the {value} guild.", "The {value} order counts {name} among its members."),
-        ("Which club did {name} join?", "What society does {name} support?"),
-    ),
-)
-
-FILLERS = (
-    "The archive was opened again last winter.",
-    "A clerk checked the entry with great care.",
-    "Rain fell on the hills for nine days.",
-    "The old bridge near the mill is closed.",
-    "Letters are kept in a wooden box.",
-    "Many neighbours remember the long parade.",
-    "The harbour lights went out before dawn.",
-    "A painter drew the valley in blue ink.",
-    "Snow covered the market until spring.",
-    "The clock on the tower runs slow.",
-)
 
 
 @dataclass(frozen=True)
@@ -189,25 +133,6 @@ def write_world(config: WorldConfig, folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def invented_words(rng: random.Random) -> Iterator[str]:
-    """Endless distinct invented words of two or three syllables, none of them a word of the templates."""
-    onsets = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "tr")
-    codas = ("", "", "", "l", "n", "r", "s", "x")
-    seen = template_words()
-    while True:
-        syllables = [rng.choice(onsets) + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))]
-        word = "".join(syllables) + rng.choice(codas)
-        if word not in seen:
-            seen.add(word)
-            yield word
-
-
-def template_words() -> set[str]:
-    """Every ordinary word, lowercase, of passages and questions."""
-    texts = [*FILLERS, *(text for relation in RELATIONS for text in (*relation.statements, *relation.questions))]
-    return {word.strip(".?,").lower() for text in texts for word in text.split()} - {"{name}", "{value}"}
 
 
 def lookalikes(people: list[str]) -> list[list[int]]:

@@ -87,14 +87,6 @@ class Engine(Ranks):
         """Of the weights that compute: bfloat16 or float32."""
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
-    def train(self) -> None:
-        """Switch dropout on."""
-        self.module.train()
-
-    def eval(self) -> None:
-        """Switch dropout off."""
-        self.module.eval()
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward; collective under ZeRO 3. Autocast, where asked for, spans exactly this call, so that
         no 16-bit copy of a weight outlives it."""
@@ -111,7 +103,10 @@ class Engine(Ranks):
         assert not self._awaits_step, "two backward passes before one step: under ZeRO the first would be lost"
         self._awaits_step = True
         self._loss_is_finite &= torch.isfinite(loss.detach())
+        self._prepared = False
+        hook = loss.register_hook(lambda gradient: self._engine._backward_prologue())
         self._engine.backward(loss)
+        hook.remove()
 
     def step(self, lr: Mapping[str, float]) -> StepResult:
         """End a micro-batch; collective. At the end of an accumulation, update each group with its learning rate
@@ -223,9 +218,19 @@ class Engine(Ranks):
         config = deepspeed_config(self.config, sum(p.numel() for ps in self._parameters.values() for p in ps))
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory
             self._engine, *_ = _deepspeed().initialize(model=self.module, optimizer=self._optimizer, config=config)
+        self._prepare_backward = self._engine._backward_prologue
+        self._engine._backward_prologue = self._prepare_once
         self._engine._copy_recovery_script = lambda save_path: None  # no executable code in a checkpoint
         # DeepSpeed's own group starts with a timeout of half an hour, whatever the group that it was made from has.
         set_timeout(self._engine.data_parallel_group, self.config.timeout_s)
+
+    def _prepare_once(self) -> None:
+        """DeepSpeed prepares a backward pass when a gradient reaches a tensor that `forward` returned; it does not look
+        into dataclasses, and unprepared, ZeRO 1 to 3 end every accumulation at its first micro-batch. So the loss
+        starts it, and this keeps the two from doing it twice."""
+        if not self._prepared:
+            self._prepared = True
+            self._prepare_backward()
 
     def _place_without_deepspeed(self) -> None:
         self.module.to(self.device)

@@ -15,7 +15,7 @@ BUCKET_ELEMENTS = 200_000_000  # largest piece of a reduction
 def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
     """DeepSpeed's dictionary; `num_elements` of all parameters that train bounds its buffers."""
     on_gpu = torch.cuda.is_available()
-    bucket = min(num_elements + num_elements % 2, BUCKET_ELEMENTS)
+    bucket = max(2, min(num_elements + num_elements % 2, BUCKET_ELEMENTS))
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": bucket,
@@ -29,6 +29,7 @@ def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed uses it for counters only
         "gradient_accumulation_steps": config.gradient_accumulation,
+        "gradient_clipping": 0.0,  # ours is per group; DeepSpeed's default is 1.0 over everything
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # GatedAdamW is torch's AdamW by another name
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler

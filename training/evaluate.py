@@ -17,7 +17,7 @@ from indexing.store import Store
 from training.data import Collator
 from training.engine import Engine
 from training.metrics import answer_metrics, answer_recall, means, normalize_answer, ranking_metrics
-from training.models.decode import marginal_answers, top1_answers
+from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.retrieve import IndexService
 from training.settings import DecodingConfig, EvaluationConfig, ObjectiveConfig, RetrievalConfig
 
@@ -156,7 +156,7 @@ class Evaluator:
         score_bias = self.objective.name == "fused" and self.objective.score_bias
         with torch.no_grad():
             answers = self.engine("answer", batch, decoding, self.objective.temperature, score_bias)
-        texts = [self.to_text(tokens) for tokens in answers.decoded.tokens]
+        texts = self._spelled(passages, answers.decoded.tokens)
         match decoding.mode:
             case "fused":
                 predictions = texts
@@ -165,6 +165,16 @@ class Evaluator:
             case _:
                 predictions = marginal_answers(texts, answers.decoded.log_probs, answers.log_prior)
         return predictions, answers.log_likelihood.float().cpu().tolist()
+
+    def _spelled(self, passages: list[np.ndarray], tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Answers as text, spelled as in the passages that they were read from: one passage each, or all of them."""
+        per_question = len(tokens) // len(passages)
+        texts = []
+        for i, row in enumerate(tokens):
+            question, place = divmod(i, per_question)
+            read = passages[question] if per_question == 1 else passages[question][place : place + 1]
+            texts.append(restore_spelling(self.to_text(row), self._texts(read)))
+        return texts
 
 
 def encode_questions(engine: Engine, collator: Collator, numbers: np.ndarray) -> np.ndarray:

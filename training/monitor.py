@@ -7,10 +7,8 @@ say so, and the rows that follow only go to metrics.jsonl.
 """
 
 import contextlib
-import netrc
 import os
 import queue
-import secrets
 import sys
 import threading
 import time
@@ -18,13 +16,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
-from urllib.parse import urlsplit
 
 from training.jsonl import append_line, drop_torn_line, plain, read_rows
 from training.meters import Timer, memory_metrics
 from training.progress import Progress
 from training.redact import redact
 from training.settings import MonitorConfig
+from training.wandb_settings import run_identifier, wandb_mode
 
 __all__ = ["Monitor", "Timer", "memory_metrics"]
 
@@ -151,13 +149,14 @@ class WandbThread:
         self._report = report
         self._failed = False
         self._run: Any = None
+        self._thread: threading.Thread | None = None
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(QUEUE_ROWS)
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its reports hold the exit up for 18 s when offline
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             import wandb
         except Exception as error:  # a broken installation must not stop training either
-            self._fail("cannot be imported", error)
+            self._fail(f"cannot be imported: {_first_line(error)}; metrics.jsonl has every number")
             return
         self._module = wandb
         self._thread = threading.Thread(target=self._consume, name="wandb", daemon=True)
@@ -173,12 +172,13 @@ class WandbThread:
 
     def finish(self, exit_code: int) -> None:
         """End the run, and wait for it within bounds."""
-        if not hasattr(self, "_thread"):
+        if self._thread is None:
             return
         timeout_s = self._config.init_timeout_s + FINISH_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         with contextlib.suppress(queue.Full):
             self._queue.put(("finish", exit_code), timeout=timeout_s)
-        self._thread.join(timeout_s)
+        self._thread.join(max(deadline - time.monotonic(), 0.0))
         if self._thread.is_alive():
             self._fail(f"did not finish within {timeout_s:.0f} s; what it has lies in {self._run_dir / 'wandb'}")
 
@@ -260,53 +260,15 @@ class WandbThread:
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
-        self._fail(what, error)
+        self._fail(f"{what}: {_first_line(error)}; training goes on, metrics.jsonl has every number")
         with contextlib.suppress(Exception):
             self._module.teardown(exit_code=1)  # so that it does not complain again when Python exits
 
-    def _fail(self, what: str, error: Exception | None = None) -> None:
+    def _fail(self, text: str) -> None:
+        """Say the first thing that went wrong; the rest follows from it."""
         if not self._failed:
             self._failed = True
-            reason = "" if error is None else f": {_first_line(error)}"
-            self._report(f"{what}{reason}; training goes on, metrics.jsonl has every number", True)
-
-
-def wandb_mode(setting: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The mode, `online`, `offline` or `off`, that `monitor.wandb` means here. Raises ValueError if it is unknown."""
-    match setting:
-        case "off" | "online" | "offline":
-            return "offline" if setting == "online" and not has_key(environment) else setting
-        case "auto":
-            asked = environment.get("WANDB_MODE", "")
-            if asked in ("disabled", "offline"):
-                return {"disabled": "off", "offline": "offline"}[asked]
-            return "online" if has_key(environment) else "offline"
-        case _:
-            raise ValueError(f"monitor.wandb is {setting!r}; allowed are auto, online, offline, off")
-
-
-def has_key(environment: Mapping[str, str]) -> bool:
-    """Whether a W&B key is at hand, in the environment or in netrc; nobody is ever asked for one."""
-    if environment.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def run_identifier(run_dir: Path) -> str:
-    """The W&B identifier of this run directory: drawn once, then kept, so that a resume continues the same run."""
-    path = run_dir / "wandb" / "run-id.txt"
-    if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
-        return known
-    path.parent.mkdir(parents=True, exist_ok=True)
-    identifier = secrets.token_hex(4)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(identifier, encoding="utf-8")
-    temporary.replace(path)
-    return identifier
+            self._report(text, True)
 
 
 def _number(value: float) -> float:

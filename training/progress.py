@@ -32,7 +32,7 @@ class Progress:
         now = self._clock()
         if step > self._times[-1][0]:
             self._times.append((step, now))
-        if now - self._last_line_at < self._interval_s and step < self._total_steps:
+        if now - self._last_line_at < self._interval_s and step != self._total_steps:
             return evaluation
         self._last_line_at = now
         return self._step_line(metrics, step)

@@ -26,7 +26,8 @@ class Ranks:
             if "WORLD_SIZE" in os.environ:
                 dist.init_process_group(backend, timeout=timeout)
             else:
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+                store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+                dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         set_timeout(None, timeout_s)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -16,14 +16,20 @@ import torch
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
-from training.checkpoint import load_checkpoint, load_weights, newest_checkpoint, save_checkpoint
+from training.checkpoint import (
+    load_checkpoint,
+    load_weights,
+    newest_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from training.data import ClozeSource, Collator, Stream
 from training.engine import Engine
 from training.evaluate import Evaluation, Evaluator, encode_questions
 from training.jsonl import append_line, plain
 from training.loop import Hooks, LoopState, Source, publish, train
 from training.models.build import build_system, parameter_groups
-from training.models.encoder import complete_towers
 from training.models.system import System
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.monitor import Monitor
@@ -126,12 +132,12 @@ class Stage:
         if found is not None and job.training.train != "none":
             state, rank_state = load_checkpoint(Path(found), self.engine)
             self.state = LoopState(**state["loop"])
+            set_rng_state(rank_state["rng"])
             self.monitor.message(f"resumes from {found} at step {self.state.step}")
             self.monitor.event("resumed", checkpoint=found, step=self.state.step)
             return rank_state["source"]
         if job.init_from:
-            weights = complete_towers(load_weights(Path(job.init_from)), "retriever.") if self.engine.rank == 0 else {}
-            self.engine.load_consolidated(weights)
+            self.engine.load_consolidated(load_weights(Path(job.init_from)) if self.engine.rank == 0 else {})
             self.monitor.message(f"starts from {job.init_from}")
         return None
 
@@ -226,9 +232,9 @@ class Stage:
             state.step,
             self.engine,
             state={"loop": asdict(state), "generation": generation, "fingerprint": self.job.fingerprint},
-            rank_state={"source": self.source.state()},
+            rank_state={"source": self.source.state(), "rng": rng_state()},
             keep=self.job.checkpoint.keep,
-            folders={"tokenizers": Path(self.job.tokenizers)},
+            files={"tokenizers": Path(self.job.tokenizers)},
         )
         self.monitor.event("checkpoint", step=state.step, generation=generation)
 

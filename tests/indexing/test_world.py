@@ -11,16 +11,8 @@ from typing import Any
 import pytest
 
 from indexing.settings import WorldConfig
-from indexing.world import (
-    FILLERS,
-    RELATIONS,
-    SWAP_DATE,
-    World,
-    build_world,
-    lookalikes,
-    template_words,
-    write_world,
-)
+from indexing.world import SWAP_DATE, World, build_world, lookalikes, write_world
+from indexing.world_words import FILLERS, RELATIONS, template_words
 
 SMALL = WorldConfig(num_people=40, num_values=30, seed=3)
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,12 @@ def tokens(num_rows: int = 12, width: int = 20, seed: int = 0) -> tuple[Tensor, 
 def tiny_folder(path: Path, pooling: dict[str, object], dense: bool = False, normalize: bool = True) -> Path:
     """A sentence-transformers folder around a random BERT."""
     torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     BertModel(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes)).save_pretrained(path)
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     (path / "1_Pooling").mkdir()
@@ -195,8 +201,16 @@ def test_plain_hugging_face_folder(tmp_path: Path) -> None:
 
 
 def test_encoder_of_an_encoder_decoder(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "num_heads": 2, "num_layers": 1, "d_ff": 32}
-    T5Model(T5Config(decoder_start_token_id=0, **sizes)).save_pretrained(tmp_path / "t5")
+    sizes: dict[str, Any] = {
+        "decoder_start_token_id": 0,
+        "vocab_size": 50,
+        "d_model": 16,
+        "d_kv": 8,
+        "num_heads": 2,
+        "num_layers": 1,
+        "d_ff": 32,
+    }
+    T5Model(T5Config(**sizes)).save_pretrained(tmp_path / "t5")
     ids, mask = tokens(3)
     encoder = build_encoder(replace(FRESH, name=str(tmp_path / "t5"), normalize="false")).eval()
     states = T5EncoderModel.from_pretrained(tmp_path / "t5").eval()(input_ids=ids, attention_mask=mask.long())

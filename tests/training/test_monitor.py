@@ -16,10 +16,11 @@ import pytest
 
 from training.jsonl import append_line, read_rows
 from training.meters import Timer, memory_metrics
-from training.monitor import Monitor, wandb_mode
+from training.monitor import Monitor
 from training.progress import Progress, duration, share
 from training.redact import REDACTED, redact, redact_text
 from training.settings import MonitorConfig
+from training.wandb_settings import wandb_mode
 
 QUIET = MonitorConfig(console=False, wandb="off")
 OFFLINE = MonitorConfig(console=True, wandb="offline")
@@ -54,9 +55,13 @@ def history(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a process of its own."""
     root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    # A W&B service that this process has started would be shared with the new one.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment["PYTHONPATH"] = str(root)
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, check=True, timeout=60, cwd=root, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, timeout=60, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 Each passage is encoded together with the question; the decoder attends to one passage or to all of them. The next
 token is a mixture of the vocabulary and of a pointer over the passages' tokens: `gate * vocabulary + (1 - gate) *
 pointer` (See et al. 2017, "Get To The Point", equations 8 and 9), which lets a model of a few hundred steps write
-names it has never seen. A bias per passage, usually log p(z|q), may be added to the attention and pointer logits of
+names it has never seen. The pointer may follow itself: where the last token was copied from, the next one often
+stands one further (selective read, Gu et al. 2016, "Incorporating Copying Mechanism", equation 9). A bias per passage, usually log p(z|q), may be added to the attention and pointer logits of
 that passage's tokens (Lewis et al. 2020, "Pre-training via Paraphrasing", equation 4), with gradient.
 """
 
@@ -138,7 +139,7 @@ class CopyReader(Generator):
         self.decoder_norm = nn.LayerNorm(size.hidden)
         self.copy_query = nn.Linear(size.hidden, size.hidden)
         self.copy_key = nn.Linear(size.hidden, size.hidden, bias=False)
-        self.gate = nn.Linear(size.hidden, 1)
+        self.gates = nn.Linear(size.hidden, 2)  # vocabulary or pointer; follow the last copy or look anew
         self.apply(_initialise)
 
     def collate(
@@ -243,7 +244,8 @@ class CopyReader(Generator):
         logits = self.tokens(x, as_output=True)
         pointer = (self.copy_query(x) @ memory.copy_keys.transpose(1, 2)).float() / math.sqrt(x.shape[-1])
         pointer = (pointer + memory.copy_bias[:, None]).softmax(dim=-1)
-        return logits, pointer, torch.sigmoid(self.gate(x).float()).squeeze(-1)
+        gate, follow = torch.sigmoid(self.gates(x).float()).unbind(dim=-1)
+        return logits, _follow_copies(pointer, follow, memory, inputs), gate
 
     def _target_log_probs(self, memory: Memory, targets: Tensor) -> Tensor:
         """float32 log-probabilities of `targets` [rows, tokens]; the mixture is never spread over the vocabulary."""
@@ -272,10 +274,27 @@ class CopyReader(Generator):
             return mixed.clamp_min(1e-30).log()
 
         max_tokens = min(max_tokens, self.config.max_answer_tokens)
-        sharded = hasattr(self.gate.weight, "ds_id")  # ZeRO 3: each step is a collective
+        sharded = hasattr(self.gates.weight, "ds_id")  # ZeRO 3: each step is a collective
         return beam_search(
             next_log_probs, rows, self.start_id, self.end_id, max_tokens, num_beams, sources.device, run_to_end=sharded
         )
+
+
+def _follow_copies(pointer: Tensor, follow: Tensor, memory: Memory, inputs: Tensor) -> Tensor:
+    """Mix each pointer distribution with the last one moved one token on.
+
+    pointer [rows, tokens, source], follow [rows, tokens] in (0, 1), inputs [rows, tokens] the tokens written so far.
+    Where the last token may have come from is its pointer restricted to equal source tokens; mass that finds no place
+    stays with the new pointer.
+    """
+    allowed = memory.copy_bias > -1e8
+    mixed = [pointer[:, 0]]
+    for t in range(1, pointer.shape[1]):
+        origin = mixed[-1] * (memory.source_ids == inputs[:, t, None])
+        origin = origin / origin.sum(dim=-1, keepdim=True).clamp_min(1e-6)
+        moved = F.pad(origin[:, :-1], (1, 0)) * allowed * follow[:, t, None]
+        mixed.append(pointer[:, t] * (1 - moved.sum(dim=-1, keepdim=True)) + moved)
+    return torch.stack(mixed, dim=1)
 
 
 def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:

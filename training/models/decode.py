@@ -55,17 +55,21 @@ def marginal_answers(texts: Sequence[str], log_probs: Tensor, log_prior: Tensor)
     """One answer per question: the candidate with the largest sum of p(z|q) p(a|q,z) over the passages that wrote it.
 
     `texts` and `log_probs` [batch * k] are the answers of each passage, question by question; `log_prior` [batch, k]
-    is log p(z|q), -inf at padded passages. Equal strings are one answer; ties go to the better-ranked passage.
+    is log p(z|q), -inf at padded passages. Strings that differ in case or spaces only are one answer, spelled as the
+    best-ranked passage has it; ties go to the better-ranked passage.
     """
     batch, k = log_prior.shape
     joint = (log_probs.view(batch, k).float().cpu() + log_prior.float().cpu()).double().exp().tolist()
     best: list[str] = []
     for b in range(batch):
         mass: dict[str, float] = {}
+        spelling: dict[str, str] = {}
         for z in range(k):
             text = texts[b * k + z]
-            mass[text] = mass.get(text, 0.0) + joint[b][z]
-        best.append(max(mass, key=lambda answer: mass[answer]))
+            key = _bare(text)
+            spelling.setdefault(key, text)
+            mass[key] = mass.get(key, 0.0) + joint[b][z]
+        best.append(spelling[max(mass, key=lambda answer: mass[answer])])
     return best
 
 
@@ -73,3 +77,34 @@ def top1_answers(texts: Sequence[str], log_prior: Tensor) -> list[str]:
     """One answer per question: what the passage with the largest p(z|q) says. Shapes as `marginal_answers`."""
     k = log_prior.shape[1]
     return [texts[b * k + z] for b, z in enumerate(log_prior.argmax(dim=1).tolist())]
+
+
+def restore_spelling(text: str, sources: Sequence[str]) -> str:
+    """`text` as the first source that contains it spells it, in whole words; unchanged where none does.
+
+    Tokenisers that fold case and drop spaces ("8u504+1" becomes 8 u 504 + 1) cannot tell how an answer was written;
+    the passage that it was read from can.
+    """
+    wanted = _bare(text)
+    if not wanted:
+        return text
+    for source in sources:
+        positions = [i for i, character in enumerate(source) if not character.isspace()]
+        folded = [source[i].lower() for i in positions]
+        if any(len(character) != 1 for character in folded):  # a letter whose lower case is two: positions would shift
+            folded = [character[0] for character in folded]
+        bare, start = "".join(folded), -1
+        while (start := bare.find(wanted, start + 1)) >= 0:
+            first, last = positions[start], positions[start + len(wanted) - 1]
+            if _is_edge(source, first) and _is_edge(source, last + 1):
+                return source[first : last + 1]
+    return text
+
+
+def _bare(text: str) -> str:
+    return "".join(text.lower().split())
+
+
+def _is_edge(text: str, position: int) -> bool:
+    """Whether no word runs across `position`."""
+    return not (0 < position < len(text) and text[position - 1].isalnum() and text[position].isalnum())

@@ -19,6 +19,7 @@ from training.models.weights import from_numpy
 from training.settings import EncoderConfig
 
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
+POSITION_NAMES = ("position_embeddings", "embed_positions", "wpe")
 TRAIN = ("both", "query_only", "retriever_only", "generator_only", "none")
 
 
@@ -298,7 +299,7 @@ def _checkpoint_encoder(config: EncoderConfig) -> tuple[TextEncoder, int | None]
         backbone.register_module("pooler", None)  # unused weights would be published, clipped and saved
     backbone.config.use_cache = False
     pooling = layout.pooling if config.pooling == "auto" else (config.pooling,)
-    limits = [limit for limit in (layout.max_tokens, _num_positions(backbone)) if limit is not None]
+    limits = [limit for limit in (layout.max_tokens, num_positions(backbone)) if limit is not None]
     encoder = TextEncoder(
         backbone,
         pooling,
@@ -314,12 +315,12 @@ def _normalize(config: EncoderConfig, otherwise: bool) -> bool:
     return otherwise if setting == "auto" else setting == "true"
 
 
-def _num_positions(backbone: PreTrainedModel) -> int | None:
-    """Positions of learned embeddings; RoBERTa's start after its padding index. None for relative or rotary ones."""
-    for name, module in backbone.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - offset
+def num_positions(model: nn.Module) -> int | None:
+    """How many positions learned embeddings have room for (RoBERTa's and BART's start late); None for other kinds."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_NAMES:
+            padding = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - int(getattr(module, "offset", padding))
     return None
 
 

@@ -1,7 +1,8 @@
 """Rows of unequal length in few padded rectangles: sorted by length, in groups, each trimmed to its longest row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,31 +23,47 @@ def row_lengths(mask: Tensor) -> Tensor:
     return (mask.bool() * positions).amax(dim=1)
 
 
+def length_groups(mask: Tensor, num_groups: int) -> list[tuple[Tensor, int]]:
+    """Groups of row numbers (int64, on the mask's device), shortest rows first, each with the length (at least 1) to
+    which its rows of `mask` [rows, tokens] can be trimmed. One group keeps the rows in order."""
+    lengths = row_lengths(mask).cpu()
+    groups = count_groups(len(lengths), num_groups)
+    order = torch.argsort(lengths, stable=True) if groups > 1 else torch.arange(len(lengths))
+    chunks = torch.tensor_split(order, groups)
+    return [(rows.to(mask.device), max(1, int(lengths[rows].max())) if len(rows) else 1) for rows in chunks]
+
+
+def restore_order(outputs: Sequence[Tensor], groups: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """One tensor [rows, ...] in the original order from the outputs of all groups."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat(list(outputs))[torch.argsort(torch.cat([rows for rows, _ in groups]))]
+
+
 def by_length(fn: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor, num_groups: int) -> Tensor:
     """Run `fn(ids [n, t], mask [n, t])` on length-sorted, trimmed groups; rows come back in their original order.
 
-    `fn` returns [n, dim] or [n, t, ...] of three or more axes (a vector a token; trimmed
-    positions come back as zeros). Gradients flow through. Padding is on the right.
+    `fn` returns [n, dim] or [n, t, ...] of three or more axes (a vector a token; trimmed positions come back as zeros).
+    Gradients flow through. Padding is on the right.
     """
-    num_rows, width = ids.shape
-    if num_rows == 0 or width == 0:
-        return fn(ids, mask)
-    lengths = row_lengths(mask).cpu()
-    groups = count_groups(num_rows, num_groups)
-    if groups == 1:
-        return _trimmed(fn, ids, mask, int(lengths.max()))
-    order = torch.argsort(lengths, stable=True)
+    width = ids.shape[1]
+    groups = length_groups(mask, num_groups)
     outputs: list[Tensor] = []
-    for rows in torch.tensor_split(order, groups):
-        chosen = rows.to(ids.device)
-        outputs.append(_trimmed(fn, ids[chosen], mask[chosen], int(lengths[rows].max())))
-    return torch.cat(outputs)[torch.argsort(order).to(ids.device)]
+    for rows, length in groups:
+        whole = len(groups) == 1
+        output = fn((ids if whole else ids[rows])[:, :length], (mask if whole else mask[rows])[:, :length])
+        if output.dim() >= 3 and length < width:
+            output = torch.cat([output, output.new_zeros(len(output), width - length, *output.shape[2:])], dim=1)
+        outputs.append(output)
+    return restore_order(outputs, groups)
 
 
-def _trimmed(fn: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor, length: int) -> Tensor:
-    """`fn` on the first `length` (at least one) tokens; an output per token is filled up with zeros."""
-    length, width = max(1, length), ids.shape[1]
-    output = fn(ids[:, :length], mask[:, :length])
-    if length == width or output.dim() < 3:
-        return output
-    return torch.cat([output, output.new_zeros(len(output), width - length, *output.shape[2:])], dim=1)
+def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ragged token rows to int64 ids [rows, longest], padded on the right with `pad_id`, and their bool mask."""
+    width = max((len(row) for row in rows), default=0)
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = True
+    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -81,9 +81,8 @@ def pdist(
 
 def kl_to_target(target: Tensor, prior: Tensor, passage_mask: Tensor) -> Tensor:
     """KL(target || prior) [batch] of two log-distributions [batch, k] over the real passages."""
-    # Padding is -inf in both: masked before the product, or -inf - -inf would be NaN in value and gradient.
-    target, prior = (x.masked_fill(~passage_mask, 0.0) for x in (target, prior))
-    return (target.exp() * (target - prior)).masked_fill(~passage_mask, 0.0).sum(dim=-1)
+    # Padding is -inf in both, and -inf - -inf is NaN: masked before the product, so that its gradient is 0 too.
+    return (target.exp() * (target - prior).masked_fill(~passage_mask, 0.0)).sum(dim=-1)
 
 
 def _total(retriever: Tensor, weight: float, prior: Tensor, outputs: Likelihoods) -> tuple[Tensor, Stats]:

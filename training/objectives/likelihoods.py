@@ -47,11 +47,11 @@ def in_full_precision(values: Tensor) -> Tensor:
 def retrieval_log_probs(scores: Tensor, passage_mask: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(z|q) = log softmax_k(scores / temperature) over the real passages, [batch, k].
 
-    Padding gets -inf. A row of nothing but padding gets zeros and no gradient.
+    Padding gets -inf. A row of nothing but padding is uniform and gives no gradient.
     """
     logits = (in_full_precision(scores) / temperature).masked_fill(~passage_mask, float("-inf"))
     some = passage_mask.any(dim=-1, keepdim=True)
-    return torch.log_softmax(torch.where(some, logits, 0.0), dim=-1).masked_fill(~some, 0.0)
+    return torch.log_softmax(torch.where(some, logits, 0.0), dim=-1)
 
 
 def mixture_log_probs(prior: Tensor, values: Tensor, passage_mask: Tensor) -> Tensor:
@@ -61,12 +61,9 @@ def mixture_log_probs(prior: Tensor, values: Tensor, passage_mask: Tensor) -> Te
     Returns [batch] or [batch, tokens]; 0 without gradient for a row of nothing but padding.
     """
     missing = ~passage_mask
-    empty = missing.all(dim=-1)
     if values.dim() == 3:
-        prior, missing, empty = prior.unsqueeze(-1), missing.unsqueeze(-1), empty.unsqueeze(-1)
-    joint = prior + in_full_precision(values).masked_fill(missing, 0.0)
-    # An empty row of -inf would have gradient NaN; its prior is 0, so that only the final mask is needed.
-    return torch.logsumexp(joint, dim=1).masked_fill(empty, 0.0)
+        prior, missing = prior.unsqueeze(-1), missing.unsqueeze(-1)
+    return torch.logsumexp(prior + in_full_precision(values).masked_fill(missing, 0.0), dim=1)
 
 
 def answer_tokens(values: Tensor, answer_mask: Tensor) -> Tensor:

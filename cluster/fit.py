@@ -1,0 +1,221 @@
+"""One stage on the cluster: placement, index service, trainers; wait for the first to end, shut down once.
+
+    driver (this file)          starts everything, prints the console of rank 0, restarts what Ray Train gives up
+      |-- index service         shards, refresh workers, coordinator (`service.py`); lives as long as the stage
+      '-- Ray Train             one process per trainer, each runs `training.stage.Stage`; a dead one is started again
+                                by Ray Train and resumes from the newest checkpoint in the run directory
+
+The trainers wait for the index (bounded by `wait_timeout_s`); nobody waits for the driver.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from cluster.config import to_yaml
+from cluster.events import EventLog
+from cluster.placement import PlacementPlan
+from cluster.prepare import Prepared
+from cluster.service import IndexServiceHandle, start_index_service
+from cluster.settings import Settings
+from indexing.snapshot import is_complete
+from training.checkpoint import newest_checkpoint
+from training.objectives.choose import needs
+from training.stage import EVALUATION_FILE, StageJob
+
+CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
+RESULT_POLL_S = 0.2
+
+
+def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement: PlacementPlan, namespace: str) -> None:
+    """Run the stage to its end, or from where an interrupted one stood. What it measured stands in its run directory.
+
+    Raises ValueError for settings, RuntimeError with the place of the traceback when the trainers fail for good.
+    """
+    run_dir = Path(settings.run.directory) / settings.run.name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+    job = make_job(settings, prepared, init_from, run_dir)
+    events = EventLog(run_dir / "events.jsonl")
+    events("stage_started", step=_resumed_step(run_dir))
+    service = None
+    with _console(run_dir / CONSOLE):
+        try:
+            if uses_index(settings):
+                snapshot = snapshot_to_resume(run_dir)
+                service = start_index_service(
+                    run_dir=run_dir,
+                    namespace=namespace,
+                    store=prepared.passages,
+                    tokenizer=prepared.tokenizers / "retriever",
+                    encoder=settings.encoder,
+                    index=settings.index,
+                    refresh=settings.refresh,
+                    placement=placement,
+                    snapshot=snapshot,
+                    start_timeout_s=settings.cluster.start_timeout_s,
+                )
+                job.index_from_snapshot = snapshot is not None
+            _fit(job, service, settings, placement)
+        finally:
+            if service is not None:
+                service.stop()
+    events("stage_finished")
+
+
+def is_finished(settings: Settings) -> bool:
+    """Whether this very stage has been run to its end."""
+    path = Path(settings.run.directory) / settings.run.name / EVALUATION_FILE
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == fingerprint(settings)
+
+
+def fingerprint(settings: Settings) -> str:
+    """Hash of what decides a stage's outcome; console, places and machines do not."""
+    sections = {k: v for k, v in asdict(settings).items() if k not in ("monitor", "cluster", "run", "checkpoint")}
+    sections["run"] = {"seed": settings.run.seed, "init_from": settings.run.init_from}
+    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def uses_index(settings: Settings) -> bool:
+    """A warm start and closed-book training search nothing."""
+    return not needs(settings.objective).in_batch and settings.retrieval.source != "none"
+
+
+def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Path) -> StageJob:
+    """What the trainer processes are told."""
+    contrastive = needs(settings.objective).in_batch
+    evaluate = "" if contrastive else str(prepared.questions[settings.questions.evaluate])
+    trains = not contrastive and settings.training.train != "none"
+    return StageJob(
+        run_dir=str(run_dir),
+        passages=str(prepared.passages),
+        train_questions=str(prepared.questions[settings.questions.train]) if trains else "",
+        evaluate_questions=evaluate,
+        tokenizers=str(prepared.tokenizers),
+        init_from=init_from,
+        seed=settings.run.seed,
+        threads=settings.cluster.threads_per_trainer,
+        fingerprint=fingerprint(settings),
+        encoder=settings.encoder,
+        generator=settings.generator,
+        objective=settings.objective,
+        retrieval=settings.retrieval,
+        training=settings.training,
+        engine=settings.engine,
+        checkpoint=settings.checkpoint,
+        evaluation=settings.evaluation,
+        monitor=settings.monitor,
+        publish_every=settings.refresh.every_steps,
+        publish_precision=settings.refresh.precision,
+        max_staleness_steps=settings.refresh.max_staleness_steps,
+        config=asdict(settings),
+    )
+
+
+def snapshot_to_resume(run_dir: Path) -> Path | None:
+    """The index generation that the newest checkpoint names, if it is on disk and whole."""
+    newest = newest_checkpoint(run_dir, lambda _: None)
+    if newest is None:
+        return None
+    generation = json.loads((newest / "state.json").read_text(encoding="utf-8"))["generation"]
+    directory = run_dir / "index" / f"generation-{generation}"
+    return directory if generation >= 0 and is_complete(directory) else None
+
+
+def _resumed_step(run_dir: Path) -> int:
+    newest = newest_checkpoint(run_dir, lambda _: None)
+    return int(newest.name.rpartition("-")[2]) if newest is not None else 0
+
+
+def _fit(job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan) -> None:
+    """Ray Train, again if even its controller is lost; each attempt resumes from the newest checkpoint."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    run_dir = Path(job.run_dir).resolve()
+    seat = placement.trainers
+    resources = {"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {})
+    events = EventLog(run_dir / "events.jsonl")
+    for attempt in range(settings.cluster.max_failures + 1):
+        trainer = TorchTrainer(
+            _train_loop,
+            train_loop_config={"job": job, "service": service, "attempt": attempt},
+            scaling_config=ScalingConfig(
+                num_workers=seat.number, use_gpu=seat.gpus > 0, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=f"attempt-{time.time_ns()}",
+                storage_path=str(run_dir / "ray"),
+                failure_config=FailureConfig(max_failures=settings.cluster.max_failures),
+            ),
+            torch_config=TorchConfig(
+                backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+            # The controller itself was lost; its trainers ended with it.
+            if attempt == settings.cluster.max_failures:
+                raise RuntimeError(f"the controller of the trainers was lost {attempt + 1} times: {error}") from error
+            events("controller_lost", attempt=attempt, message=str(error).splitlines()[0])
+            print("the controller of the trainers was lost; training goes on from the last checkpoint", flush=True)
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """A trainer process."""
+    import os
+
+    import ray.train
+    import torch
+
+    from training.stage import Stage
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    job, service = config["job"], config["service"]
+    context = ray.train.get_context()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(context.get_local_rank())
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    client = service.connect() if service is not None else None
+    stream: TextIO | None = None
+    if context.get_world_rank() == 0:
+        stream = open(Path(job.run_dir) / CONSOLE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    Stage(job, client, stream).run()
+
+
+@contextmanager
+def _console(path: Path) -> Iterator[None]:
+    """Print what is appended to `path` while the block runs."""
+    path.touch()
+    stop = threading.Event()
+
+    def follow() -> None:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            file.seek(0, 2)
+            while True:
+                ended = stop.is_set()  # read once more after the end
+                for line in file:
+                    sys.stdout.write(line)
+                sys.stdout.flush()
+                if ended:
+                    return
+                stop.wait(RESULT_POLL_S)
+
+    thread = threading.Thread(target=follow, name="console", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)

@@ -1,0 +1,143 @@
+"""The ports of the refresh as Ray actor handles. Every wait is bounded, and Ray's errors become `...Lost`.
+
+A call to an actor that died ends with an error within seconds; one to an actor that is stopped never ends, which is
+why each has a timeout. Errors that the called method raised itself arrive as what they were.
+"""
+
+from typing import Any
+
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from cluster.ports import Chunk, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost
+from indexing.shard import ShardStatus
+
+STATUS_S = 10.0  # a status never waits for anything; a loaded machine is slow
+QUICK_S = 90.0  # calls that wait for a search or a lock at most (release: 60 s)
+
+
+class NamedActor:
+    """A named actor, looked up when it is first called: the one who refers to it may be older than the actor."""
+
+    def __init__(self, name: str, namespace: str) -> None:
+        self.name = name
+        self._namespace = namespace
+        self._handle: ActorHandle | None = None
+
+    def handle(self) -> ActorHandle:
+        """The handle; it stays good when the actor is restarted. Raises ValueError when there is no such actor."""
+        if self._handle is None:
+            self._handle = ray.get_actor(self.name, namespace=self._namespace)
+        return self._handle
+
+    def submit(self, method: str, *arguments: Any) -> Any:
+        """Call a method; returns its reference (or references)."""
+        return getattr(self.handle(), method).remote(*arguments)
+
+    def kill(self) -> None:
+        """End the process; Ray starts another one."""
+        ray.kill(self.handle(), no_restart=False)
+
+
+def own_error(error: RayTaskError) -> Exception:
+    """What the remote method raised."""
+    return error.cause if isinstance(error.cause, Exception) else error
+
+
+class RayShard:
+    """A `ShardPort`."""
+
+    def __init__(self, number: int, start: int, stop: int, actor: NamedActor, step_timeout_s: float) -> None:
+        """`step_timeout_s` bounds what builds, reads or writes an index."""
+        self.number, self.start, self.stop = number, start, stop
+        self.actor = actor
+        self._step_timeout_s = step_timeout_s
+
+    def status(self) -> ShardStatus:
+        return self._call("status", timeout_s=STATUS_S)
+
+    def prepare(self, generation: int) -> None:
+        self._call("prepare", generation, timeout_s=self._step_timeout_s)
+
+    def commit(self, generation: int) -> None:
+        self._call("commit", generation, timeout_s=QUICK_S)
+
+    def abort(self, generation: int) -> None:
+        self._call("abort", generation, timeout_s=QUICK_S)
+
+    def release(self, generation: int) -> None:
+        self._call("release", generation, timeout_s=QUICK_S)
+
+    def save(self, generation: int, directory: str) -> None:
+        self._call("save", generation, directory, timeout_s=self._step_timeout_s)
+
+    def load(self, generation: int, directory: str) -> None:
+        self._call("load", generation, directory, timeout_s=self._step_timeout_s)
+
+    def stage(self, generation: int, weights_version: int, start: int, vectors: "ObjectRef[Any]") -> None:
+        """Have the shard fetch `vectors` from where they are, and stage them."""
+        self._call("stage", generation, weights_version, start, vectors, timeout_s=QUICK_S)
+
+    def restart(self) -> None:
+        try:
+            self.actor.kill()
+        except (RayError, ValueError) as error:
+            raise ShardLost(f"shard {self.number} cannot be killed: {error}") from error
+
+    def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        try:
+            return ray.get(self.actor.submit(method, *arguments), timeout=timeout_s)
+        except GetTimeoutError:
+            raise ShardLost(f"shard {self.number} did not answer {method} in {timeout_s:g} s", silent=True) from None
+        except RayTaskError as error:
+            raise own_error(error) from error
+        except RayError as error:
+            raise ShardLost(f"shard {self.number}: {type(error).__name__} in {method}") from error
+
+
+class RayWorker:
+    """A `WorkerPort`. The vectors go from the worker's memory to the shard's, never through the caller."""
+
+    def __init__(self, actor: NamedActor, chunk_timeout_s: float) -> None:
+        self.name = actor.name
+        self._actor = actor
+        self._chunk_timeout_s = chunk_timeout_s
+
+    def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
+        assert isinstance(shard, RayShard)
+        limit = self._chunk_timeout_s
+        try:
+            vectors, done = self._actor.submit("encode", chunk.start, chunk.stop, weights)
+            ray.get(done, timeout=limit)
+        except GetTimeoutError:
+            self._actor.kill()
+            raise WorkerLost(f"{self.name} took longer than {limit:g} s (refresh.chunk_timeout_s)") from None
+        except RayTaskError as error:
+            raise own_error(error) from error
+        except RayError as error:
+            raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
+        try:
+            shard.stage(generation, weights.version, chunk.start, vectors)
+        except RayError as error:  # the vectors were lost with the worker's machine
+            raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
+
+    def recover(self) -> None:
+        try:
+            ray.get(self._actor.submit("ping"), timeout=STATUS_S)
+        except GetTimeoutError:
+            self._actor.kill()
+            raise WorkerLost(f"{self.name} is silent") from None
+        except (RayError, ValueError) as error:
+            raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
+
+
+def keep_weights(weights: Weights, timeout_s: float) -> Weights:
+    """A copy of published weights that this process owns: the trainer may die while they are used."""
+    try:
+        arrays = ray.get(weights.reference[0], timeout=timeout_s)
+        return Weights(weights.version, weights.publish_id, [ray.put(arrays)])
+    except RayError as error:
+        why = f"weights of version {weights.version} are lost: {type(error).__name__}"
+        raise RefreshFailed(why, final=True) from error

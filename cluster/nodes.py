@@ -1,0 +1,259 @@
+"""One command on several machines: every machine of a Slurm or SSH job calls `python -m cluster.nodes VERB ...`.
+
+Who waits for whom: machine 0 (the head) writes the token, starts Ray's head, waits until all machines have joined, runs
+the command, and stops the Ray that it started. Every other machine waits for the token and for the head, joins, and
+stays until the head has gone. Each wait is bounded by TANDEM_NODES_TIMEOUT_S and ends with a message.
+
+The head's exit code is the command's own. A machine that cannot join exits with 1; one that did join exits with 0 when
+the head has gone, whose exit code then says how it went. Only processes started here are stopped: `ray stop`, with
+which `ray symmetric-run` ends, would take every Ray of the same user.
+"""
+
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from cluster import cli, session
+
+STARTED = "Ray runtime started"  # what `ray start` prints when this machine has joined
+STOP_TIMEOUT_S = 30.0
+HEAD_GONE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine's place in the job."""
+
+    head: str  # name or address of machine 0, as the others see it
+    port: int
+    num_nodes: int
+    rank: int
+    token_file: Path
+    timeout_s: float
+
+
+def from_environment(environment: dict[str, str]) -> Machine:
+    """Read TANDEM_HEAD, TANDEM_NODES, TANDEM_NODE_RANK and, where set, TANDEM_TOKEN_FILE and TANDEM_NODES_TIMEOUT_S.
+    Raises ValueError."""
+    head, _, port = environment.get("TANDEM_HEAD", "").rpartition(":")
+    num_nodes, rank = environment.get("TANDEM_NODES", ""), environment.get("TANDEM_NODE_RANK", "")
+    timeout_s = environment.get("TANDEM_NODES_TIMEOUT_S", "300")
+    if not head or not port.isdigit():
+        raise ValueError(f"TANDEM_HEAD={environment.get('TANDEM_HEAD', '')}: must be HOST:PORT of machine 0")
+    if not num_nodes.isdigit() or int(num_nodes) < 1:
+        raise ValueError(f"TANDEM_NODES={num_nodes}: must be the number of machines")
+    if not rank.isdigit() or int(rank) >= int(num_nodes):
+        raise ValueError(f"TANDEM_NODE_RANK={rank}: must be 0 on the head, 1 to {int(num_nodes) - 1} on the others")
+    if not timeout_s.isdigit():
+        raise ValueError(f"TANDEM_NODES_TIMEOUT_S={timeout_s}: must be whole seconds")
+    name = re.sub(r"[^A-Za-z0-9]", "-", environment.get("SLURM_JOB_ID", "") or f"{head}-{port}")
+    token_file = Path(environment.get("TANDEM_TOKEN_FILE") or f"runs/.token-{name}").resolve()
+    return Machine(head, int(port), int(num_nodes), int(rank), token_file, float(timeout_s))
+
+
+def main(arguments: list[str]) -> int:
+    """Take this machine's part; returns its exit code."""
+    try:
+        cli.read_experiment(arguments[1:])  # a mistake is answered before machines wait for each other
+        machine = from_environment(dict(os.environ))
+    except ValueError as error:
+        return _say(str(error), 2)
+    signal.signal(signal.SIGTERM, _terminated)
+    if machine.rank == 0:
+        return _head(machine, arguments)
+    return _follower(machine)
+
+
+def _head(machine: Machine, arguments: list[str]) -> int:
+    made_token = _make_token(machine.token_file)
+    ray_node: subprocess.Popen[bytes] | None = None
+    try:
+        _set_environment(machine)
+        address = f"{_own_address(machine)}:{machine.port}"
+        os.environ["RAY_ADDRESS"] = address
+        _say(f"starts the head at {address} for {machine.num_nodes} machines")
+        log = _log_file()
+        ray_node = _ray_start(
+            ["--head", f"--node-ip-address={address.rpartition(':')[0]}", f"--port={machine.port}"], log
+        )
+        if not _wait_until_started(ray_node, log, machine.timeout_s):
+            return _say(f"Ray's head did not start; its output: {log.name}", 1)
+        if not _wait_for_machines(machine):
+            return 1
+        return _run_command(arguments)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if ray_node is not None:
+            _stop(ray_node)
+        if made_token:
+            machine.token_file.unlink(missing_ok=True)
+
+
+def _run_command(arguments: list[str]) -> int:
+    """The command line as a child; an interruption is passed on, and the child gets time to end by itself."""
+    command = subprocess.Popen([sys.executable, "-P", "-m", "cluster.cli", *arguments])
+    try:
+        return command.wait()
+    except KeyboardInterrupt:
+        command.send_signal(signal.SIGINT)
+        try:
+            return command.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            command.kill()
+            raise
+
+
+def _follower(machine: Machine) -> int:
+    ray_node: subprocess.Popen[bytes] | None = None
+    deadline = time.monotonic() + machine.timeout_s
+    try:
+        while not (machine.token_file.is_file() and _answers(machine.head, machine.port)):
+            if time.monotonic() > deadline:
+                where = f"the head {machine.head}:{machine.port}, or no token in {machine.token_file}"
+                hint = "the token is one file of mode 600 that all machines see (TANDEM_TOKEN_FILE)"
+                return _say(f"found neither for {machine.timeout_s:.0f} s: {where}; {hint}", 1)
+            time.sleep(1)
+        _set_environment(machine)
+        log = _log_file()
+        ray_node = _ray_start([f"--address={machine.head}:{machine.port}"], log)
+        if not _wait_until_started(ray_node, log, machine.timeout_s):
+            return _say(f"machine {machine.rank} did not join {machine.head}:{machine.port}; output: {log.name}", 1)
+        _say(f"machine {machine.rank} joined {machine.head}:{machine.port}")
+        _wait_until_gone(machine, ray_node)
+        return _say(f"machine {machine.rank}: the head has gone", 0)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if ray_node is not None:
+            _stop(ray_node)
+
+
+def _set_environment(machine: Machine) -> None:
+    """What Ray's processes and the command inherit."""
+    for name, value in {**session.QUIET, **session.LOCAL}.items():
+        if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER":
+            os.environ.setdefault(name, value)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(machine.token_file)
+    os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")
+
+
+def _make_token(path: Path) -> bool:
+    """Write a token that only this user can read, complete at once; True if there was none."""
+    if path.exists():
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    draft.rename(path)
+    return True
+
+
+def _own_address(machine: Machine) -> str:
+    """The head's own address as the others see it: many machines call themselves 127.0.1.1."""
+    try:
+        address = socket.gethostbyname(machine.head)
+    except OSError:
+        address = "127.0.0.1"
+    if machine.num_nodes == 1 or not address.startswith("127."):
+        return address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing; picks the interface of the default route
+        return probe.getsockname()[0]
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def _log_file() -> IO[bytes]:
+    return tempfile.NamedTemporaryFile(prefix="tandem-ray-start-", suffix=".log", delete=False)
+
+
+def _ray_start(options: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """`ray start --block` in a process group of its own, so that Ctrl-C reaches the command before Ray goes."""
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def _wait_until_started(ray_node: subprocess.Popen[bytes], log: IO[bytes], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and ray_node.poll() is None:
+        if STARTED in Path(log.name).read_text(encoding="utf-8", errors="replace"):
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def _wait_for_machines(machine: Machine) -> bool:
+    """Wait until all machines are part of the cluster; says every 30 s how many are."""
+    import ray
+
+    ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        begin, said = time.monotonic(), 0.0
+        while True:
+            alive = sum(bool(node["Alive"]) for node in ray.nodes())
+            waited = time.monotonic() - begin
+            if alive >= machine.num_nodes:
+                _say(f"{alive} of {machine.num_nodes} machines are here")
+                return True
+            if waited > machine.timeout_s:
+                _say(f"only {alive} of {machine.num_nodes} machines came in {machine.timeout_s:.0f} s")
+                return False
+            if waited - said >= 30:
+                said = waited
+                _say(f"{alive} of {machine.num_nodes} machines are here after {waited:.0f} s")
+            time.sleep(1)
+    finally:
+        ray.shutdown()
+
+
+def _wait_until_gone(machine: Machine, ray_node: subprocess.Popen[bytes]) -> None:
+    """Wait until this machine's Ray ends, or the head's port has been closed for HEAD_GONE_S (Ray itself takes 60 s)."""
+    last_seen = time.monotonic()
+    while ray_node.poll() is None and time.monotonic() - last_seen < HEAD_GONE_S:
+        time.sleep(2)
+        if _answers(machine.head, machine.port):
+            last_seen = time.monotonic()
+
+
+def _stop(ray_node: subprocess.Popen[bytes]) -> None:
+    """End `ray start --block`, which ends what it started."""
+    if ray_node.poll() is not None:
+        return
+    ray_node.terminate()
+    try:
+        ray_node.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(ray_node.pid, signal.SIGKILL)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(sentence: str, code: int = 0) -> int:
+    print(f"nodes: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,286 @@
+"""The index as a trainer sees it: `training.retrieve.IndexService` over the actors of one index service.
+
+A search goes from this process to every shard at once and back, without anything in between. The client pins a
+generation: all shards are asked for it, and a query whose answers are not all of it is asked again as a whole. Every
+answer tells which generation its shard committed last; when all shards have a newer one, that is pinned next.
+
+Who waits for whom: `submit`, `publish` and `status` return at once. `result` waits for the shards; a shard that died is
+asked again until the repair has brought it back, bounded by index.search_timeout_s. `wait_for_version` and
+`save_generation` poll the coordinator until their own deadline. A coordinator that died comes back without the weights
+it was given; the client that published them keeps them, and hands them in again when a status shows that they are
+missing.
+"""
+
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from cluster.actors import Gone
+from cluster.events import EventLog
+from cluster.handles import NamedActor, own_error
+from cluster.ports import Weights
+from cluster.refresh import CoordinatorStatus
+from indexing.merge import Hits, ShardHits, check_k, merge
+from training.retrieve import IndexStatus
+
+INLINE_BYTES = 100_000  # larger queries are put into the object store once instead of being sent with every call
+POLL_S = (0.02, 0.5)  # between attempts: the first pause, and the longest
+ASK_S = 5.0  # for one status
+STATUS_AGE_S = 0.05  # a status younger than this is not asked for again
+HUNG_S = 60.0  # a coordinator silent for so long is killed, and starts again
+
+
+@dataclass(frozen=True)
+class IndexAddress:
+    """Where an index service is found, and what clients need to know of it."""
+
+    namespace: str
+    coordinator: str
+    shards: tuple[str, ...]
+    num_passages: int
+    search_timeout_s: float
+    events_path: str
+
+
+class Search:
+    """A search under way (`PendingHits`)."""
+
+    def __init__(self, client: "IndexClient", queries: np.ndarray, k: int) -> None:
+        self._client = client
+        self._k = k
+        self._queries: Any = queries if queries.nbytes < INLINE_BYTES else ray.put(queries)
+        self._deadline = time.monotonic() + client.address.search_timeout_s
+        self._answers: list[Any] = client.ask_shards(self._queries, k)
+        self._hits: Hits | None = None
+
+    def result(self) -> Hits:
+        """Wait for the hits. Raises TimeoutError, and ValueError for queries that the index refuses."""
+        if self._hits is None:
+            self._hits = self._wait()
+            self._queries = None
+        return self._hits
+
+    def _wait(self) -> Hits:
+        pause_s, why = POLL_S[0], ""
+        while True:
+            try:
+                answers = ray.get(self._answers, timeout=max(0.0, self._deadline - time.monotonic()))
+            except GetTimeoutError:
+                raise TimeoutError(self._too_late(why or "a shard does not answer")) from None
+            except RayTaskError as error:
+                raise own_error(error) from error
+            except RayError as error:
+                why = f"a shard is not there ({type(error).__name__})"
+            else:
+                hits = [answer for answer in answers if isinstance(answer, ShardHits)]
+                pinned, again_at_once = self._client.learn(answers)
+                if len(hits) == len(answers) and len({one.generation for one in hits}) == 1:
+                    return merge(hits, self._k)
+                why = "no generation is served by every shard"
+                if again_at_once:
+                    self._answers = self._client.ask_shards(self._queries, self._k, pinned)
+                    continue
+            if time.monotonic() + pause_s > self._deadline:
+                raise TimeoutError(self._too_late(why))
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S[1])
+            self._client.hand_in_again()
+            self._answers = self._client.ask_shards(self._queries, self._k)
+
+    def _too_late(self, why: str) -> str:
+        limit = self._client.address.search_timeout_s
+        return f"search found no complete index for {limit:g} s (index.search_timeout_s): {why}"
+
+
+class IndexClient:
+    """Implements `training.retrieve.IndexService`; may be pickled, and used from several threads."""
+
+    def __init__(self, address: IndexAddress) -> None:
+        self.address = address
+        self.num_passages = address.num_passages
+        self._coordinator = NamedActor(address.coordinator, address.namespace)
+        self._shards = [NamedActor(name, address.namespace) for name in address.shards]
+        self._events = EventLog(address.events_path)
+        self._lock = threading.Lock()
+        self._pinned: int | None = None
+        self._published: Weights | None = None
+        self._handed_in: Any = None  # the call that carried them
+        self._status = CoordinatorStatus()
+        self._status_at = 0.0
+        self._asked: Any = None  # the status call under way
+        self._asked_at = 0.0
+        self._publish_failures = 0
+
+    def __reduce__(self) -> tuple[type["IndexClient"], tuple[IndexAddress]]:
+        return IndexClient, (self.address,)
+
+    # Search.
+
+    def submit(self, queries: np.ndarray, k: int) -> Search:
+        """Start a search of float32 `queries` [batch, dim]. Raises ValueError for a k that the corpus does not hold."""
+        check_k(k, self.num_passages)
+        return Search(self, np.ascontiguousarray(queries, np.float32), k)
+
+    def ask_shards(self, queries: Any, k: int, generation: int | None = None) -> list[Any]:
+        """References to every shard's answer, from the pinned generation unless another one is named."""
+        pinned = self._pinned if generation is None else generation
+        return [shard.submit("search", queries, k, pinned) for shard in self._shards]
+
+    def learn(self, answers: list[ShardHits | Gone]) -> tuple[int | None, bool]:
+        """Pin the newest generation that all shards have committed.
+
+        Returns it, and whether the same query would be answered by it at once.
+        """
+        committed = min(answer.committed for answer in answers)
+        if committed < 0:  # a shard came back empty
+            return self._pinned, False
+        changed = committed != self._pinned
+        self._pinned = committed
+        return committed, changed
+
+    # Weights and generations.
+
+    def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
+        """Hand out weights; returns at once. A failure is an event, and the next publish tries again."""
+        try:
+            reference = ray.put(weights)
+        except RayError as error:
+            self._note_failure(weights_version, error)
+            return
+        with self._lock:
+            newest = self._published.publish_id if self._published else 0
+            self._published = Weights(weights_version, max(time.time_ns(), newest + 1), [reference])
+            self._hand_in()
+
+    def wait_for_version(self, weights_version: int, timeout_s: float) -> None:
+        """Wait until a generation of that version or a newer one serves, and search it from now on.
+
+        A version that this client published itself is awaited as that very publish. Raises TimeoutError, and
+        RuntimeError when its refresh was given up.
+        """
+        deadline = time.monotonic() + timeout_s
+        pause_s = POLL_S[0]
+        while True:
+            status = self._ask(min(ASK_S, max(0.1, deadline - time.monotonic())))
+            if status is not None and self._serves(status, weights_version):
+                self._pinned = status.generation
+                return
+            if status is not None and status.given_up and not self._forgotten(status):
+                raise RuntimeError(f"no index of version {weights_version}: {status.given_up}")
+            if time.monotonic() + pause_s > deadline:
+                newest = self._status.weights_version
+                raise TimeoutError(
+                    f"no index of version {weights_version} after {timeout_s:g} s; version {newest} serves "
+                    f"(-1: none); see {self.address.events_path}"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S[1])
+
+    def save_generation(self, generation: int, timeout_s: float) -> str:
+        """Make sure that `generation` is on disk, and protected; returns its directory.
+
+        Raises TimeoutError, and ValueError when it is not served any more or could not be written.
+        """
+        deadline = time.monotonic() + timeout_s
+        pause_s = POLL_S[0]
+        while True:
+            try:
+                asked = self._coordinator.submit("save_generation", generation)
+                path = ray.get(asked, timeout=max(0.1, deadline - time.monotonic()))
+            except RayTaskError as error:
+                raise own_error(error) from error
+            except RayError:  # silent or restarting
+                path = None
+            if path is not None:
+                return path
+            if time.monotonic() + pause_s > deadline:
+                raise TimeoutError(f"index generation {generation} was not on disk after {timeout_s:g} s")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S[1])
+
+    # Status.
+
+    def status(self) -> IndexStatus:
+        """The newest known state; asks for a newer one, and does not wait for it."""
+        with self._lock:
+            self._collect()
+            if self._asked is None and time.monotonic() - self._status_at > STATUS_AGE_S:
+                self._asked = self._coordinator.submit("status")
+                self._asked_at = time.monotonic()
+            status = self._status
+        return IndexStatus(
+            generation=status.generation,
+            weights_version=status.weights_version,
+            generations_committed=status.generations_committed,
+            refresh_seconds=status.refresh_seconds,
+            refresh_passages_per_s=status.refresh_passages_per_s,
+            failures=status.failures + self._publish_failures,
+        )
+
+    def hand_in_again(self) -> None:
+        """Ask for a status, and hand in the weights again if it lacks them: what a waiting search can do."""
+        self.status()
+
+    def _ask(self, timeout_s: float) -> CoordinatorStatus | None:
+        """The state now, None when the coordinator does not answer."""
+        self.status()
+        if self._asked is not None:
+            ray.wait([self._asked], timeout=timeout_s)
+        with self._lock:
+            return self._status if self._collect() else None
+
+    def _collect(self) -> bool:
+        """Take a status that has arrived; returns whether one has. Call with the lock held."""
+        if self._asked is None:
+            return time.monotonic() - self._status_at <= STATUS_AGE_S
+        if not ray.wait([self._asked], timeout=0)[0]:
+            if time.monotonic() - self._asked_at > HUNG_S:
+                self._events("coordinator_killed", why=f"silent for {HUNG_S:g} s")
+                self._coordinator.kill()
+                self._asked = None
+            return False
+        asked, self._asked = self._asked, None
+        try:
+            self._status = ray.get(asked)
+        except RayError:  # it is being restarted
+            return False
+        self._status_at = time.monotonic()
+        if self._forgotten(self._status):
+            self._hand_in()
+        elif self._status.needs_weights and self._published is not None and self._handed_in is None:
+            self._published = replace(self._published, publish_id=time.time_ns())
+            self._hand_in()
+        return True
+
+    def _hand_in(self) -> None:
+        """Send the published weights to the coordinator. Call with the lock held."""
+        self._handed_in = self._coordinator.submit("publish", self._published)
+        self._asked = None  # a status from before would seem to have forgotten them
+
+    def _forgotten(self, status: CoordinatorStatus) -> bool:
+        """Whether the coordinator does not know the newest publish of this client, which has surely reached it."""
+        if self._handed_in is not None and ray.wait([self._handed_in], timeout=0)[0]:
+            try:
+                ray.get(self._handed_in)
+            except RayError as error:
+                assert self._published is not None
+                self._note_failure(self._published.version, error)
+            self._handed_in = None
+        published = self._published
+        return self._handed_in is None and published is not None and status.newest_publish_id < published.publish_id
+
+    def _serves(self, status: CoordinatorStatus, weights_version: int) -> bool:
+        published = self._published
+        if published is not None and published.version == weights_version:
+            restarted = status.publish_id == 0 and status.weights_version == weights_version
+            return status.publish_id >= published.publish_id or restarted
+        return status.weights_version >= weights_version
+
+    def _note_failure(self, weights_version: int, error: Exception) -> None:
+        self._publish_failures += 1
+        self._events("publish_failed", weights_version=weights_version, why=type(error).__name__)

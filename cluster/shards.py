@@ -1,0 +1,73 @@
+"""All shards of an index, as the refresh talks to them: at the same time, each answer with its error."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from cluster.ports import RefreshFailed, ShardLost, ShardPort
+from indexing.shard import ShardStatus
+
+POLL_S = 0.2  # while a shard is awaited
+
+
+class ShardGroup:
+    """Shards 0..n-1, together the whole corpus."""
+
+    def __init__(self, shards: Sequence[ShardPort]) -> None:
+        self._shards = tuple(shards)
+        self.num_passages = sum(shard.stop - shard.start for shard in shards)
+
+    def __iter__(self) -> Iterator[ShardPort]:
+        return iter(self._shards)
+
+    def pick(self, numbers: Iterable[int]) -> list[ShardPort]:
+        """The shards with these numbers."""
+        return [self._shards[number] for number in sorted(numbers)]
+
+    def call(
+        self, call: Callable[[ShardPort], object], shards: Sequence[ShardPort] | None = None
+    ) -> dict[int, Exception | None]:
+        """`call` on each of `shards` (all of them), at the same time; what each raised, by shard number."""
+
+        def guarded(shard: ShardPort) -> Exception | None:
+            try:
+                call(shard)
+            except Exception as error:  # the edge of a thread: the caller looks at what each shard said
+                return error
+            return None
+
+        chosen = self._shards if shards is None else tuple(shards)
+        if not chosen:
+            return {}
+        with ThreadPoolExecutor(len(chosen)) as threads:
+            return dict(zip((shard.number for shard in chosen), threads.map(guarded, chosen), strict=True))
+
+    def lacking(self, has: Callable[[ShardStatus, int], bool], generation: int) -> set[int]:
+        """Numbers of shards that do not answer, or of which `has(status, generation)` is not true."""
+        statuses = [(shard.number, status_or_none(shard)) for shard in self._shards]
+        return {number for number, status in statuses if status is None or not has(status, generation)}
+
+    def wait(
+        self,
+        timeout_s: float,
+        in_order: Callable[[ShardStatus], bool] = lambda status: True,
+        shards: Sequence[ShardPort] | None = None,
+    ) -> list[ShardStatus]:
+        """Wait until `shards` (all of them) answer and are `in_order`. Raises RefreshFailed."""
+        deadline = time.monotonic() + timeout_s
+        statuses = []
+        for shard in self._shards if shards is None else shards:
+            while (status := status_or_none(shard)) is None or not in_order(status):
+                if time.monotonic() > deadline:
+                    raise RefreshFailed(f"index shard {shard.number} did not come back within {timeout_s:.0f} s")
+                time.sleep(POLL_S)
+            statuses.append(status)
+        return statuses
+
+
+def status_or_none(shard: ShardPort) -> ShardStatus | None:
+    """The shard's status, None while it is lost."""
+    try:
+        return shard.status()
+    except ShardLost:
+        return None

@@ -1,0 +1,60 @@
+"""Merging: hand-computed lists, ties by id, refusals."""
+
+import numpy as np
+import pytest
+
+from indexing.merge import Hits, ShardHits, merge
+
+
+def hits(ids: list[list[int]], scores: list[list[float]], generation: int = 3, weights_version: int = 30) -> ShardHits:
+    return ShardHits(np.array(ids, np.int64), np.array(scores, np.float32), generation, weights_version, generation)
+
+
+def test_hand_computed() -> None:
+    left = hits([[2, 0, 1], [0, 1, 2]], [[0.9, 0.5, 0.1], [0.3, 0.2, 0.1]])
+    right = hits([[5, 4], [3, 4]], [[0.7, 0.5], [0.25, 0.2]])
+    merged = merge([left, right], 4)
+    assert merged.ids.tolist() == [[2, 5, 0, 4], [0, 3, 1, 4]]
+    assert merged.scores.tolist() == np.array([[0.9, 0.7, 0.5, 0.5], [0.3, 0.25, 0.2, 0.2]], np.float32).tolist()
+    assert (merged.generation, merged.weights_version) == (3, 30)
+    assert (merged.ids.dtype, merged.scores.dtype) == (np.int64, np.float32)
+
+
+def test_ties_by_id_whatever_the_order_of_shards() -> None:
+    left, right = hits([[7, 3]], [[1.0, 1.0]]), hits([[5, 1]], [[1.0, 1.0]])
+    for order in ([left, right], [right, left]):
+        assert merge(order, 3).ids.tolist() == [[1, 3, 5]]
+
+
+def test_shards_smaller_than_k() -> None:
+    parts = [hits([[number]], [[float(number % 3)]]) for number in range(5)]
+    assert merge(parts, 5).ids.tolist() == [[2, 1, 4, 0, 3]]
+
+
+def test_missing_ids_never_leave() -> None:
+    short = hits([[4, -1]], [[0.5, np.finfo(np.float32).min]])
+    assert merge([short, hits([[9, 8]], [[-5.0, -6.0]])], 3).ids.tolist() == [[4, 9, 8]]
+    with pytest.raises(ValueError, match=r"retrieval\.k is 2.*index\.nprobe"):
+        merge([short], 2)
+
+
+@pytest.mark.parametrize(
+    ("parts", "k", "message"),
+    [
+        ([], 1, "at least one shard"),
+        ([hits([[0]], [[1.0]], 3), hits([[1]], [[1.0]], 4)], 1, r"different generations \[3, 4\]"),
+        ([hits([[0]], [[1.0]], 3, 1), hits([[1]], [[1.0]], 3, 2)], 1, r"weights versions \[1, 2\]"),
+        ([hits([[0]], [[1.0]]), hits([[1], [2]], [[1.0], [1.0]])], 1, r"answered \[1, 2\] queries"),
+        ([hits([[0]], [[1.0]]), hits([[1]], [[1.0]])], 3, r"retrieval\.k is 3, but the index holds 2 passages"),
+        ([hits([[0]], [[1.0]])], 0, r"retrieval\.k is 0"),
+    ],
+)
+def test_refused(parts: list[ShardHits], k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge(parts, k)
+
+
+def test_no_queries() -> None:
+    empty = ShardHits(np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32), 1, 1, 1)
+    merged: Hits = merge([empty], 2)
+    assert merged.ids.shape == (0, 2)

@@ -1,0 +1,178 @@
+"""Everything that a resume needs, in one directory: `checkpoints/step-N/`.
+
+    engine/             DeepSpeed's weights, fp32 masters and optimiser state, one file per rank
+    rank-R.pt           what rank R alone knows: random states, place in the data
+    model.safetensors   weights by name, for evaluation and for the next stage
+    state.json          what all ranks know: step, loop counters, index generation
+    ...                 copies (configuration, tokenisers)
+    manifest.json       size and checksum of all of it, written last
+
+Every rank writes its part; when all have, rank 0 seals the directory with the manifest, then moves the pointer
+`checkpoints/latest` (for people; readers look for the newest directory that matches its manifest) and removes old
+checkpoints. When a rank fails (a full disk), nobody seals: the directory is removed and every rank raises.
+
+The files under engine/ and rank-R.pt are pickles, thus code: load them only from a run of your own. The safetensors
+file is data.
+"""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from indexing import snapshot
+from training.named_weights import tied_names
+
+if TYPE_CHECKING:
+    from training.engine import Engine
+
+PREFIX = "step-"
+WEIGHTS = "model.safetensors"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    engine: "Engine",
+    state: Mapping[str, Any],
+    rank_state: Mapping[str, Any],
+    keep: int,
+    protected: Sequence[int] = (),
+    files: Mapping[str, Path] | None = None,
+) -> Path:
+    """Write `checkpoints/step-{step}`; collective, between optimiser steps. One that is there and whole is left alone.
+
+    state: JSON values, rank 0's count. rank_state: this rank's own, any picklable values. keep: number of newest
+    checkpoints that stay, beside the steps in `protected`. files: name in the checkpoint to a file or folder to copy.
+    Raises OSError on every rank when a rank could not write; earlier checkpoints are then untouched.
+    """
+    parent = run_dir / "checkpoints"
+    directory = parent / f"{PREFIX}{step}"
+    if engine.broadcast_object(engine.rank == 0 and _whole(directory)):
+        return directory
+    _together(engine, directory, _on_rank_0(engine, lambda: _prepare(parent, directory, step)))
+    failures = [_attempt(lambda: engine.save(directory / "engine"))]
+    weights = engine.consolidated_state()  # collective: also on a rank that has failed
+
+    def write_shared() -> None:
+        save_file(_as_saved(weights, engine.weights_dtype), directory / WEIGHTS, _metadata(engine))
+        (directory / "state.json").write_text(json.dumps(dict(state), allow_nan=False))
+        for name, source in (files or {}).items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if source.is_dir() else shutil.copyfile
+            copy(source, directory / name)
+
+    failures.append(_attempt(lambda: torch.save(dict(rank_state), directory / f"rank-{engine.rank}.pt")))
+    failures.append(_on_rank_0(engine, write_shared))
+    _together(engine, directory, next((failure for failure in failures if failure), None))
+
+    def seal() -> None:
+        snapshot.write_manifest(directory, {"step": step, "num_ranks": engine.world_size})
+        snapshot.write_file(parent / "latest", [f"{directory.name}\n".encode()])
+
+    _together(engine, directory, _on_rank_0(engine, seal))
+    if engine.rank == 0:
+        snapshot.prune(parent, PREFIX, keep, protected)
+    return directory
+
+
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose contents match its manifest; `warn` is told of each that was refused, by name."""
+    found = snapshot.newest_complete(run_dir / "checkpoints", PREFIX, warn)
+    return found[1] if found else None
+
+
+def load_checkpoint(path: Path, engine: "Engine") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put weights and optimiser state into a new engine; return (state, this rank's rank_state). Collective.
+
+    `path` as `newest_checkpoint` gives it, which has read and compared every byte; here names and sizes only. Raises
+    TornSnapshot, or ValueError where the number of ranks or the engine's settings differ from those of the save.
+    """
+    snapshot.verify(path, contents=False)
+    engine.load(path / "engine")
+    state = json.loads((path / "state.json").read_text())
+    return state, torch.load(path / f"rank-{engine.rank}.pt", map_location="cpu", weights_only=False)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of the checkpoint at `path` on the CPU, as they computed (bfloat16 or float32), under all names that a
+    shared weight has; verified. Raises TornSnapshot."""
+    snapshot.verify(path)
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+    return weights | {name: weights[first] for name, first in tied.items()}
+
+
+def rng_state() -> dict[str, Any]:
+    """States of Python's, numpy's and torch's generators; CUDA's of this rank's device."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_state(states: Mapping[str, Any]) -> None:
+    """Undo what was drawn since `rng_state`."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _prepare(parent: Path, directory: Path, step: int) -> None:
+    """An empty directory; damaged checkpoints of this and later steps, which a resume has refused, go away."""
+    for path in parent.glob(f"{PREFIX}*") if parent.is_dir() else ():
+        number = path.name.removeprefix(PREFIX)
+        if number.isdecimal() and int(number) >= step and not _whole(path):
+            shutil.rmtree(path)
+    (directory / "engine").mkdir(parents=True)
+
+
+def _whole(directory: Path) -> bool:
+    try:
+        snapshot.verify(directory)
+    except snapshot.TornSnapshot:
+        return False
+    return True
+
+
+def _as_saved(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: (w.to(dtype) if w.is_floating_point() else w).contiguous() for name, w in weights.items()}
+
+
+def _metadata(engine: "Engine") -> dict[str, str]:
+    return {"format": "pt", "tied": json.dumps(tied_names(engine.module))}
+
+
+def _attempt(write: Callable[[], object]) -> str | None:
+    """Why `write` failed, or None. torch and safetensors have errors of their own for a full disk."""
+    try:
+        write()
+    except Exception as error:  # told to all ranks by `_together`, which raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _on_rank_0(engine: "Engine", write: Callable[[], object]) -> str | None:
+    return _attempt(write) if engine.rank == 0 else None
+
+
+def _together(engine: "Engine", directory: Path, failure: str | None) -> None:
+    """Wait for all ranks; where one failed, remove the directory and raise OSError on all."""
+    failures = [(rank, why) for rank, why in enumerate(engine.gather_objects(failure)) if why]
+    if not failures:
+        return
+    if engine.rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    rank, why = failures[0]
+    raise OSError(f"could not write checkpoint {directory} (rank {rank}: {why}); earlier checkpoints are whole")

@@ -1,0 +1,264 @@
+"""Fusion-in-decoder over any encoder-decoder (Izacard and Grave 2021, arXiv:2007.01282).
+
+Each passage is encoded alone with its question; the decoder reads one passage (`per_passage_log_probs`) or the valid
+tokens of all of them as one memory (`fused_log_probs`), from the same encoder states. A bias per passage, usually
+log p(z|q), enters the decoder's cross-attention through the four-dimensional float mask that transformers hands to it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from training.models import likelihood
+from training.models.encoder import choose_attention, load_pretrained, num_positions
+from training.models.generator import Decoded, Generator, ReaderBatch
+from training.models.packing import length_groups, pad_rows, restore_order
+from training.models.sides import surrounding_tokens
+from training.models.tokenizers import end_id, pad_id, start_id
+from training.settings import GeneratorConfig
+
+
+@dataclass
+class FusionBatch(ReaderBatch):
+    """`question passage` per passage, in the encoder's tokens."""
+
+    source_ids: Tensor  # int64 [batch * k, source]
+    source_mask: Tensor  # bool [batch * k, source]
+
+
+@dataclass
+class Group:
+    """Encoder states of passages of similar length."""
+
+    rows: Tensor  # int64 [n]: numbers in batch * k
+    states: Tensor  # [n, source, dim]
+    mask: Tensor  # bool [n, source]
+
+
+@dataclass
+class Memory:
+    """What the decoder attends to."""
+
+    states: Tensor  # [rows, source, dim]
+    mask: Tensor  # bool [rows, source]; float [rows, 1, 1, source] when biased
+
+
+class FusionGenerator(Generator):
+    """Any encoder-decoder of transformers, or a fresh T5."""
+
+    def __init__(self, config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        self.config = config
+        self.attention = choose_attention(config.attention, "generator.attention")
+        self.model = self._checkpoint() if config.name else self._fresh(tokenizer)
+        likelihood.check_vocabulary(self.model, len(tokenizer))
+        self.end_id, self.pad_id = end_id(tokenizer), pad_id(tokenizer)
+        self.decoder_start_id = int(self.model.config.decoder_start_token_id)
+        start, end = surrounding_tokens(tokenizer)
+        self.start = np.array(start, dtype=np.int64)
+        self.between = np.array(() if config.name else end, dtype=np.int64)  # pretrained readers have "title:" for it
+        self.end = np.array(end, dtype=np.int64)
+        self._check_positions()
+        self.model.generation_config = likelihood.generation_settings(
+            self.model, self.end_id, self.pad_id, self.decoder_start_id
+        )
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def collate(
+        self,
+        questions: Sequence[np.ndarray],
+        passages: Sequence[Sequence[np.ndarray]],
+        answers: Sequence[np.ndarray] | None,
+    ) -> FusionBatch:
+        filled, passage_mask = likelihood.collate_passages(passages)
+        sources: list[np.ndarray] = []
+        for question, rows in zip(questions, filled, strict=True):
+            head = [self.start, question[: self.config.max_question_tokens], self.between]
+            sources += [np.concatenate([*head, row[: self.config.max_passage_tokens], self.end]) for row in rows]
+        source_ids, source_mask = pad_rows(sources, self.pad_id)
+        answer_ids, answer_mask = likelihood.collate_answers(answers, len(questions), self.end_id)
+        return FusionBatch(answer_ids, answer_mask, passage_mask, source_ids, source_mask)
+
+    def read(self, batch: ReaderBatch) -> list[Group]:
+        """Encoder states of every passage, encoded once, in groups of similar length."""
+        assert isinstance(batch, FusionBatch)
+        encoder: Any = self.model.get_encoder()
+        groups: list[Group] = []
+        for rows, length in length_groups(batch.source_mask, self.config.length_groups):
+            mask = batch.source_mask[rows, :length]
+            states = encoder(input_ids=batch.source_ids[rows, :length], attention_mask=mask.long()).last_hidden_state
+            groups.append(Group(rows, states, mask))
+        return groups
+
+    def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        groups = _groups(reading)
+        k = batch.passage_mask.shape[1]
+        outputs: list[Tensor] = []
+        for group in groups:
+            questions = group.rows // k
+            targets, mask = batch.answer_ids[questions], batch.answer_mask[questions]
+            outputs.append(self._score(Memory(group.states, group.mask), targets, mask))
+        ordered = restore_order(outputs, [(group.rows, 0) for group in groups])
+        return ordered.unflatten(0, (-1, k))
+
+    def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
+        return self._score(self._fuse(reading, batch, passage_bias), batch.answer_ids, batch.answer_mask)
+
+    @torch.no_grad()
+    def write(
+        self,
+        reading: object,
+        batch: ReaderBatch,
+        fused: bool,
+        max_tokens: int,
+        num_beams: int,
+        passage_bias: Tensor | None = None,
+    ) -> Decoded:
+        memory = self._fuse(reading, batch, passage_bias) if fused else self._unpack(_groups(reading))
+        model: Any = self.model
+        with self._cross_attention(memory.mask.repeat_interleave(num_beams, dim=0)):
+            generated = model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=cast(Any, memory.states)),
+                attention_mask=torch.ones(memory.states.shape[:2], dtype=torch.int64, device=memory.states.device),
+                max_new_tokens=max_tokens + 1,
+                num_beams=num_beams,
+                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),  # its own counts encoder layers
+                synced_gpus=likelihood.is_sharded(self.model),
+            )
+        tokens, targets, mask = likelihood.written_rows(generated[:, 1:], self.end_id, max_tokens)
+        return Decoded(tokens, self._score(memory, targets, mask).sum(dim=1))
+
+    @contextmanager
+    def _cross_attention(self, mask: Tensor) -> Iterator[None]:
+        """Inside, the decoder attends through `mask`, which `generate` would refuse where it is a biased one."""
+
+        def replace_mask(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            assert "encoder_attention_mask" in kwargs
+            return args, {**kwargs, "encoder_attention_mask": _for_attention(mask)}
+
+        decoder: Any = self.model.get_decoder()
+        hook = decoder.register_forward_pre_hook(replace_mask, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _score(self, memory: Memory, targets: Tensor, mask: Tensor) -> Tensor:
+        """float32 [rows, tokens]: log-probabilities of `targets`, teacher-forced."""
+        if targets.shape[1] == 0:
+            return torch.zeros(targets.shape, device=targets.device)
+        start = targets.new_full((len(targets), 1), self.decoder_start_id)
+        logits = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=cast(Any, memory.states)),
+            attention_mask=_for_attention(memory.mask),
+            decoder_input_ids=torch.cat([start, targets[:, :-1]], dim=1),
+            use_cache=False,
+        ).logits
+        return likelihood.token_log_probs(logits, targets, mask)
+
+    def _fuse(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None) -> Memory:
+        """One row of memory per question: the valid tokens of its passages side by side, without padding between."""
+        groups = _groups(reading)
+        lengths = torch.cat([group.mask.sum(dim=1) for group in groups])
+        order = torch.argsort(torch.cat([group.rows for group in groups]))
+        starts = (lengths.cumsum(0) - lengths)[order].view(batch.passage_mask.shape)  # of each passage among all tokens
+        lengths = lengths[order].view(batch.passage_mask.shape) * batch.passage_mask
+        ends = lengths.cumsum(dim=1)
+        position = torch.arange(max(1, int(ends[:, -1].max())), device=ends.device).expand(len(ends), -1)
+        passage = torch.searchsorted(ends, position.contiguous(), right=True).clamp(max=ends.shape[1] - 1)
+        valid = position < ends[:, -1:]
+        valid = valid | ((ends[:, -1:] == 0) & (position == 0))  # no passage at all: finite, never used
+        source = starts.gather(1, passage) + position - (ends - lengths).gather(1, passage)
+        tokens = torch.cat([group.states[group.mask] for group in groups])
+        states = tokens.index_select(0, torch.where(valid, source, 0).flatten()).unflatten(0, position.shape)
+        if passage_bias is None:
+            return Memory(states, valid)
+        if self.attention == "flash_attention_2":
+            raise ValueError("generator.attention=flash_attention_2 cannot take a score bias; allowed: eager, sdpa")
+        # A padded passage has bias -inf and no token here: zero keeps its gradient finite.
+        bias = passage_bias.masked_fill(~batch.passage_mask, 0.0).gather(1, passage).to(states.dtype)
+        bias = bias.masked_fill(~valid, torch.finfo(states.dtype).min)
+        return Memory(states, bias[:, None, None, :])
+
+    def _unpack(self, groups: list[Group]) -> Memory:
+        """One padded row of memory per passage, for writing."""
+        width = max(group.mask.shape[1] for group in groups)
+        order = [(group.rows, 0) for group in groups]
+        states, masks = [], []
+        for group in groups:
+            missing = width - group.mask.shape[1]
+            states.append(torch.nn.functional.pad(group.states, (0, 0, 0, missing)))
+            masks.append(torch.nn.functional.pad(group.mask, (0, missing)))
+        return Memory(restore_order(states, order), restore_order(masks, order))
+
+    def _checkpoint(self) -> PreTrainedModel:
+        return load_pretrained(
+            AutoModelForSeq2SeqLM,
+            self.config.name,
+            "generator.name",
+            attn_implementation=self.attention,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def _fresh(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+        """A T5 of `generator.fresh`'s size with random weights."""
+        fresh = self.config.fresh
+        if fresh.hidden % fresh.num_heads:
+            raise ValueError(
+                f"generator.fresh.hidden is {fresh.hidden}; allowed: a multiple of num_heads={fresh.num_heads}"
+            )
+        start = start_id(tokenizer)
+        options: dict[str, Any] = {
+            "attn_implementation": self.attention,
+            "decoder_start_token_id": pad_id(tokenizer) if start is None else start,
+        }
+        shape = T5Config(
+            vocab_size=len(tokenizer),
+            d_model=fresh.hidden,
+            d_kv=fresh.hidden // fresh.num_heads,
+            d_ff=fresh.intermediate,
+            num_layers=fresh.num_encoder_layers,
+            num_decoder_layers=fresh.num_decoder_layers,
+            num_heads=fresh.num_heads,
+            dropout_rate=fresh.dropout,
+            pad_token_id=pad_id(tokenizer),
+            eos_token_id=end_id(tokenizer),
+            **options,
+        )
+        return T5ForConditionalGeneration(shape)
+
+    def _check_positions(self) -> None:
+        """Raises ValueError where learned positions are fewer than question and passage may take."""
+        special = len(self.start) + len(self.between) + len(self.end)
+        longest = self.config.max_question_tokens + self.config.max_passage_tokens + special
+        limit = num_positions(self.model)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"generator.max_passage_tokens is {self.config.max_passage_tokens}: with the question up to {longest} "
+                f"tokens, but {self.config.name!r} takes at most {limit}"
+            )
+
+
+def _groups(reading: object) -> list[Group]:
+    assert isinstance(reading, list)
+    return reading
+
+
+def _for_attention(mask: Tensor) -> Tensor:
+    return mask.long() if mask.dtype == torch.bool else mask
