@@ -21,7 +21,7 @@ import numpy as np
 import ray
 
 from cluster.chunks import EncodePool
-from cluster.events import EventLog, read_events
+from cluster.events import EventLog
 from cluster.handles import NamedActor, RayShard, RayWorker, keep_weights
 from cluster.ports import Weights
 from cluster.refresh import CoordinatorStatus, RefreshCoordinator, RefreshSettings
@@ -32,6 +32,7 @@ from indexing.merge import ShardHits
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, Shard, ShardStatus
 from indexing.store import Store
+from training.jsonl import read_rows
 from training.settings import EncoderConfig
 
 TICK_S = 1.0
@@ -101,7 +102,7 @@ class WorkerSettings:
     store: str
     side: str  # whose tokens
     encoder: EncoderConfig
-    vocab_size: int | None
+    tokenizer: str  # folder
     batch_tokens: int
     precision: str
     threads: int
@@ -113,7 +114,7 @@ class RefreshWorkerActor:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._loaded: Any = None  # encoder, table
+        self._loaded: Any = None  # encoder, token table, padding id
         self._publish_id = -1
         self._lock = threading.Lock()
 
@@ -127,15 +128,15 @@ class RefreshWorkerActor:
 
     @ray.method(num_returns=2)
     def encode(self, start: int, stop: int, weights: Weights) -> tuple[np.ndarray, int]:
-        """Vectors float32 [stop - start, dim] of these passages, and their number (small: it says that they are done)."""
+        """Vectors float32 [stop - start, dim] of these passages, and their number, which says that they are done."""
         with self._lock:
-            encoder, table = self._load()
+            encoder, table, pad = self._load()
             if weights.publish_id != self._publish_id:
                 from training.models.encoder import load_passage_weights
 
                 load_passage_weights(encoder, ray.get(weights.reference[0], timeout=600))
                 self._publish_id = weights.publish_id
-            vectors = encode_range(table, start, stop, self._encode, self._settings.batch_tokens)
+            vectors = encode_range(table, start, stop, self._encode, self._settings.batch_tokens, pad)
         return vectors, len(vectors)
 
     def _load(self) -> Any:
@@ -143,23 +144,25 @@ class RefreshWorkerActor:
             import torch
 
             from training.models.encoder import build_encoder
+            from training.models.tokenizers import load_tokenizer, pad_id
 
             settings = self._settings
             if settings.device == "cpu":
                 os.nice(NICENESS)
                 torch.set_num_threads(settings.threads)
-            encoder = build_encoder(replace(settings.encoder, gradient_checkpointing=False), settings.vocab_size)
+            tokenizer = load_tokenizer(settings.tokenizer)
+            encoder = build_encoder(replace(settings.encoder, gradient_checkpointing=False), len(tokenizer))
             encoder.length_groups = 1  # batches come sorted by length
             encoder.requires_grad_(False).eval().to(settings.device)
             table = Store.open(settings.store, verify=False).tokens(settings.side)
-            self._loaded = encoder, table
+            self._loaded = encoder, table, pad_id(tokenizer)
         return self._loaded
 
     def _encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Vectors float32 [n, dim] of token ids and mask [n, tokens]."""
         import torch
 
-        device, (encoder, _) = self._settings.device, self._loaded
+        device, encoder = self._settings.device, self._loaded[0]
         half = self._settings.precision == "bfloat16" and device == "cuda"
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
             vectors = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
@@ -228,7 +231,7 @@ class CoordinatorActor:
     def _start(self) -> None:
         """Take over, then start the threads."""
         coordinator, settings = self._coordinator, self._settings
-        past = [event["event"] for event in read_events(self._events.path)]
+        past = [row.get("event") for row in read_rows(self._events.path)]
         coordinator.remember(past.count("refresh_committed"), past.count("refresh_failed"))
         try:
             coordinator.recover(settings.start_timeout_s, settings.initial)

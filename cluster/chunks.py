@@ -64,7 +64,7 @@ class EncodePool:
     def __init__(
         self,
         workers: Sequence[WorkerPort],
-        shards: Sequence[ShardPort],
+        shards: Iterable[ShardPort],
         events: Events,
         max_failures: int,
         chunk_timeout_s: float,

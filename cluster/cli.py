@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 a mistake in the command or the configuration, 1
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -46,7 +47,10 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. Writes "done" to the file that TANDEM_DONE_FILE names after success,
     for launchers whose own exit code says nothing."""
-    code = _command(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        signal.signal(signal.SIGTERM, _terminated)
+        arguments = sys.argv[1:]
+    code = _command(arguments)
     done_file = os.environ.get("TANDEM_DONE_FILE")
     if code == 0 and done_file:
         Path(done_file).write_text("done\n", encoding="utf-8")
@@ -103,6 +107,9 @@ def read_experiment(arguments: list[str]) -> "Experiment":
 
 
 def _run(verb: str, experiment: "Experiment", question: str) -> int | None:
+    from cluster import session
+
+    session.set_environment()  # Ray reads it when it is imported
     from cluster import run
 
     match verb:
@@ -148,6 +155,11 @@ def guarded(work: Callable[[], int | None], directory: Path | None) -> int:
         sentence = next((line for line in str(shown).splitlines() if line.strip()), "no message")
         print(f"tandem: failed: {type(shown).__name__}: {sentence.strip()} (traceback: {log})", file=sys.stderr)
         return 1
+
+
+def _terminated(number: int, frame: object) -> None:
+    """SIGTERM ends the work as Ctrl-C does: what was started is stopped on the way out."""
+    raise KeyboardInterrupt
 
 
 def _write_traceback(error: Exception, directory: Path | None) -> Path:

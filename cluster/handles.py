@@ -41,6 +41,11 @@ class NamedActor:
         ray.kill(self.handle(), no_restart=False)
 
 
+def get(reference: Any, timeout_s: float | None = None) -> Any:
+    """The value (or values) behind a reference (or references)."""
+    return ray.get(reference, timeout=timeout_s)
+
+
 def own_error(error: RayTaskError) -> Exception:
     """What the remote method raised."""
     return error.cause if isinstance(error.cause, Exception) else error
@@ -88,7 +93,7 @@ class RayShard:
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         try:
-            return ray.get(self.actor.submit(method, *arguments), timeout=timeout_s)
+            return get(self.actor.submit(method, *arguments), timeout_s)
         except GetTimeoutError:
             raise ShardLost(f"shard {self.number} did not answer {method} in {timeout_s:g} s", silent=True) from None
         except RayTaskError as error:

@@ -106,12 +106,12 @@ def _run_command(arguments: list[str]) -> int:
     try:
         return command.wait()
     except KeyboardInterrupt:
-        command.send_signal(signal.SIGINT)
+        command.terminate()
         try:
-            return command.wait(STOP_TIMEOUT_S)
+            command.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             command.kill()
-            raise
+        raise
 
 
 def _follower(machine: Machine) -> int:
@@ -197,6 +197,7 @@ def _wait_until_started(ray_node: subprocess.Popen[bytes], log: IO[bytes], timeo
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and ray_node.poll() is None:
         if STARTED in Path(log.name).read_text(encoding="utf-8", errors="replace"):
+            Path(log.name).unlink()
             return True
         time.sleep(0.2)
     return False
@@ -224,10 +225,11 @@ def _wait_for_machines(machine: Machine) -> bool:
             time.sleep(1)
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, _terminated)  # Ray put its own handler there
 
 
 def _wait_until_gone(machine: Machine, ray_node: subprocess.Popen[bytes]) -> None:
-    """Wait until this machine's Ray ends, or the head's port has been closed for HEAD_GONE_S (Ray itself takes 60 s)."""
+    """Wait until this machine's Ray ends, or the head's port was closed for HEAD_GONE_S (Ray itself takes 60 s)."""
     last_seen = time.monotonic()
     while ray_node.poll() is None and time.monotonic() - last_seen < HEAD_GONE_S:
         time.sleep(2)

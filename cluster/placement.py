@@ -66,6 +66,14 @@ class PlacementPlan:
         return self.trainers, self.shards, self.workers
 
 
+def nodes_of_cluster() -> list[Node]:
+    """The living machines of the Ray that this process is connected to."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in resources]
+
+
 def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> PlacementPlan:
     """Seat everybody. Raises ValueError with the numbers when the nodes cannot hold the plan."""
     cpus, gpus = _sum(nodes, "cpus"), _sum(nodes, "gpus")

@@ -143,7 +143,7 @@ class RefreshCoordinator:
     def save_generation(self, generation: int) -> str | None:
         """The directory of a generation that is on disk, which is protected from now on; None while it is written.
 
-        Raises ValueError when it is neither open nor on disk, or could not be written.
+        Raises OSError when it is neither served nor on disk, or could not be written.
         """
         snapshots, serving = self.snapshots, self._serving
         if snapshots.saved(generation):
@@ -152,10 +152,10 @@ class RefreshCoordinator:
         if generation in snapshots.pending():
             return None
         if (failure := snapshots.failure(generation)) is not None:
-            raise ValueError(f"index generation {generation} could not be saved: {failure}")
+            raise OSError(f"index generation {generation} could not be saved: {failure}")
         if serving is None or serving.generation != generation:
             now = serving.generation if serving else "none"
-            raise ValueError(f"index generation {generation} is neither on disk nor serving (serving: {now})")
+            raise OSError(f"index generation {generation} is neither on disk nor serving (serving: {now})")
         snapshots.want(generation, serving.weights_version)
         return None
 
@@ -245,6 +245,7 @@ class RefreshCoordinator:
         serving = self._serving.generation if self._serving else -1
         while any(generation < serving for generation in self.snapshots.pending()) and time.monotonic() < deadline:
             time.sleep(0.05)
+        self.snapshots.forget(before=serving)
         self._clear(keep=set(), abort=False)
 
     def _commit(self, new: Serving, begin: float) -> None:

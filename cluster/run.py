@@ -78,7 +78,7 @@ def dry_run(experiment: Experiment) -> int:
 
     with _session(experiment.directory):
         for settings in experiment.stages.values():
-            print(describe(settings, experiment.directory, _placement(settings)))
+            print(describe(settings, nodes_of_cluster()))
     return 0
 
 

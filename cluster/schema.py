@@ -71,7 +71,7 @@ def unknown(source: str, prefix: str, entry: str, known: list[str]) -> ValueErro
     """The refusal of a key: suggests the same field of another section, or a name that looks alike."""
     section = re.sub(r"^stages\.[^.]+\.", "", prefix)
     elsewhere = [name for name in SETTING_NAMES if name.rpartition(".")[2] == entry]
-    hint = suggestion(section + entry, elsewhere, cutoff=0.0) or suggestion(entry, known)
+    hint = suggestion(section + entry, elsewhere, cutoff=0.0) or suggestion(entry, known, prefix=section)
     if not hint or "." in entry:
         hint = suggestion(section + entry, SETTING_NAMES) or hint
     hint = hint or f" Known here: {', '.join(known)}."

@@ -22,7 +22,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from cluster.actors import Gone
 from cluster.events import EventLog
-from cluster.handles import NamedActor, own_error
+from cluster.handles import NamedActor, get, own_error
 from cluster.ports import Weights
 from cluster.refresh import CoordinatorStatus
 from indexing.merge import Hits, ShardHits, check_k, merge
@@ -69,7 +69,7 @@ class Search:
         pause_s, why = POLL_S[0], ""
         while True:
             try:
-                answers = ray.get(self._answers, timeout=max(0.0, self._deadline - time.monotonic()))
+                answers = get(self._answers, max(0.0, self._deadline - time.monotonic()))
             except GetTimeoutError:
                 raise TimeoutError(self._too_late(why or "a shard does not answer")) from None
             except RayTaskError as error:
@@ -184,14 +184,14 @@ class IndexClient:
     def save_generation(self, generation: int, timeout_s: float) -> str:
         """Make sure that `generation` is on disk, and protected; returns its directory.
 
-        Raises TimeoutError, and ValueError when it is not served any more or could not be written.
+        Raises TimeoutError, and OSError when it is not served any more or could not be written.
         """
         deadline = time.monotonic() + timeout_s
         pause_s = POLL_S[0]
         while True:
             try:
                 asked = self._coordinator.submit("save_generation", generation)
-                path = ray.get(asked, timeout=max(0.1, deadline - time.monotonic()))
+                path = get(asked, max(0.1, deadline - time.monotonic()))
             except RayTaskError as error:
                 raise own_error(error) from error
             except RayError:  # silent or restarting
@@ -246,7 +246,7 @@ class IndexClient:
             return False
         asked, self._asked = self._asked, None
         try:
-            self._status = ray.get(asked)
+            self._status = get(asked)
         except RayError:  # it is being restarted
             return False
         self._status_at = time.monotonic()
@@ -266,7 +266,7 @@ class IndexClient:
         """Whether the coordinator does not know the newest publish of this client, which has surely reached it."""
         if self._handed_in is not None and ray.wait([self._handed_in], timeout=0)[0]:
             try:
-                ray.get(self._handed_in)
+                get(self._handed_in)
             except RayError as error:
                 assert self._published is not None
                 self._note_failure(self._published.version, error)

@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 NAMESPACE = "tandem"
 MIN_LOGICAL_CPUS = 4  # a Ray CPU is a ticket: trainer, controller and tests must fit on a machine with two cores
@@ -76,6 +77,7 @@ def start_or_join(
     if ray.is_initialized():
         raise RuntimeError("this process is connected to Ray already")
     logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
+    context: Any
     if address:
         context = ray.init(namespace=namespace, logging_level=logging.WARNING, log_to_driver=log_to_driver)
     else:

@@ -54,6 +54,7 @@ class ClusterConfig:
     max_failures: int = 3  # trainer restarts before the run is given up
     start_timeout_s: float = 300.0
     dry_run: bool = False  # print the placement, build what can be built without weights, stop
+    dry_run_nodes: str = ""  # plan for these machines instead of those at hand: MACHINESxGPUSxCPUS, "2x8x96"
 
 
 @dataclass

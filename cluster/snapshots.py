@@ -10,7 +10,7 @@ import json
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,14 +72,14 @@ class Snapshots:
     def __init__(
         self,
         directory: str | Path,
-        shards: Sequence[ShardPort],
+        shards: Iterable[ShardPort],
         identity: IndexIdentity,
         events: Events,
         keep: int,
         keep_protected: int,
     ) -> None:
         self.directory = Path(directory)
-        self._shards = shards
+        self._shards = tuple(shards)
         self._identity = identity
         self._events = events
         self._keep = keep
@@ -123,6 +123,16 @@ class Snapshots:
         """Generations that are still to be written: shards keep them open."""
         with self._lock:
             return set(self._wishes)
+
+    def forget(self, before: int) -> None:
+        """Drop wishes for generations before this one, which are about to be closed."""
+        with self._lock:
+            late = [generation for generation in self._wishes if generation < before]
+            for generation in late:
+                del self._wishes[generation]
+                self._failures[generation] = "it was replaced before it was on disk"
+        for generation in late:
+            self._events("snapshot_failed", generation=generation, why=self._failures[generation])
 
     def failure(self, generation: int) -> str | None:
         """Why a generation could not be written."""

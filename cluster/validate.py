@@ -89,10 +89,10 @@ def refuse(setting: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{setting}={value}: {allowed}")
 
 
-def suggestion(word: str, known: tuple[str, ...] | list[str], cutoff: float = 0.6) -> str:
-    """' Did you mean ...?' for the nearest known words, or nothing."""
+def suggestion(word: str, known: tuple[str, ...] | list[str], cutoff: float = 0.6, prefix: str = "") -> str:
+    """' Did you mean ...?' with the nearest of `known`, at most two, each after `prefix`; empty if none is near."""
     near = get_close_matches(word, known, n=2, cutoff=cutoff)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    return f" Did you mean {' or '.join(prefix + name for name in near)}?" if near else ""
 
 
 def check_date(setting: str, value: str) -> None:

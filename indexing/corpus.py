@@ -79,7 +79,7 @@ def read_corpus(config: CorpusConfig) -> tuple[list[Passage], CorpusReport]:
 def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusReport]:
     """`read_corpus` as a stream: the report fills as passages are taken; bad lines are refused after the last one."""
     _check_on_bad("corpus.on_bad", config.on_bad)
-    corpus, updates = _corpus_path(config), _updates_path(config)
+    corpus, updates = corpus_path(config), _updates_path(config)
     report = CorpusReport()
 
     def stream() -> Iterator[Passage]:
@@ -97,7 +97,7 @@ def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusRepor
 def validate(config: CorpusConfig) -> CorpusReport:
     """Read everything, keep nothing, refuse no line: the report."""
     report = CorpusReport()
-    for _ in _updated(config, _corpus_path(config), _updates_path(config), report):
+    for _ in _updated(config, corpus_path(config), _updates_path(config), report):
         pass
     return report
 
@@ -259,7 +259,7 @@ def _read_relevant(path: Path, required: bool, report: CorpusReport) -> dict[str
     return relevant
 
 
-def _corpus_path(config: CorpusConfig) -> Path:
+def corpus_path(config: CorpusConfig) -> Path:
     _check_date("corpus.as_of", config.as_of)
     if config.format not in ("auto", "beir", "jsonl", "parquet"):
         raise ValueError(f"corpus.format is {config.format!r}: allowed are auto, beir, jsonl, parquet")

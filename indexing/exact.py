@@ -21,7 +21,8 @@ def search_exactly(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np
     block = max(k, BLOCK_NUMBERS // max(vectors.shape[1], len(queries)))
     for start in range(0, len(vectors), block):
         part = vectors[start : start + block].astype(np.float64)
-        part_scores = (queries @ part.T).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity ranks as it should
+            part_scores = (queries @ part.T).astype(np.float32)
         part_rows = np.broadcast_to(np.arange(start, start + len(part)), part_scores.shape)
         scores, rows = top_k(np.hstack([scores, part_scores]), np.hstack([rows, part_rows]), k)
     return scores, rows
@@ -34,7 +35,8 @@ def score_pairs(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> n
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
         candidates = vectors[rows[part]].astype(np.float64)
-        scores[part] = np.matmul(candidates, queries[part, :, None].astype(np.float64))[:, :, 0]
+        with np.errstate(over="ignore"):
+            scores[part] = np.matmul(candidates, queries[part, :, None].astype(np.float64))[:, :, 0]
     return scores
 
 

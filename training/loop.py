@@ -4,6 +4,7 @@ One trainer process runs `train`. It is handed an engine (collectives, weights),
 index later), a source of batches and a monitor; it knows none of their machinery.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import torch
 from training.engine import Engine
 from training.models.system import ContrastBatch, RetrievalBatch
 from training.models.weights import to_numpy
-from training.monitor import Monitor, Parts, memory_metrics
+from training.monitor import Monitor, Timer, memory_metrics
 from training.objectives.choose import compute, needs
 from training.retrieve import IndexService, IndexStatus
 from training.settings import ObjectiveConfig, TrainingConfig
@@ -98,30 +99,32 @@ def train(
     state: LoopState,
     hooks: Hooks,
 ) -> LoopState:
-    """Run optimiser steps `state.step + 1 .. config.steps`; what follows the last one is the caller's. Raises FloatingPointError when updates are not finite
-    `config.stop_after_nonfinite` times in a row, TimeoutError when a bounded wait ends."""
+    """Run optimiser steps `state.step + 1 .. config.steps`; what follows the last one is the caller's. Raises
+    FloatingPointError when updates are not finite `config.stop_after_nonfinite` times in a row, TimeoutError when a
+    bounded wait ends."""
     needed = needs(objective)
     task = ("contrast",) if needed.in_batch else ("likelihoods", needed, objective.temperature)
     engine.module.train()
-    parts, window, resumed_at = Parts(), Window(), state.step
+    timer, window, resumed_at, begin = Timer(), Window(), state.step, 0.0
     while state.step < config.steps:
         # Between steps: evaluate, save. What was done before an interruption is not done again.
-        if not window.fetched and (state.step == 0 or state.step > resumed_at):
-            _between_steps(state, hooks)
-            parts.restart()
+        if not window.fetched:
+            if state.step == 0 or state.step > resumed_at:
+                _between_steps(state, hooks, timer)
+            begin = time.perf_counter()
 
         # The next micro-batch, searched while the last one trained.
-        with parts.measure("fetch"):
+        with timer.measure("fetch"):
             fetched = source.next()
 
         # Forward, objective, backward, step.
-        with parts.measure("forward"):
+        with timer.measure("forward"):
             outputs = engine(task[0], fetched.batch, *task[1:])
             loss, stats = compute(objective, outputs)
-        with parts.measure("backward"):
+        with timer.measure("backward"):
             engine.backward(loss)
         rates = learning_rates(config, state.step)
-        with parts.measure("optimizer"):
+        with timer.measure("optimizer"):
             result = engine.step(rates)
         window.add(fetched, {"loss/total": loss.detach(), **stats})
         if not result.at_boundary:
@@ -131,13 +134,15 @@ def train(
 
         # Hand out the encoder; the index follows by itself.
         if service is not None and hooks.publish_every and state.step % hooks.publish_every == 0:
-            with parts.measure("publish"):
+            with timer.measure("publish"):
                 publish(engine, service, state, hooks.publish_precision)
         if service is not None and hooks.max_staleness_steps:
             _wait_if_stale(service, state, hooks, monitor)
 
         # Log.
-        metrics = step_metrics(window, state, parts.pop(), service.status() if service is not None else None)
+        metrics = step_metrics(
+            window, state, step_times(timer, begin), service.status() if service is not None else None
+        )
         state.seconds += metrics["time/step_s"]
         if state.step % config.log_every == 0 or state.step == config.steps or not result.updated:
             metrics |= {f"optim/grad_norm_{name}": norm for name, norm in result.grad_norm.items()}
@@ -155,18 +160,18 @@ def train(
 
 def publish(engine: Engine, service: IndexService, state: LoopState, precision: str) -> None:
     """Gather the passage encoder (collective), hand it out from rank 0, and go on."""
-    weights = engine.passage_encoder_weights()
+    weights = engine.consolidated_state("retriever.passage_encoder")
     if engine.rank == 0:
-        service.publish(state.step, weights)
+        service.publish(state.step, to_numpy(weights, precision))
     state.published = state.step
 
 
 def _between_steps(state: LoopState, hooks: Hooks, timer: Timer) -> None:
     if hooks.evaluate is not None and hooks.evaluate_every and state.step % hooks.evaluate_every == 0:
-        with parts.measure("evaluate"):
+        with timer.measure("evaluate"):
             hooks.evaluate(state.step)
     if hooks.save is not None and hooks.save_every and state.step and state.step % hooks.save_every == 0:
-        with parts.measure("save"):
+        with timer.measure("save"):
             hooks.save(state)
 
 
@@ -178,6 +183,12 @@ def _wait_if_stale(service: IndexService, state: LoopState, hooks: Hooks, monito
     monitor.message(f"step {state.step}: waits for an index of step {oldest} or newer (refresh.max_staleness_steps)")
     state.blocked_steps += 1
     service.wait_for_version(oldest, hooks.wait_timeout_s)
+
+
+def step_times(timer: Timer, begin: float) -> dict[str, float]:
+    """Seconds of the step that started at `begin` (time.perf_counter), of its parts, and of what was done before it."""
+    parts = {f"time/{name}_s": seconds for name, seconds in timer.pop().items()}
+    return {"time/step_s": time.perf_counter() - begin, **parts}
 
 
 def step_metrics(

@@ -41,7 +41,6 @@ class Monitor:
         run_config: Mapping[str, Any],
         total_steps: int,
         rank: int,
-        start_step: int = 0,
         stream: TextIO | None = None,
     ) -> None:
         """Open the files of `run_dir` and start W&B. Raises ValueError for an unknown `monitor.wandb`."""
@@ -57,7 +56,7 @@ class Monitor:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         if self._stream is not None:
-            self._progress = Progress(total_steps, self._stream, start_step)
+            self._progress = Progress(total_steps, self._stream)
         if drop_torn_line(self._metrics_path):
             self.event("torn_metrics_line_dropped")
         if mode != "off":

@@ -14,13 +14,11 @@ EVALUATION_KEYS = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")
 class Progress:
     """Turns metrics into lines for `stream`; steps that follow each other too quickly are left out."""
 
-    def __init__(
-        self, total_steps: int, stream: TextIO, start_step: int = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, total_steps: int, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._total_steps = total_steps
         self._interval_s = TERMINAL_INTERVAL_S if stream.isatty() else INTERVAL_S
         self._clock = clock
-        self._times: deque[tuple[int, float]] = deque([(start_step, clock())], maxlen=WINDOW)
+        self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._last_line_at = float("-inf")
         self._recall: float | None = None
 
@@ -30,7 +28,7 @@ class Progress:
         if not any(not key.startswith("eval/") for key in metrics):
             return evaluation
         now = self._clock()
-        if step > self._times[-1][0]:
+        if not self._times or step > self._times[-1][0]:
             self._times.append((step, now))
         if now - self._last_line_at < self._interval_s and step != self._total_steps:
             return evaluation
@@ -38,7 +36,9 @@ class Progress:
         return self._step_line(metrics, step)
 
     def seconds_left(self, step: int) -> float | None:
-        """Estimate from the last steps; None before there is anything to estimate from."""
+        """Estimate from the last steps; None before two steps are known."""
+        if not self._times:
+            return None
         (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
         if last_step == first_step:
             return None

@@ -94,7 +94,8 @@ class Stage:
         self.store = Store.open(job.passages, verify=False)
         self.system = build_system(job.encoder, job.generator, job.training.train, tokenizers, job.seed)
         self.engine = Engine(self.system, job.engine, parameter_groups(self.system))
-        self.pad_id, self.separator_id = pad_id(tokenizers[0]), tokenizers[0].sep_token_id
+        separator = tokenizers[0].sep_token_id
+        self.pad_id, self.separator_id = pad_id(tokenizers[0]), separator if isinstance(separator, int) else -1
         self.to_text: Callable[[Any], str] = lambda tokens: to_text(tokenizers[1], tokens)
         self.monitor = Monitor(
             self.run_dir, job.monitor, job.config, job.training.steps, self.engine.rank, stream=stream
@@ -131,7 +132,7 @@ class Stage:
         found = self.engine.broadcast_object(self._newest() if self.engine.rank == 0 else None)
         if found is not None and job.training.train != "none":
             state, rank_state = load_checkpoint(Path(found), self.engine)
-            self.state = LoopState(**state["loop"])
+            self.state = LoopState(**state["loop"] | {"published": -1})  # this index service knows of no weights yet
             set_rng_state(rank_state["rng"])
             self.monitor.message(f"resumes from {found} at step {self.state.step}")
             self.monitor.event("resumed", checkpoint=found, step=self.state.step)
@@ -148,7 +149,7 @@ class Stage:
         if fresh:
             publish(self.engine, self.service, self.state, self.job.publish_precision)
         begin = time.monotonic()
-        self.service.wait_for_version(self.state.published if fresh else 0, self.job.wait_timeout_s)
+        self.service.wait_for_version(max(0, self.state.published), self.job.wait_timeout_s)
         self.monitor.message(
             f"index of {self.service.num_passages} passages serves (step {self.state.step}, {time.monotonic() - begin:.1f} s)"
         )

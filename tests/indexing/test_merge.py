@@ -32,7 +32,7 @@ def test_shards_smaller_than_k() -> None:
 
 
 def test_missing_ids_never_leave() -> None:
-    short = hits([[4, -1]], [[0.5, np.finfo(np.float32).min]])
+    short = hits([[4, -1]], [[0.5, float(np.finfo(np.float32).min)]])
     assert merge([short, hits([[9, 8]], [[-5.0, -6.0]])], 3).ids.tolist() == [[4, 9, 8]]
     with pytest.raises(ValueError, match=r"retrieval\.k is 2.*index\.nprobe"):
         merge([short], 2)

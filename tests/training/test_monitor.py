@@ -88,7 +88,7 @@ def test_metrics_lines(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n{"step": 2, "loss/to')
-    with Monitor(tmp_path, QUIET, {}, total_steps=3, rank=0, start_step=1) as monitor:
+    with Monitor(tmp_path, QUIET, {}, total_steps=3, rank=0) as monitor:
         monitor.log({"loss/total": 1.0}, step=2)
     assert [(row["step"], row["loss/total"]) for row in lines(tmp_path / "metrics.jsonl")] == [(1, 2.0), (2, 1.0)]
     assert [row["event"] for row in lines(tmp_path / "events.jsonl")] == ["torn_metrics_line_dropped"]
@@ -173,7 +173,7 @@ def test_offline_run_holds_every_metric_and_no_secret(tmp_path: Path) -> None:
 def test_a_resume_continues_the_same_run(tmp_path: Path) -> None:
     for start in (0, 2):
         config = MonitorConfig(console=False, wandb="offline")
-        with Monitor(tmp_path, config, {}, total_steps=4, rank=0, start_step=start) as monitor:
+        with Monitor(tmp_path, config, {}, total_steps=4, rank=0) as monitor:
             for step in (start + 1, start + 2):
                 monitor.log({"loss/total": 1.0 / step}, step=step)
     records = inspect(tmp_path)
@@ -320,13 +320,14 @@ class Clock:
 
 def test_progress_line() -> None:
     clock = Clock()
-    progress = Progress(250, io.StringIO(), start_step=119, clock=clock)
+    progress = Progress(250, io.StringIO(), clock=clock)
     metrics = {"loss/total": 1.2341, "perf/questions_per_s": 12.34, "index/generation": 2, "index/staleness_steps": 30}
     evaluation = {"eval/test/recall@1": 0.834, "eval/test/exact_match": 0.7, "eval/test/num_questions": 10}
     assert progress.line(evaluation, 119) == "step 119/250  test: recall@1 .83  exact_match .70"
-    clock.now = 0.6
+    assert progress.line(metrics, 119) == "step 119/250  loss 1.234  recall@1 .83  12.3 q/s  gen 2 (stale 30)"
+    clock.now = 6.0
     line = progress.line(metrics, 120)
-    assert line == "step 120/250  loss 1.234  recall@1 .83  12.3 q/s  gen 2 (stale 30)  1m18s left"
+    assert line == "step 120/250  loss 1.234  recall@1 .83  12.3 q/s  gen 2 (stale 30)  13m00s left"
 
 
 def test_progress_is_limited_and_always_shows_the_last_step() -> None:

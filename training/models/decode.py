@@ -30,14 +30,16 @@ def beam_search(
     scores = torch.full((num_rows, num_beams), float("-inf"), device=device)
     scores[:, 0] = 0.0  # all beams start equal: only the first may be extended
     ended = torch.zeros(num_rows, num_beams, dtype=torch.bool, device=device)
-    for _ in range(max_tokens + 1):
+    for length in range(max_tokens + 1):
         log_probs = next_log_probs(prefix).view(num_rows, num_beams, -1)
         vocabulary = log_probs.shape[-1]
         stay = torch.full_like(log_probs, float("-inf"))
         stay[..., end_id] = 0.0  # an ended beam repeats its end at no cost
         log_probs = torch.where(ended[..., None], stay, log_probs)
-        scores, flat = (scores[..., None] + log_probs).flatten(1).topk(num_beams, dim=1)
+        before, (scores, flat) = scores, (scores[..., None] + log_probs).flatten(1).topk(num_beams, dim=1)
         parents, tokens = flat // vocabulary, flat % vocabulary
+        if length == max_tokens:  # no room for this token: only an end counts
+            scores = torch.where(tokens == end_id, scores, before.gather(1, parents))
         rows = (torch.arange(num_rows, device=device)[:, None] * num_beams + parents).flatten()
         prefix = torch.cat([prefix[rows], tokens.flatten()[:, None]], dim=1)
         ended = ended.gather(1, parents) | (tokens == end_id)
@@ -76,7 +78,7 @@ def marginal_answers(texts: Sequence[str], log_probs: Tensor, log_prior: Tensor)
 def top1_answers(texts: Sequence[str], log_prior: Tensor) -> list[str]:
     """One answer per question: what the passage with the largest p(z|q) says. Shapes as `marginal_answers`."""
     k = log_prior.shape[1]
-    return [texts[b * k + z] for b, z in enumerate(log_prior.argmax(dim=1).tolist())]
+    return [texts[b * k + int(z)] for b, z in enumerate(log_prior.argmax(dim=1).tolist())]
 
 
 def restore_spelling(text: str, sources: Sequence[str]) -> str:

@@ -11,15 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from training.models.checkpoint_layout import POOLINGS, DenseLayout, Layout, read_layout
 from training.models.packing import by_length, row_lengths
+from training.models.pretrained import choose_attention, load_pretrained, num_positions
 from training.models.weights import from_numpy
 from training.settings import EncoderConfig
 
-ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
-POSITION_NAMES = ("position_embeddings", "embed_positions", "wpe")
 TRAIN = ("both", "query_only", "retriever_only", "generator_only", "none")
 
 
@@ -210,28 +208,6 @@ def complete_towers(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, 
     return full
 
 
-def choose_attention(setting: str, name: str) -> str:
-    """`auto` is eager on a CPU, where SDPA's backward with a padding mask is slow, and sdpa on a GPU."""
-    if setting not in ATTENTIONS:
-        raise ValueError(f"{name} is {setting!r}; allowed: {', '.join(ATTENTIONS)}")
-    if setting == "auto":
-        return "sdpa" if torch.cuda.is_available() else "eager"
-    return setting
-
-
-def load_pretrained(auto_class: Any, name: str, setting: str, **options: Any) -> PreTrainedModel:
-    """`from_pretrained` in float32, quietly. Raises ValueError that names `setting` when there is nothing to read."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        return auto_class.from_pretrained(name, dtype=torch.float32, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{setting}={name!r} cannot be loaded: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
 def _check(config: EncoderConfig) -> None:
     """One clear line for a wrong value."""
     normalize = str(config.normalize).lower()
@@ -313,15 +289,6 @@ def _checkpoint_encoder(config: EncoderConfig) -> tuple[TextEncoder, int | None]
 def _normalize(config: EncoderConfig, otherwise: bool) -> bool:
     setting = str(config.normalize).lower()
     return otherwise if setting == "auto" else setting == "true"
-
-
-def num_positions(model: nn.Module) -> int | None:
-    """How many positions learned embeddings have room for (RoBERTa's and BART's start late); None for other kinds."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_NAMES:
-            padding = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - int(getattr(module, "offset", padding))
-    return None
 
 
 def _dense(layout: DenseLayout) -> nn.Module:

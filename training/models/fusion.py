@@ -25,9 +25,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from training.models import likelihood
-from training.models.encoder import choose_attention, load_pretrained, num_positions
 from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.packing import length_groups, pad_rows, restore_order
+from training.models.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained, num_positions
 from training.models.sides import surrounding_tokens
 from training.models.tokenizers import end_id, pad_id, start_id
 from training.settings import GeneratorConfig
@@ -66,7 +66,7 @@ class FusionGenerator(Generator):
         self.config = config
         self.attention = choose_attention(config.attention, "generator.attention")
         self.model = self._checkpoint() if config.name else self._fresh(tokenizer)
-        likelihood.check_vocabulary(self.model, len(tokenizer))
+        check_vocabulary(self.model, len(tokenizer))
         self.end_id, self.pad_id = end_id(tokenizer), pad_id(tokenizer)
         self.decoder_start_id = int(self.model.config.decoder_start_token_id)
         start, end = surrounding_tokens(tokenizer)
@@ -139,7 +139,7 @@ class FusionGenerator(Generator):
                 max_new_tokens=max_tokens + 1,
                 num_beams=num_beams,
                 past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),  # its own counts encoder layers
-                synced_gpus=likelihood.is_sharded(self.model),
+                synced_gpus=is_sharded(self.model),
             )
         tokens, targets, mask = likelihood.written_rows(generated[:, 1:], self.end_id, max_tokens)
         return Decoded(tokens, self._score(memory, targets, mask).sum(dim=1))

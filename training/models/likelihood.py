@@ -59,16 +59,3 @@ def generation_settings(model: PreTrainedModel, end_id: int, pad_id: int, start_
         length_penalty=0.0,  # beams compete by their sum of log-probabilities
         early_stopping=False,
     )
-
-
-def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether the weights are spread over ranks (ZeRO 3): every call is a collective, so no rank may stop early."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
-def check_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
-    """Raises ValueError when the tokeniser has more tokens than the model."""
-    embeddings = model.get_input_embeddings()
-    rows = int(getattr(embeddings, "num_embeddings", num_tokens))
-    if num_tokens > rows:
-        raise ValueError(f"generator.name: the tokeniser has {num_tokens} tokens, the model only {rows}")

@@ -193,6 +193,11 @@ def surrounding_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, .
     return (), ()
 
 
+def plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    return _encode(plain_backend(tokenizer), texts)
+
+
 def _side(name: str, tokenizer: PreTrainedTokenizerFast, plan: Pieces | Joined | InContext) -> TokenSide:
     """The fingerprint covers the tokeniser and everything that decides how it is used."""
     backend = plain_backend(tokenizer, plan.max_tokens if isinstance(plan, Joined) else 0)

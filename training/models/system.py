@@ -30,7 +30,7 @@ class RetrievalBatch:
     def to(self, device: torch.device | str) -> "RetrievalBatch":
         """The same batch on `device`."""
         tensors = (self.question_ids, self.question_mask, self.passage_ids, self.passage_token_mask)
-        return RetrievalBatch(*(t.to(device, non_blocking=True) for t in tensors), self.reader.to(device))
+        return RetrievalBatch(*(t.to(device, non_blocking=True) for t in tensors), reader=self.reader.to(device))
 
     @property
     def num_tokens(self) -> int:

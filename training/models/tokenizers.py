@@ -100,8 +100,8 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def train_wordpiece(config: TokenizerConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """WordPiece of at most `config.vocabulary` tokens. Every ASCII letter and digit is in it, alone and as
-    continuation, and every ASCII punctuation mark, so that an unseen number or name is spelt, not unknown. Accents are kept: answers are
-    compared as they are written.
+    continuation, and every ASCII punctuation mark, so that an unseen number or name is spelt, not unknown. Accents are
+    kept: answers are compared as they are written.
 
     Raises ValueError when the vocabulary is too small for these.
     """

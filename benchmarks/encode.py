@@ -1,0 +1,126 @@
+"""How much of the bare encoder's speed does a refresh keep?
+
+    python -m benchmarks.encode [--repeats 7] [--threads 1]
+
+Bare: the encoder's forward over ready tensors, the whole corpus sorted by length. Encode: the same from the store
+(`encode_range`, chunk by chunk). Refresh: the vectors also staged in a shard, its flat index built and committed.
+The three take turns; medians count. Prints a table, then one JSON line; `ratio_to_bare` is the lowest refresh / bare.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from indexing.corpus import Passage
+from indexing.encode import encode_range, length_batches
+from indexing.settings import IndexConfig
+from indexing.shard import Shard
+from indexing.store import TokenSide, write_store
+from indexing.table import TokenTable
+from training.models.encoder import TextEncoder, build_encoder
+from training.settings import EncoderConfig, FreshEncoderConfig
+
+VOCABULARY = 6000
+BATCH_TOKENS = 16_384  # the default of refresh.batch_tokens
+CHUNKS = 2
+SIZES = {  # name -> layers, hidden, heads, passages, mean words of a passage, largest number of tokens
+    "2 x 128": (2, 128, 4, 4096, 40, 64),
+    "4 x 256": (4, 256, 4, 768, 95, 200),
+}
+
+
+def words_as_tokens(pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """The words are numbers already: this benchmark is not about tokenisers."""
+    return [[int(word) for word in text.split()] for _, text in pairs]
+
+
+def make_table(folder: Path, num_passages: int, mean_words: int, max_tokens: int) -> TokenTable:
+    """Token rows of a store of random passages with lengths as in real text: a peak, and a tail that is cut."""
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.gamma(4.0, mean_words / 4.0, num_passages).astype(int), 8, max_tokens)
+    texts = [" ".join(map(str, generator.integers(5, VOCABULARY, length))) for length in lengths]
+    passages = [Passage(str(number), "", text) for number, text in enumerate(texts)]
+    return write_store(folder, passages, [TokenSide("retriever", words_as_tokens, "words")]).tokens("retriever")
+
+
+def measure(table: TokenTable, encoder: TextEncoder, repeats: int) -> dict[str, float]:
+    """Passages per second of each way."""
+    num_passages = len(table)
+    batches = length_batches(table, np.arange(num_passages), BATCH_TOKENS)
+    tensors = [[torch.from_numpy(array) for array in table.padded(batch)] for batch in batches]
+    bounds = [num_passages * chunk // CHUNKS for chunk in range(CHUNKS + 1)]
+
+    def encode(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for ids, mask in tensors:
+                encoder(ids, mask)
+
+    def chunks() -> list[np.ndarray]:
+        return [
+            encode_range(table, start, stop, encode, BATCH_TOKENS)
+            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
+
+    def refresh() -> None:
+        shard = Shard(0, 0, num_passages, IndexConfig())
+        for start, vectors in zip(bounds, chunks(), strict=False):
+            shard.stage(1, 0, start, vectors)
+        shard.prepare(1)
+        shard.commit(1)
+
+    ways: dict[str, Callable[[], object]] = {"bare": bare, "encode": chunks, "refresh": refresh}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats + 1):  # the first one warms up
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            way()
+            if repeat:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: num_passages / statistics.median(taken) for name, taken in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(f"fp32, {options.threads} thread(s), {options.repeats} repeats, batches of {BATCH_TOKENS} tokens")
+    print(
+        f"{'encoder':>8} {'passages':>9} {'tokens':>7} {'bare/s':>8} {'encode/s':>9} {'refresh/s':>10} {'refresh/bare':>13}"
+    )
+    ratios = {}
+    for name, (layers, hidden, heads, num_passages, mean_words, max_tokens) in SIZES.items():
+        fresh = FreshEncoderConfig(layers, hidden, heads, 4 * hidden)
+        config = EncoderConfig(fresh=fresh, max_passage_tokens=max_tokens)
+        encoder = build_encoder(config, VOCABULARY).requires_grad_(False).eval()
+        encoder.length_groups = 1  # batches are sorted already
+        with tempfile.TemporaryDirectory() as folder:
+            table = make_table(Path(folder) / "store", num_passages, mean_words, max_tokens)
+            speed = measure(table, encoder, options.repeats)
+        ratios[name] = speed["refresh"] / speed["bare"]
+        columns = (
+            f"{name:>8} {num_passages:>9} {table.lengths.mean():>7.1f} {speed['bare']:>8.0f} {speed['encode']:>9.0f}"
+        )
+        print(f"{columns} {speed['refresh']:>10.0f} {ratios[name]:>13.3f}")
+    print(
+        json.dumps(
+            {"ratio_to_bare": round(min(ratios.values()), 3), "ratios": {n: round(r, 3) for n, r in ratios.items()}}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""An index service: shards, refresh workers and a coordinator, started together and stopped together.
+
+The driver starts and owns them; trainers reach them by name. `start_index_service` waits until every actor answers,
+bounded by cluster.start_timeout_s; Ray itself would wait for ever for processors that it does not have.
+"""
+
+import hashlib
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from cluster.actors import (
+    SHARD_THREADS,
+    CoordinatorActor,
+    CoordinatorSettings,
+    RefreshWorkerActor,
+    ShardActor,
+    WorkerSettings,
+)
+from cluster.placement import PlacementPlan, Seat
+from cluster.refresh import RefreshSettings
+from cluster.search import IndexAddress, IndexClient
+from cluster.settings import RefreshConfig
+from cluster.snapshots import PREFIX, IndexIdentity, Wish, check_snapshot
+from indexing.build import check_config
+from indexing.settings import IndexConfig
+from indexing.shard import shard_ranges
+from indexing.store import Store
+from training.settings import EncoderConfig
+
+SIDE = "retriever"  # whose tokens are encoded
+FIRST_GENERATION = 1
+COORDINATOR_THREADS = 8
+# What the vectors depend on; the rest of the encoder's settings may change between runs.
+ENCODER_IDENTITY = ("name", "fresh", "pooling", "normalize", "max_passage_tokens", "max_title_tokens")
+
+
+@dataclass(frozen=True)
+class IndexServiceHandle:
+    """A running index service; may be sent to other processes of the same Ray."""
+
+    address: IndexAddress
+    workers: tuple[str, ...]
+
+    @property
+    def num_passages(self) -> int:
+        """Passages in the index."""
+        return self.address.num_passages
+
+    def connect(self) -> IndexClient:
+        """A client for this process."""
+        return IndexClient(self.address)
+
+    def stop(self) -> None:
+        """End all actors; harmless when they have ended."""
+        for name in (self.address.coordinator, *self.workers, *self.address.shards):
+            try:
+                ray.kill(ray.get_actor(name, namespace=self.address.namespace), no_restart=True)
+            except (ValueError, RayError):
+                continue
+        _ALIVE.pop(self.address.coordinator, None)
+
+
+def start_index_service(
+    run_dir: str | Path,
+    namespace: str,
+    store: str | Path,
+    tokenizer: str | Path,
+    encoder: EncoderConfig,
+    index: IndexConfig,
+    refresh: RefreshConfig,
+    placement: PlacementPlan,
+    snapshot: str | Path | None = None,
+    start_timeout_s: float = 300.0,
+    keep_protected: int = 4,
+) -> IndexServiceHandle:
+    """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish.
+
+    `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`.
+    `keep_protected` saved generations that checkpoints name outlive the pruning. Raises ValueError for settings or a
+    snapshot that do not fit, TornSnapshot for a damaged one, TimeoutError when the actors do not start.
+    """
+    run_dir = Path(run_dir).resolve()
+    (run_dir / "index").mkdir(parents=True, exist_ok=True)
+    passages = Store.open(store, verify=False)
+    ranges = shard_ranges(len(passages), index.num_shards)
+    check_config(index, min(stop - start for start, stop in ranges))
+    fingerprint = encoder_fingerprint(encoder, passages.side_fingerprint(SIDE))
+    identity = IndexIdentity(fingerprint, passages.fingerprint, index.factory, tuple(ranges))
+    initial = None if snapshot is None else (check_snapshot(snapshot, identity), str(Path(snapshot).resolve()))
+
+    prefix = f"index-{uuid.uuid4().hex[:8]}"
+    address = IndexAddress(
+        namespace=namespace,
+        coordinator=f"{prefix}-coordinator",
+        shards=tuple(f"{prefix}-shard-{number}" for number in range(index.num_shards)),
+        num_passages=len(passages),
+        search_timeout_s=index.search_timeout_s,
+        events_path=str(run_dir / "events.jsonl"),
+    )
+    handle = IndexServiceHandle(address, tuple(f"{prefix}-worker-{number}" for number in range(refresh.num_workers)))
+    worker = WorkerSettings(
+        store=str(Path(store).resolve()),
+        side=SIDE,
+        encoder=encoder,
+        tokenizer=str(Path(tokenizer).resolve()),
+        batch_tokens=refresh.batch_tokens,
+        precision=refresh.precision,
+        threads=refresh.threads,
+        device=placement.workers.device,
+    )
+    coordinator = CoordinatorSettings(
+        namespace=namespace,
+        shards=address.shards,
+        workers=handle.workers,
+        run_dir=str(run_dir),
+        identity=identity,
+        refresh=RefreshSettings(
+            chunk_passages=refresh.chunk_passages,
+            max_failures=refresh.max_failures,
+            chunk_timeout_s=refresh.chunk_timeout_s,
+            search_timeout_s=index.search_timeout_s,
+            first_generation=_next_number(run_dir / "index"),
+        ),
+        keep_generations=index.keep_generations,
+        keep_protected=keep_protected,
+        start_timeout_s=start_timeout_s,
+        initial=initial,
+    )
+    try:
+        _start(handle, ranges, index, worker, coordinator, placement, start_timeout_s)
+        if initial is not None:
+            _await_generation(handle, initial[0], start_timeout_s)
+    except BaseException:
+        handle.stop()
+        raise
+    return handle
+
+
+def encoder_fingerprint(encoder: EncoderConfig, tokenizer_fingerprint: str) -> str:
+    """Hash of what decides a vector besides the weights and the text."""
+    settings = {name: value for name, value in asdict(encoder).items() if name in ENCODER_IDENTITY}
+    text = json.dumps({**settings, "tokenizer": tokenizer_fingerprint}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _next_number(directory: Path) -> int:
+    """Numbers of generations only grow, also over resumes and torn directories."""
+    names = [path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")]
+    return max((int(name) + 1 for name in names if name.isdigit()), default=FIRST_GENERATION)
+
+
+def _start(
+    handle: IndexServiceHandle,
+    ranges: Sequence[tuple[int, int]],
+    index: IndexConfig,
+    worker: WorkerSettings,
+    coordinator: CoordinatorSettings,
+    placement: PlacementPlan,
+    timeout_s: float,
+) -> None:
+    """Start every actor, and wait until each has answered."""
+    seats = placement.shards, placement.workers
+    remote: Any = ray.remote  # its stubs know no concurrency groups
+    shard_class = remote(concurrency_groups=SHARD_THREADS)(ShardActor)
+    worker_class = remote(max_concurrency=2)(RefreshWorkerActor)  # encoding, and `ping`
+    coordinator_class = remote(max_concurrency=COORDINATOR_THREADS)(CoordinatorActor)
+    shards = [
+        shard_class.options(**_options(name, handle, seats[0], placement)).remote(
+            number, start, stop, index, seats[0].threads
+        )
+        for number, (name, (start, stop)) in enumerate(zip(handle.address.shards, ranges, strict=True))
+    ]
+    workers = [
+        worker_class.options(**_options(name, handle, seats[1], placement)).remote(worker) for name in handle.workers
+    ]
+    idle = Seat("coordinator", 1, 0.0, 0.0, 0)
+    chief = coordinator_class.options(**_options(handle.address.coordinator, handle, idle, placement)).remote(
+        coordinator
+    )
+    answers = [
+        *(shard.status.remote() for shard in shards),
+        *(one.ping.remote() for one in workers),
+        chief.status.remote(),
+    ]
+    _await_all(answers, timeout_s, placement)
+    for one in workers:
+        one.warm.remote()
+    _keep_alive(handle, [*shards, *workers, chief])
+
+
+def _options(name: str, handle: IndexServiceHandle, seat: Seat, placement: PlacementPlan) -> dict[str, Any]:
+    """Ray's options of one actor: restarted for ever, and never outliving the driver."""
+    return {
+        "name": name,
+        "namespace": handle.address.namespace,
+        "num_cpus": seat.cpus,
+        "num_gpus": seat.gpus,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "scheduling_strategy": "SPREAD" if placement.multi_node else "DEFAULT",
+    }
+
+
+def _await_all(answers: list[Any], timeout_s: float, placement: PlacementPlan) -> None:
+    ready, missing = ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
+    if missing:
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise TimeoutError(
+            f"{len(missing)} of {len(answers)} actors of the index service did not start within {timeout_s:g} s "
+            f"(cluster.start_timeout_s); free now: {free}\n{placement}"
+        )
+    ray.get(ready)
+
+
+def _await_generation(handle: IndexServiceHandle, wish: Wish, timeout_s: float) -> None:
+    """Wait until a snapshot that was named at the start serves."""
+    client, deadline = handle.connect(), time.monotonic() + timeout_s
+    try:
+        client.wait_for_version(wish.weights_version, max(0.1, deadline - time.monotonic()))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+_ALIVE: dict[str, list[ActorHandle]] = {}
+
+
+def _keep_alive(handle: IndexServiceHandle, actors: list[ActorHandle]) -> None:
+    """Ray ends a named actor when its creator drops the last handle: keep them until this process ends."""
+    _ALIVE[handle.address.coordinator] = actors

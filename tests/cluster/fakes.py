@@ -1,0 +1,169 @@
+"""Ports that are plain objects: real shards and a real queue in one process, deaths on demand, and a log of calls."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.chunks import EncodePool
+from cluster.ports import Chunk, ShardLost, ShardPort, Weights, WorkerLost
+from cluster.refresh import RefreshCoordinator, RefreshSettings
+from cluster.shards import ShardGroup
+from cluster.snapshots import IndexIdentity, Snapshots
+from indexing.settings import IndexConfig
+from indexing.shard import Shard, ShardStatus, shard_ranges
+
+NUM_PASSAGES, DIM = 23, 4
+
+
+def vectors_of(version: int, start: int, stop: int) -> np.ndarray:
+    """What an encoder of this version makes of these passages: float32 [stop - start, DIM]."""
+    return np.random.default_rng(version).normal(size=(NUM_PASSAGES, DIM)).astype(np.float32)[start:stop]
+
+
+class FakeShard:
+    """A real shard whose process can die: it then comes back empty."""
+
+    def __init__(self, number: int, start: int, stop: int, log: list[tuple[Any, ...]]) -> None:
+        self.number, self.start, self.stop = number, start, stop
+        self.log = log
+        self.before: Callable[[str, int], None] = lambda method, generation: None
+        self.shard = self._empty()
+
+    def _empty(self) -> Shard:
+        return Shard(self.number, self.start, self.stop, IndexConfig())
+
+    def die(self) -> None:
+        """As SIGKILL and a restart."""
+        self.shard = self._empty()
+
+    def die_once(self, method: str) -> None:
+        """Die instead of doing `method`."""
+
+        def before(called: str, generation: int) -> None:
+            if called == method:
+                self.before = lambda method, generation: None
+                self.die()
+                raise ShardLost(f"died in {method}")
+
+        self.before = before
+
+    def _do(self, method: str, generation: int, *arguments: Any) -> Any:
+        self.before(method, generation)
+        result = getattr(self.shard, method)(generation, *arguments)
+        self.log.append((method, generation, self.number))
+        return result
+
+    def status(self) -> ShardStatus:
+        self.before("status", -1)
+        return self.shard.status()
+
+    def stage(self, generation: int, version: int, start: int, vectors: np.ndarray) -> None:
+        self._do("stage", generation, version, start, vectors)
+
+    def prepare(self, generation: int) -> None:
+        self._do("prepare", generation)
+
+    def commit(self, generation: int) -> None:
+        self._do("commit", generation)
+
+    def abort(self, generation: int) -> None:
+        self._do("abort", generation)
+
+    def release(self, generation: int) -> None:
+        self._do("release", generation)
+
+    def save(self, generation: int, directory: str) -> None:
+        self._do("save", generation, directory)
+
+    def load(self, generation: int, directory: str) -> None:
+        self._do("load", generation, directory)
+
+    def restart(self) -> None:
+        self.log.append(("restart", -1, self.number))
+        self.die()
+
+
+class FakeWorker:
+    """Encodes at once; `before` may raise, or wait."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.before: Callable[[Chunk, Weights], None] = lambda chunk, weights: None
+        self.chunks: list[Chunk] = []
+
+    def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
+        self.before(chunk, weights)
+        assert isinstance(shard, FakeShard)
+        shard.stage(generation, weights.version, chunk.start, vectors_of(weights.version, chunk.start, chunk.stop))
+        self.chunks.append(chunk)
+
+    def recover(self) -> None:
+        """A new process is there at once."""
+
+    def lose(self, times: int) -> None:
+        """Die at the next `times` chunks."""
+        left = [times]
+
+        def before(chunk: Chunk, weights: Weights) -> None:
+            if left[0]:
+                left[0] -= 1
+                raise WorkerLost("died")
+
+        self.before = before
+
+
+class World:
+    """Shards and workers that outlive coordinators, as in a run."""
+
+    def __init__(self, directory: Path, num_shards: int = 3, num_workers: int = 2) -> None:
+        self.directory = directory
+        self.log: list[tuple[Any, ...]] = []
+        self.events: list[dict[str, Any]] = []
+        ranges = shard_ranges(NUM_PASSAGES, num_shards)
+        self.shards = [FakeShard(number, *pair, self.log) for number, pair in enumerate(ranges)]
+        self.workers = [FakeWorker(f"worker-{number}") for number in range(num_workers)]
+        self.identity = IndexIdentity("encoder", "corpus", "Flat", tuple(ranges))
+
+    def note(self, event: str, **fields: Any) -> None:
+        self.events.append({"event": event, **fields})
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        """Events of one kind."""
+        return [fields for fields in self.events if fields["event"] == event]
+
+    def coordinator(self, recover: bool = True, keep: int = 2, **changes: Any) -> RefreshCoordinator:
+        """A coordinator without threads of its own."""
+        numbers: dict[str, Any] = {"chunk_passages": 3, "max_failures": 2, "chunk_timeout_s": 20.0}
+        numbers |= {"search_timeout_s": 20.0, "first_generation": 1, **changes}
+        settings = RefreshSettings(**numbers)
+        group = ShardGroup(self.shards)
+        pool = EncodePool(self.workers, group, self.note, settings.max_failures, settings.chunk_timeout_s)
+        snapshots = Snapshots(self.directory / "index", group, self.identity, self.note, keep, 2)
+        coordinator = RefreshCoordinator(settings, group, pool, snapshots, lambda weights: weights, self.note)
+        if recover:
+            coordinator.recover(5.0)
+        return coordinator
+
+    def calls(self, *methods: str) -> list[tuple[Any, ...]]:
+        """The logged calls of these methods, in order."""
+        return [call for call in self.log if call[0] in methods]
+
+    def served(self) -> list[dict[int, int]]:
+        """Generation and weights version that each shard serves."""
+        return [shard.shard.status().generations for shard in self.shards]
+
+    def check_contents(self, generation: int, version: int) -> None:
+        """Every shard serves `generation`, and its vectors are those of `version`."""
+        for shard in self.shards:
+            wanted = vectors_of(version, shard.start, shard.stop)
+            hits = shard.shard.search(wanted, 1, generation)
+            scores = (wanted @ wanted.T).max(axis=1)
+            np.testing.assert_allclose(hits.scores[:, 0], scores, rtol=1e-5)
+            assert hits.weights_version == version
+
+
+def weights(version: int, publish_id: int | None = None) -> Weights:
+    """Published weights; newer versions have larger publish ids unless told otherwise."""
+    return Weights(version, version + 1 if publish_id is None else publish_id, None)

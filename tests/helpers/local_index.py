@@ -1,0 +1,130 @@
+"""The index service without Ray: real shards in this process, encoded again at once when weights are published."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from indexing.encode import encode_range
+from indexing.merge import Hits, merge
+from indexing.settings import IndexConfig
+from indexing.shard import Shard, shard_ranges
+from indexing.store import Store
+from training.models.encoder import build_encoder, load_passage_weights
+from training.retrieve import IndexStatus
+from training.settings import EncoderConfig
+
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class LocalHits:
+    """Hits that were found when they were asked for, and can be taken from `ready_at` (time.monotonic) on."""
+
+    hits: Hits
+    ready_at: float
+
+    def result(self) -> Hits:
+        """Wait for the hits."""
+        time.sleep(max(0.0, self.ready_at - time.monotonic()))
+        return self.hits
+
+
+class LocalIndex:
+    """An IndexService. A generation is committed inside `publish`; with `manual`, inside `refresh` or a wait for it.
+
+    `max_generations`: later weights are taken and forgotten, and every wait is content: an index that is never
+    refreshed. `delay_s`: how long every search takes at least. `folder`: where generations are saved.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        encoder: EncoderConfig,
+        vocab_size: int,
+        num_shards: int = 2,
+        manual: bool = False,
+        max_generations: int = 0,
+        delay_s: float = 0.0,
+        folder: Path | None = None,
+    ) -> None:
+        self.num_passages = len(store)
+        self.manual, self.max_generations, self.delay_s, self.folder = manual, max_generations, delay_s, folder
+        self.generation = self.weights_version = -1
+        self.generations_committed = 0
+        self.published: list[int] = []  # weights versions, in the order in which they came
+        self.waited_for: list[int] = []
+        self._table = store.tokens("retriever")
+        with torch.random.fork_rng():
+            self._encoder = build_encoder(encoder, vocab_size).eval().requires_grad_(False)
+        ranges = shard_ranges(len(store), num_shards)
+        self._shards = [Shard(number, *bounds, IndexConfig()) for number, bounds in enumerate(ranges)]
+        self._waiting: tuple[int, dict[str, np.ndarray]] | None = None
+
+    def submit(self, queries: np.ndarray, k: int) -> LocalHits:
+        """Search the generation that serves now."""
+        assert self.generation >= 0, "a search before the first generation"
+        hits = merge([shard.search(queries, k, self.generation) for shard in self._shards], k)
+        return LocalHits(hits, time.monotonic() + self.delay_s)
+
+    def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
+        """Take weights; encode at once unless refreshed by hand."""
+        self.published.append(weights_version)
+        if self._is_complete:
+            return
+        self._waiting = (weights_version, weights)
+        if not self.manual:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Encode, stage, prepare and commit the newest published weights, if they do not serve already."""
+        if self._waiting is None:
+            return
+        (version, weights), self._waiting = self._waiting, None
+        load_passage_weights(self._encoder, weights)
+        generation = self.generation + 1
+        for shard in self._shards:
+            vectors = encode_range(self._table, shard.start, shard.stop, self._encode, BATCH_TOKENS)
+            shard.stage(generation, version, shard.start, vectors)
+            shard.prepare(generation)
+        for shard in self._shards:
+            shard.commit(generation)
+            shard.release(generation - 1)
+        self.generation, self.weights_version = generation, version
+        self.generations_committed += 1
+
+    def wait_for_version(self, weights_version: int, timeout_s: float) -> None:
+        """What waits is built now. Raises TimeoutError when that is not new enough."""
+        self.waited_for.append(weights_version)
+        self.refresh()
+        if self.weights_version < weights_version and not self._is_complete:
+            raise TimeoutError(f"version {weights_version} after {timeout_s} s: {self.weights_version} serves")
+
+    def save_generation(self, generation: int, timeout_s: float) -> str:
+        """Write every shard of `generation`."""
+        assert self.folder is not None, "LocalIndex without a folder cannot save"
+        directory = self.folder / f"generation-{generation}"
+        for shard in self._shards:
+            shard.save(generation, directory)
+        return str(directory)
+
+    def load(self, generation: int) -> None:
+        """Serve a generation that another LocalIndex saved."""
+        assert self.folder is not None
+        for shard in self._shards:
+            self.weights_version = shard.load(generation, self.folder / f"generation-{generation}")
+        self.generation = generation
+
+    def status(self) -> IndexStatus:
+        """What serves."""
+        return IndexStatus(self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0)
+
+    @property
+    def _is_complete(self) -> bool:
+        return 0 < self.max_generations <= self.generations_committed
+
+    def _encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return self._encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()

@@ -1,0 +1,55 @@
+"""Models of transformers, loaded the same way for encoder and generators, and what has to be known of them."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
+POSITION_NAMES = ("position_embeddings", "embed_positions", "wpe")
+
+
+def choose_attention(setting: str, name: str) -> str:
+    """`auto` is eager on a CPU, where SDPA's backward with a padding mask is slow, and sdpa on a GPU."""
+    if setting not in ATTENTIONS:
+        raise ValueError(f"{name} is {setting!r}; allowed: {', '.join(ATTENTIONS)}")
+    if setting == "auto":
+        return "sdpa" if torch.cuda.is_available() else "eager"
+    return setting
+
+
+def load_pretrained(auto_class: Any, name: str, setting: str, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` in float32, quietly. Raises ValueError that names `setting` when there is nothing to read."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(name, dtype=torch.float32, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{setting}={name!r} cannot be loaded: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """How many positions learned embeddings have room for (RoBERTa's and BART's start late); None for other kinds."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_NAMES:
+            padding = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - int(getattr(module, "offset", padding))
+    return None
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether the weights are spread over ranks (ZeRO 3): every call is a collective, so no rank may stop early."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def check_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
+    """Raises ValueError when the tokeniser has more tokens than the model."""
+    embeddings = model.get_input_embeddings()
+    rows = int(getattr(embeddings, "num_embeddings", num_tokens))
+    if num_tokens > rows:
+        raise ValueError(f"generator.name: the tokeniser has {num_tokens} tokens, the model only {rows}")
