@@ -41,7 +41,7 @@ examples:
   tandem train configs/quickstart.yaml run.seed=1
   tandem train configs/quickstart.yaml training.steps=50 stages.joint.retrieval.k=8
   tandem show configs/quickstart.yaml
-  tandem ask "Who wrote it?" runs/quickstart/joint"""
+  tandem ask "Who wrote it?" configs/quickstart.yaml"""
 
 
 def main(arguments: list[str] | None = None) -> int:

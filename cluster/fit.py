@@ -137,7 +137,7 @@ def _resumed_step(run_dir: Path) -> int:
 
 def _fit(job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan) -> None:
     """Ray Train, again if even its controller is lost; each attempt resumes from the newest checkpoint."""
-    import ray
+    from ray.exceptions import RayActorError, WorkerCrashedError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -157,14 +157,12 @@ def _fit(job: StageJob, service: IndexServiceHandle | None, settings: Settings, 
                 storage_path=str(run_dir / "ray"),
                 failure_config=FailureConfig(max_failures=settings.cluster.max_failures),
             ),
-            torch_config=TorchConfig(
-                backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)
-            ),
+            torch_config=TorchConfig(backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)),
         )
         try:
             trainer.fit()
             return
-        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        except (RayActorError, WorkerCrashedError) as error:
             # The controller itself was lost; its trainers ended with it.
             if attempt == settings.cluster.max_failures:
                 raise RuntimeError(f"the controller of the trainers was lost {attempt + 1} times: {error}") from error

@@ -99,7 +99,9 @@ def starting_checkpoint(settings: Settings, stages: dict[str, Settings]) -> str:
     found = newest_checkpoint(folder, _say) if folder.is_dir() else None
     if found is None:
         known = f" or a stage of this file ({', '.join(stages)})" if "" not in stages else ""
-        raise ValueError(f"run.init_from={name!r}: needed is a checkpoint or run folder{known} with a complete checkpoint")
+        raise ValueError(
+            f"run.init_from={name!r}: needed is a checkpoint or run folder{known} with a complete checkpoint"
+        )
     return str(found)
 
 

@@ -5,7 +5,7 @@ Questions come in an endless stream of shuffled passes. The global batch `n` is 
 the number of trainers changes who computes, never what is computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from training.models.copy_reader import pad_rows
 from training.models.generator import Generator
 from training.models.system import ContrastBatch, RetrievalBatch
 from training.settings import ObjectiveConfig
-
 
 
 def stream_slice(num_items: int, start: int, stop: int, seed: int) -> np.ndarray:
@@ -41,8 +40,17 @@ class Stream:
 
     def batch(self, number: int) -> np.ndarray:
         """Items of batch `number` [batch_size]."""
-        start = (number * self.world_size + self.rank) * self.batch_size
+        start = self.start(number)
         return stream_slice(self.num_items, start, start + self.batch_size, self.seed)
+
+    def start(self, number: int) -> int:
+        """Place in the endless stream of the first item of batch `number`."""
+        return (number * self.world_size + self.rank) * self.batch_size
+
+    def random(self, number: int, purpose: int) -> Iterator[np.random.Generator]:
+        """One generator for each item of batch `number`, the same whoever computes it."""
+        start = self.start(number)
+        return (np.random.default_rng([self.seed, purpose, start + i]) for i in range(self.batch_size))
 
 
 class Collator:
@@ -59,7 +67,9 @@ class Collator:
         """Retriever's ids and mask of questions."""
         return pad_rows(self.questions_for_retriever.rows(numbers), self.pad_id)
 
-    def __call__(self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True) -> RetrievalBatch:
+    def __call__(
+        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True
+    ) -> RetrievalBatch:
         """`passages[i]`: passage numbers for question `numbers[i]`; shorter lists are padded, an empty one is closed
         book (the reader then sees one empty passage)."""
         k = max(1, max(len(row) for row in passages))
@@ -104,12 +114,14 @@ class ClozeSource:
     def batch(self, number: int) -> ContrastBatch:
         """Batch `number` of this trainer."""
         numbers = self.stream.batch(number)
-        rng = np.random.default_rng([self.stream.seed, 1, number, self.stream.rank])
         cut = self._crop if self.config.name == "independent_cropping" else self._cloze
-        pairs = [cut(row, rng) for row in self.tokens.rows(numbers)]
+        random = self.stream.random(number, purpose=1)
+        pairs = [cut(row, rng) for row, rng in zip(self.tokens.rows(numbers), random, strict=True)]
         queries, passages = [query for query, _ in pairs], [passage for _, passage in pairs]
         return ContrastBatch(
-            *pad_rows(queries, self.pad_id), *pad_rows(passages, self.pad_id), torch.from_numpy(numbers.astype(np.int64))
+            *pad_rows(queries, self.pad_id),
+            *pad_rows(passages, self.pad_id),
+            torch.from_numpy(numbers.astype(np.int64)),
         )
 
     def _body(self, row: np.ndarray) -> tuple[int, int]:

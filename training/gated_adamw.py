@@ -12,9 +12,8 @@ class GatedAdamW(torch.optim.AdamW):
     act on all stages alike, and DeepSpeed's clean-up of gradients and counters runs as after any update.
     """
 
-    held = (
-        True  # from the start: under one stage DeepSpeed takes a first, empty step, which would count as Adam's first
-    )
+    # From the start, since under one stage DeepSpeed begins with an empty step, which would count as Adam's first.
+    held = True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from indexing.merge import Hits
-from training.data import ClozeSource, Collator, gold_first
+from training.data import ClozeSource, Collator, Stream, gold_first
 from training.loop import Fetched
 from training.retrieve import Prefetcher
 from training.settings import RetrievalConfig
@@ -17,9 +17,10 @@ class RetrievedBatches:
     """Questions with the passages that the index returned, searched ahead by the prefetcher."""
 
     def __init__(
-        self, prefetcher: Prefetcher, collator: Collator, config: RetrievalConfig, device: torch.device, seed: int
+        self, prefetcher: Prefetcher, collator: Collator, config: RetrievalConfig, device: torch.device, stream: Stream
     ) -> None:
-        self.prefetcher, self.collator, self.config, self.device, self.seed = prefetcher, collator, config, device, seed
+        self.prefetcher, self.collator, self.config = prefetcher, collator, config
+        self.device, self.stream = device, stream
         self._trained = prefetcher.position
 
     def next(self) -> Fetched:
@@ -28,8 +29,9 @@ class RetrievedBatches:
         gold = [self.collator.questions.gold_rows(int(number)) for number in searched.questions]
         hits = searched.hits.ids
         if self.config.source == "gold":
-            rng = np.random.default_rng([self.seed, 2, searched.number])
-            passages = [gold_first(row, rows, self.config.k, rng) for row, rows in zip(hits, gold, strict=True)]
+            random = self.stream.random(searched.number, purpose=2)
+            each = zip(hits, gold, random, strict=True)
+            passages = [gold_first(row, rows, self.config.k, rng) for row, rows, rng in each]
         else:
             passages = list(hits[:, : self.config.k])
         batch = self.collator(searched.questions, passages).to(self.device)
@@ -58,7 +60,9 @@ class RetrievedBatches:
 class ClosedBookBatches:
     """Questions without passages: the control, and a stage that needs no index."""
 
-    def __init__(self, collator: Collator, batch_of: Callable[[int], np.ndarray], device: torch.device, start: int = 0) -> None:
+    def __init__(
+        self, collator: Collator, batch_of: Callable[[int], np.ndarray], device: torch.device, start: int = 0
+    ) -> None:
         self.collator, self.batch_of, self.device, self.number = collator, batch_of, device, start
 
     def next(self) -> Fetched:

@@ -30,7 +30,6 @@ from training.evaluate import Evaluation, Evaluator, encode_questions
 from training.jsonl import append_line, plain
 from training.loop import Hooks, LoopState, Source, publish, train
 from training.models.build import build_system, parameter_groups
-from training.models.system import System
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.monitor import Monitor
 from training.objectives.choose import needs
@@ -117,7 +116,14 @@ class Stage:
                 self.source = self.make_source(loader_state)
                 begin = time.monotonic()
                 train(
-                    job.training, job.objective, self.engine, self.source, self.service, self.monitor, self.state, self.hooks()
+                    job.training,
+                    job.objective,
+                    self.engine,
+                    self.source,
+                    self.service,
+                    self.monitor,
+                    self.state,
+                    self.hooks(),
                 )
                 self.monitor.message(f"trained to step {self.state.step} in {time.monotonic() - begin:.0f} s")
             if self.retriever_trains and self.state.step:
@@ -150,9 +156,8 @@ class Stage:
             publish(self.engine, self.service, self.state, self.job.publish_precision)
         begin = time.monotonic()
         self.service.wait_for_version(max(0, self.state.published), self.job.wait_timeout_s)
-        self.monitor.message(
-            f"index of {self.service.num_passages} passages serves (step {self.state.step}, {time.monotonic() - begin:.1f} s)"
-        )
+        waited = f"step {self.state.step}, {time.monotonic() - begin:.1f} s"
+        self.monitor.message(f"index of {self.service.num_passages} passages serves ({waited})")
 
     def make_source(self, loader_state: dict[str, Any] | None) -> Source:
         """Micro-batches from where the checkpoint stood."""
@@ -174,7 +179,7 @@ class Stage:
         prefetcher = Prefetcher(
             self.service, stream.batch, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start
         )
-        source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, job.seed)
+        source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream)
         if loader_state:
             source.restore(loader_state)
         return source

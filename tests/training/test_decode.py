@@ -128,7 +128,7 @@ def test_marginal_of_several_questions_with_padded_passages_and_tiny_likelihoods
     [
         ("8 u 504 + 1", "Java SE 8u504+1 came out.", "8u504+1"),
         ("1980 s", "In the late 1980s it closed.", "1980s"),
-        ("1973 – 1974", "The season of 1973–1974.", "1973–1974"),
+        ("1973 \u2013 1974", "The season of 1973\u20131974.", "1973\u20131974"),
         ("anna maria de la cruz", "By Anna Maria de la Cruz, 1901", "Anna Maria de la Cruz"),
         ("o ' neill", "Tip O'Neill spoke.", "O'Neill"),
         ("new york", "in New\nYork City", "New\nYork"),

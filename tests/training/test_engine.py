@@ -296,13 +296,14 @@ def test_bf16_steps_and_master_weights(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_accumulates_like_one_batch(stage: int) -> None:
-    found = []
-    for accumulation in (1, 4):
-        config = replace(PLAIN, zero_stage=stage, precision="bf16", gradient_accumulation=accumulation)
-        results = train_steps(toy_engine(config), DATA, accumulation)
-        found.append([norm for result in results for norm in result.grad_norm.values()])
-    assert found[1] == pytest.approx(found[0], rel=0.03)  # twice counted would be 100% apart
+@pytest.mark.parametrize("accumulation", (1, 4))
+def test_bf16_is_near_full_precision(stage: int, accumulation: int) -> None:
+    engine = toy_engine(replace(PLAIN, zero_stage=stage, precision="bf16", gradient_accumulation=accumulation))
+    results, expected = train_steps(engine, DATA, accumulation), reference(DATA, PLAIN)
+    for result, norms in zip(results, expected.grad_norms, strict=True):
+        assert result.grad_norm == pytest.approx(norms, rel=0.02)
+    layers = {name: value for name, value in engine.consolidated_state().items() if ".layer." in name}
+    close(arrays(layers), expected.weights, atol=3e-3)  # they are below 0.5, where bf16 is good to 1e-3
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -71,7 +71,22 @@ def test_digits_stay_whole_and_unseen_ones_are_spelt(tokenizer: PreTrainedTokeni
 
 @pytest.mark.parametrize(
     "text",
-    ["3.11.7", "2024-10-07", "24 may 1998", "24.0.2+12", "café-tool", "10:30", "1,000", "may 3, 2024", "u.s.", "50%"],
+    [
+        "3.11.7",
+        "2024-10-07",
+        "24 may 1998",
+        "24.0.2+12",
+        "café-tool",
+        "10:30",
+        "1,000",
+        "may 3, 2024",
+        "u.s.",
+        "50%",
+        "pc.7.6",
+        "o'brien",
+        "c++ 9",
+        "tool (beta)",
+    ],
 )
 def test_text_is_put_back_together(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert to_text(tokenizer, tokenizer(text).input_ids) == text

@@ -39,7 +39,11 @@ def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast)
         case "copy":
             start = start_id(tokenizer)
             return CopyReader(
-                config, len(tokenizer), end_id(tokenizer) if start is None else start, end_id(tokenizer), pad_id(tokenizer)
+                config,
+                len(tokenizer),
+                end_id(tokenizer) if start is None else start,
+                end_id(tokenizer),
+                pad_id(tokenizer),
             )
         case "fusion":
             from training.models.fusion import FusionGenerator

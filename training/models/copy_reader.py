@@ -61,7 +61,9 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, num_heads: int) -> None:
         super().__init__()
         if hidden % num_heads:
-            raise ValueError(f"generator.fresh.hidden={hidden} must be a multiple of generator.fresh.num_heads={num_heads}")
+            raise ValueError(
+                f"generator.fresh.hidden={hidden} must be a multiple of generator.fresh.num_heads={num_heads}"
+            )
         self.num_heads = num_heads
         self.query = nn.Linear(hidden, hidden)
         self.key = nn.Linear(hidden, hidden, bias=False)
@@ -200,7 +202,9 @@ class CopyReader(Generator):
     def _memory_of_each(self, states: object, batch: CopyBatch) -> Memory:
         """One row of memory per passage."""
         assert isinstance(states, Tensor)
-        return self._project(states, batch.source_ids, _mask_bias(batch.source_mask.bool()), _mask_bias(batch.copy_mask))
+        return self._project(
+            states, batch.source_ids, _mask_bias(batch.source_mask.bool()), _mask_bias(batch.copy_mask)
+        )
 
     def _memory_of_all(self, states: object, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
         """One row of memory per question: the real tokens of its passages, side by side."""
@@ -257,7 +261,13 @@ class CopyReader(Generator):
         return (gate * written + (1 - gate) * copied).clamp_min(1e-30).log()
 
     def write(
-        self, reading: object, batch: ReaderBatch, fused: bool, max_tokens: int, num_beams: int, passage_bias: Tensor | None = None
+        self,
+        reading: object,
+        batch: ReaderBatch,
+        fused: bool,
+        max_tokens: int,
+        num_beams: int,
+        passage_bias: Tensor | None = None,
     ) -> Decoded:
         assert isinstance(batch, CopyBatch)
         memory = self._memory_of_all(reading, batch, passage_bias) if fused else self._memory_of_each(reading, batch)

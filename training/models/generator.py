@@ -67,7 +67,13 @@ class Generator(nn.Module, ABC):
 
     @abstractmethod
     def write(
-        self, reading: object, batch: ReaderBatch, fused: bool, max_tokens: int, num_beams: int, passage_bias: Tensor | None = None
+        self,
+        reading: object,
+        batch: ReaderBatch,
+        fused: bool,
+        max_tokens: int,
+        num_beams: int,
+        passage_bias: Tensor | None = None,
     ) -> Decoded:
         """Greedy (num_beams 1) or beam search. fused: one answer per question, `batch` of them; otherwise one per passage,
         `batch * k`, question by question. log_probs are unnormalised sums over the written tokens and end-of-sequence."""

@@ -152,11 +152,13 @@ def to_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
     text = str(tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)).strip()
     if not isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
         return text
-    text = re.sub(r"(?<=\d) ?([.:]) ?(?=\d)", r"\1", text)
+    text = re.sub(r"(?<=\w) ?\. ?(?=\d)|(?<=\b[^\W\d]) ?\. ?(?=[^\W\d]\b)", ".", text)  # 3.11, pc.7, u.s.
+    text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", text)
     text = re.sub(r"(?<=\d) ?, ?(?=\d{3}\b)", ",", text)
-    text = re.sub(r"(?<=\b[^\W\d]) ?\. ?(?=[^\W\d]\b)", ".", text)  # initials: u. s.
-    text = re.sub(r"(?<=\w) ?([-+/'_@&]) ?(?=\w)", r"\1", text)
-    return re.sub(r"(?<=\d) (?=%)|(?<=[$€£#]) (?=\d)", "", text)
+    text = re.sub(r"(?<=\w) ?([-+/_@&]) ?(?=\w)", r"\1", text)
+    text = re.sub(r"(?<=[^\W\d]) ?' ?(?=[^\W\d])", "'", text)
+    text = re.sub(r"(?<=\w) \+ \+", "++", text)
+    return re.sub(r"(?<=\d) (?=%)|(?<=[$€£#]) (?=\d)|(?<=\() | (?=\))", "", text)
 
 
 def _first_number(*candidates: object) -> int | None:

@@ -1,0 +1,32 @@
+"""One Ray for all tests of this folder; its settings are set before anything imports it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import session
+
+session.set_environment()
+
+from tests.cluster.corpus import Corpus, make_corpus  # noqa: E402  (imports Ray's users)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[session.Session]:
+    """A local Ray, ended at the end."""
+    connection = session.start_or_join("tests", log_to_driver=False, num_gpus=0)
+    yield connection
+    connection.stop()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """A small store with its tokeniser."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Where a run writes."""
+    return tmp_path / "run"

@@ -1,0 +1,238 @@
+"""Files, stages and overrides become typed settings; every mistake is one sentence that names it."""
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ROOT, Experiment, experiment_to_yaml, load, to_yaml
+from cluster.settings import Settings
+from cluster.validate import CHOICES, GPUS, POSITIVE, SHARES, values_of
+
+STAGED = """
+run: {name: demo}
+training: {steps: 250}
+retrieval: {k: 5}
+stages:
+  pretrain:
+    objective: {name: inverse_cloze}
+    training: {train: retriever_only, steps: 80}
+  joint:
+    run: {init_from: pretrain}
+    evaluation: {also: [fused, closed_book]}
+update: {as_of: end, stages: [joint]}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(text: str, name: str = "a.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write_file
+
+
+def refusal(paths: list[str], *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(paths, list(overrides))
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_shipped_file_loads(file: Path) -> None:
+    assert load([str(file)], []).stages
+
+
+def test_file_without_stages_is_one_run(write) -> None:
+    experiment = load([write("training: {steps: 3}")], [])
+    assert experiment.stages == {"": experiment.settings}
+    assert experiment.settings.training.steps == 3
+    assert experiment.settings.retrieval == Settings().retrieval
+
+
+def test_stages_inherit_keep_their_order_and_name_their_runs(write) -> None:
+    experiment = load([write(STAGED)], [])
+    assert list(experiment.stages) == ["pretrain", "joint"]
+    pretrain, joint = experiment.stages.values()
+    assert (pretrain.training.steps, joint.training.steps) == (80, 250)
+    assert pretrain.retrieval.k == joint.retrieval.k == 5
+    assert (pretrain.run.name, joint.run.name) == ("demo/pretrain", "demo/joint")
+    assert joint.run.init_from == "runs/demo/pretrain"
+    assert joint.evaluation.also == ["fused", "closed_book"]
+    assert experiment.update.stages == ["joint"]
+    assert experiment.directory == Path("runs/demo")
+
+
+def test_command_line_wins_everywhere_and_its_stage_overrides_win_over_that(write) -> None:
+    experiment = load([write(STAGED)], ["stages.joint.training.steps=7", "training.steps=5", "run.name=other"])
+    assert experiment.stages["pretrain"].training.steps == 5
+    assert experiment.stages["joint"].training.steps == 7
+    assert experiment.stages["joint"].run.init_from == "runs/other/pretrain"
+
+
+def test_later_files_win_over_earlier_ones(write) -> None:
+    paths = [write(STAGED), write("stages: {joint: {training: {steps: 9}}}\nretrieval: {k: 2}", "b.yaml")]
+    experiment = load(paths, [])
+    assert experiment.stages["joint"].training.steps == 9
+    assert experiment.stages["joint"].evaluation.also == ["fused", "closed_book"]
+    assert experiment.stages["pretrain"].retrieval.k == 2
+
+
+def test_list_and_list_item_overrides(write) -> None:
+    path = write("evaluation: {also: [fused, top1]}")
+    assert load([path], ["evaluation.also=[gold]"]).settings.evaluation.also == ["gold"]
+    assert load([path], ["evaluation.also.1=gold"]).settings.evaluation.also == ["fused", "gold"]
+    assert load([path], ["evaluation.also=[]"]).settings.evaluation.also == []
+
+
+def test_the_type_of_the_setting_says_what_a_value_is(write) -> None:
+    text = (
+        "monitor: {wandb: off}\nencoder: {normalize: true}\nrun: {name: 007}\ncorpus: {as_of: 2024-01-01}\nretrieval:\n"
+    )
+    settings = load([write(text)], ["training.lr_retriever=1e-4", "generator.name="]).settings
+    assert (settings.monitor.wandb, settings.encoder.normalize, settings.run.name) == ("off", "true", "007")
+    assert settings.corpus.as_of == "2024-01-01"
+    assert settings.training.lr_retriever == 1e-4
+    assert settings.generator.name == ""
+
+
+def same(left: Experiment, right: Experiment) -> bool:
+    return left.stages == right.stages and left.update == right.update
+
+
+def test_written_settings_are_read_back(write) -> None:
+    experiment = load([write(STAGED)], ["generator.template={passages} x: {question} ="])
+    again = load([write(experiment_to_yaml(experiment), "again.yaml")], [])
+    assert same(experiment, again)
+    joint = experiment.stages["joint"]
+    assert load([write(to_yaml(joint), "joint.yaml")], []).settings == joint
+
+
+def test_a_run_folder_stands_for_its_configuration(write, tmp_path: Path) -> None:
+    write("training: {steps: 4}", "config.yaml")
+    assert load([str(tmp_path)], []).settings.training.steps == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("training: {stepz: 5}", "a.yaml: unknown setting training.stepz. Did you mean training.steps?"),
+        ("traning: {steps: 5}", "unknown setting traning. Did you mean training?"),
+        ("steps: 5", "unknown setting steps. Did you mean training.steps?"),
+        ("encoder: {fresh: {hiden: 3}}", "encoder.fresh.hiden. Did you mean encoder.fresh.hidden?"),
+        ("stages: {a: {training: {stepz: 5}}}", "stages.a.training.stepz. Did you mean training.steps?"),
+        ("stages: {a: {training: {steps: x}}}", "a.yaml: stages.a.training.steps: value 'x' must be a whole number"),
+        ("training: {steps: 1.5}", "a.yaml: training.steps: value '1.5' must be a whole number"),
+        ("training: {lr_retriever: fast}", "training.lr_retriever: value 'fast' must be a number"),
+        ("monitor: {console: maybe}", "monitor.console: value 'maybe' must be true or false"),
+        ("training: 3", "training=3: is a section"),
+        ("run: {name: [a]}", "run.name=['a']: must be one value"),
+        ("evaluation: {also: fused}", "evaluation.also=fused: must be a list"),
+        ("training:\n  steps: 1\n  steps: 2", "a.yaml:3: not YAML: duplicate key steps"),
+        ("training: [", "a.yaml:1: not YAML"),
+        ("- 1", "must hold sections"),
+        ("run: {name: '${run.nam}'}", "run.name: interpolation key 'run.nam' not found"),
+        ("stages: {a: {run: {name: b}}}", "stages.a.run.name: set run.name once"),
+        ("stages: {a: {run: {init_from: b}}, b: }", "stages.a.run.init_from=b: must name an earlier stage"),
+        (
+            "stages: {first: , b: {run: {init_from: frist}}}",
+            "must be an earlier stage (first) or a folder that exists.",
+        ),
+        ("stages: {a: }\nupdate: {as_of: end}", "update.stages=[]: must name stages of this file: a"),
+        ("stages: {a: }\nupdate: {as_of: end, stages: [b]}", "update.stages=b: must name stages"),
+        ("stages: {a: }\nupdate: {stages: [a]}", "update.as_of="),
+        ("corpus: {as_of: yesterday}", 'corpus.as_of=yesterday: must be empty, "end" or a date'),
+    ],
+)
+def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
+    assert expected in refusal([write(text)])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.stepz=5", "command line: unknown setting training.stepz. Did you mean training.steps?"),
+        ("traning.steps=5", "unknown setting traning.steps. Did you mean training.steps"),
+        ("training.steps=many", "command line: training.steps: value 'many' must be a whole number"),
+        ("training.steps.x=5", "training.steps is one value and has nothing below it"),
+        ("stages.jont.training.steps=5", "must be stages.<stage>.section.field=value"),
+        ("stages.joint.run.name=x", "set run.name once"),
+        ("stages.joint.training.stepz=1", "stages.joint.training.stepz. Did you mean training.steps?"),
+        ("evaluation.also.5=gold", "evaluation.also[5]: list index out of range"),
+        ("evaluation.also=[fussed]", "stage pretrain: evaluation.also=fussed: must be one of"),
+        ("training.train=boht", "Did you mean both?"),
+        ("index.num_shards=0", "index.num_shards=0: must be at least 1"),
+        ("retrieval.k=0", "retrieval.k=0: must be at least 1"),
+        ("encoder.temperature=0", "encoder.temperature=0.0: must be above 0"),
+        ("training.lr_generator=nan", "training.lr_generator=nan: must be a finite number"),
+        ("training.warmup_steps=-1", "training.warmup_steps=-1: must not be negative"),
+        ("objective.drop_probability=1.5", "must be between 0 and 1"),
+        ("cluster.trainer_gpus=1.5", "cluster.trainer_gpus=1.5: must be -1"),
+        ("index.factory=IVF,Flat", "index.factory=IVF,Flat: must be Flat, SQfp16 or IVFn,Flat"),
+        ("engine.zero_stage=4", "engine.zero_stage=4: must be 0, 1, 2 or 3"),
+        ("engine.offload_optimizer=true", "engine.offload_optimizer=true: needs engine.zero_stage"),
+        ("generator.name=t5-small", "generator.name=t5-small: must be empty with generator.kind=copy"),
+        ("encoder.fresh.num_heads=3", "encoder.fresh.hidden=128: must be a multiple of num_heads=3"),
+        ("generator.template=none", "generator.template='none': must contain {passages} and {question}"),
+        ("objective.min_span=20", "objective.min_span=20: must not exceed objective.max_span=14"),
+        ("stages.pretrain.training.train=both", "stage pretrain: training.train=both: must be retriever_only"),
+        ("stages.joint.retrieval.source=none", "stage joint: retrieval.source=none: must be index or gold"),
+        (
+            "refresh.max_staleness_steps=10",
+            "stage joint: refresh.max_staleness_steps=10: must be 0 (no bound) or at least",
+        ),
+        ("run.name=../up", "run.name=../up/pretrain: must be letters"),
+    ],
+)
+def test_mistakes_on_the_command_line(write, override: str, expected: str) -> None:
+    assert expected in refusal([write(STAGED)], override)
+
+
+def test_settings_that_contradict_each_other(write) -> None:
+    path = write("objective: {name: fused}")
+    assert "generator.kind=causal: must be copy or fusion" in refusal([path], "generator.kind=causal")
+    assert "objective.score_bias=false: must be true" in refusal([path], "objective.score_bias=false")
+    assert load([path], ["objective.score_bias=false", "training.train=generator_only"]).settings
+
+
+def test_missing_file_suggests_a_neighbour(write, tmp_path: Path) -> None:
+    write("", "quickstart.yaml")
+    assert f"Did you mean {tmp_path}/quickstart.yaml" in refusal([str(tmp_path / "quikstart.yaml")])
+    assert "no config.yaml in the folder" in refusal([str(tmp_path)])
+
+
+def test_tables_of_allowed_values_name_settings_that_exist() -> None:
+    assert {*CHOICES, *POSITIVE, *SHARES, *GPUS} <= set(values_of(Settings()))
+
+
+def test_defaults_are_valid_and_configuration_is_light(write) -> None:
+    assert load([write("")], []).settings == Settings()
+    heavy = "{'torch', 'ray', 'deepspeed', 'transformers', 'numpy', 'faiss', 'wandb'}"
+    command = f"import sys, cluster.config, cluster.cli; print({heavy} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+def test_choices_agree_with_the_comments_of_the_settings() -> None:
+    """A comment "a | b | c" beside a field lists exactly what the table allows."""
+    for file in ("indexing/settings.py", "training/settings.py", "cluster/settings.py"):
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+                continue
+            comment = lines[node.lineno - 1].partition("  # ")[2]
+            name = node.target.id
+            matching = [allowed for setting, allowed in CHOICES.items() if setting.rpartition(".")[2] == name]
+            if " | " in comment and matching:
+                assert any(all(word in comment for word in allowed) for allowed in matching), f"{file}: {name}"
+
+
+def test_every_section_is_documented_beside_its_owner() -> None:
+    for section in fields(Settings):
+        assert section.type.__doc__, section.name  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,323 @@
+"""The index service on a real Ray: what it answers, and what it survives."""
+
+import json
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.placement import Node, PlacementPlan, plan
+from cluster.search import IndexClient
+from cluster.service import IndexServiceHandle, start_index_service
+from cluster.session import Session
+from cluster.settings import ClusterConfig, RefreshConfig
+from indexing.exact import search_exactly
+from indexing.merge import Hits
+from indexing.settings import IndexConfig
+from indexing.snapshot import TornSnapshot
+from tests.cluster.corpus import ENCODER, NUM_PASSAGES, Corpus
+
+INDEX = IndexConfig(num_shards=3, search_timeout_s=60.0)
+REFRESH = RefreshConfig(num_workers=1, chunk_passages=40, chunk_timeout_s=60.0)
+WAIT_S = 90.0
+Launch = Callable[..., IndexServiceHandle]
+QUERIES = np.random.default_rng(1).normal(size=(5, 16)).astype(np.float32)
+
+
+def placement(index: IndexConfig = INDEX) -> PlacementPlan:
+    return plan(ClusterConfig(), REFRESH, index, [Node(4, 0)])
+
+
+def start(corpus: Corpus, run_dir: Path, **changes: Any) -> IndexServiceHandle:
+    settings: dict[str, Any] = {
+        "run_dir": run_dir,
+        "namespace": "tests",
+        "store": corpus.store,
+        "tokenizer": corpus.tokenizer,
+        "encoder": ENCODER,
+        "index": INDEX,
+        "refresh": REFRESH,
+        "placement": placement(),
+        "start_timeout_s": 60.0,
+    }
+    return start_index_service(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def service(
+    ray_session: Session, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[IndexServiceHandle]:
+    """One service for all tests that leave it whole."""
+    handle = start(corpus, tmp_path_factory.mktemp("service"))
+    yield handle
+    handle.stop()
+
+
+@pytest.fixture
+def launch(ray_session: Session, corpus: Corpus, run_dir: Path) -> Iterator[Launch]:
+    """Starts services that are stopped when the test ends, however it ends."""
+    started: list[IndexServiceHandle] = []
+
+    def launch_one(**changes: Any) -> IndexServiceHandle:
+        started.append(start(corpus, run_dir, **changes))
+        return started[-1]
+
+    yield launch_one
+    for service in started:
+        service.stop()
+
+
+@pytest.fixture
+def client(service: IndexServiceHandle, corpus: Corpus) -> IndexClient:
+    """A client of a service that serves version 1."""
+    client = service.connect()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    return client
+
+
+def process_of(name: str) -> int:
+    """Process id of an actor that works."""
+    actor: Any = ray.get_actor(name, namespace="tests")
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=60)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def events(service: IndexServiceHandle, kind: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in Path(service.address.events_path).read_text().splitlines()]
+    return [row for row in rows if row["event"] == kind]
+
+
+def check(hits: Hits, vectors: dict[int, np.ndarray], queries: np.ndarray = QUERIES) -> None:
+    """The hits are those of brute force over the vectors of one version: its own."""
+    scores, rows = search_exactly(vectors[hits.weights_version], queries, hits.ids.shape[1])
+    np.testing.assert_allclose(hits.scores, scores, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(hits.ids, rows)
+
+
+@pytest.mark.parametrize("k", [1, 7, 150, NUM_PASSAGES])
+def test_hits_are_those_of_brute_force(client: IndexClient, corpus: Corpus, k: int) -> None:
+    """Also where k is larger than a shard."""
+    hits = client.submit(QUERIES, k).result()
+    assert hits.ids.shape == (len(QUERIES), k)
+    check(hits, {1: corpus.vectors(1)})
+
+
+@pytest.mark.parametrize("k", [0, NUM_PASSAGES + 1])
+def test_k_beyond_the_corpus_is_refused(client: IndexClient, k: int) -> None:
+    with pytest.raises(ValueError, match=rf"retrieval\.k is {k}.*1 to {NUM_PASSAGES}"):
+        client.submit(QUERIES, k)
+
+
+def test_queries_that_the_index_refuses(client: IndexClient) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        client.submit(np.full((1, 16), np.nan, np.float32), 3).result()
+    with pytest.raises(ValueError, match="shape"):
+        client.submit(np.zeros((1, 15), np.float32), 3).result()
+
+
+def test_unchanged_weights_give_identical_hits_in_a_new_generation(client: IndexClient, corpus: Corpus) -> None:
+    first = client.submit(QUERIES, 20).result()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    second = client.submit(QUERIES, 20).result()
+    assert second.generation > first.generation
+    np.testing.assert_array_equal(first.ids, second.ids)
+    np.testing.assert_array_equal(first.scores, second.scores)
+
+
+def test_a_large_batch_and_a_client_in_another_process(client: IndexClient, corpus: Corpus) -> None:
+    queries = np.random.default_rng(2).normal(size=(3000, 16)).astype(np.float32)
+    check(client.submit(queries, 4).result(), {1: corpus.vectors(1)}, queries)
+    other = pickle.loads(pickle.dumps(client))
+    check(other.submit(QUERIES, 4).result(), {1: corpus.vectors(1)})
+
+    @ray.remote(num_cpus=0)
+    def elsewhere(connect: IndexServiceHandle) -> Hits:
+        return connect.connect().submit(QUERIES, 4).result()
+
+    service = IndexServiceHandle(client.address, ())
+    check(ray.get(elsewhere.remote(service), timeout=60), {1: corpus.vectors(1)})
+
+
+def test_status_and_publish_return_at_once(client: IndexClient, corpus: Corpus) -> None:
+    weights = corpus.weights(2)
+    begin = time.monotonic()
+    client.publish(2, weights)
+    client.status()
+    assert time.monotonic() - begin < 1.0
+    client.wait_for_version(2, WAIT_S)
+    status = client.status()
+    assert status.weights_version == 2
+    assert status.refresh_seconds > 0
+    assert status.refresh_passages_per_s > 0
+
+
+def test_a_version_that_never_comes_is_a_timeout(client: IndexClient) -> None:
+    with pytest.raises(TimeoutError, match=r"no index of version 99 after 0\.3 s"):
+        client.wait_for_version(99, 0.3)
+
+
+def test_weights_of_another_encoder_are_given_up_and_the_old_generation_serves(
+    client: IndexClient, service: IndexServiceHandle, corpus: Corpus
+) -> None:
+    client.publish(5, {"nonsense": np.zeros(3, np.float32)})
+    with pytest.raises(RuntimeError, match="not of this encoder"):
+        client.wait_for_version(5, WAIT_S)
+    check(client.submit(QUERIES, 4).result(), {1: corpus.vectors(1)})
+    assert events(service, "refresh_failed")[-1]["given_up"]
+
+
+class Searcher(threading.Thread):
+    """Searches without a pause, and checks that each answer is that of one version."""
+
+    def __init__(self, client: IndexClient, vectors: dict[int, np.ndarray]) -> None:
+        super().__init__(daemon=True)
+        self.client, self.vectors = client, vectors
+        self.stopped = threading.Event()
+        self.error: Exception | None = None
+        self.versions: list[int] = []
+
+    def run(self) -> None:
+        try:
+            while not self.stopped.is_set():
+                hits = self.client.submit(QUERIES, 9).result()
+                check(hits, self.vectors)
+                self.versions.append(hits.weights_version)
+        except Exception as error:
+            self.error = error
+
+    def finish(self) -> list[int]:
+        """Stop, and raise what went wrong."""
+        self.stopped.set()
+        self.join(90)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+        return self.versions
+
+
+def test_kill_9_of_shard_worker_and_coordinator_while_searching_and_refreshing(
+    launch: Launch, corpus: Corpus, run_dir: Path
+) -> None:
+    """The service goes on by itself, and no query is ever answered by two generations."""
+    service = launch()
+    client = service.connect()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    searcher = Searcher(service.connect(), {version: corpus.vectors(version) for version in range(1, 6)})
+    searcher.start()
+    victims = [service.address.shards[1], service.workers[0], service.address.coordinator]
+    for version, victim in enumerate(victims, start=2):
+        process = process_of(victim)
+        client.publish(version, corpus.weights(version))
+        os.kill(process, signal.SIGKILL)
+        client.wait_for_version(version, WAIT_S)
+        check(client.submit(QUERIES, 9).result(), {version: corpus.vectors(version)})
+        assert process_of(victim) != process
+    os.kill(process_of(service.address.shards[0]), signal.SIGKILL)  # while nothing is refreshed
+    check(client.submit(QUERIES, 9).result(), {4: corpus.vectors(4)})
+    versions = searcher.finish()
+    assert versions == sorted(versions)
+    assert client.status().weights_version == 4
+    generations = [event["generation"] for event in events(service, "refresh_committed")]
+    assert generations == sorted(set(generations))
+    restored = [event["shard"] for event in events(service, "shard_restored")]
+    assert 0 in restored
+
+
+def test_coordinator_and_shard_die_before_the_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
+    """Nobody has the weights any more but the trainer, whose waiting search hands them in again."""
+    service = launch()
+    (run_dir / "index").rmdir()
+    (run_dir / "index").write_text("no snapshot can be written here")
+    client = service.connect()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    os.kill(process_of(service.address.shards[1]), signal.SIGKILL)
+    os.kill(process_of(service.address.coordinator), signal.SIGKILL)
+    check(client.submit(QUERIES, 9).result(), {1: corpus.vectors(1)})
+    assert events(service, "refresh_committed")[-1]["generation"] != 1
+
+
+def test_a_stopped_worker_and_a_stopped_shard_are_replaced(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
+    """SIGSTOP breaks no connection: only the bounds find it."""
+    refresh, index = replace(REFRESH, chunk_timeout_s=15.0), replace(INDEX, search_timeout_s=80.0)
+    service = launch(refresh=refresh, index=index)
+    client = service.connect()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    os.kill(process_of(service.workers[0]), signal.SIGSTOP)
+    os.kill(process_of(service.address.shards[2]), signal.SIGSTOP)
+    begin = time.monotonic()
+    client.publish(2, corpus.weights(2))
+    assert time.monotonic() - begin < 1.0
+    check(client.submit(QUERIES, 9).result(), {version: corpus.vectors(version) for version in (1, 2)})
+    client.wait_for_version(2, WAIT_S)
+    check(client.submit(QUERIES, 9).result(), {2: corpus.vectors(2)})
+    assert "took longer than 15 s" in events(service, "worker_lost")[0]["why"]
+    assert events(service, "shard_killed")
+
+
+def test_resume_from_a_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
+    """The generation that a checkpoint names serves at once, and the numbers go on."""
+    service = launch()
+    client = service.connect()
+    client.publish(10, corpus.weights(1))
+    client.wait_for_version(10, WAIT_S)
+    first = client.submit(QUERIES, 9).result()
+    path = client.save_generation(first.generation, WAIT_S)
+    assert Path(path) == run_dir / "index" / f"generation-{first.generation}"
+    for _ in range(3):
+        client.publish(11, corpus.weights(2))
+        client.wait_for_version(11, WAIT_S)
+    assert client.save_generation(first.generation, WAIT_S) == path  # protected from pruning
+    with pytest.raises(OSError, match="neither on disk nor serving"):
+        client.save_generation(77, WAIT_S)
+    service.stop()
+
+    again = launch(snapshot=path)
+    client = again.connect()
+    hits = client.submit(QUERIES, 9).result()
+    assert (hits.generation, hits.weights_version) == (first.generation, 10)
+    np.testing.assert_array_equal(hits.ids, first.ids)
+    np.testing.assert_array_equal(hits.scores, first.scores)
+    client.wait_for_version(10, WAIT_S)
+    assert client.status().generations_committed == 4
+    client.publish(12, corpus.weights(2))
+    client.wait_for_version(12, WAIT_S)
+    assert client.submit(QUERIES, 9).result().generation == first.generation + 4
+
+    with pytest.raises(ValueError, match=r"3 shards, this run has 2: set index\.num_shards=3"):
+        launch(snapshot=path, index=replace(INDEX, num_shards=2))
+    with pytest.raises(ValueError, match="another encoder or tokeniser"):
+        launch(snapshot=path, encoder=replace(ENCODER, pooling="cls"))
+    with pytest.raises(ValueError, match=r"index\.factory=Flat instead of SQfp16"):
+        launch(snapshot=path, index=replace(INDEX, factory="SQfp16"))
+    damaged = next(Path(path).rglob("*.faiss"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(TornSnapshot, match=damaged.name):
+        launch(snapshot=path)
+
+
+def test_actors_that_cannot_be_placed_are_a_message_not_a_hang(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
+    before = set(ray.util.list_named_actors())
+    seat = replace(placement().workers, gpus=1.0)
+    with pytest.raises(TimeoutError, match=r"1 of 5 actors.*cluster\.start_timeout_s(.|\n)*refresh worker"):
+        launch(placement=replace(placement(), workers=seat), start_timeout_s=10.0)
+    wait_until(lambda: set(ray.util.list_named_actors()) <= before, 20)
