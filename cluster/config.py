@@ -11,7 +11,7 @@ Who wins, weakest first: defaults, earlier file, later file, the stage's own sec
 command line (for every stage), `stages.joint.section.field=value`.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,14 +84,13 @@ def to_yaml(section: Settings | UpdateConfig) -> str:
 
 def experiment_to_yaml(experiment: Experiment) -> str:
     """The whole experiment as YAML that `load` reads back, for the folder above the stages' own."""
-    content = OmegaConf.to_container(OmegaConf.structured(experiment.settings))
-    stages = {name: OmegaConf.to_container(OmegaConf.structured(own)) for name, own in experiment.stages.items() if name}
-    for own in cast(dict[str, Any], stages).values():
+    content: dict[str, Any] = asdict(experiment.settings)
+    stages = {name: asdict(own) for name, own in experiment.stages.items() if name}
+    for own in stages.values():
         del own["run"]["name"], own["run"]["directory"]
-    update = OmegaConf.to_container(OmegaConf.structured(experiment.update))
-    if not stages:
-        return OmegaConf.to_yaml(content)
-    return OmegaConf.to_yaml({**cast(dict[str, Any], content), "stages": stages, "update": update})
+    if stages:
+        content |= {"stages": stages, "update": asdict(experiment.update)}
+    return OmegaConf.to_yaml(content)
 
 
 def find_file(path: str) -> Path:

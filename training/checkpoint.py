@@ -174,5 +174,6 @@ def _together(engine: "Engine", directory: Path, failure: str | None) -> None:
         return
     if engine.rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
+    engine.barrier()
     rank, why = failures[0]
     raise OSError(f"could not write checkpoint {directory} (rank {rank}: {why}); earlier checkpoints are whole")

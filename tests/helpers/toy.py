@@ -16,6 +16,8 @@ RATES = {"retriever": 0.02, "generator": 0.05}
 class Tower(nn.Module):
     """Token ids [n, tokens] to vectors [n, DIM]."""
 
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(WORDS, DIM)
@@ -126,15 +128,14 @@ def toy_engine(config: EngineConfig, system: ToySystem | None = None) -> Engine:
 
 def train_steps(engine: Engine, data: Sequence[Batch], accumulation: int = 1) -> list[StepResult]:
     """One optimiser step per batch, this rank's part of it cut into `accumulation` micro-batches."""
-    results = []
+    results: list[StepResult] = []
     for batch in data:
         mine = part(batch, engine.rank, engine.world_size)
         for index in range(accumulation):
             micro = [t.to(engine.device) for t in part(mine, index, accumulation)]
             engine.backward(loss_of(engine("score", *micro)))
-            result = engine.step(RATES)
-        results.append(result)
-    return results
+            results.append(engine.step(RATES))
+    return [result for result in results if result.at_boundary]
 
 
 @dataclass

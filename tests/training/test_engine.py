@@ -68,7 +68,7 @@ def poisoned_step(engine: Engine, where: str, rank: int) -> Any:
 def measure(rank: int, world_size: int) -> dict[str, Any]:
     """Everything that the tests compare, for every stage."""
     engine_setup.PERSISTENT_ELEMENTS = 0
-    found = {f"{name}-{stage}": run(stage) for stage in STAGES for name, run in MEASUREMENTS.items()}
+    found: dict[str, Any] = {f"{name}-{stage}": run(stage) for stage in STAGES for name, run in MEASUREMENTS.items()}
     found["ranks"] = measure_ranks(rank)
     if world_size > 1:
         found["timeout_s"] = measure_timeout(rank)
@@ -253,7 +253,7 @@ def test_a_rank_that_stays_away_is_found_in_time(two_ranks: list[dict[str, Any]]
     assert 0.5 < two_ranks[0]["timeout_s"] < 2.5
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloaded_optimizer_equals_plain_autograd(stage: int) -> None:
     config = replace(PLAIN, zero_stage=stage, clip_norm=CLIP, offload_optimizer=True)
     engine = toy_engine(config)
@@ -296,7 +296,7 @@ def test_bf16_steps_and_master_weights(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("accumulation", (1, 4))
+@pytest.mark.parametrize("accumulation", [1, 4])
 def test_bf16_is_near_full_precision(stage: int, accumulation: int) -> None:
     engine = toy_engine(replace(PLAIN, zero_stage=stage, precision="bf16", gradient_accumulation=accumulation))
     results, expected = train_steps(engine, DATA, accumulation), reference(DATA, PLAIN)
@@ -369,7 +369,7 @@ def test_refused_groups() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             Engine(system, PLAIN, bad)
-    with pytest.raises(ValueError, match="retriever.query_encoder.embedding.weight of .* requires no gradient"):
+    with pytest.raises(ValueError, match=r"retriever.query_encoder.embedding.weight of .* requires no gradient"):
         Engine(system.requires_grad_(False), PLAIN, groups)
 
 
@@ -386,7 +386,7 @@ def test_shared_and_separate_towers_load_each_other() -> None:
 def test_weights_that_do_not_fit() -> None:
     system, state = ToySystem(), dict(ToySystem().state_dict())
     bias = state.pop("generator.layer.bias")
-    with pytest.raises(ValueError, match="missing generator.layer.bias, unknown none"):
+    with pytest.raises(ValueError, match=r"missing generator.layer.bias, unknown none"):
         match_weights(system, state, strict=True)
     assert "generator.layer.bias" not in match_weights(system, state, strict=False)
     with pytest.raises(ValueError, match=r"generator.layer.bias has shape \(12,\) in this model and \(1, 12\)"):
