@@ -31,7 +31,7 @@ WIDTH = 100  # characters of a passage that are printed
 
 
 def answer_question(settings: Settings, root: Path, checkpoint: str, question: str) -> str:
-    """The answer, then the passages that were read: p(z|q), id, title and text. Raises ValueError without a question."""
+    """The answer, then the passages that were read: p(z|q), id, title, text. Raises ValueError without a question."""
     if not question.strip():
         raise ValueError("ask needs a question")
     folder = Path(checkpoint)

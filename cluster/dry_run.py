@@ -1,4 +1,4 @@
-"""What a run would be, without its weights: placement, engine, data and model sizes, each as far as it can be known here."""
+"""What a run would be, without its weights: placement, engine, data, model sizes, as far as they are known here."""
 
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def _engine(settings: Settings, placement: PlacementPlan) -> str:
     engine, training = settings.engine, settings.training
     questions = placement.trainers.number * training.batch_size * engine.gradient_accumulation
     return (
-        f"engine: ZeRO {engine.zero_stage}, {engine.precision}, {questions} questions x {settings.retrieval.k} passages an "
-        f"update, {training.steps} updates"
+        f"engine: ZeRO {engine.zero_stage}, {engine.precision}, {questions} questions x {settings.retrieval.k} passages "
+        f"an update, {training.steps} updates"
     )
 
 

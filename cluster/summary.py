@@ -126,7 +126,8 @@ def result_table(findings: Findings, summary: Mapping[str, Any]) -> Table:
         values = summary["swap"]
         notes.append(
             f"after the update, without training: new answer {_percent(values['new'])}, former answer "
-            f"{_percent(values['old'])} of {values['num_changed']} changed facts (right before: {_percent(values['before'])})"
+            f"{_percent(values['old'])} of {values['num_changed']} changed facts "
+            f"(right before: {_percent(values['before'])})"
         )
     notes.append(
         f"{summary.get('generations_committed', 0)} index generations committed in the last stage, "

@@ -20,9 +20,9 @@ class CorpusConfig:
 
     path: str = ""  # BEIR folder, .jsonl[.gz] or .parquet file; empty: `world` is generated
     format: str = "auto"  # auto | beir | jsonl | parquet
-    on_bad: str = "error"  # error | skip: what a bad passage does (no JSON, broken UTF-8, duplicate id, no text, oversized)
+    on_bad: str = "error"  # error | skip: a bad passage (no JSON, broken UTF-8, duplicate id, no text, oversized)
     max_characters: int = 100_000  # longer passages count as oversized
-    updates: str = ""  # .jsonl[.gz] of dated {"date","op","_id","title","text"} events; empty: updates.jsonl[.gz] beside the corpus
+    updates: str = ""  # .jsonl[.gz] of dated {"date","op","_id","title","text"}; empty: the one beside the corpus
     as_of: str = ""  # apply the updates up to this date ("end": all of them); empty: the corpus as it is
     world: WorldConfig = field(default_factory=WorldConfig)
 
@@ -35,7 +35,7 @@ class QuestionsConfig:
     train: str = "train"  # name of the split to train on
     evaluate: str = "test"  # name of the split to evaluate on
     on_bad: str = "error"  # error | skip
-    as_of: str = ""  # answers that were true on this date, from metadata.timeline ("end": the last state); empty: `answers` as they stand
+    as_of: str = ""  # answers true on this date, from metadata.timeline ("end": the last state); empty: `answers`
     max_questions: int = 0  # 0: all; otherwise a seeded sample of the evaluation split
 
 

@@ -59,10 +59,10 @@ class FreshGeneratorConfig:
 class GeneratorConfig:
     """The language model that reads passages and writes answers."""
 
-    kind: str = "copy"  # copy (fresh encoder-decoder with copy head) | fusion (any encoder-decoder) | causal (any causal LM)
+    kind: str = "copy"  # copy (fresh, small, copy head) | fusion (any encoder-decoder) | causal (any causal LM)
     name: str = ""  # Hugging Face name or folder; empty: `fresh`
     fresh: FreshGeneratorConfig = field(default_factory=FreshGeneratorConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when the model is fresh and the encoder is not
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when fresh and the encoder is not
     template: str = "{passages}Question: {question}\nAnswer:"  # causal: segments, tokenised once
     passage_template: str = "{title}\n{text}\n\n"  # causal: one passage inside {passages}
     max_question_tokens: int = 32
@@ -78,7 +78,7 @@ class GeneratorConfig:
 class ObjectiveConfig:
     """What is minimised; see `training/objectives/`."""
 
-    name: str = "rag_sequence"  # rag_sequence | rag_token | emdr2 | pdist | fused | inverse_cloze | independent_cropping
+    name: str = "rag_sequence"  # rag_token | emdr2 | pdist | fused | inverse_cloze | independent_cropping
     temperature: float = 1.0  # of p(z|q), on top of the encoder's own
     target_temperature: float = 1.0  # pdist
     weight: float = 1.0  # of the retriever loss beside the generator loss (emdr2, pdist)
@@ -123,7 +123,7 @@ class EngineConfig:
     """DeepSpeed."""
 
     zero_stage: int = 0
-    precision: str = "fp32"  # fp32 | bf16 (16-bit weights, fp32 master copy) | bf16_autocast (fp32 weights, 16-bit compute)
+    precision: str = "fp32"  # fp32 | bf16 (16-bit weights, fp32 masters) | bf16_autocast (fp32 weights, 16-bit compute)
     gradient_accumulation: int = 1
     clip_norm: float = 1.0  # of retriever and of generator, separately; 0: none
     beta1: float = 0.9
@@ -161,7 +161,7 @@ class EvaluationConfig:
     batch_size: int = 32
     k: int = 100  # depth of the ranking metrics
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    also: list[str] = field(default_factory=list)  # further modes at the end: marginal | fused | top1 | closed_book | gold
+    also: list[str] = field(default_factory=list)  # more modes at the end: marginal | fused | top1 | closed_book | gold
     examples: int = 5  # decoded examples that the report prints
 
 

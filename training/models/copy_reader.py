@@ -4,8 +4,9 @@ Each passage is encoded together with the question; the decoder attends to one p
 token is a mixture of the vocabulary and of a pointer over the passages' tokens: `gate * vocabulary + (1 - gate) *
 pointer` (See et al. 2017, "Get To The Point", equations 8 and 9), which lets a model of a few hundred steps write
 names it has never seen. The pointer may follow itself: where the last token was copied from, the next one often
-stands one further (selective read, Gu et al. 2016, "Incorporating Copying Mechanism", equation 9). A bias per passage, usually log p(z|q), may be added to the attention and pointer logits of
-that passage's tokens (Lewis et al. 2020, "Pre-training via Paraphrasing", equation 4), with gradient.
+stands one further (selective read, Gu et al. 2016, "Incorporating Copying Mechanism", equation 9). A bias per
+passage, usually log p(z|q), may be added to the attention and pointer logits of that passage's tokens (Lewis et al.
+2020, "Pre-training via Paraphrasing", equation 4), with gradient.
 """
 
 import math
@@ -87,7 +88,7 @@ class Attention(nn.Module):
 
 
 class TiedEmbedding(nn.Embedding):
-    """Token embeddings that are the output layer too; called for both, so that sharded weights are gathered for both."""
+    """Token embeddings that are the output layer too; called for both, so that sharded weights are gathered."""
 
     def forward(self, input: Tensor, as_output: bool = False) -> Tensor:
         """Embed ids, or map states [..., hidden] to logits [..., vocabulary]."""

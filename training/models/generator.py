@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass
 class ReaderBatch:
-    """Tensors that a generator made from token rows; subclasses add their own. Answer tokens end with end-of-sequence."""
+    """Tensors that a generator made from token rows; subclasses add their own. Answers end with end-of-sequence."""
 
     answer_ids: Tensor  # int64 [batch, tokens], padded with 0; tokens may be 0 when only writing
     answer_mask: Tensor  # bool [batch, tokens]
@@ -62,8 +62,8 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
         """float32 [batch, tokens]: log P(y_t | y_<t, q, z_1..K), 0 at padding. `passage_bias` [batch, k], usually
-        log p(z|q), is added to the attention logits of each passage's tokens, with gradient. Raises ValueError where the
-        architecture cannot take a bias."""
+        log p(z|q), is added to the attention logits of each passage's tokens, with gradient. Raises ValueError where
+        the architecture cannot take a bias."""
 
     @abstractmethod
     def write(
@@ -75,5 +75,6 @@ class Generator(nn.Module, ABC):
         num_beams: int,
         passage_bias: Tensor | None = None,
     ) -> Decoded:
-        """Greedy (num_beams 1) or beam search. fused: one answer per question, `batch` of them; otherwise one per passage,
-        `batch * k`, question by question. log_probs are unnormalised sums over the written tokens and end-of-sequence."""
+        """Greedy (num_beams 1) or beam search. fused: one answer per question, `batch` of them; otherwise one per
+        passage, `batch * k`, question by question. log_probs are unnormalised sums over the written tokens and
+        end-of-sequence."""

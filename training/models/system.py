@@ -97,7 +97,7 @@ class System(nn.Module):
         return self.retriever.scores(queries, passages.unflatten(0, (queries.shape[0], -1)))
 
     def likelihoods(self, batch: RetrievalBatch, needs: Needs, temperature: float) -> Likelihoods:
-        """Scores and the token log-probabilities that the objective needs; every passage is encoded once by the reader."""
+        """Scores and the log-probabilities that the objective needs; the reader encodes every passage once."""
         scores = self.scores(batch)
         reading = self.generator.read(batch.reader)
         per_passage = fused = None
