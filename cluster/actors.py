@@ -24,6 +24,7 @@ from cluster.chunks import EncodePool
 from cluster.events import EventLog
 from cluster.handles import NamedActor, RayShard, RayWorker, keep_weights
 from cluster.ports import Weights
+from cluster.processes import Place, here
 from cluster.refresh import CoordinatorStatus, RefreshCoordinator, RefreshSettings
 from cluster.shards import ShardGroup
 from cluster.snapshots import IndexIdentity, Snapshots, Wish
@@ -65,6 +66,10 @@ class ShardActor:
     @ray.method(concurrency_group="status")
     def status(self) -> ShardStatus:
         return self._shard.status()
+
+    @ray.method(concurrency_group="status")
+    def place(self) -> Place:
+        return here()
 
     @ray.method(concurrency_group="build")
     def stage(self, generation: int, weights_version: int, start: int, vectors: np.ndarray) -> None:
@@ -118,8 +123,8 @@ class RefreshWorkerActor:
         self._publish_id = -1
         self._lock = threading.Lock()
 
-    def ping(self) -> None:
-        """Answers, that is all."""
+    def place(self) -> Place:
+        return here()
 
     def warm(self) -> None:
         """Import, open the store and build the encoder before the first weights come."""
@@ -214,6 +219,7 @@ class CoordinatorActor:
             lambda weights: keep_weights(weights, limit),
             self._events,
         )
+        self._place = here()
         self._start_error = ""
         self._started = False
         self._thread("start", self._start)
@@ -221,9 +227,9 @@ class CoordinatorActor:
     def publish(self, weights: Weights) -> None:
         self._coordinator.publish(weights)
 
-    def status(self) -> CoordinatorStatus:
+    def status(self) -> tuple[CoordinatorStatus, Place]:
         status = self._coordinator.status()
-        return replace(status, given_up=self._start_error) if self._start_error else status
+        return (replace(status, given_up=self._start_error) if self._start_error else status), self._place
 
     def save_generation(self, generation: int) -> str | None:
         return self._coordinator.save_generation(generation) if self._started else None

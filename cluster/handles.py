@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from cluster.ports import Chunk, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost
+from cluster.processes import Place, end
 from indexing.shard import ShardStatus
 
 STATUS_S = 10.0  # a status never waits for anything; a loaded machine is slow
@@ -25,6 +26,7 @@ class NamedActor:
         self.name = name
         self._namespace = namespace
         self._handle: ActorHandle | None = None
+        self.place: Place | None = None  # where its process is, if somebody has asked
 
     def handle(self) -> ActorHandle:
         """The handle; it stays good when the actor is restarted. Raises ValueError when there is no such actor."""
@@ -36,9 +38,17 @@ class NamedActor:
         """Call a method; returns its reference (or references)."""
         return getattr(self.handle(), method).remote(*arguments)
 
+    def find_place(self) -> None:
+        """Ask the actor where it is, unless that is known; `kill` may need it when it answers no more."""
+        if self.place is None:
+            self.place = get(self.submit("place"), STATUS_S)
+
     def kill(self) -> None:
-        """End the process; Ray starts another one."""
+        """End the process, whatever it does; Ray starts another one."""
+        place, self.place = self.place, None
         ray.kill(self.handle(), no_restart=False)
+        if place is not None:
+            end(place)
 
 
 def get(reference: Any, timeout_s: float | None = None) -> Any:
@@ -93,12 +103,14 @@ class RayShard:
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         try:
+            self.actor.find_place()
             return get(self.actor.submit(method, *arguments), timeout_s)
         except GetTimeoutError:
             raise ShardLost(f"shard {self.number} did not answer {method} in {timeout_s:g} s", silent=True) from None
         except RayTaskError as error:
             raise own_error(error) from error
         except RayError as error:
+            self.actor.place = None
             raise ShardLost(f"shard {self.number}: {type(error).__name__} in {method}") from error
 
 
@@ -114,6 +126,7 @@ class RayWorker:
         assert isinstance(shard, RayShard)
         limit = self._chunk_timeout_s
         try:
+            self._actor.find_place()
             vectors, done = self._actor.submit("encode", chunk.start, chunk.stop, weights)
             ray.get(done, timeout=limit)
         except GetTimeoutError:
@@ -122,6 +135,7 @@ class RayWorker:
         except RayTaskError as error:
             raise own_error(error) from error
         except RayError as error:
+            self._actor.place = None
             raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
         try:
             shard.stage(generation, weights.version, chunk.start, vectors)
@@ -130,7 +144,8 @@ class RayWorker:
 
     def recover(self) -> None:
         try:
-            ray.get(self._actor.submit("ping"), timeout=STATUS_S)
+            self._actor.place = None
+            self._actor.find_place()
         except GetTimeoutError:
             self._actor.kill()
             raise WorkerLost(f"{self.name} is silent") from None

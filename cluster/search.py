@@ -246,7 +246,7 @@ class IndexClient:
             return False
         asked, self._asked = self._asked, None
         try:
-            self._status = get(asked)
+            self._status, self._coordinator.place = get(asked)
         except RayError:  # it is being restarted
             return False
         self._status_at = time.monotonic()

@@ -171,7 +171,7 @@ def _start(
     seats = placement.shards, placement.workers
     remote: Any = ray.remote  # its stubs know no concurrency groups
     shard_class = remote(concurrency_groups=SHARD_THREADS)(ShardActor)
-    worker_class = remote(max_concurrency=2)(RefreshWorkerActor)  # encoding, and `ping`
+    worker_class = remote(max_concurrency=2)(RefreshWorkerActor)  # encoding, and `place`
     coordinator_class = remote(max_concurrency=COORDINATOR_THREADS)(CoordinatorActor)
     shards = [
         shard_class.options(**_options(name, handle, seats[0], placement)).remote(
@@ -188,7 +188,7 @@ def _start(
     )
     answers = [
         *(shard.status.remote() for shard in shards),
-        *(one.ping.remote() for one in workers),
+        *(one.place.remote() for one in workers),
         chief.status.remote(),
     ]
     _await_all(answers, timeout_s, placement)

@@ -1,5 +1,6 @@
 """The order of the loop, what it publishes and waits for, and what it does with numbers that are not finite."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -234,7 +235,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(make_run):
     hooks.evaluate = note
     state = run.train(hooks)
     assert (state.step, state.skipped_steps) == (6, 3)
-    moved = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in zip(snapshots, snapshots[1:], strict=False)]
+    moved = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(snapshots)]
     assert moved == [True, False, False, True, False]
     rows = run.rows()
     assert [row["step"] for row in rows] == [2, 3, 5, 6]  # a step left out is always logged

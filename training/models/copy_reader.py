@@ -238,7 +238,7 @@ class CopyReader(Generator):
             yield layer
 
     def _decode(self, memory: Memory, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Vocabulary logits [rows, tokens, vocabulary], pointer weights [rows, tokens, source], gate [rows, tokens]."""
+        """States [rows, tokens, hidden], pointer weights [rows, tokens, source], gate [rows, tokens]."""
         length = inputs.shape[1]
         x = self.tokens(inputs) + self.target_positions(torch.arange(length, device=inputs.device))
         causal = _mask_bias(torch.ones(length, length, dtype=torch.bool, device=inputs.device).tril())
@@ -246,16 +246,16 @@ class CopyReader(Generator):
         for layer, keys, values in zip(self.decoder, memory.keys, memory.values, strict=True):
             x = layer(x, causal, (keys, values, bias))
         x = self.decoder_norm(x)
-        logits = self.tokens(x, as_output=True)
         pointer = (self.copy_query(x) @ memory.copy_keys.transpose(1, 2)).float() / math.sqrt(x.shape[-1])
         pointer = (pointer + memory.copy_bias[:, None]).softmax(dim=-1)
         gate, follow = torch.sigmoid(self.gates(x).float()).unbind(dim=-1)
-        return logits, _follow_copies(pointer, follow, memory, inputs), gate
+        return x, _follow_copies(pointer, follow, memory, inputs), gate
 
     def _target_log_probs(self, memory: Memory, targets: Tensor) -> Tensor:
         """float32 log-probabilities of `targets` [rows, tokens]; the mixture is never spread over the vocabulary."""
         inputs = F.pad(targets, (1, 0), value=self.start_id)[:, :-1]
-        logits, pointer, gate = self._decode(memory, inputs)
+        states, pointer, gate = self._decode(memory, inputs)
+        logits = self.tokens(states, as_output=True)
         written = (logits.gather(-1, targets[..., None]).squeeze(-1).float() - logits.float().logsumexp(dim=-1)).exp()
         same = memory.source_ids[:, None, :] == targets[..., None]
         copied = (pointer * same).sum(dim=-1)
@@ -277,7 +277,8 @@ class CopyReader(Generator):
         sources = memory.source_ids
 
         def next_log_probs(prefix: Tensor) -> Tensor:
-            logits, pointer, gate = self._decode(memory, prefix)
+            states, pointer, gate = self._decode(memory, prefix)
+            logits = self.tokens(states[:, -1:], as_output=True)
             gate, pointer = gate[:, -1:], pointer[:, -1]
             mixed = gate * logits[:, -1].float().softmax(dim=-1)
             mixed = mixed.scatter_add(1, sources, (1 - gate) * pointer)
