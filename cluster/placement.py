@@ -86,15 +86,25 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
     trainer_threads = 0 if trainer_gpus else cluster.threads_per_trainer
     trainer_cpus = float(max(1, trainer_threads))
     left_cpus = cpus - cluster.num_trainers * trainer_cpus - 1  # one ticket stays for the controller of the trainers
-    helper_cpus = float(left_cpus >= index.num_shards + refresh.num_workers)
-    plan = PlacementPlan(
-        Seat("trainer", cluster.num_trainers, trainer_cpus, trainer_gpus, trainer_threads),
-        Seat("index shard", index.num_shards, helper_cpus, shard_gpus, _shard_threads(cluster, refresh, index, nodes)),
-        Seat("refresh worker", refresh.num_workers, helper_cpus, worker_gpus, 0 if worker_gpus else refresh.threads),
-        tuple(nodes),
-    )
-    _check_fit(plan)
-    return plan
+    shard_threads = _shard_threads(cluster, refresh, index, nodes)
+
+    def seated(helper_cpus: float) -> PlacementPlan:
+        return PlacementPlan(
+            Seat("trainer", cluster.num_trainers, trainer_cpus, trainer_gpus, trainer_threads),
+            Seat("index shard", index.num_shards, helper_cpus, shard_gpus, shard_threads),
+            Seat(
+                "refresh worker", refresh.num_workers, helper_cpus, worker_gpus, 0 if worker_gpus else refresh.threads
+            ),
+            tuple(nodes),
+        )
+
+    generous = seated(1.0)
+    if left_cpus >= index.num_shards + refresh.num_workers and _without_room(generous) is None:
+        return generous
+    modest = seated(0.0)
+    if (refused := _without_room(modest)) is not None:
+        raise ValueError(_refusal(modest, *refused))
+    return modest
 
 
 def _share(left_gpus: float, num_workers: int) -> float:
@@ -117,16 +127,17 @@ def _check_gpus(wanted: dict[str, float], device: str) -> None:
         raise ValueError("index.device is gpu, but cluster.shard_gpus is 0: allowed is more than 0")
 
 
-def _check_fit(plan: PlacementPlan) -> None:
-    """Seat every process on a node, those that want most first."""
+def _without_room(plan: PlacementPlan) -> tuple[Seat, int] | None:
+    """Seat every process on a node, those that want most first; the first that finds no room, if there is one."""
     free = [[node.cpus, node.gpus] for node in plan.nodes]
     for seat in sorted(plan.seats(), key=lambda seat: (-seat.gpus, -seat.cpus)):
         for number in range(seat.number):
             room = next((f for f in free if f[0] + EPSILON >= seat.cpus and f[1] + EPSILON >= seat.gpus), None)
             if room is None:
-                raise ValueError(_refusal(plan, seat, number))
+                return seat, number
             room[0] -= seat.cpus
             room[1] -= seat.gpus
+    return None
 
 
 def _refusal(plan: PlacementPlan, seat: Seat, seated: int) -> str:

@@ -55,27 +55,28 @@ class Repair:
         beyond_repair = False
         for shard in self._shards:
             serving = self._serving()  # before the status: a commit in between is then seen in both
+            begin = time.monotonic()
             try:
                 status = shard.status()
                 self._note_found(shard)
                 if serving is not None and serving.generation not in status.generations:
                     beyond_repair |= not self._restore(shard, status, serving)
             except ShardLost as lost:
-                self._note_lost(shard, lost)
+                self._note_lost(shard, lost, begin)
         self.beyond_repair = beyond_repair
 
     def _note_found(self, shard: ShardPort) -> None:
         if (since := self._lost_since.pop(shard.number, None)) is not None:
             self._events("shard_found", shard=shard.number, seconds=round(time.monotonic() - since, 3))
 
-    def _note_lost(self, shard: ShardPort, lost: ShardLost) -> None:
-        now = time.monotonic()
+    def _note_lost(self, shard: ShardPort, lost: ShardLost, since: float) -> None:
         if shard.number not in self._lost_since:
-            self._lost_since[shard.number] = now
+            self._lost_since[shard.number] = since
             self._events("shard_lost", shard=shard.number, why=str(lost))
-        elif lost.silent and now - self._lost_since[shard.number] > self._hung_s:
-            self._events("shard_killed", shard=shard.number, why=f"silent for {self._hung_s:.0f} s")
-            self._lost_since[shard.number] = now
+        silent_s = time.monotonic() - self._lost_since[shard.number]
+        if lost.silent and silent_s > self._hung_s:
+            self._events("shard_killed", shard=shard.number, why=f"silent for {silent_s:.0f} s")
+            self._lost_since[shard.number] = time.monotonic()
             shard.restart()
 
     def _restore(self, shard: ShardPort, status: ShardStatus, serving: Serving) -> bool:

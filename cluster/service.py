@@ -34,6 +34,7 @@ from indexing.build import check_config
 from indexing.settings import IndexConfig
 from indexing.shard import shard_ranges
 from indexing.store import Store
+from training.jsonl import read_rows
 from training.settings import EncoderConfig
 
 SIDE = "retriever"  # whose tokens are encoded
@@ -128,7 +129,7 @@ def start_index_service(
             max_failures=refresh.max_failures,
             chunk_timeout_s=refresh.chunk_timeout_s,
             search_timeout_s=index.search_timeout_s,
-            first_generation=_next_number(run_dir / "index"),
+            first_generation=_next_number(run_dir),
         ),
         keep_generations=index.keep_generations,
         keep_protected=keep_protected,
@@ -152,10 +153,12 @@ def encoder_fingerprint(encoder: EncoderConfig, tokenizer_fingerprint: str) -> s
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _next_number(directory: Path) -> int:
+def _next_number(run_dir: Path) -> int:
     """Numbers of generations only grow, also over resumes and torn directories."""
-    names = [path.name.removeprefix(PREFIX) for path in directory.glob(f"{PREFIX}*")]
-    return max((int(name) + 1 for name in names if name.isdigit()), default=FIRST_GENERATION)
+    names = [path.name.removeprefix(PREFIX) for path in (run_dir / "index").glob(f"{PREFIX}*")]
+    numbers = [int(name) for name in names if name.isdigit()]
+    started = [row for row in read_rows(run_dir / "events.jsonl") if row.get("event") == "refresh_started"]
+    return max([*numbers, *(int(row["generation"]) for row in started)], default=FIRST_GENERATION - 1) + 1
 
 
 def _start(

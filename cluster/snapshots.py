@@ -87,6 +87,7 @@ class Snapshots:
         self._lock = threading.Lock()
         self._wishes: dict[int, Wish] = {}
         self._attempts: Counter[int] = Counter()
+        self._postponed: set[int] = set()
         self._failures: dict[int, str] = {}
         self._protected = self._read_protected()
 
@@ -157,9 +158,13 @@ class Snapshots:
             wish = self._wishes[min(self._wishes)]
         try:
             self._write(wish)
-        except ShardLost as lost:  # it comes back with this generation, or without it, which then raises
-            self._events("snapshot_failed", generation=wish.generation, why=str(lost))
-        except (OSError, ValueError, GenerationGone) as error:  # disk full, or released meanwhile
+        except (ShardLost, GenerationGone) as lost:
+            if isinstance(lost, GenerationGone) and lost.committed >= 0:  # released meanwhile
+                self._count_failure(wish, str(lost))
+            elif wish.generation not in self._postponed:  # the shard comes back, empty, and is then repaired
+                self._postponed.add(wish.generation)
+                self._events("snapshot_postponed", generation=wish.generation, why=str(lost))
+        except (OSError, ValueError) as error:  # disk full
             self._count_failure(wish, str(error))
         else:
             with self._lock:

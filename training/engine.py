@@ -56,8 +56,8 @@ class Engine(Ranks):
         parameters that require a gradient."""
         check_settings(config)
         self.module, self.config = module, config
-        self.group_names = list(parameter_groups)
-        self._trained = [name for name in self.group_names if parameter_groups[name]]
+        self._group_names = list(parameter_groups)
+        self._trained = [name for name in self._group_names if parameter_groups[name]]
         check_groups(module, {name: parameter_groups[name] for name in self._trained})
         super().__init__(config.timeout_s)
         self._parameters = {name: list(parameter_groups[name]) for name in self._trained}
@@ -128,7 +128,7 @@ class Engine(Ranks):
         self._loss_is_finite.fill_(True)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.num_skipped += not finite
-        grad_norm = {name: norms.get(name, 0.0) for name in self.group_names}
+        grad_norm = {name: norms.get(name, 0.0) for name in self._group_names}
         return StepResult(True, finite, grad_norm, self.skipped_in_a_row, self.num_skipped)
 
     # ---------------------------------------------------------------- weights by name
@@ -200,6 +200,7 @@ class Engine(Ranks):
     def load(self, directory: Path) -> None:
         """Continue bit for bit from what `save` wrote; collective, on an engine that has not stepped. The files are
         unpickled: load only what this run wrote. Raises ValueError when ranks, ZeRO stage or groups differ."""
+        assert self._trained, "nothing trains: weights come by `load_consolidated`"
         saved = json.loads((directory / LAYOUT).read_text())
         for setting, value in self._layout().items():
             if saved[setting] != value:
@@ -225,9 +226,9 @@ class Engine(Ranks):
         set_timeout(self._engine.data_parallel_group, self.config.timeout_s)
 
     def _prepare_once(self) -> None:
-        """DeepSpeed prepares a backward pass when a gradient reaches a tensor that `forward` returned; it does not look
-        into dataclasses, and unprepared, ZeRO 1 to 3 end every accumulation at its first micro-batch. So the loss
-        starts it, and this keeps the two from doing it twice."""
+        """DeepSpeed prepares a backward pass when a gradient reaches a tensor that `forward` returned, and does not look
+        into dataclasses; unprepared, an accumulation in bf16 under ZeRO 1 counts its first micro-batches again. So the
+        loss starts it, and this keeps the two from doing it twice."""
         if not self._prepared:
             self._prepared = True
             self._prepare_backward()
@@ -293,14 +294,15 @@ class Engine(Ranks):
         if self._trained:
             optimizer.checkpoint_event_prologue()  # small parameters, kept whole, are partitioned like the others
         bucket: list[tuple[str, Tensor]] = []
+        num_elements = 0
         for position, (name, tensor) in enumerate(weights.items(), 1):
             bucket.append((name, tensor))
-            elements = sum(getattr(tensor, "ds_numel", tensor.numel()) for _, tensor in bucket)
-            if elements >= GATHER_ELEMENTS or position == len(weights):
+            num_elements += getattr(tensor, "ds_numel", tensor.numel())
+            if num_elements >= GATHER_ELEMENTS or position == len(weights):
                 parameters = [tensor for _, tensor in bucket if hasattr(tensor, "ds_id")]
                 with _deepspeed().zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
                     yield bucket
-                bucket = []
+                bucket, num_elements = [], 0
         if self._trained:
             optimizer.checkpoint_event_epilogue()
 

@@ -36,7 +36,7 @@ def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
     }
     if config.precision == "bf16":
         result["bf16"] = {"enabled": True}
-        if config.zero_stage > 0:
+        if config.zero_stage > 0 and config.gradient_accumulation > 1:
             result["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.precision == "bf16_autocast":  # an empty list keeps gradients fp32 between ranks
         result["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -75,3 +75,7 @@ def check_groups(module: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]]
     for parameter in module.parameters():
         if parameter.requires_grad and id(parameter) not in grouped:
             raise ValueError(f"{names[id(parameter)]} requires a gradient and is in no parameter group")
+        if parameter.dim() == 0:
+            raise ValueError(
+                f"{names[id(parameter)]} has no dimension, which DeepSpeed cannot send: give it shape (1,)"
+            )

@@ -23,7 +23,7 @@ class Ranks:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if not dist.is_initialized():
             backend = "nccl" if on_gpu else "gloo"
-            if "WORLD_SIZE" in os.environ:
+            if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
                 dist.init_process_group(backend, timeout=timeout)
             else:
                 store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

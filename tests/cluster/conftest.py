@@ -18,6 +18,7 @@ def ray_session() -> Iterator[session.Session]:
     connection = session.start_or_join("tests", log_to_driver=False, num_gpus=0)
     yield connection
     connection.stop()
+    connection.stop()  # harmless
 
 
 @pytest.fixture(scope="session")

@@ -257,7 +257,7 @@ def test_coordinator_and_shard_die_before_the_snapshot(launch: Launch, corpus: C
 
 def test_a_stopped_worker_and_a_stopped_shard_are_replaced(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
     """SIGSTOP breaks no connection: only the bounds find it."""
-    refresh, index = replace(REFRESH, chunk_timeout_s=15.0), replace(INDEX, search_timeout_s=80.0)
+    refresh, index = replace(REFRESH, chunk_timeout_s=15.0), replace(INDEX, search_timeout_s=60.0)
     service = launch(refresh=refresh, index=index)
     client = service.connect()
     client.publish(1, corpus.weights(1))

@@ -114,7 +114,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> list[dict[str, Any]]:
-    return spawn(two_rank_measurements, 2, folder)
+    return spawn(two_rank_measurements, 2, folder, timeout_s=240.0)
 
 
 @pytest.mark.parametrize(("stage", "precision"), SETTINGS)

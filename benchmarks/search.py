@@ -1,0 +1,106 @@
+"""What does a search cost through Ray shards, against one raw FAISS call?
+
+    python -m benchmarks.search [--shards 2] [--threads 1] [--repeats 30]
+
+Raw: `IndexFlatIP.search` in this process, FAISS's BLAS threshold tuned, on shards x threads OpenMP threads. Sharded:
+`IndexClient.submit(...).result()` over shard actors with `threads` each: calls, search, exact re-scoring, merge. Both
+answer the same batches of 16 queries, k 20, 384 dimensions, taking turns; medians count, in milliseconds. Prints a
+table, then one JSON line; `ratio_to_raw_200k` is sharded / raw time at 200,000 vectors (1: as fast; 2: half as fast).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from cluster import session
+
+session.set_environment()
+
+import ray  # noqa: E402
+
+from cluster.actors import SHARD_THREADS, ShardActor  # noqa: E402
+from cluster.search import IndexAddress, IndexClient  # noqa: E402
+from indexing.build import load_faiss  # noqa: E402
+from indexing.settings import IndexConfig  # noqa: E402
+from indexing.shard import shard_ranges  # noqa: E402
+
+DIM, BATCH, K = 384, 16, 20
+SIZES = (25_000, 200_000)
+BLOCK = 25_000  # vectors staged at a time
+NAMESPACE = "benchmark"
+
+
+def random_vectors(count: int, seed: int) -> np.ndarray:
+    """Unit vectors: float32 [count, DIM]."""
+    vectors = np.random.default_rng(seed).normal(size=(count, DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def start_shards(vectors: np.ndarray, num_shards: int, threads: int) -> tuple[IndexClient, list]:
+    """Shard actors that serve `vectors`, and a client of them."""
+    names = tuple(f"shards-{len(vectors)}-{number}" for number in range(num_shards))
+    remote = ray.remote(concurrency_groups=SHARD_THREADS)(ShardActor)  # pyright: ignore[reportCallIssue]
+    actors = []
+    for number, (start, stop) in enumerate(shard_ranges(len(vectors), num_shards)):
+        options = {"name": names[number], "namespace": NAMESPACE, "num_cpus": 0}
+        actor = remote.options(**options).remote(number, start, stop, IndexConfig(), threads)
+        for begin in range(start, stop, BLOCK):
+            ray.get(actor.stage.remote(1, 0, begin, vectors[begin : min(begin + BLOCK, stop)]))
+        ray.get(actor.prepare.remote(1))
+        ray.get(actor.commit.remote(1))
+        actors.append(actor)
+    return IndexClient(IndexAddress(NAMESPACE, "none", names, len(vectors), 60.0, "/dev/null")), actors
+
+
+def measure(vectors: np.ndarray, num_shards: int, threads: int, repeats: int) -> dict[str, float]:
+    """Median and 99th percentile of both ways, milliseconds a batch."""
+    faiss = load_faiss()
+    faiss.omp_set_num_threads(num_shards * threads)
+    faiss.cvar.distance_compute_blas_threshold = 20
+    raw = faiss.IndexFlatIP(DIM)
+    raw.add(vectors)
+    client, actors = start_shards(vectors, num_shards, threads)
+    ways: dict[str, Callable[[np.ndarray], object]] = {
+        "raw": lambda queries: raw.search(queries, K),
+        "sharded": lambda queries: client.submit(queries, K).result(),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(-2, repeats):
+        queries = random_vectors(BATCH, 1000 + repeat)
+        for name, way in ways.items():
+            begin = time.perf_counter()
+            way(queries)
+            if repeat >= 0:
+                times[name].append(1000 * (time.perf_counter() - begin))
+    for actor in actors:
+        ray.kill(actor)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return medians | {"p99": float(np.percentile(times["sharded"], 99))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=30)
+    arguments = parser.parse_args()
+    connection = session.start_or_join(NAMESPACE, object_store_bytes=2**29, log_to_driver=False)
+    print(f"{BATCH} queries x {DIM}, k {K}, {arguments.shards} shards x {arguments.threads} threads; ms a batch")
+    print(f"{'vectors':>10} {'raw':>8} {'sharded':>8} {'p99':>8} {'sharded / raw':>14}")
+    ratios = {}
+    try:
+        for size in SIZES:
+            row = measure(random_vectors(size, 0), arguments.shards, arguments.threads, arguments.repeats)
+            ratio = ratios[f"ratio_to_raw_{size // 1000}k"] = row["sharded"] / row["raw"]
+            print(f"{size:>10,} {row['raw']:>8.2f} {row['sharded']:>8.2f} {row['p99']:>8.2f} {ratio:>14.2f}")
+    finally:
+        connection.stop()
+    print(json.dumps({name: round(ratio, 3) for name, ratio in ratios.items()}))
+
+
+if __name__ == "__main__":
+    main()
