@@ -1,10 +1,11 @@
 """How much of the bare encoder's speed does a refresh keep?
 
-    python -m benchmarks.encode [--repeats 7] [--threads 1] [--clock cpu]
+    python -m benchmarks.encode [--repeats 7] [--threads 1] [--batch-tokens 4096] [--clock cpu]
 
 Bare: the encoder's forward over ready tensors, the whole corpus sorted by length. Encode: the same from the store
 (`encode_range`, chunk by chunk). Refresh: the vectors also staged in a shard, its flat index built and committed.
-The three take turns; medians count. On a busy machine `--clock cpu` counts the processor's time instead. Prints a table, then one JSON line; `ratio_to_bare` is the lowest refresh / bare.
+The three take turns; medians count. On a busy machine `--clock cpu` counts the processor's time instead of the wall's.
+Prints a table, then one JSON line; `ratio_to_bare` is the lowest refresh / bare.
 """
 
 import argparse
@@ -29,11 +30,10 @@ from training.models.encoder import TextEncoder, build_encoder
 from training.settings import EncoderConfig, FreshEncoderConfig
 
 VOCABULARY = 6000
-BATCH_TOKENS = 16_384  # the default of refresh.batch_tokens
 CHUNKS = 2
 SIZES = {  # name -> layers, hidden, heads, passages, mean words of a passage, largest number of tokens
     "2 x 128": (2, 128, 4, 4096, 40, 64),
-    "4 x 256": (4, 256, 4, 384, 95, 200),
+    "4 x 256": (4, 256, 4, 512, 95, 200),
 }
 
 
@@ -51,10 +51,12 @@ def make_table(folder: Path, num_passages: int, mean_words: int, max_tokens: int
     return write_store(folder, passages, [TokenSide("retriever", words_as_tokens, "words")]).tokens("retriever")
 
 
-def measure(table: TokenTable, encoder: TextEncoder, repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+def measure(
+    table: TokenTable, encoder: TextEncoder, batch_tokens: int, repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:
     """Passages per second of each way."""
     num_passages = len(table)
-    batches = length_batches(table, np.arange(num_passages), BATCH_TOKENS)
+    batches = length_batches(table, np.arange(num_passages), batch_tokens)
     tensors = [[torch.from_numpy(array) for array in table.padded(batch)] for batch in batches]
     bounds = [num_passages * chunk // CHUNKS for chunk in range(CHUNKS + 1)]
 
@@ -68,7 +70,7 @@ def measure(table: TokenTable, encoder: TextEncoder, repeats: int, clock: Callab
                 encoder(ids, mask)
 
     def chunks() -> list[np.ndarray]:
-        return [encode_range(table, start, stop, encode, BATCH_TOKENS) for start, stop in itertools.pairwise(bounds)]
+        return [encode_range(table, start, stop, encode, batch_tokens) for start, stop in itertools.pairwise(bounds)]
 
     def refresh() -> None:
         shard = Shard(0, 0, num_passages, IndexConfig())
@@ -89,19 +91,18 @@ def measure(table: TokenTable, encoder: TextEncoder, repeats: int, clock: Callab
 
 
 def main() -> None:
+    """Measure every size and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print(
-        f"fp32, {options.threads} thread(s), {options.repeats} repeats, {options.clock} time, batches of {BATCH_TOKENS} tokens"
-    )
-    heads = ("encoder", "passages", "tokens", "bare/s", "encode/s", "refresh/s", "refresh/bare")
-    print("{:>8} {:>9} {:>7} {:>8} {:>9} {:>10} {:>13}".format(*heads))
+    print(f"fp32, {vars(options)}")
+    print("encoder  passages  tokens    bare/s  encode/s  refresh/s  refresh/bare")
     ratios = {}
     for name, (layers, hidden, num_heads, num_passages, mean_words, max_tokens) in SIZES.items():
         fresh = FreshEncoderConfig(layers, hidden, num_heads, 4 * hidden)
@@ -110,14 +111,11 @@ def main() -> None:
         encoder.length_groups = 1  # batches are sorted already
         with tempfile.TemporaryDirectory() as folder:
             table = make_table(Path(folder) / "store", num_passages, mean_words, max_tokens)
-            speed = measure(table, encoder, options.repeats, clock)
-        ratios[name] = speed["refresh"] / speed["bare"]
-        columns = f"{name:>8} {num_passages:>9} {table.lengths.mean():>7.1f}"
-        print(
-            f"{columns} {speed['bare']:>8.0f} {speed['encode']:>9.0f} {speed['refresh']:>10.0f} {ratios[name]:>13.3f}"
-        )
-    rounded = {name: round(ratio, 3) for name, ratio in ratios.items()}
-    print(json.dumps({"ratio_to_bare": min(rounded.values()), "ratios": rounded}))
+            speed = measure(table, encoder, options.batch_tokens, options.repeats, clock)
+        ratios[name] = round(speed["refresh"] / speed["bare"], 3)
+        columns = f"{name:>7}  {num_passages:>8}  {table.lengths.mean():>6.1f}  {speed['bare']:>8.0f}"
+        print(f"{columns}  {speed['encode']:>8.0f}  {speed['refresh']:>9.0f}  {ratios[name]:>12.3f}", flush=True)
+    print(json.dumps({"ratio_to_bare": min(ratios.values()), "ratios": ratios}))
 
 
 if __name__ == "__main__":

@@ -224,8 +224,9 @@ class CoordinatorActor:
         self._started = False
         self._thread("start", self._start)
 
-    def publish(self, weights: Weights) -> None:
+    def publish(self, weights: Weights) -> Place:
         self._coordinator.publish(weights)
+        return self._place
 
     def status(self) -> tuple[CoordinatorStatus, Place]:
         status = self._coordinator.status()

@@ -1,9 +1,9 @@
 """One stage on the cluster: placement, index service, trainers; wait for the first to end, shut down once.
 
-    driver (this file)          starts everything, prints the console of rank 0, restarts what Ray Train gives up
+    driver (this file)          starts everything, prints the console of rank 0, starts the trainers again
       |-- index service         shards, refresh workers, coordinator (`service.py`); lives as long as the stage
-      '-- Ray Train             one process per trainer, each runs `training.stage.Stage`; a dead one is started again
-                                by Ray Train and resumes from the newest checkpoint in the run directory
+      '-- Ray Train             one process per trainer, each runs `training.stage.Stage`; when one dies, all are
+                                started again and resume from the newest checkpoint in the run directory
 
 The trainers wait for the index (bounded by `wait_timeout_s`); nobody waits for the driver.
 """
@@ -16,9 +16,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.config import to_yaml
 from cluster.events import EventLog
@@ -31,8 +31,14 @@ from training.checkpoint import newest_checkpoint
 from training.objectives.choose import needs
 from training.stage import EVALUATION_FILE, StageJob
 
+if TYPE_CHECKING:
+    from ray.train import TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
 CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
+REFUSAL = "refusal.json"  # why a trainer ended for good: starting it again would end the same way
 RESULT_POLL_S = 0.2
+HOPELESS = (ValueError, FloatingPointError)  # a wrong setting, and a loss that diverges: the same again
 
 
 def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement: PlacementPlan, namespace: str) -> None:
@@ -40,6 +46,7 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
 
     Raises ValueError for settings, RuntimeError with the place of the traceback when the trainers fail for good.
     """
+    settings = with_absolute_models(settings)
     run_dir = Path(settings.run.directory) / settings.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
@@ -71,10 +78,23 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     events("stage_finished")
 
 
+def with_absolute_models(settings: Settings) -> Settings:
+    """Model folders by their absolute paths: trainers and refresh workers run in another working folder."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+    encoder = replace(settings.encoder, name=absolute(settings.encoder.name))
+    return replace(
+        settings, encoder=encoder, generator=replace(settings.generator, name=absolute(settings.generator.name))
+    )
+
+
 def is_finished(settings: Settings) -> bool:
     """Whether this very stage has been run to its end."""
     path = Path(settings.run.directory) / settings.run.name / EVALUATION_FILE
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == fingerprint(settings)
+    wanted = fingerprint(with_absolute_models(settings))
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == wanted
 
 
 def fingerprint(settings: Settings) -> str:
@@ -92,15 +112,15 @@ def uses_index(settings: Settings) -> bool:
 def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Path) -> StageJob:
     """What the trainer processes are told."""
     contrastive = needs(settings.objective).in_batch
-    evaluate = "" if contrastive else str(prepared.questions[settings.questions.evaluate])
+    evaluate = "" if contrastive else str(prepared.questions[settings.questions.evaluate].resolve())
     trains = not contrastive and settings.training.train != "none"
     return StageJob(
-        run_dir=str(run_dir),
-        passages=str(prepared.passages),
-        train_questions=str(prepared.questions[settings.questions.train]) if trains else "",
+        run_dir=str(run_dir.resolve()),  # a trainer's working folder is another one
+        passages=str(prepared.passages.resolve()),
+        train_questions=str(prepared.questions[settings.questions.train].resolve()) if trains else "",
         evaluate_questions=evaluate,
-        tokenizers=str(prepared.tokenizers),
-        init_from=init_from,
+        tokenizers=str(prepared.tokenizers.resolve()),
+        init_from=str(Path(init_from).resolve()) if init_from else "",
         seed=settings.run.seed,
         threads=settings.cluster.threads_per_trainer,
         fingerprint=fingerprint(settings),
@@ -136,38 +156,55 @@ def _resumed_step(run_dir: Path) -> int:
 
 
 def _fit(job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan) -> None:
-    """Ray Train, again if even its controller is lost; each attempt resumes from the newest checkpoint."""
+    """Ray Train, again while cluster.max_failures allows; each attempt resumes from the newest checkpoint. What another
+    attempt would meet again is raised at once."""
     from ray.exceptions import RayActorError, WorkerCrashedError
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import TrainingFailedError
+
+    events = EventLog(Path(job.run_dir) / "events.jsonl")
+    for attempt in range(settings.cluster.max_failures + 1):
+        try:
+            _trainer(job, service, settings, placement).fit()
+            return
+        except (RayActorError, WorkerCrashedError) as error:  # the controller itself; its trainers ended with it
+            kind, what, cause = "controller_lost", "the controller of the trainers was lost", error
+        except TrainingFailedError as error:
+            kind, what, cause = "trainers_lost", "a trainer was lost", _cause(error)
+            if isinstance(cause, HOPELESS):
+                raise cause from error
+        why = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        if attempt == settings.cluster.max_failures:
+            raise RuntimeError(f"{what}, time {attempt + 1} (cluster.max_failures): {why}") from cause
+        events(kind, attempt=attempt, why=f"{type(cause).__name__}: {why}")
+        print(f"{what}; training goes on from the last checkpoint", flush=True)
+
+
+def _trainer(
+    job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan
+) -> "TorchTrainer":
+    """One attempt, not started yet."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    run_dir = Path(job.run_dir).resolve()
     seat = placement.trainers
     resources = {"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {})
-    events = EventLog(run_dir / "events.jsonl")
-    for attempt in range(settings.cluster.max_failures + 1):
-        trainer = TorchTrainer(
-            _train_loop,
-            train_loop_config={"job": job, "service": service, "attempt": attempt},
-            scaling_config=ScalingConfig(
-                num_workers=seat.number, use_gpu=seat.gpus > 0, resources_per_worker=resources
-            ),
-            run_config=RunConfig(
-                name=f"attempt-{time.time_ns()}",
-                storage_path=str(run_dir / "ray"),
-                failure_config=FailureConfig(max_failures=settings.cluster.max_failures),
-            ),
-            torch_config=TorchConfig(backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)),
-        )
-        try:
-            trainer.fit()
-            return
-        except (RayActorError, WorkerCrashedError) as error:
-            # The controller itself was lost; its trainers ended with it.
-            if attempt == settings.cluster.max_failures:
-                raise RuntimeError(f"the controller of the trainers was lost {attempt + 1} times: {error}") from error
-            events("controller_lost", attempt=attempt, message=str(error).splitlines()[0])
-            print("the controller of the trainers was lost; training goes on from the last checkpoint", flush=True)
+    return TorchTrainer(
+        _train_loop,
+        train_loop_config={"job": job, "service": service},
+        scaling_config=ScalingConfig(num_workers=seat.number, use_gpu=seat.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(Path(job.run_dir).resolve() / "ray"),
+            failure_config=FailureConfig(max_failures=0),  # `_fit` knows which failures are worth another attempt
+        ),
+        torch_config=TorchConfig(backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)),
+    )
+
+
+def _cause(error: "TrainingFailedError") -> Exception:
+    """What happened in the trainers: a mistake that one of them named, else the first rank's failure."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    return next((failure for failure in failures if isinstance(failure, HOPELESS)), failures[0] if failures else error)
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -189,7 +226,23 @@ def _train_loop(config: dict[str, Any]) -> None:
     stream: TextIO | None = None
     if context.get_world_rank() == 0:
         stream = open(Path(job.run_dir) / CONSOLE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-    Stage(job, client, stream).run()
+    refusal = Path(job.run_dir) / REFUSAL
+    if refusal.exists():
+        raise RuntimeError(refusal.read_text(encoding="utf-8"))
+    try:
+        Stage(job, client, stream).run()
+    except (ValueError, FloatingPointError, TimeoutError) as error:
+        refusal.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}), encoding="utf-8")
+        if context.get_world_size() > 1:
+            raise  # the others may be waiting for this one
+
+
+def _raise_refusal(run_dir: Path) -> None:
+    """Raise what a trainer wrote down before it ended: ValueError for settings, RuntimeError for the rest."""
+    path = run_dir / REFUSAL
+    if path.exists():
+        refusal = json.loads(path.read_text(encoding="utf-8"))
+        raise (ValueError if refusal["kind"] == "ValueError" else RuntimeError)(refusal["message"])
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class RefreshFailed(Exception):
 
 @dataclass(frozen=True)
 class Weights:
-    """Published encoder weights. `publish_id` tells two publishes of one version apart; a larger one is newer."""
+    """Published encoder weights. `publish_id` is never 0 and tells two publishes of one version apart."""
 
     version: int  # optimiser step
     publish_id: int

@@ -60,7 +60,6 @@ class CoordinatorStatus:
     generation: int = -1
     weights_version: int = -1
     publish_id: int = 0  # of the serving generation; 0: unknown
-    newest_publish_id: int = 0  # that this coordinator has seen
     generations_committed: int = 0
     refresh_seconds: float = 0.0
     refresh_passages_per_s: float = 0.0
@@ -114,7 +113,7 @@ class RefreshCoordinator:
     def publish(self, weights: Weights) -> None:
         """Take note of new weights; older ones that still wait are dropped."""
         with self._changed:
-            if weights.publish_id <= self._newest_publish_id:
+            if weights.publish_id == self._newest_publish_id:
                 return  # sent again by a client that was not sure
             dropped, self._waiting = self._waiting, weights
             self._newest_publish_id = weights.publish_id
@@ -131,7 +130,6 @@ class RefreshCoordinator:
                 generation=serving.generation if serving else -1,
                 weights_version=serving.weights_version if serving else -1,
                 publish_id=serving.publish_id if serving else 0,
-                newest_publish_id=self._newest_publish_id,
                 generations_committed=self._committed,
                 refresh_seconds=self._seconds,
                 refresh_passages_per_s=self._passages_per_s,

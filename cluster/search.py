@@ -11,6 +11,7 @@ it was given; the client that published them keeps them, and hands them in again
 missing.
 """
 
+import secrets
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from cluster.actors import Gone
 from cluster.events import EventLog
 from cluster.handles import NamedActor, get, own_error
 from cluster.ports import Weights
+from cluster.processes import Place
 from cluster.refresh import CoordinatorStatus
 from indexing.merge import Hits, ShardHits, check_k, merge
 from training.retrieve import IndexStatus
@@ -47,6 +49,11 @@ class IndexAddress:
     events_path: str
 
 
+def new_publish_id() -> int:
+    """A number that no other publish has."""
+    return secrets.randbits(62) + 1
+
+
 class Search:
     """A search under way (`PendingHits`)."""
 
@@ -54,7 +61,7 @@ class Search:
         self._client = client
         self._k = k
         self._queries: Any = queries if queries.nbytes < INLINE_BYTES else ray.put(queries)
-        self._deadline = time.monotonic() + client.address.search_timeout_s
+        self._deadline = 0.0
         self._answers: list[Any] = client.ask_shards(self._queries, k)
         self._hits: Hits | None = None
 
@@ -66,6 +73,9 @@ class Search:
         return self._hits
 
     def _wait(self) -> Hits:
+        self._deadline = (
+            time.monotonic() + self._client.address.search_timeout_s
+        )  # of waiting, not of training meanwhile
         pause_s, why = POLL_S[0], ""
         while True:
             try:
@@ -109,7 +119,8 @@ class IndexClient:
         self._lock = threading.Lock()
         self._pinned: int | None = None
         self._published: Weights | None = None
-        self._handed_in: Any = None  # the call that carried them
+        self._handed_in: Any = None  # the call that carries them to the coordinator
+        self._taken_by: Place | None = None  # the coordinator that has them
         self._status = CoordinatorStatus()
         self._status_at = 0.0
         self._asked: Any = None  # the status call under way
@@ -153,8 +164,7 @@ class IndexClient:
             self._note_failure(weights_version, error)
             return
         with self._lock:
-            newest = self._published.publish_id if self._published else 0
-            self._published = Weights(weights_version, max(time.time_ns(), newest + 1), [reference])
+            self._published = Weights(weights_version, new_publish_id(), [reference])
             self._hand_in()
 
     def wait_for_version(self, weights_version: int, timeout_s: float) -> None:
@@ -170,7 +180,7 @@ class IndexClient:
             if status is not None and self._serves(status, weights_version):
                 self._pinned = status.generation
                 return
-            if status is not None and status.given_up and not self._forgotten(status):
+            if status is not None and status.given_up and not self._forgotten():
                 raise RuntimeError(f"no index of version {weights_version}: {status.given_up}")
             if time.monotonic() + pause_s > deadline:
                 newest = self._status.weights_version
@@ -250,36 +260,35 @@ class IndexClient:
         except RayError:  # it is being restarted
             return False
         self._status_at = time.monotonic()
-        if self._forgotten(self._status):
+        if self._forgotten():
             self._hand_in()
         elif self._status.needs_weights and self._published is not None and self._handed_in is None:
-            self._published = replace(self._published, publish_id=time.time_ns())
+            self._published = replace(self._published, publish_id=new_publish_id())
             self._hand_in()
         return True
 
     def _hand_in(self) -> None:
         """Send the published weights to the coordinator. Call with the lock held."""
-        self._handed_in = self._coordinator.submit("publish", self._published)
+        self._handed_in, self._taken_by = self._coordinator.submit("publish", self._published), None
         self._asked = None  # a status from before would seem to have forgotten them
 
-    def _forgotten(self, status: CoordinatorStatus) -> bool:
-        """Whether the coordinator does not know the newest publish of this client, which has surely reached it."""
+    def _forgotten(self) -> bool:
+        """Whether the coordinator that now answers never got the newest publish of this client."""
         if self._handed_in is not None and ray.wait([self._handed_in], timeout=0)[0]:
+            handed_in, self._handed_in = self._handed_in, None
             try:
-                get(self._handed_in)
+                self._taken_by = get(handed_in)
             except RayError as error:
                 assert self._published is not None
                 self._note_failure(self._published.version, error)
-            self._handed_in = None
-        published = self._published
-        return self._handed_in is None and published is not None and status.newest_publish_id < published.publish_id
+        return self._published is not None and self._handed_in is None and self._taken_by != self._coordinator.place
 
     def _serves(self, status: CoordinatorStatus, weights_version: int) -> bool:
         published = self._published
-        if published is not None and published.version == weights_version:
-            restarted = status.publish_id == 0 and status.weights_version == weights_version
-            return status.publish_id >= published.publish_id or restarted
-        return status.weights_version >= weights_version
+        if published is None or published.version != weights_version:
+            return status.weights_version >= weights_version
+        restarted = status.publish_id == 0 and status.weights_version == weights_version
+        return restarted or status.publish_id == published.publish_id or status.weights_version > weights_version
 
     def _note_failure(self, weights_version: int, error: Exception) -> None:
         self._publish_failures += 1

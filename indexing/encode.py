@@ -9,6 +9,8 @@ import numpy as np
 
 from indexing.table import TokenTable
 
+PADDING = 1 / 16  # of a group's tokens
+SMALL_TOKENS = 2048  # a group of so many is not worth splitting: fewer do not fill a processor
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask int64 [n, tokens] -> vectors float32 [n, dim]
 
 
@@ -42,16 +44,23 @@ def encode_range(
 
 
 def length_batches(table: TokenTable, rows: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """`rows` in groups whose rows times longest length stay within `batch_tokens`, longest first."""
+    """`rows` in groups, longest first, whose rows times longest length stay within `batch_tokens`.
+
+    A group also ends where more than `PADDING` of it would be padding, unless it is small.
+    """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}: allowed is 1 or more")
     rows = np.asarray(rows, np.int64)
     lengths = table.lengths[rows]
     if len(rows) and not lengths.min():
         raise ValueError(f"row {rows[lengths.argmin()]} has no tokens: an encoder needs at least one")
-    ordered = rows[np.argsort(-lengths, kind="stable")]
+    order = np.argsort(-lengths, kind="stable")
+    rows, lengths = rows[order], lengths[order].astype(np.int64)
     begin = 0
-    while begin < len(ordered):
-        size = max(1, batch_tokens // int(table.lengths[ordered[begin]]))
-        yield ordered[begin : begin + size]
-        begin += size
+    while begin < len(rows):
+        largest = max(1, batch_tokens // int(lengths[begin]))
+        tokens = np.cumsum(lengths[begin : begin + largest])
+        padded = lengths[begin] * np.arange(1, len(tokens) + 1)
+        size = int(np.count_nonzero((tokens >= (1 - PADDING) * padded) | (padded <= SMALL_TOKENS)))
+        yield rows[begin : begin + max(1, size)]
+        begin += max(1, size)

@@ -12,8 +12,8 @@ import torch
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
-from training.models.copy_reader import pad_rows
 from training.models.generator import Generator
+from training.models.packing import pad_rows
 from training.models.system import ContrastBatch, RetrievalBatch
 from training.settings import ObjectiveConfig
 

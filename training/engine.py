@@ -226,9 +226,9 @@ class Engine(Ranks):
         set_timeout(self._engine.data_parallel_group, self.config.timeout_s)
 
     def _prepare_once(self) -> None:
-        """DeepSpeed prepares a backward pass when a gradient reaches a tensor that `forward` returned, and does not look
-        into dataclasses; unprepared, an accumulation in bf16 under ZeRO 1 counts its first micro-batches again. So the
-        loss starts it, and this keeps the two from doing it twice."""
+        """DeepSpeed prepares a backward pass when a gradient reaches a tensor that `forward` returned, but does not
+        look into dataclasses; unprepared, an accumulation in bf16 under ZeRO 1 counts its first micro-batches again.
+        So the loss starts it, and this keeps the two from doing it twice."""
         if not self._prepared:
             self._prepared = True
             self._prepare_backward()

@@ -66,6 +66,7 @@ class Hooks:
     publish_every: int = 0
     publish_precision: str = "float32"
     max_staleness_steps: int = 0
+    passages_fixed: bool = False  # the passage encoder does not train: hits are never stale
     wait_timeout_s: float = 600.0
 
 
@@ -143,6 +144,8 @@ def train(
         metrics = step_metrics(
             window, state, step_times(timer, begin), service.status() if service is not None else None
         )
+        if hooks.passages_fixed and "index/staleness_steps" in metrics:
+            metrics["index/staleness_steps"] = 0
         state.seconds += metrics["time/step_s"]
         if state.step % config.log_every == 0 or state.step == config.steps or not result.updated:
             metrics |= {f"optim/grad_norm_{name}": norm for name, norm in result.grad_norm.items()}

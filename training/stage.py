@@ -195,6 +195,7 @@ class Stage:
             publish_every=job.publish_every if self.retriever_trains else 0,
             publish_precision=job.publish_precision,
             max_staleness_steps=job.max_staleness_steps if self.retriever_trains else 0,
+            passages_fixed=not self.retriever_trains,
             wait_timeout_s=job.wait_timeout_s,
         )
 

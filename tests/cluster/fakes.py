@@ -165,5 +165,5 @@ class World:
 
 
 def weights(version: int, publish_id: int | None = None) -> Weights:
-    """Published weights; newer versions have larger publish ids unless told otherwise."""
+    """Published weights; the publish id follows the version unless it is given."""
     return Weights(version, version + 1 if publish_id is None else publish_id, None)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,9 @@ from training.settings import EngineConfig
 
 WORDS, DIM, K = 40, 12, 3
 RATES = {"retriever": 0.02, "generator": 0.05}
+# A large epsilon makes Adam's update follow the size of a gradient, not only its sign.
+PLAIN = EngineConfig(clip_norm=0.0, epsilon=0.05, weight_decay=0.01, timeout_s=60.0)
+Arrays = dict[str, np.ndarray]
 
 
 class Tower(nn.Module):
@@ -167,3 +171,15 @@ def reference(data: Sequence[Batch], config: EngineConfig, system: ToySystem | N
         grad_norms.append({name: float(norm) for name, norm in norms.items()})
         optimizer.step()
     return Reference({name: tensor.clone() for name, tensor in system.state_dict().items()}, grad_norms)
+
+
+def arrays(state: dict[str, Tensor]) -> Arrays:
+    """Tensors as numpy arrays, which travel between processes."""
+    return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def close(found: Arrays, expected: dict[str, Tensor] | Arrays, atol: float = 2e-6) -> None:
+    """Assert that every array found is near the expected one of its name."""
+    assert found
+    for name, value in found.items():
+        np.testing.assert_allclose(value, np.asarray(expected[name]), rtol=1e-5, atol=atol, err_msg=name)

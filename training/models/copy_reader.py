@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from training.models.decode import beam_search
 from training.models.generator import Decoded, Generator, ReaderBatch
-from training.models.packing import by_length
+from training.models.packing import by_length, pad_rows
 from training.settings import GeneratorConfig
 
 
@@ -29,7 +29,7 @@ class CopyBatch(ReaderBatch):
     """`[CLS] question [SEP] passage [SEP]` per passage."""
 
     source_ids: Tensor  # int64 [batch * k, source]
-    source_mask: Tensor  # int64 [batch * k, source]
+    source_mask: Tensor  # bool [batch * k, source]
     copy_mask: Tensor  # bool [batch * k, source]: the passage's tokens and the last [SEP]
 
 
@@ -162,13 +162,13 @@ class CopyReader(Generator):
                 sources.append(np.concatenate([head, tail, [self.end_id]]).astype(np.int64))
                 starts.append(len(head))
         source_ids, source_mask = pad_rows(sources, self.pad_id)
-        copy_mask = (torch.arange(source_ids.shape[1]) >= torch.tensor(starts)[:, None]) & source_mask.bool()
+        copy_mask = (torch.arange(source_ids.shape[1]) >= torch.tensor(starts)[:, None]) & source_mask
         answer_ids, answer_mask = self._answers(answers, len(questions))
-        return CopyBatch(answer_ids, answer_mask.bool(), passage_mask, source_ids, source_mask, copy_mask)
+        return CopyBatch(answer_ids, answer_mask, passage_mask, source_ids, source_mask, copy_mask)
 
     def _answers(self, answers: Sequence[np.ndarray] | None, batch: int) -> tuple[Tensor, Tensor]:
         if answers is None:
-            return torch.zeros(batch, 0, dtype=torch.int64), torch.zeros(batch, 0, dtype=torch.int64)
+            return torch.zeros(batch, 0, dtype=torch.int64), torch.zeros(batch, 0, dtype=torch.bool)
         limit = self.config.max_answer_tokens
         return pad_rows([np.append(row[:limit], self.end_id) for row in answers], self.pad_id)
 
@@ -182,7 +182,7 @@ class CopyReader(Generator):
         ends = (ids == self.end_id).long()
         in_passage = (ends.cumsum(dim=1) - ends).clamp(max=1)  # everything after the question's [SEP]
         x = self.tokens(ids) + self.segments(in_passage) + self.source_positions(positions)
-        bias = _mask_bias(mask.bool())[:, None, None, :]
+        bias = _mask_bias(mask)[:, None, None, :]
         for layer in self.encoder:
             x = layer(x, bias)
         return self.encoder_norm(x)
@@ -204,14 +204,14 @@ class CopyReader(Generator):
         """One row of memory per passage."""
         assert isinstance(states, Tensor)
         return self._project(
-            states, batch.source_ids, _mask_bias(batch.source_mask.bool()), _mask_bias(batch.copy_mask)
+            states, batch.source_ids, _mask_bias(batch.source_mask), _mask_bias(batch.copy_mask)
         )
 
     def _memory_of_all(self, states: object, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
         """One row of memory per question: the real tokens of its passages, side by side."""
         assert isinstance(states, Tensor)
         num_questions, k = batch.passage_mask.shape
-        used = batch.source_mask.bool().unflatten(0, (num_questions, k)) & batch.passage_mask[..., None]
+        used = batch.source_mask.unflatten(0, (num_questions, k)) & batch.passage_mask[..., None]
         used = used.flatten(1)  # [batch, k * source]
         width = int(used.sum(dim=1).max())
         order = (~used).long().argsort(dim=1, stable=True)[:, :width]  # real tokens first, in order
@@ -307,17 +307,6 @@ def _follow_copies(pointer: Tensor, follow: Tensor, memory: Memory, inputs: Tens
         moved = F.pad(origin[:, :-1], (1, 0)) * allowed * follow[:, t, None]
         mixed.append(pointer[:, t] * (1 - moved.sum(dim=-1, keepdim=True)) + moved)
     return torch.stack(mixed, dim=1)
-
-
-def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ragged rows to int64 ids and mask [rows, longest]."""
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-        mask[i, : len(row)] = 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 def _mask_bias(mask: Tensor) -> Tensor:

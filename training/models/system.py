@@ -22,9 +22,9 @@ class RetrievalBatch:
     """Questions with their K retrieved passages, as both models read them."""
 
     question_ids: Tensor  # int64 [batch, tokens], retriever's tokeniser
-    question_mask: Tensor
+    question_mask: Tensor  # bool
     passage_ids: Tensor  # int64 [batch * k, tokens]
-    passage_token_mask: Tensor
+    passage_token_mask: Tensor  # bool
     reader: ReaderBatch
 
     def to(self, device: torch.device | str) -> "RetrievalBatch":
@@ -44,9 +44,9 @@ class ContrastBatch:
     """Query spans and the passages they were cut from."""
 
     query_ids: Tensor  # int64 [batch, tokens]
-    query_mask: Tensor
+    query_mask: Tensor  # bool
     passage_ids: Tensor  # int64 [batch, tokens]
-    passage_token_mask: Tensor
+    passage_token_mask: Tensor  # bool
     passage_numbers: Tensor  # int64 [batch]: equal numbers are one passage, never a negative of itself
 
     def to(self, device: torch.device | str) -> "ContrastBatch":
