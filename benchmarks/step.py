@@ -16,72 +16,54 @@ reader, `search_wait_share` is the share of wall time with one batch searched ah
 import argparse
 import copy
 import json
-import shutil
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from cluster import session
-from cluster.placement import nodes_of_cluster, plan
-from cluster.prepare import Prepared, prepare_data, prepare_tokenizers
-from cluster.settings import ClusterConfig, RefreshConfig, Settings
+from benchmarks.step_setting import (
+    MAX_TOKENS,
+    READERS,
+    build,
+    index_service,
+    make_settings,
+    prepare,
+    write_random_corpus,
+)
+from cluster.prepare import Prepared
+from cluster.settings import Settings
 from indexing.questions import QuestionStore
-from indexing.settings import CorpusConfig, IndexConfig, QuestionsConfig
 from indexing.store import Store
 from training.data import Collator, Stream
 from training.engine import Engine
 from training.evaluate import encode_questions
-from training.models.build import build_system, parameter_groups
-from training.models.encoder import passage_state
+from training.models.build import parameter_groups
 from training.models.generator import Generator
 from training.models.system import RetrievalBatch
-from training.models.tokenizers import end_id, load_tokenizer, pad_id
-from training.models.weights import to_numpy
+from training.models.tokenizers import load_tokenizer, pad_id
 from training.monitor import Timer
 from training.objectives.choose import compute, needs
 from training.objectives.likelihoods import Likelihoods
 from training.retrieve import IndexService, Prefetcher, Searched
-from training.settings import (
-    EncoderConfig,
-    EngineConfig,
-    FreshEncoderConfig,
-    FreshGeneratorConfig,
-    GeneratorConfig,
-    ObjectiveConfig,
-    RetrievalConfig,
-    TokenizerConfig,
-)
+from training.settings import EncoderConfig, EngineConfig, ObjectiveConfig, RetrievalConfig
 from training.sources import RetrievedBatches
 
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad-mini"
-BATCH, K, MAX_TOKENS, VOCABULARY = 4, 10, 200, 12_000
+BATCH, K, DEPTHS = 4, 10, (0, 1, 2)
+TEMPERATURE = EncoderConfig().temperature
 OBJECTIVES = ("rag_sequence", "pdist", "emdr2")
-LIKE_ENCODER = "like encoder"
-READERS = {"T5": "8 heads of 64, feed-forward 2048", LIKE_ENCODER: "4 heads of 64, feed-forward 1024"}
 RATES = {"retriever": 1e-4, "generator": 1e-4}
-PARTS = (
-    "search questions",
-    "collate, submit",
-    "questions",
-    "passages",
-    "read",
-    "answers",
-    "objective",
-    "backward",
-    "optimizer",
-)
+SEARCH, COLLATE = "questions for search", "submit, collate"
+MODELS = ("questions", "passages", "read", "answers")
+PARTS = (SEARCH, COLLATE, *MODELS, "objective", "backward", "optimizer")
 
 
 class GeneratorOnly(nn.Module):
@@ -127,7 +109,7 @@ class Bench:
         """Batches from `start` on, `depth` of them searched ahead."""
 
         def encode(numbers: np.ndarray) -> np.ndarray:
-            with self.timer.measure("search questions"):
+            with self.timer.measure(SEARCH):
                 return encode_questions(self.joint, self.collator, numbers)
 
         prefetcher = Remembering(self.service, self.stream.batch, encode, K, depth, start)
@@ -156,105 +138,17 @@ class Bench:
             engine.step(RATES)
 
 
-# ---------------------------------------------------------------- setting
-
-
-def make_settings(corpus: Path, root: Path, reader: str) -> Settings:
-    """Sections that matter here. Every reader's data lies in `root / reader`, tokenised by one tokeniser."""
-    heads, hidden = 4, 256
-    settings = Settings(
-        corpus=CorpusConfig(path=str(corpus)),
-        questions=QuestionsConfig(path=str(corpus)),
-        encoder=EncoderConfig(
-            fresh=FreshEncoderConfig(4, hidden, heads, 4 * hidden),
-            tokenizer=TokenizerConfig(vocabulary=VOCABULARY),
-            max_passage_tokens=MAX_TOKENS,
-        ),
-        generator=GeneratorConfig(
-            kind="fusion",
-            fresh=FreshGeneratorConfig(4, 4, hidden, heads, 4 * hidden),
-            max_passage_tokens=MAX_TOKENS,
-        ),
-    )
-    tokenizer, _ = prepare_tokenizers(settings, root / LIKE_ENCODER, quiet)
-    if reader == LIKE_ENCODER:
-        return settings
-    checkpoint, ours, theirs = root / "checkpoint", root / LIKE_ENCODER / "tokenizers", root / reader / "tokenizers"
-    shutil.copytree(ours / "retriever", theirs / "retriever")
-    write_t5(checkpoint, tokenizer, hidden)
-    return replace(settings, generator=replace(settings.generator, name=str(checkpoint)))
-
-
-def write_t5(folder: Path, tokenizer: PreTrainedTokenizerFast, hidden: int) -> None:
-    """A checkpoint of random weights, as a user would bring one."""
-    torch.manual_seed(0)
-    pad = pad_id(tokenizer)
-    ids = {"pad_token_id": pad, "decoder_start_token_id": pad, "eos_token_id": end_id(tokenizer)}
-    shape = T5Config(d_model=hidden, num_layers=4, vocab_size=len(tokenizer), dropout_rate=0.0, **ids)
-    T5ForConditionalGeneration(shape).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def write_random_corpus(folder: Path) -> Path:
-    """Words with lengths as in encyclopaedic paragraphs, and questions about them."""
-    chance = np.random.default_rng(0)
-    words = ["".join(chance.choice(list("abcdefghijklmnop"), 5)) for _ in range(4000)]
-    texts = [" ".join(chance.choice(words, int(n))) for n in np.clip(chance.gamma(12, 8, 1500), 20, 180)]
-    (folder / "qrels").mkdir(parents=True)
-    with (folder / "corpus.jsonl").open("w") as file:
-        for number, text in enumerate(texts):
-            print(json.dumps({"_id": f"p{number}", "title": text[:11], "text": text}), file=file)
-    with (folder / "queries-train.jsonl").open("w") as file, (folder / "qrels" / "train.tsv").open("w") as qrels:
-        print("query-id\tcorpus-id\tscore", file=qrels)
-        for number, text in enumerate(texts):
-            answer = " ".join(text.split()[4:6])
-            question = {"_id": f"q{number}", "text": text[:60], "metadata": {"answers": [answer]}}
-            print(json.dumps(question), file=file)
-            print(f"q{number}\tp{number}\t1", file=qrels)
-    return folder
-
-
-def quiet(_: str) -> None:
-    """Preparing says nothing."""
-
-
-@contextmanager
-def index_service(settings: Settings, prepared: Prepared, root: Path, weights: dict[str, Any]) -> Iterator[IndexService]:
-    """Two shards and a refresh worker on this machine's Ray, serving the vectors of `weights`."""
-    connection = session.start_or_join("benchmark", log_to_driver=False, num_gpus=0)
-    from cluster.service import start_index_service
-
-    refresh, index = RefreshConfig(), IndexConfig(num_shards=2)
-    handle = None
-    try:
-        handle = start_index_service(
-            root / "run", "benchmark", prepared.passages, prepared.tokenizers / "retriever", settings.encoder, index,
-            refresh, plan(ClusterConfig(), refresh, index, nodes_of_cluster()),
-        )  # fmt: skip
-        client = handle.connect()
-        client.publish(0, weights)
-        client.wait_for_version(0, 300.0)
-        yield client
-    finally:
-        if handle is not None:
-            handle.stop()
-        connection.stop()
-
-
 def make_bench(settings: Settings, prepared: Prepared, service: IndexService, precision: str) -> Bench:
     """Engines with equal readers."""
-    tokenizers = load_tokenizer(prepared.tokenizers / "retriever"), load_tokenizer(prepared.tokenizers / "generator")
-    system = build_system(settings.encoder, settings.generator, "both", tokenizers, seed=0)
-    store = Store.open(prepared.passages, verify=False)
-    questions = QuestionStore.open(prepared.questions["train"], verify=False)
+    system = build(settings, prepared)
     reader = GeneratorOnly(copy.deepcopy(system.generator))
-    config = EngineConfig(precision=precision)
-    timer = Timer(clock=time.process_time)
-    groups = {"retriever": [], "generator": list(reader.parameters())}
+    config, timer = EngineConfig(precision=precision), Timer(clock=time.process_time)
+    questions = QuestionStore.open(prepared.questions["train"], verify=False)
+    padding = pad_id(load_tokenizer(prepared.tokenizers / "retriever"))
     bench = Bench(
         Engine(system, config, parameter_groups(system)),
-        Engine(reader, config, groups),
-        Collator(store, questions, system.generator, pad_id(tokenizers[0])),
+        Engine(reader, config, {"retriever": [], "generator": list(reader.parameters())}),
+        Collator(Store.open(prepared.passages, verify=False), questions, system.generator, padding),
         Stream(len(questions), BATCH, seed=0),
         service,
         timer,
@@ -264,8 +158,8 @@ def make_bench(settings: Settings, prepared: Prepared, service: IndexService, pr
     watch(system.generator, "read", "read", timer)
     watch(system.generator, "per_passage_log_probs", "answers", timer)
     watch(system.generator, "fused_log_probs", "answers", timer)
-    bench.joint.module.train()
-    bench.generator_only.module.train()
+    system.train()
+    reader.train()
     return bench
 
 
@@ -280,28 +174,30 @@ def watch(owner: object, name: str, part: str, timer: Timer) -> None:
     setattr(owner, name, measured)
 
 
-# ---------------------------------------------------------------- measurements
-
-
 def measure_ahead(bench: Bench, repeats: int) -> dict[int, dict[str, float]]:
-    """Joint RAG-sequence steps with 0, 1 and 2 batches searched ahead: wall seconds of a step and of its wait."""
-    found: dict[int, dict[str, float]] = {}
-    for depth in (0, 1, 2):
-        source, _ = bench.source(depth, start=0)
-        steps, waits = [], []
-        for repeat in range(repeats + 1):  # the first one fills the queue
+    """Joint RAG-sequence steps by the number of batches searched ahead: wall seconds of a step and of its wait."""
+    sources = {depth: bench.source(depth, start=0)[0] for depth in DEPTHS}
+    steps: dict[int, list[float]] = defaultdict(list)
+    waits: dict[int, list[float]] = defaultdict(list)
+    for repeat in range(repeats + 1):  # the first one fills the queues
+        for depth, source in sources.items():
             begin = time.perf_counter()
             fetched = source.next()
             assert isinstance(fetched.batch, RetrievalBatch)
             bench.joint_step(fetched.batch, ObjectiveConfig("rag_sequence"))
             if repeat:
-                steps.append(time.perf_counter() - begin)
-                waits.append(fetched.search_wait_s)
+                steps[depth].append(time.perf_counter() - begin)
+                waits[depth].append(fetched.search_wait_s)
+    for source in sources.values():
         source.state()  # nothing is left under way
-        share = sum(waits) / sum(steps)
-        found[depth] = {"step_s": statistics.median(steps), "wait_s": statistics.median(waits), "share": share}
-    bench.timer.pop()
-    return found
+    return {
+        depth: {
+            "step_s": statistics.median(steps[depth]),
+            "wait_s": statistics.median(waits[depth]),
+            "share": sum(waits[depth]) / sum(steps[depth]),
+        }
+        for depth in DEPTHS
+    }
 
 
 def measure_steps(bench: Bench, objective: ObjectiveConfig, repeats: int) -> dict[str, float]:
@@ -313,40 +209,64 @@ def measure_steps(bench: Bench, objective: ObjectiveConfig, repeats: int) -> dic
         begin = time.process_time()
         fetched = source.next()
         assert isinstance(fetched.batch, RetrievalBatch)
-        fetch = time.process_time() - begin
-        before = bench.timer.pop()
+        fetch_s, search_s = time.process_time() - begin, bench.timer.pop()[SEARCH]
         bench.joint_step(fetched.batch, objective)
-        joint = time.process_time() - begin
-        parts = bench.timer.pop()
+        joint_s, parts = time.process_time() - begin, bench.timer.pop()
         scores = torch.from_numpy(prefetcher.last.hits.scores) / TEMPERATURE
         begin = time.process_time()
         bench.generator_step(fetched.batch, objective, scores)
-        # Collating is a part of both steps, searching is not.
-        parts["collate, submit"] = fetch - before["search questions"]
-        alone = time.process_time() - begin + parts["collate, submit"]
-        parts["search questions"] = before["search questions"]
-        forward = sum(parts[name] for name in ("questions", "passages", "read", "answers"))
-        parts["objective"] = parts.pop("forward") - forward
-        parts |= {"joint": joint, "generator_only": alone}
-        for name, value in parts.items() if repeat else ():
-            seconds[name].append(value)
+        alone_s = time.process_time() - begin
+        parts |= {SEARCH: search_s, COLLATE: fetch_s - search_s}
+        parts["objective"] = parts.pop("forward") - sum(parts[name] for name in MODELS)
+        # Both steps collate their batch, here done once.
+        parts |= {"joint": joint_s, "generator_only": alone_s + parts[COLLATE]}
+        if repeat:
+            for name, value in parts.items():
+                seconds[name].append(value)
     source.state()
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-TEMPERATURE = EncoderConfig().temperature
+def print_ahead(found: dict[int, dict[str, float]]) -> None:
+    """A line per depth."""
+    print(f"  {'batches ahead':<24}{'step':>14}{'search wait':>14}{'share':>14}")
+    for depth, row in found.items():
+        print(f"  {depth:<24}{row['step_s']:>14.3f}{row['wait_s']:>14.5f}{row['share']:>14.5f}")
 
 
 def print_steps(found: dict[str, dict[str, float]]) -> dict[str, float]:
     """A column per objective; returns the ratios."""
     print(f"  {'CPU seconds':<24}" + "".join(f"{name:>14}" for name in found))
-    for part in PARTS:
-        print(f"  {part:<24}" + "".join(f"{parts[part]:>14.3f}" for parts in found.values()))
-    for total in ("joint", "generator_only"):
-        print(f"  {total.replace('_', ' '):<24}" + "".join(f"{parts[total]:>14.3f}" for parts in found.values()))
-    ratios = {name: round(parts["joint"] / parts["generator_only"], 3) for name, parts in found.items()}
+    for part in (*PARTS, "joint", "generator_only"):
+        print(f"  {part.replace('_', ' '):<24}" + "".join(f"{parts[part]:>14.3f}" for parts in found.values()))
+    ratios = {name: parts["joint"] / parts["generator_only"] for name, parts in found.items()}
     print(f"  {'joint / generator only':<24}" + "".join(f"{ratio:>14.3f}" for ratio in ratios.values()))
-    return ratios
+    return {name: round(ratio, 3) for name, ratio in ratios.items()}
+
+
+def run(options: argparse.Namespace, corpus: Path, root: Path) -> dict[str, Any]:
+    """All measurements, printed; what the JSON line says."""
+    settings = {reader: make_settings(corpus, root, reader) for reader in options.readers}
+    prepared = {reader: prepare(one, root / reader) for reader, one in settings.items()}
+    first = options.readers[0]
+    lengths = Store.open(prepared[first].passages, verify=False).tokens("retriever").lengths
+    size = f"{len(lengths)} passages, {lengths.mean():.0f} tokens on average, at most {MAX_TOKENS}"
+    print(f"{BATCH} questions x {K} of {corpus.name} ({size}); {options.threads} thread(s), {options.repeats} repeats")
+    result: dict[str, Any] = {}
+    ratios: dict[str, dict[str, float]] = {}
+    with index_service(settings[first], prepared[first], root) as service:
+        for reader in options.readers:
+            for precision in options.precisions:
+                bench = make_bench(settings[reader], prepared[reader], service, precision)
+                if not result:
+                    print(f"\nsearched ahead: reader {reader}, {precision}, RAG-sequence, wall seconds")
+                    ahead = measure_ahead(bench, options.repeats)
+                    print_ahead(ahead)
+                    result["search_wait_share"] = round(ahead[1]["share"], 5)
+                found = {name: measure_steps(bench, ObjectiveConfig(name), options.repeats) for name in OBJECTIVES}
+                print(f"\nreader {reader} ({READERS[reader]}), {precision}")
+                ratios[f"{reader}, {precision}"] = print_steps(found)
+    return result | {"joint_over_generator_only": next(iter(ratios.values())), "all": ratios}
 
 
 def main() -> None:
@@ -362,38 +282,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         corpus = options.corpus if options.corpus.is_dir() else write_random_corpus(root / "corpus")
-        run(options, corpus, root)
-
-
-def run(options: argparse.Namespace, corpus: Path, root: Path) -> None:
-    """All measurements, printed."""
-    settings = {reader: make_settings(corpus, root, reader) for reader in options.readers}
-    prepared = {name: prepare_data(one, root / name, quiet, splits=["train"]) for name, one in settings.items()}
-    first = options.readers[0]
-    tokenizer = load_tokenizer(prepared[first].tokenizers / "retriever")
-    system = build_system(settings[first].encoder, settings[first].generator, "both", (tokenizer, tokenizer), seed=0)
-    weights = to_numpy(passage_state(system.retriever))
-    lengths = Store.open(prepared[first].passages, verify=False).tokens("retriever").lengths
-    print(f"{BATCH} questions x {K} passages of {corpus.name}, {lengths.mean():.0f} tokens on average, at most {MAX_TOKENS}; ", end="")  # fmt: skip
-    print(f"{options.threads} thread(s), {options.repeats} repeats")
-    result: dict[str, Any] = {}
-    ratios: dict[str, dict[str, float]] = {}
-    with index_service(settings[first], prepared[first], root, weights) as service:
-        for reader in options.readers:
-            for precision in options.precisions:
-                bench = make_bench(settings[reader], prepared[reader], service, precision)
-                if not result:
-                    ahead = measure_ahead(bench, options.repeats)
-                    print(f"\nsearched ahead, RAG-sequence, {precision}, wall seconds")
-                    print(f"  {'batches ahead':>13} {'step':>8} {'search wait':>12} {'share':>8}")
-                    for depth, row in ahead.items():
-                        print(f"  {depth:>13} {row['step_s']:>8.3f} {row['wait_s']:>12.5f} {row['share']:>8.5f}")
-                    result["search_wait_share"] = round(ahead[1]["share"], 5)
-                    result["search_wait_share_not_ahead"] = round(ahead[0]["share"], 5)
-                found = {n: measure_steps(bench, ObjectiveConfig(n), options.repeats) for n in OBJECTIVES}
-                print(f"\nreader: {reader} ({READERS[reader]}), {precision}")
-                ratios[f"{reader}, {precision}"] = print_steps(found)
-    print(json.dumps(result | {"joint_over_generator_only": next(iter(ratios.values())), "all": ratios}))
+        print(json.dumps(run(options, corpus, root)))
 
 
 if __name__ == "__main__":

@@ -145,16 +145,13 @@ class RefreshWorkerActor:
         return vectors, len(vectors)
 
     def _load(self) -> Any:
+        if self._settings.device == "cpu":
+            _step_back(self._settings.threads)
         if self._loaded is None:
-            import torch
-
             from training.models.encoder import build_encoder
             from training.models.tokenizers import load_tokenizer, pad_id
 
             settings = self._settings
-            if settings.device == "cpu":
-                os.nice(NICENESS)
-                torch.set_num_threads(settings.threads)
             tokenizer = load_tokenizer(settings.tokenizer)
             encoder = build_encoder(replace(settings.encoder, gradient_checkpointing=False), len(tokenizer))
             encoder.length_groups = 1  # batches come sorted by length
@@ -172,6 +169,14 @@ class RefreshWorkerActor:
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
             vectors = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
         return vectors.float().cpu().numpy()
+
+
+def _step_back(threads: int) -> None:
+    """Let training go first. Both settings are those of the calling thread, and Ray has several."""
+    import torch
+
+    torch.set_num_threads(threads)
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 @dataclass(frozen=True)

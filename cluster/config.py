@@ -51,6 +51,7 @@ class _Files:
 
 
 SECTIONS = [entry.name for entry in fields(Settings)]
+RUN_FOLDERS = ("data", "tokenizers", "world")  # beside the stages' own (`cluster/prepare.py`)
 TOP_LEVEL = [*SECTIONS, "stages", "update"]
 
 
@@ -133,6 +134,8 @@ def _read_file(file: Path, files: _Files) -> None:
     for name, stage in (content.get("stages") or {}).items():
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"{source}: stages.{name}: a stage's name is letters, digits, _ and -")
+        if name in RUN_FOLDERS:
+            raise ValueError(f"{source}: stages.{name}: a run keeps its {name} in a folder of that name; take another")
         own = checked(stage, Settings, f"stages.{name}.", source)
         for fixed in {"name", "directory"} & set(own.get("run", {})):
             raise ValueError(f"{source}: stages.{name}.run.{fixed}: set run.{fixed} once, for all stages")

@@ -34,8 +34,8 @@ def _engine(settings: Settings, placement: PlacementPlan) -> str:
     engine, training = settings.engine, settings.training
     questions = placement.trainers.number * training.batch_size * engine.gradient_accumulation
     return (
-        f"engine: ZeRO {engine.zero_stage}, {engine.precision}, {questions} questions x {settings.retrieval.k} passages "
-        f"an update, {training.steps} updates"
+        f"engine: ZeRO {engine.zero_stage}, {engine.precision}, {questions} questions x {settings.retrieval.k} "
+        f"passages an update, {training.steps} updates"
     )
 
 

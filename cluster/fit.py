@@ -16,10 +16,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cluster.beforehand import uses_index, with_absolute_models
 from cluster.config import to_yaml
 from cluster.events import EventLog
 from cluster.placement import PlacementPlan
@@ -36,9 +37,8 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
-REFUSAL = "refusal.json"  # why a trainer ended for good: starting it again would end the same way
 RESULT_POLL_S = 0.2
-HOPELESS = (ValueError, FloatingPointError)  # a wrong setting, and a loss that diverges: the same again
+HOPELESS = (ValueError, FloatingPointError, TimeoutError)  # in a trainer: starting it again would end the same way
 
 
 def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement: PlacementPlan, namespace: str) -> None:
@@ -78,18 +78,6 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     events("stage_finished")
 
 
-def with_absolute_models(settings: Settings) -> Settings:
-    """Model folders by their absolute paths: trainers and refresh workers run in another working folder."""
-
-    def absolute(name: str) -> str:
-        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
-
-    encoder = replace(settings.encoder, name=absolute(settings.encoder.name))
-    return replace(
-        settings, encoder=encoder, generator=replace(settings.generator, name=absolute(settings.generator.name))
-    )
-
-
 def is_finished(settings: Settings) -> bool:
     """Whether this very stage has been run to its end."""
     path = Path(settings.run.directory) / settings.run.name / EVALUATION_FILE
@@ -102,11 +90,6 @@ def fingerprint(settings: Settings) -> str:
     sections = {k: v for k, v in asdict(settings).items() if k not in ("monitor", "cluster", "run", "checkpoint")}
     sections["run"] = {"seed": settings.run.seed, "init_from": settings.run.init_from}
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def uses_index(settings: Settings) -> bool:
-    """A warm start and closed-book training search nothing."""
-    return not needs(settings.objective).in_batch and settings.retrieval.source != "none"
 
 
 def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Path) -> StageJob:
@@ -183,7 +166,7 @@ def _trainer(
     job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan
 ) -> "TorchTrainer":
     """One attempt, not started yet."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     seat = placement.trainers
@@ -226,23 +209,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     stream: TextIO | None = None
     if context.get_world_rank() == 0:
         stream = open(Path(job.run_dir) / CONSOLE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-    refusal = Path(job.run_dir) / REFUSAL
-    if refusal.exists():
-        raise RuntimeError(refusal.read_text(encoding="utf-8"))
-    try:
-        Stage(job, client, stream).run()
-    except (ValueError, FloatingPointError, TimeoutError) as error:
-        refusal.write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}), encoding="utf-8")
-        if context.get_world_size() > 1:
-            raise  # the others may be waiting for this one
-
-
-def _raise_refusal(run_dir: Path) -> None:
-    """Raise what a trainer wrote down before it ended: ValueError for settings, RuntimeError for the rest."""
-    path = run_dir / REFUSAL
-    if path.exists():
-        refusal = json.loads(path.read_text(encoding="utf-8"))
-        raise (ValueError if refusal["kind"] == "ValueError" else RuntimeError)(refusal["message"])
+    Stage(job, client, stream).run()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ are left, so that the same plan starts on a laptop with two cores.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.session import logical_cpus
 from cluster.settings import ClusterConfig, RefreshConfig
 from indexing.settings import IndexConfig
 
@@ -67,9 +68,13 @@ class PlacementPlan:
 
 
 def nodes_of_cluster() -> list[Node]:
-    """The living machines of the Ray that this process is connected to."""
+    """The living machines of the Ray that this process is connected to, or the one that it would be started on."""
     import ray
 
+    if not ray.is_initialized():
+        import torch
+
+        return [Node(float(logical_cpus()), float(torch.cuda.device_count()))]
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in resources]
 

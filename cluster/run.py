@@ -1,45 +1,52 @@
 """The verbs: what `train`, `prepare`, `index`, `evaluate` and `ask` do with an experiment."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from cluster import session
+from cluster.beforehand import check_index, check_models, check_same_run
 from cluster.config import Experiment
 from cluster.fit import is_finished, run_stage
 from cluster.placement import PlacementPlan, nodes_of_cluster, plan
 from cluster.prepare import Prepared, prepare_data
 from cluster.settings import Settings
-from cluster.summary import Findings, read_measured, write_findings
+from cluster.summary import Findings, read_measured, seconds_of, write_findings
+from indexing.store import Store
 from training.checkpoint import newest_checkpoint
+from training.settings import ObjectiveConfig
 
 
 def train(experiment: Experiment) -> int:
     """Every stage in order, then the update; finished stages are not run again. Writes the summary and the report."""
-    root = experiment.directory
+    root, stages = experiment.directory, experiment.stages
     if experiment.settings.cluster.dry_run:
         return dry_run(experiment)
+    _check(experiment)
     if experiment.settings.run.overwrite and root.exists():
         shutil.rmtree(root)
     begin = time.monotonic()
-    stages = experiment.stages
     prepared = {name: _prepare(settings, root) for name, settings in stages.items()}
+    if _is_finished(experiment):
+        _say(f"{root}: finished before, not run again")
+        _report(experiment, seconds_of(root))
+        return 0
     with _session(root) as namespace:
+        placements = {name: _placement(settings) for name, settings in stages.items()}
         for name, settings in stages.items():
             if is_finished(settings):
                 _say(f"{settings.run.name}: finished before, not run again")
                 continue
             _say(f"stage {settings.run.name}")
             start = starting_checkpoint(settings, stages)
-            run_stage(settings, prepared[name], start, _placement(settings), f"{namespace}-{name or 'run'}")
-        updates = {}
-        if experiment.update.as_of:
-            for name in experiment.update.stages or list(stages)[-1:]:
-                updates[name] = _after_update(experiment, name, namespace)
-    _report(experiment, updates, time.monotonic() - begin)
+            run_stage(settings, prepared[name], start, placements[name], f"{namespace}-{name or 'run'}")
+        for name in experiment.update.stages:
+            _after_update(experiment, name, namespace)
+    _report(experiment, time.monotonic() - begin)
     return 0
 
 
@@ -73,10 +80,11 @@ def ask(experiment: Experiment, question: str) -> int:
 
 
 def dry_run(experiment: Experiment) -> int:
-    """Everything that can be done without weights: data, tokenisers where they are at hand, and the placement."""
+    """Everything that can be done without weights, and the placement; without Ray where the machines are known."""
     from cluster.dry_run import describe
 
-    with _session(experiment.directory):
+    known = not os.environ.get("RAY_ADDRESS") or all(s.cluster.dry_run_nodes for s in experiment.stages.values())
+    with nullcontext() if known else _session(experiment.directory):
         for settings in experiment.stages.values():
             print(describe(settings, nodes_of_cluster()))
     return 0
@@ -117,50 +125,84 @@ def at_date(settings: Settings, as_of: str, run_name: str, init_from: str) -> Se
     )
 
 
-def _after_update(experiment: Experiment, name: str, namespace: str) -> Settings:
-    """Encode the updated corpus with the stage's weights and ask again."""
+def _check(experiment: Experiment) -> None:
+    """Refuse what can be refused before anything is written or started."""
+    here = not os.environ.get("RAY_ADDRESS")
+    earlier: set[str] = set()
+    for name, settings in experiment.stages.items():
+        try:
+            check_models(settings)
+            if not settings.run.overwrite:
+                check_same_run(settings)
+            if settings.run.init_from not in earlier:
+                starting_checkpoint(settings, experiment.stages)
+            if here:
+                _placement(settings)
+        except ValueError as error:
+            raise ValueError(f"stage {name}: {error}" if name else str(error)) from None
+        earlier.add(str(_run_dir(settings)))
+
+
+def _updated(experiment: Experiment, name: str) -> Settings:
+    """A stage, asked again about the updated corpus."""
     settings = experiment.stages[name]
     checkpoint = _checkpoint_of(settings, experiment)
-    updated = at_date(settings, experiment.update.as_of, f"{settings.run.name}/after_update", checkpoint)
+    return at_date(settings, experiment.update.as_of, f"{settings.run.name}/after_update", checkpoint)
+
+
+def _is_finished(experiment: Experiment) -> bool:
+    stages = experiment.stages.values()
+    return all(is_finished(settings) for settings in stages) and all(
+        is_finished(_updated(experiment, name)) for name in experiment.update.stages
+    )
+
+
+def _after_update(experiment: Experiment, name: str, namespace: str) -> None:
+    """Encode the updated corpus with the stage's weights and ask again."""
+    updated = _updated(experiment, name)
     if is_finished(updated):
-        return updated
-    _say(f"stage {settings.run.name}: the corpus as of {experiment.update.as_of}, encoded anew without training")
+        return
+    run_name = experiment.stages[name].run.name
+    _say(f"stage {run_name}: the corpus as of {experiment.update.as_of}, encoded anew without training")
     prepared = _prepare(updated, experiment.directory, splits=[updated.questions.evaluate])
-    run_stage(updated, prepared, checkpoint, _placement(updated), f"{namespace}-{name or 'run'}-updated")
-    return updated
+    start = updated.run.init_from
+    run_stage(updated, prepared, start, _placement(updated), f"{namespace}-{name or 'run'}-updated")
 
 
 def _without_training(experiment: Experiment, settings: Settings, evaluate: bool) -> int:
+    """The stage's newest checkpoint, its index built anew in a folder of its own; measured if `evaluate`."""
     checkpoint = _checkpoint_of(settings, experiment)
-    verb = "evaluate" if evaluate else "index"
-    questions = settings.questions if evaluate else replace(settings.questions, max_questions=1)
+    verb = "evaluate" if evaluate else "index_only"
     asked = replace(
         settings,
         run=replace(settings.run, name=f"{settings.run.name}/{verb}", init_from=checkpoint),
-        questions=questions,
         training=replace(settings.training, train="none", steps=0),
     )
-    prepared = _prepare(asked, experiment.directory, splits=[asked.questions.evaluate])
+    if not evaluate:  # any retriever has an index, also one that only had a warm start
+        asked = replace(asked, objective=ObjectiveConfig(), retrieval=replace(asked.retrieval, source="index"))
+        asked = replace(asked, checkpoint=replace(asked.checkpoint, index=True))
+    prepared = _prepare(asked, experiment.directory, splits=[asked.questions.evaluate] if evaluate else [])
+    begin = time.monotonic()
     with _session(experiment.directory) as namespace:
         run_stage(asked, prepared, checkpoint, _placement(asked), f"{namespace}-{verb}")
-    run_dir = Path(asked.run.directory) / asked.run.name
+    run_dir = _run_dir(asked)
     measured = read_measured(verb, run_dir)
     if evaluate and measured is not None:
-        write_findings(Findings({verb: measured}), run_dir, {verb: run_dir})
+        write_findings(Findings({verb: measured}, seconds=time.monotonic() - begin), run_dir, {verb: run_dir})
     else:
         _say(f"index in {run_dir / 'index'}")
     return 0
 
 
-def _report(experiment: Experiment, updates: dict[str, Settings], seconds: float) -> None:
+def _report(experiment: Experiment, seconds: float) -> None:
     run_dirs = {name or "run": _run_dir(settings) for name, settings in experiment.stages.items()}
     findings = Findings(seconds=seconds)
     for name, run_dir in run_dirs.items():
         measured = read_measured(name, run_dir)
         if measured is not None:
             findings.stages[name] = measured
-    for name, updated in updates.items():
-        after = read_measured(name, _run_dir(updated))
+    for name in experiment.update.stages:
+        after = read_measured(name, _run_dir(_updated(experiment, name)))
         if after is not None:
             findings.updates[name] = (findings.stages[name or "run"], after)
     write_findings(findings, experiment.directory, run_dirs)
@@ -175,7 +217,9 @@ def _checkpoint_of(settings: Settings, experiment: Experiment) -> str:
 
 
 def _prepare(settings: Settings, root: Path, splits: list[str] | None = None) -> Prepared:
-    return prepare_data(settings, root, _say, splits)
+    prepared = prepare_data(settings, root, _say, splits)
+    check_index(settings, len(Store.open(prepared.passages, verify=False)))
+    return prepared
 
 
 def _placement(settings: Settings) -> PlacementPlan:

@@ -249,7 +249,7 @@ class IndexClient:
         if self._asked is None:
             return time.monotonic() - self._status_at <= STATUS_AGE_S
         if not ray.wait([self._asked], timeout=0)[0]:
-            if time.monotonic() - self._asked_at > HUNG_S:
+            if self._published is not None and time.monotonic() - self._asked_at > HUNG_S:  # one client sees to it
                 self._events("coordinator_killed", why=f"silent for {HUNG_S:g} s")
                 self._coordinator.kill()
                 self._asked = None

@@ -35,7 +35,7 @@ class RefreshConfig:
     max_staleness_steps: int = 0  # training waits when hits are staler; 0: it never waits
     num_workers: int = 1
     chunk_passages: int = 2048  # passages that a worker encodes at a time
-    batch_tokens: int = 16_384  # tokens of one encoder call
+    batch_tokens: int = 4096  # padded tokens of one encoder call; a GPU wants more
     precision: str = "float32"  # float32 | bfloat16: of the published weights
     threads: int = 1  # of a CPU worker
     max_failures: int = 3  # of one refresh, before it is given up until the next publish

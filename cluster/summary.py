@@ -56,6 +56,12 @@ def read_measured(name: str, run_dir: Path) -> Measured | None:
     return Measured(name, result, list(read_rows(run_dir / PREDICTIONS_FILE))) if result["metrics"] else None
 
 
+def seconds_of(directory: Path) -> float:
+    """What an earlier summary says it took; 0 where there is none."""
+    path = directory / SUMMARY_FILE
+    return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
+
+
 def summarise(findings: Findings) -> dict[str, Any]:
     """The content of `summary.json`: each stage's means, controls, the update, paired differences of the last stage."""
     summary: dict[str, Any] = {}

@@ -215,6 +215,8 @@ class Stage:
             result["generations_committed"] = self.service.status().generations_committed
         if self.source is not None:
             self.save(self.state)
+        else:
+            self._save_index()
         if self.engine.rank == 0:
             self.monitor.summary(result["metrics"])
             partial = self.run_dir / f".{EVALUATION_FILE}"

@@ -15,7 +15,7 @@ from tests.cluster.corpus import Corpus, make_corpus  # noqa: E402  (imports Ray
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[session.Session]:
     """A local Ray, ended at the end."""
-    connection = session.start_or_join("tests", log_to_driver=False, num_gpus=0)
+    connection = session.start_or_join("tests", log_to_driver=False)
     yield connection
     connection.stop()
     connection.stop()  # harmless

@@ -168,6 +168,12 @@ def test_status_and_publish_return_at_once(client: IndexClient, corpus: Corpus) 
     assert status.refresh_passages_per_s > 0
 
 
+def test_a_refresh_worker_on_cpu_steps_back(client: IndexClient, service: IndexServiceHandle) -> None:
+    """The thread that has encoded is nice, and so are those that torch starts from it."""
+    task = Path(f"/proc/{process_of(service.workers[0])}/task")
+    assert 10 in [os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in task.iterdir()]
+
+
 def test_a_version_that_never_comes_is_a_timeout(client: IndexClient) -> None:
     with pytest.raises(TimeoutError, match=r"no index of version 99 after 0\.3 s"):
         client.wait_for_version(99, 0.3)
@@ -274,6 +280,40 @@ def test_a_stopped_worker_and_a_stopped_shard_are_replaced(launch: Launch, corpu
     assert events(service, "shard_killed")
 
 
+def test_a_stopped_coordinator_is_replaced(launch: Launch, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches go on without it; the client that publishes notices."""
+    monkeypatch.setattr("cluster.search.HUNG_S", 6.0)
+    service = launch()
+    client = service.connect()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    os.kill(process_of(service.address.coordinator), signal.SIGSTOP)
+    begin = time.monotonic()
+    client.publish(2, corpus.weights(2))
+    client.status()
+    assert time.monotonic() - begin < 1.0
+    check(client.submit(QUERIES, 9).result(), {1: corpus.vectors(1)})
+    client.wait_for_version(2, WAIT_S)
+    check(client.submit(QUERIES, 9).result(), {2: corpus.vectors(2)})
+    assert len(events(service, "coordinator_killed")) == 1
+
+
+@pytest.mark.gpu
+def test_refresh_on_a_gpu(ray_session: Session, corpus: Corpus, run_dir: Path) -> None:
+    """The worker encodes on the GPU; the hits are those of the CPU's vectors."""
+    seats = plan(ClusterConfig(trainer_gpus=0.5, refresh_gpus=0.5), REFRESH, INDEX, [Node(4, 1)])
+    service = start(corpus, run_dir, placement=seats)
+    try:
+        client = service.connect()
+        client.publish(1, corpus.weights(1))
+        client.wait_for_version(1, WAIT_S)
+        hits = client.submit(QUERIES, 9).result()
+        scores, _ = search_exactly(corpus.vectors(1), QUERIES, 9)
+        np.testing.assert_allclose(hits.scores, scores, atol=2e-3)
+    finally:
+        service.stop()
+
+
 def test_resume_from_a_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
     """The generation that a checkpoint names serves at once, and the numbers go on."""
     service = launch()
@@ -317,7 +357,7 @@ def test_resume_from_a_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -
 
 def test_actors_that_cannot_be_placed_are_a_message_not_a_hang(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
     before = set(ray.util.list_named_actors())
-    seat = replace(placement().workers, gpus=1.0)
+    seat = replace(placement().workers, gpus=64.0)
     with pytest.raises(TimeoutError, match=r"1 of 5 actors.*cluster\.start_timeout_s(.|\n)*refresh worker"):
         launch(placement=replace(placement(), workers=seat), start_timeout_s=10.0)
     wait_until(lambda: set(ray.util.list_named_actors()) <= before, 20)

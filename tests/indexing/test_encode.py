@@ -62,3 +62,18 @@ def test_refusals(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="row 1 has no tokens"):
         list(encode_rows(TokenTable(tmp_path, "t"), np.arange(3), encode, 1000))
     assert list(encode_rows(table, np.arange(0), encode, 1000)) == []
+
+
+def test_little_padding(tmp_path: Path) -> None:
+    """A group of more than 2,048 tokens has at most a sixteenth of padding, however large the budget."""
+    generator = np.random.default_rng(0)
+    with RaggedWriter(tmp_path, "t", "int32") as writer:
+        writer.append([np.ones(length) for length in generator.integers(1, 200, 500)])
+    table = TokenTable(tmp_path, "t")
+    groups = list(length_batches(table, np.arange(500), 1_000_000))
+    assert sorted(np.concatenate(groups).tolist()) == list(range(500))
+    for rows in groups:
+        lengths = table.lengths[rows].astype(int)
+        padded = len(rows) * lengths.max()
+        assert padded <= 2048 or lengths.sum() >= padded * 15 / 16
+    assert len(groups) < 30

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from training.models import copy_reader
-from training.models.copy_reader import CopyBatch, CopyReader, Layer, pad_rows
+from training.models.copy_reader import CopyBatch, CopyReader, Layer
 from training.models.decode import beam_search
 from training.objectives.likelihoods import retrieval_log_probs
 from training.settings import FreshGeneratorConfig, GeneratorConfig
@@ -388,9 +388,3 @@ def test_long_rows_are_cut():
     assert batch.source_ids[1, batch.copy_mask[1]].tolist() == [long[0], END]
     nothing = reader.collate([long], [[long]], None)
     assert nothing.answer_ids.shape == (1, 0)
-
-
-def test_padded_rows():
-    ids, mask = pad_rows([np.array([5, 6]), np.array([], dtype=np.int32), np.array([7])], 9)
-    assert ids.tolist() == [[5, 6], [9, 9], [7, 9]]
-    assert mask.tolist() == [[1, 1], [0, 0], [1, 0]]

@@ -149,7 +149,7 @@ def test_groups_do_not_change_gradients_and_everything_is_finite(tokenizer: PreT
         generator = make(tokenizer, length_groups=groups)
         batch = generator.collate(QUESTIONS * 2, PASSAGES * 2, ANSWERS * 2)
         reading = generator.read(batch)
-        assert len(reading) == groups
+        assert len(reading.groups) == groups
         bias = torch.full((6, 3), -1e4).masked_fill(~batch.passage_mask, float("-inf")).requires_grad_()
         loss = (
             generator.per_passage_log_probs(reading, batch).sum()
@@ -162,6 +162,28 @@ def test_groups_do_not_change_gradients_and_everything_is_finite(tokenizer: PreT
     for name, gradient in gradients[0].items():
         assert torch.isfinite(gradient).all()
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_single_passages_from_the_projections_of_the_fused_pass(
+    tokenizer: PreTrainedTokenizerFast, attention: str, biased: bool
+) -> None:
+    generator = make(tokenizer, attention=attention).train()
+    batch = collate(generator)
+    bias = torch.tensor([[-0.5, -2.0, -3.0], [-0.1, -3.0, float("-inf")], [-1.0, -1.5, 0.0]]) if biased else None
+    reading = generator.read(batch)
+    fused = generator.fused_log_probs(reading, batch, bias)
+    assert reading.projected is not None
+    with torch.no_grad():
+        again = generator.read(batch)
+        torch.testing.assert_close(fused.detach(), generator.fused_log_probs(again, batch, bias))
+        assert again.projected is None  # evaluation keeps nothing
+        quick = generator.per_passage_log_probs(reading, batch)
+        plain = generator.per_passage_log_probs(again, batch)
+    torch.testing.assert_close(quick[batch.passage_mask], plain[batch.passage_mask], rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(quick).all()
+    assert generator.per_passage_log_probs(reading, batch).requires_grad  # with gradient they are projected anew
 
 
 def test_bfloat16(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -274,6 +296,11 @@ def test_any_encoder_decoder_from_a_folder(tokenizer: PreTrainedTokenizerFast, t
     fused.sum().backward()
     assert bias.grad is not None
     assert bias.grad[batch.passage_mask].abs().min() > 0
+    assert reading.projected is not None
+    with torch.no_grad():
+        quick = generator.per_passage_log_probs(reading, batch)
+        plain = generator.per_passage_log_probs(generator.read(batch), batch)
+    torch.testing.assert_close(quick[batch.passage_mask], plain[batch.passage_mask], rtol=1e-4, atol=1e-5)
     decoded = generator.write(reading, batch, True, 3, 1, bias.detach())
     scored = generator.collate(QUESTIONS, PASSAGES, [np.array(row, dtype=np.int64) for row in decoded.tokens])
     log_probs = generator.fused_log_probs(generator.read(scored), scored, bias).detach()

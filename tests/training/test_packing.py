@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.models.packing import by_length, count_groups, row_lengths
+from training.models.packing import by_length, count_groups, pad_rows, row_lengths
 from training.models.weights import from_numpy, to_numpy
 
 
@@ -63,6 +63,14 @@ def test_a_row_without_tokens_and_no_rows() -> None:
     assert row_lengths(mask).tolist() == [2, 0]
     assert by_length(lambda i, m: i.float(), mask[1:], mask[1:], 4).shape == (1, 1)
     assert by_length(lambda i, m: i.float(), mask[:0], mask[:0], 4).shape[0] == 0
+
+
+def test_padded_rows() -> None:
+    ids, mask = pad_rows([np.array([5, 6]), np.array([], dtype=np.int32), np.array([7])], 9)
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[5, 6], [9, 9], [7, 9]]
+    assert mask.tolist() == [[True, True], [False, False], [True, False]]
+    assert pad_rows([], 9)[0].shape == (0, 0)
 
 
 def test_weights_round_trip() -> None:

@@ -203,9 +203,7 @@ class CopyReader(Generator):
     def _memory_of_each(self, states: object, batch: CopyBatch) -> Memory:
         """One row of memory per passage."""
         assert isinstance(states, Tensor)
-        return self._project(
-            states, batch.source_ids, _mask_bias(batch.source_mask), _mask_bias(batch.copy_mask)
-        )
+        return self._project(states, batch.source_ids, _mask_bias(batch.source_mask), _mask_bias(batch.copy_mask))
 
     def _memory_of_all(self, states: object, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
         """One row of memory per question: the real tokens of its passages, side by side."""

@@ -51,6 +51,22 @@ class Group:
 
 
 @dataclass
+class Projected:
+    """The decoder's keys and values of a fused memory, without gradient."""
+
+    layers: list[tuple[Tensor, Tensor]]  # per decoder layer, each [batch, heads, memory, head_dim]
+    starts: Tensor  # int64 [batch, k]: where in its question's memory each passage begins
+
+
+@dataclass
+class Reading:
+    """What was read: every passage once, in groups of similar length."""
+
+    groups: list[Group]
+    projected: Projected | None = None  # left by a fused pass, for one without gradient over single passages
+
+
+@dataclass
 class Memory:
     """What the decoder attends to."""
 
@@ -95,7 +111,7 @@ class FusionGenerator(Generator):
         answer_ids, answer_mask = likelihood.collate_answers(answers, len(questions), self.end_id)
         return FusionBatch(answer_ids, answer_mask, passage_mask, source_ids, source_mask)
 
-    def read(self, batch: ReaderBatch) -> list[Group]:
+    def read(self, batch: ReaderBatch) -> Reading:
         """Encoder states of every passage, encoded once, in groups of similar length."""
         assert isinstance(batch, FusionBatch)
         encoder: Any = self.model.get_encoder()
@@ -104,21 +120,34 @@ class FusionGenerator(Generator):
             mask = batch.source_mask[rows, :length]
             states = encoder(input_ids=batch.source_ids[rows, :length], attention_mask=mask.long()).last_hidden_state
             groups.append(Group(rows, states, mask))
-        return groups
+        return Reading(groups)
 
     def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        groups = _groups(reading)
+        assert isinstance(reading, Reading)
         k = batch.passage_mask.shape[1]
+        projected = None if torch.is_grad_enabled() else reading.projected
         outputs: list[Tensor] = []
-        for group in groups:
+        for group in reading.groups:
             questions = group.rows // k
             targets, mask = batch.answer_ids[questions], batch.answer_mask[questions]
-            outputs.append(self._score(Memory(group.states, group.mask), targets, mask))
-        ordered = restore_order(outputs, [(group.rows, 0) for group in groups])
+            cache = _cache_of_group(projected, group, k) if projected is not None else None
+            outputs.append(self._score(Memory(group.states, group.mask), targets, mask, cache))
+        ordered = restore_order(outputs, [(group.rows, 0) for group in reading.groups])
         return ordered.unflatten(0, (-1, k))
 
     def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
-        return self._score(self._fuse(reading, batch, passage_bias), batch.answer_ids, batch.answer_mask)
+        """As the base class says. In training, its projections of the passages are kept in `reading`: scoring single
+        passages without gradient then costs no more than its few answer tokens."""
+        assert isinstance(reading, Reading)
+        memory, starts = self._fuse(reading, batch, passage_bias)
+        # Checkpointed layers take no cache, and would project again in the backward pass.
+        keep = torch.is_grad_enabled() and not self.config.gradient_checkpointing
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if keep else None
+        log_probs = self._score(memory, batch.answer_ids, batch.answer_mask, cache)
+        if cache is not None and len(cache.cross_attention_cache.layers):
+            layers: Any = cache.cross_attention_cache.layers
+            reading.projected = Projected([(layer.keys.detach(), layer.values.detach()) for layer in layers], starts)
+        return log_probs
 
     @torch.no_grad()
     def write(
@@ -130,7 +159,8 @@ class FusionGenerator(Generator):
         num_beams: int,
         passage_bias: Tensor | None = None,
     ) -> Decoded:
-        memory = self._fuse(reading, batch, passage_bias) if fused else self._unpack(_groups(reading))
+        assert isinstance(reading, Reading)
+        memory = self._fuse(reading, batch, passage_bias)[0] if fused else self._unpack(reading.groups)
         model: Any = self.model
         with self._cross_attention(memory.mask.repeat_interleave(num_beams, dim=0)):
             generated = model.generate(
@@ -159,8 +189,9 @@ class FusionGenerator(Generator):
         finally:
             hook.remove()
 
-    def _score(self, memory: Memory, targets: Tensor, mask: Tensor) -> Tensor:
-        """float32 [rows, tokens]: log-probabilities of `targets`, teacher-forced."""
+    def _score(self, memory: Memory, targets: Tensor, mask: Tensor, cache: EncoderDecoderCache | None = None) -> Tensor:
+        """float32 [rows, tokens]: log-probabilities of `targets`, teacher-forced. `cache` holds the decoder's keys and
+        values of `memory`, or takes them if it is empty."""
         if targets.shape[1] == 0:
             return torch.zeros(targets.shape, device=targets.device)
         start = targets.new_full((len(targets), 1), self.decoder_start_id)
@@ -168,13 +199,15 @@ class FusionGenerator(Generator):
             encoder_outputs=BaseModelOutput(last_hidden_state=cast(Any, memory.states)),
             attention_mask=_for_attention(memory.mask),
             decoder_input_ids=torch.cat([start, targets[:, :-1]], dim=1),
+            past_key_values=cache,
             use_cache=False,
         ).logits
         return likelihood.token_log_probs(logits, targets, mask)
 
-    def _fuse(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None) -> Memory:
-        """One row of memory per question: the valid tokens of its passages side by side, without padding between."""
-        groups = _groups(reading)
+    def _fuse(self, reading: Reading, batch: ReaderBatch, passage_bias: Tensor | None) -> tuple[Memory, Tensor]:
+        """One row of memory per question: the valid tokens of its passages side by side, without padding between; and
+        where each passage begins in it, int64 [batch, k]."""
+        groups = reading.groups
         lengths = torch.cat([group.mask.sum(dim=1) for group in groups])
         order = torch.argsort(torch.cat([group.rows for group in groups]))
         starts = (lengths.cumsum(0) - lengths)[order].view(batch.passage_mask.shape)  # of each passage among all tokens
@@ -184,17 +217,18 @@ class FusionGenerator(Generator):
         passage = torch.searchsorted(ends, position.contiguous(), right=True).clamp(max=ends.shape[1] - 1)
         valid = position < ends[:, -1:]
         valid = valid | ((ends[:, -1:] == 0) & (position == 0))  # no passage at all: finite, never used
-        source = starts.gather(1, passage) + position - (ends - lengths).gather(1, passage)
+        begins = ends - lengths
+        source = starts.gather(1, passage) + position - begins.gather(1, passage)
         tokens = torch.cat([group.states[group.mask] for group in groups])
         states = tokens.index_select(0, torch.where(valid, source, 0).flatten()).unflatten(0, position.shape)
         if passage_bias is None:
-            return Memory(states, valid)
+            return Memory(states, valid), begins
         if self.attention == "flash_attention_2":
             raise ValueError("generator.attention=flash_attention_2 cannot take a score bias; allowed: eager, sdpa")
         # A padded passage has bias -inf and no token here: zero keeps its gradient finite.
         bias = passage_bias.masked_fill(~batch.passage_mask, 0.0).gather(1, passage).to(states.dtype)
         bias = bias.masked_fill(~valid, torch.finfo(states.dtype).min)
-        return Memory(states, bias[:, None, None, :])
+        return Memory(states, bias[:, None, None, :]), begins
 
     def _unpack(self, groups: list[Group]) -> Memory:
         """One padded row of memory per passage, for writing."""
@@ -255,9 +289,17 @@ class FusionGenerator(Generator):
             )
 
 
-def _groups(reading: object) -> list[Group]:
-    assert isinstance(reading, list)
-    return reading
+def _cache_of_group(projected: Projected, group: Group, k: int) -> EncoderDecoderCache:
+    """Keys and values of single passages, cut out of those of the fused memory. What stands at a row's padding, and in
+    the row of a padded passage, is arbitrary."""
+    cross = DynamicCache()
+    tokens = torch.arange(group.mask.shape[1], device=group.mask.device)
+    questions = (group.rows // k)[:, None]
+    for number, layer in enumerate(projected.layers):
+        places = (projected.starts.flatten()[group.rows][:, None] + tokens).clamp(max=layer[0].shape[2] - 1)
+        keys, values = (tensor.transpose(1, 2)[questions, places].transpose(1, 2) for tensor in layer)
+        cross.update(keys, values, number)
+    return EncoderDecoderCache(DynamicCache(), cross)
 
 
 def _for_attention(mask: Tensor) -> Tensor:

@@ -101,13 +101,13 @@ class System(nn.Module):
         scores = self.scores(batch)
         reading = self.generator.read(batch.reader)
         per_passage = fused = None
-        if needs.per_passage and needs.per_passage_gradient:
-            per_passage = self.generator.per_passage_log_probs(reading, batch.reader)
-        elif needs.per_passage:
-            per_passage = self._detached_per_passage(reading, batch.reader)
         if needs.fused:
             bias = retrieval_log_probs(scores, batch.reader.passage_mask, temperature) if needs.score_bias else None
             fused = self.generator.fused_log_probs(reading, batch.reader, bias)
+        if needs.per_passage and needs.per_passage_gradient:
+            per_passage = self.generator.per_passage_log_probs(reading, batch.reader)
+        elif needs.per_passage:  # after the fused pass, whose projections of the passages it may use again
+            per_passage = self._detached_per_passage(reading, batch.reader)
         return Likelihoods(
             scores=scores,
             per_passage=per_passage,
@@ -119,8 +119,7 @@ class System(nn.Module):
     @torch.no_grad()
     def _detached_per_passage(self, reading: object, batch: ReaderBatch) -> Tensor:
         """A distillation target: dropout off; the passages are encoded again only if dropout touched their encoding."""
-        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.generator.modules())
-        if not (self.generator.training and dropout):
+        if not (self.generator.training and has_dropout(self.generator)):
             return self.generator.per_passage_log_probs(reading, batch)
         self.generator.eval()
         try:
@@ -150,3 +149,15 @@ class System(nn.Module):
             log_likelihood = mixture_log_probs(prior, per_passage, batch.reader.passage_mask)
         decoded = self.generator.write(reading, batch.reader, fused, decoding.max_tokens, decoding.num_beams, bias)
         return Answers(prior, log_likelihood, decoded)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether some part drops values in training: an `nn.Dropout`, or a probability that a module of transformers keeps
+    under its own name (`attention_dropout`, `layerdrop`) and applies as a function."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout) and part.p > 0:
+            return True
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float) and value > 0:
+                return True
+    return False

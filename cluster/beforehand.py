@@ -1,0 +1,71 @@
+"""What can be refused before anything is written, started or trained; each refusal is one ValueError."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.config import load
+from cluster.settings import Settings
+from cluster.validate import refuse, values_of
+from indexing.build import check_config
+from indexing.merge import check_k
+from indexing.shard import shard_ranges
+from training.checkpoint import newest_checkpoint
+from training.objectives.choose import needs
+
+# A resume goes on with the same model, data and seed; everything else may be set anew.
+SAME_RUN = (
+    *("run.seed", "run.init_from", "corpus.", "questions.path", "questions.train", "questions.as_of"),
+    *("encoder.name", "encoder.fresh.", "encoder.tokenizer.", "encoder.towers", "encoder.pooling", "encoder.normalize"),
+    *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
+    *("objective.name", "training.train"),
+)
+
+
+def check_models(settings: Settings) -> None:
+    """Refuse a model folder that is not there; whether a name of the hub exists is seen when it is read."""
+    for section, name in (("encoder", settings.encoder.name), ("generator", settings.generator.name)):
+        is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+        if is_path and not Path(name).is_dir():
+            raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+
+
+def check_same_run(settings: Settings) -> None:
+    """Refuse to resume, under other settings, what an earlier call of this name has trained."""
+    run_dir = Path(settings.run.directory) / settings.run.name
+    if not (run_dir / "config.yaml").is_file() or newest_checkpoint(run_dir, lambda _: None) is None:
+        return
+    before = values_of(with_absolute_models(load([str(run_dir / "config.yaml")], []).settings))
+    for setting, value in values_of(with_absolute_models(settings)).items():
+        if setting.startswith(SAME_RUN) and before[setting] != value:
+            allowed = (
+                f"{run_dir} was trained with {before[setting]!r}: take another run.name, or set run.overwrite=true"
+            )
+            raise refuse(setting, value, allowed)
+
+
+def check_index(settings: Settings, num_passages: int) -> None:
+    """Refuse a k, a number of shards or an index kind for which the corpus is too small."""
+    if not uses_index(settings):
+        return
+    check_k(settings.retrieval.k, num_passages)
+    ranges = shard_ranges(num_passages, settings.index.num_shards)
+    on_cpu = replace(settings.index, device="cpu")  # whether shards see a GPU is not known here
+    check_config(on_cpu, min(stop - start for start, stop in ranges))
+
+
+def uses_index(settings: Settings) -> bool:
+    """A warm start and closed-book training search nothing."""
+    return not needs(settings.objective).in_batch and settings.retrieval.source != "none"
+
+
+def with_absolute_models(settings: Settings) -> Settings:
+    """Model folders by their absolute paths: trainers and refresh workers run in another working folder."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+    encoder = replace(settings.encoder, name=absolute(settings.encoder.name))
+    return replace(
+        settings, encoder=encoder, generator=replace(settings.generator, name=absolute(settings.generator.name))
+    )
