@@ -36,6 +36,7 @@ from training.settings import TokenizerConfig
 
 Say = Callable[[str], None]
 REPORT_EVERY_S = 5.0
+SECTIONS = {"retriever": "encoder", "generator": "generator"}  # tokeniser folder: settings
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,11 @@ def prepare_tokenizers(
     def build(name: str, config: TokenizerConfig, part: str, trust: bool) -> PreTrainedTokenizerFast:
         if not name and not (folder / part / "tokenizer.json").is_file():
             say(f"training a tokeniser of {config.vocabulary} pieces for the {part}")
-        return build_tokenizer(name, config, _texts(settings), folder / part, trust)
+        try:
+            return build_tokenizer(name, config, _texts(settings), folder / part, trust)
+        except ValueError as error:
+            setting = f"{SECTIONS[part]}.name={name}: " if name else f"{SECTIONS[part]}."  # or its tokenizer.vocabulary
+            raise ValueError(f"{setting}{error}") from None
 
     retriever = build(encoder.name, encoder.tokenizer, "retriever", encoder.trust_remote_code)
     if not encoder.name and not generator.name:  # both fresh: one vocabulary

@@ -27,7 +27,7 @@ def load_pretrained(auto_class: Any, name: str, setting: str, **options: Any) ->
     try:
         return auto_class.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{setting}={name!r} cannot be loaded: {error}") from error
+        raise ValueError(f"{setting}={name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -54,7 +54,8 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=trust_remote_code, use_fast=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokeniser could be read from {str(name)!r}: {error}") from error
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"no tokeniser could be read from {str(name)!r}: {why}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{str(name)!r} has no fast tokeniser (tokenizer.json); convert it with transformers first")
     return tokenizer

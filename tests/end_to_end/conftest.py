@@ -1,0 +1,5 @@
+"""What Ray reads is set before anything imports it, as the command line does."""
+
+from cluster import session
+
+session.set_environment()
