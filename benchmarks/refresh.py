@@ -26,7 +26,7 @@ from cluster import session
 
 session.set_environment()
 
-from cluster.placement import nodes_at_hand, plan  # noqa: E402
+from cluster.placement import nodes_of_cluster, plan  # noqa: E402
 from cluster.search import IndexClient, Search  # noqa: E402
 from cluster.service import start_index_service  # noqa: E402
 from cluster.settings import ClusterConfig, RefreshConfig  # noqa: E402
@@ -141,7 +141,7 @@ def run(rounds: int, num_passages: int, quiet_steps: int, folder: Path) -> tuple
         encoder=config,
         index=index,
         refresh=refresh,
-        placement=plan(ClusterConfig(), refresh, index, nodes_at_hand()),
+        placement=plan(ClusterConfig(), refresh, index, nodes_of_cluster()),
     )
     try:
         return measure(Training(service.connect(), config, len(tokenizer)), rounds, quiet_steps)

@@ -14,6 +14,7 @@ from typing import Any
 
 NAMESPACE = "tandem"
 MIN_LOGICAL_CPUS = 4  # a Ray CPU is a ticket: trainer, controller and tests must fit on a machine with two cores
+START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 512 * 2**20  # of a local Ray without larger wishes; it spills to disk beyond
 
 # Read by Ray when it is imported or started; what the user has set wins.
@@ -73,8 +74,8 @@ def start_or_join(
 ) -> Session:
     """Join the cluster at RAY_ADDRESS, or start Ray here with token authentication.
 
-    Raises ConnectionError when the cluster does not answer, RuntimeError when this process is connected already or
-    imported Ray before `set_environment`.
+    Raises ConnectionError when the cluster does not answer, RuntimeError when this process is connected already,
+    imported Ray before `set_environment`, or cannot start it.
     """
     set_environment()
     address = os.environ.get("RAY_ADDRESS", "")
@@ -85,11 +86,10 @@ def start_or_join(
     if ray.is_initialized():
         raise RuntimeError("this process is connected to Ray already")
     logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
-    context: Any
     if address:
-        context = ray.init(namespace=namespace, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+        context: Any = ray.init(namespace=namespace, logging_level=logging.WARNING, log_to_driver=log_to_driver)
     else:
-        context = ray.init(
+        context = _start_patiently(
             address="local",
             namespace=namespace,
             num_cpus=logical_cpus(),
@@ -103,6 +103,20 @@ def start_or_join(
         )
     info = context.address_info
     return Session(namespace, info["gcs_address"], not address, str(Path(info["session_dir"]) / "logs"))
+
+
+def _start_patiently(**settings: Any) -> Any:
+    """`ray.init`, again where a loaded machine was slower than the 30 s that Ray gives itself. Raises RuntimeError."""
+    import ray
+
+    for _ in range(START_ATTEMPTS):
+        try:
+            return ray.init(**settings)
+        except Exception as error:  # Ray raises this very class
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+    raise RuntimeError(f"Ray did not start in {START_ATTEMPTS} attempts of 30 s; is this machine overloaded?")
 
 
 def _ensure_private_token() -> None:

@@ -78,7 +78,7 @@ class GeneratorConfig:
 class ObjectiveConfig:
     """What is minimised; see `training/objectives/`."""
 
-    name: str = "rag_sequence"  # rag_token | emdr2 | pdist | fused | inverse_cloze | independent_cropping
+    name: str = "rag_sequence"  # rag_sequence, rag_token, emdr2, pdist, fused | inverse_cloze, independent_cropping
     temperature: float = 1.0  # of p(z|q), on top of the encoder's own
     target_temperature: float = 1.0  # pdist
     weight: float = 1.0  # of the retriever loss beside the generator loss (emdr2, pdist)

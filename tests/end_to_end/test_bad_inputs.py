@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ PASSAGES = [{"_id": f"p{i}", "title": f"Title {i}", "text": f"Passage number {i}
 QUESTIONS = [{"_id": f"q{i}", "text": f"what is item {i}?", "answers": [f"item {i}"]} for i in range(4)]
 
 
-def lines(rows: list[dict[str, object]]) -> bytes:
+def lines(rows: Sequence[Mapping[str, object]]) -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
@@ -36,7 +36,7 @@ ARGUMENTS = [
     (
         QUICKSTART,
         "stages.warm_start.training.train=both",
-        "stage warm_start: training.train=both: must be retriever_only",
+        "stage warm_start: training.train=both: must be retriever",
     ),
     (
         QUICKSTART,
@@ -91,7 +91,7 @@ DATA = [
         "corpus.jsonl",
         GOOD + GOOD[: GOOD.index(b"\n") + 1],
         "",
-        "corpus.jsonl:9: duplicate_id: id 'p0' was there before",
+        "corpus.jsonl:9: duplicate_id: id 'p0' was there",
     ),
     ("corpus.jsonl", GOOD + lines([{"_id": "p9", "text": " "}]), "", "corpus.jsonl:9: empty_text: passage 'p9' has no"),
     ("corpus.jsonl", GOOD, "corpus.max_characters=20", "corpus.jsonl:1: oversized_text: passage 'p0' has"),
@@ -105,13 +105,13 @@ DATA = [
         "queries-test.jsonl",
         ASKED,
         "questions.evaluate=dev",
-        "has neither queries-dev.jsonl[.gz] nor queries.jsonl[.gz]",
+        "has neither queries-dev.jsonl[.gz] nor queries.jsonl",
     ),
     (
         "qrels/test.tsv",
         b"query-id\tcorpus-id\tscore\nq1 p1 1\n",
         "",
-        "test.tsv:2: missing_field: needed are question id",
+        "test.tsv:2: missing_field: needed are question",
     ),
     ("qrels/test.tsv", b"", "retrieval.k=9", "retrieval.k is 9, but the index holds 8 passages: allowed are 1 to 8"),
     ("qrels/test.tsv", b"", "index.num_shards=9", "index.num_shards is 9 for 8 passages: allowed are 1 to 8"),
