@@ -95,7 +95,7 @@ def start_or_join(
             num_cpus=logical_cpus(),
             num_gpus=num_gpus,
             object_store_memory=object_store_bytes,
-            include_dashboard=True,  # without it Ray Train prints a warning a second
+            include_dashboard=os.environ.get("TANDEM_DASHBOARD") == "1",  # ten processes, half a minute of two cores
             dashboard_host="127.0.0.1",
             logging_level=logging.WARNING,
             log_to_driver=log_to_driver,
