@@ -2,42 +2,18 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.1
-
-
-@dataclass(frozen=True)
-class Process:
-    """A line of /proc; `started` tells a process from a later one with the same id."""
-
-    id: int
-    parent: int
-    started: int
-    state: str
-
-    @property
-    def title(self) -> str:
-        """The command line; Ray writes the actor's class there."""
-        try:
-            words = Path(f"/proc/{self.id}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            return ""
-        return b" ".join(words).decode(errors="replace").strip()
-
-    @property
-    def lives(self) -> bool:
-        """Whether this very process still runs (one that ended and was not collected does not)."""
-        now = _read(self.id)
-        return now is not None and now.started == self.started and now.state != "Z"
 
 
 class Command:
@@ -56,7 +32,7 @@ class Command:
                 env=variables,
                 cwd=ROOT,
             )
-        self._known: dict[int, Process] = {}
+        self._known: set[psutil.Process] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -95,31 +71,23 @@ class Command:
             time.sleep(POLL_S)
         return found
 
-    def descendants(self, title: str = "") -> list[Process]:
-        """Living processes that this command started, itself or through others, whose title starts with `title`."""
-        everyone = _everyone()
-        family = {self.process.pid} | {known.id for known in self._known.values() if known.lives}
-        grown = True
-        while grown:
-            more = {process.id for process in everyone if process.parent in family} - family
-            family |= more
-            grown = bool(more)
-        found = [process for process in everyone if process.id in family - {self.process.pid}]
-        self._known |= {process.id: process for process in found}
-        return [process for process in found if process.lives and process.title.startswith(title)]
+    def descendants(self, title: str = "") -> list[psutil.Process]:
+        """Living processes that this command started, itself or through others, whose command line starts with `title`
+        (Ray writes the actor's class there)."""
+        for parent in [self.process.pid, *(known.pid for known in self.left())]:
+            with suppress(psutil.NoSuchProcess):
+                self._known |= set(psutil.Process(parent).children(recursive=True))
+        return [process for process in self.left() if _title(process).startswith(title)]
 
-    def left(self) -> list[Process]:
+    def left(self) -> list[psutil.Process]:
         """Those of them that have been seen and still live, also after the command itself has ended."""
-        return [process for process in self._known.values() if process.lives]
+        return [process for process in self._known if _lives(process)]
 
 
-def kill(process: Process) -> None:
+def kill(process: psutil.Process) -> None:
     """SIGKILL; harmless when it has ended."""
-    if process.lives:
-        try:
-            os.kill(process.id, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
 
 
 def rows(path: Path, event: str = "") -> list[dict[str, Any]]:
@@ -131,15 +99,16 @@ def rows(path: Path, event: str = "") -> list[dict[str, Any]]:
     return [row for row in found if not event or row.get("event") == event]
 
 
-def _everyone() -> list[Process]:
-    found = [_read(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [process for process in found if process is not None]
-
-
-def _read(number: int) -> Process | None:
+def _lives(process: psutil.Process) -> bool:
+    """Whether this very process still runs; one that ended and was not collected does not."""
     try:
-        text = Path(f"/proc/{number}/stat").read_text()
-    except OSError:
-        return None
-    state, parent, *rest = text.rpartition(")")[2].split()  # a name may hold spaces and brackets
-    return Process(number, int(parent), int(rest[17]), state)
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()).strip()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""

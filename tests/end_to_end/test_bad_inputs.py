@@ -179,7 +179,7 @@ def test_run_of_other_settings_is_not_resumed(refusal: Refusal, tmp_path: Path) 
     (run_dir / "config.yaml").write_text("run: {name: first}\nobjective: {name: emdr2}", encoding="utf-8")
     config = tmp_path / "a.yaml"
     config.write_text("run: {name: first}\nobjective: {name: emdr2}", encoding="utf-8")
-    for change, shown in (("run.seed=7", "0"), ("objective.name=pdist", "emdr2"), ("encoder.fresh.hidden=64", "128")):
+    for change, shown in (("run.seed=7", "0"), ("objective.name=pdist", "'emdr2'"), ("encoder.fresh.hidden=64", "128")):
         said = refusal("train", str(config), change)
         assert f"{change}: {run_dir} was trained with {shown}: take another run.name, or set run.overwrite=true" in said
 

@@ -71,16 +71,16 @@ def losses(run_dir: Path) -> dict[int, float]:
 @pytest.mark.parametrize("objective", ["rag_sequence", "pdist"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_joint_steps_reduce_the_loss(world: TinyWorld, tmp_path: Path, stage: int, objective: str) -> None:
-    job = make_job(world, tmp_path, stage, objective, steps=60)
+    job = make_job(world, tmp_path, stage, objective, steps=40)
     index = world.index()
     trained = Stage(job, index)
     assert trained.engine.device.type == "cuda"
     before = trained.engine.consolidated_state()
     trained.run()
     assert trained.state.skipped_steps == 0
-    assert index.published == [0, 20, 40, 60]
+    assert index.published == [0, 20, 40]
     found = losses(tmp_path)
-    assert np.mean([found[step] for step in range(51, 61)]) < 0.8 * np.mean([found[step] for step in range(1, 11)])
+    assert np.mean([found[step] for step in range(31, 41)]) < 0.9 * np.mean([found[step] for step in range(1, 11)])
     after = trained.engine.consolidated_state()
     for part in ("retriever.", "generator."):
         assert any(not torch.equal(before[name], after[name]) for name in after if name.startswith(part))

@@ -52,12 +52,12 @@ def kill_and_await(command: Command, run: Run, title: str, *events: str) -> None
     for a refresh that was started after that."""
     assert run.step() < STEPS, f"the run is too short for all of its deaths: {command.printed}"
     before = {kind: run.events(kind) for kind in events}
-    known = {process.id for process in command.descendants(title)}
-    kill(command.until(lambda: command.descendants(title), 60, f"process {title}")[0])
+    known = command.until(lambda: command.descendants(title), 60, f"process {title}")
+    kill(known[0])
     what = f"{', '.join((*events, 'refresh'))} after the death of {title} at step {run.step()}"
 
     def recovered() -> bool:
-        another = any(process.id not in known for process in command.descendants(title))
+        another = any(process not in known for process in command.descendants(title))
         return another and all(run.events(kind) > before[kind] for kind in events)
 
     command.until(recovered, 90, what)
