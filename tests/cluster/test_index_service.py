@@ -268,6 +268,7 @@ def test_a_stopped_worker_and_a_stopped_shard_are_replaced(launch: Launch, corpu
     client = service.connect()
     client.publish(1, corpus.weights(1))
     client.wait_for_version(1, WAIT_S)
+    client.save_generation(client.status().generation, WAIT_S)  # the shard is repaired without the worker
     os.kill(process_of(service.workers[0]), signal.SIGSTOP)
     os.kill(process_of(service.address.shards[2]), signal.SIGSTOP)
     begin = time.monotonic()

@@ -14,6 +14,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.1
+LOOK_S = 2.0  # between looks at all processes of the machine
 
 
 class Command:
@@ -33,6 +34,7 @@ class Command:
                 cwd=ROOT,
             )
         self._known: set[psutil.Process] = set()
+        self._looked = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -67,16 +69,21 @@ class Command:
             code = self.process.poll()
             assert not must_run or code is None, f"ended with {code} before {what}:\n{self.printed}"
             assert time.monotonic() < deadline, f"no {what} after {timeout_s:.0f} s:\n{self.printed}"
-            self.descendants()
+            if time.monotonic() - self._looked > LOOK_S:
+                self.descendants()
             time.sleep(POLL_S)
         return found
 
     def descendants(self, title: str = "") -> list[psutil.Process]:
         """Living processes that this command started, itself or through others, whose command line starts with `title`
         (Ray writes the actor's class there)."""
-        for parent in [self.process.pid, *(known.pid for known in self.left())]:
+        self._looked = time.monotonic()
+        with suppress(psutil.NoSuchProcess):
+            self._known |= set(psutil.Process(self.process.pid).children(recursive=True))
+        for orphan in self.left():  # their children are not among the command's any more
             with suppress(psutil.NoSuchProcess):
-                self._known |= set(psutil.Process(parent).children(recursive=True))
+                if orphan.ppid() == 1:
+                    self._known |= set(orphan.children(recursive=True))
         return [process for process in self.left() if _title(process).startswith(title)]
 
     def left(self) -> list[psutil.Process]:

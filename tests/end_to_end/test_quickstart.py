@@ -12,7 +12,7 @@ import pytest
 from indexing.snapshot import is_complete
 from tests.end_to_end.command import Command, rows
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 STAGES = ("warm_start", "frozen", "frozen_fused", "joint")
 OVERRIDES = (

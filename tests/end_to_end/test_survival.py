@@ -8,6 +8,8 @@ import pytest
 
 from tests.end_to_end.command import Command, kill, rows
 
+pytestmark = pytest.mark.long
+
 STEPS = 700
 CONFIG = """
 run: {name: survive, directory: "DIRECTORY"}
