@@ -35,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "refresh.precision": ("float32", "bfloat16"),
     "training.train": ("both", "query_only", "retriever_only", "generator_only", "none"),
     "training.schedule": ("linear", "constant"),
-    "engine.precision": ("fp32", "bf16", "bf16_autocast"),
+    "engine.precision": ("fp32", "bf16", "bf16_autocast", "auto"),
     "evaluation.decoding.mode": DECODING,
     "monitor.wandb": ("auto", "online", "offline", "off"),
 }

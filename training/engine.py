@@ -16,7 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.engine_setup import check_groups, check_settings, deepspeed_config
+from training.engine_setup import check_groups, check_settings, concrete_precision, deepspeed_config
 from training.gated_adamw import GatedAdamW
 from training.named_weights import match_weights, named_weights
 from training.ranks import Ranks, set_timeout
@@ -55,11 +55,13 @@ class Engine(Ranks):
         copied to all. Raises ValueError for a setting that is not allowed, and where the groups are not exactly the
         parameters that require a gradient."""
         check_settings(config)
-        self.module, self.config = module, config
+        self.module = module
         self._group_names = list(parameter_groups)
         self._trained = [name for name in self._group_names if parameter_groups[name]]
         check_groups(module, {name: parameter_groups[name] for name in self._trained})
         super().__init__(config.timeout_s)
+        config = replace(config, precision=self.broadcast_object(concrete_precision(config.precision)))
+        self.config = config
         self._parameters = {name: list(parameter_groups[name]) for name in self._trained}
         self._engine: Any = None
         self._optimizer: GatedAdamW | None = None

@@ -10,6 +10,7 @@ from training.settings import EngineConfig
 
 PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 keeps smaller parameters whole on every rank
 BUCKET_ELEMENTS = 200_000_000  # largest piece of a reduction
+PRECISIONS = ("fp32", "bf16", "bf16_autocast", "auto")
 
 
 def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def check_settings(config: EngineConfig) -> None:
     """Raise ValueError naming the setting, its value and what is allowed."""
     rules = [
         ("zero_stage", config.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3"),
-        ("precision", config.precision in ("fp32", "bf16", "bf16_autocast"), "fp32, bf16 or bf16_autocast"),
+        ("precision", config.precision in PRECISIONS, "fp32, bf16, bf16_autocast or auto"),
         ("gradient_accumulation", config.gradient_accumulation >= 1, "1 or more"),
         ("clip_norm", config.clip_norm >= 0, "0 (no clipping) or more"),
         ("timeout_s", config.timeout_s > 0, "more than 0"),
@@ -56,6 +57,17 @@ def check_settings(config: EngineConfig) -> None:
     for name, holds, allowed in rules:
         if not holds:
             raise ValueError(f"engine.{name} is {getattr(config, name)}: allowed is {allowed}")
+
+
+def concrete_precision(precision: str) -> str:
+    """What `auto` means on this machine: 16-bit products where the processor has them. A CPU without them emulates
+    bf16 and is ten times slower than in fp32."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16_autocast" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16_autocast" if fast else "fp32"
 
 
 def check_groups(module: nn.Module, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:

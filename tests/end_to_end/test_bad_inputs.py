@@ -29,7 +29,7 @@ ARGUMENTS = [
     (QUICKSTART, "training.stepz=5", "unknown setting training.stepz. Did you mean training.steps?"),
     (QUICKSTART, "training.steps=many", "training.steps: value 'many' must be a whole number"),
     (QUICKSTART, "training.steps=-1", "training.steps=-1: must not be negative"),
-    (QUICKSTART, "engine.precision=fp16", "engine.precision=fp16: must be one of fp32, bf16, bf16_autocast"),
+    (QUICKSTART, "engine.precision=fp16", "engine.precision=fp16: must be one of fp32, bf16, bf16_autocast, auto"),
     (QUICKSTART, "retrieval.prefetch_depth=-1", "retrieval.prefetch_depth=-1: must not be negative"),
     (QUICKSTART, "retrieval.k=0", "retrieval.k=0: must be at least 1"),
     (QUICKSTART, "generator.name=t5-small", "generator.name=t5-small: must be empty with generator.kind=copy"),

@@ -1,6 +1,7 @@
 """The engine on one rank: offload, bf16, groups that do not train, settings and groups that are refused."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def test_one_backward_then_one_step() -> None:
     ("change", "message"),
     [
         ({"zero_stage": 4}, "engine.zero_stage is 4: allowed is 0, 1, 2 or 3"),
-        ({"precision": "fp16"}, "engine.precision is fp16: allowed is fp32, bf16 or bf16_autocast"),
+        ({"precision": "fp16"}, "engine.precision is fp16: allowed is fp32, bf16, bf16_autocast or auto"),
         ({"gradient_accumulation": 0}, "engine.gradient_accumulation is 0: allowed is 1 or more"),
         ({"clip_norm": -1.0}, "engine.clip_norm is -1.0: allowed is 0 .no clipping. or more"),
         ({"timeout_s": 0.0}, "engine.timeout_s is 0.0: allowed is more than 0"),
@@ -139,6 +140,15 @@ def test_one_backward_then_one_step() -> None:
 def test_refused_settings(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         toy_engine(replace(PLAIN, **change))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU can do")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs the processor's flags of Linux")
+def test_automatic_precision_follows_the_processor() -> None:
+    """16 bits only where the processor has instructions for them: emulated, they are ten times slower than 32."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    wanted = "bf16_autocast" if {"avx512_bf16", "amx_bf16"} & flags else "fp32"
+    assert toy_engine(replace(PLAIN, precision="auto")).config.precision == wanted
 
 
 def test_refused_groups() -> None:
