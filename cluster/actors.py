@@ -57,9 +57,9 @@ class ShardActor:
         self._shard = Shard(number, start, stop, config)
 
     @ray.method(concurrency_group="search")
-    def search(self, queries: np.ndarray, k: int, generation: int | None) -> ShardHits | Gone:
+    def search(self, queries: np.ndarray, k: int, generation: int | None, num_vectors: int) -> ShardHits | Gone:
         try:
-            return self._shard.search(queries, k, generation)
+            return self._shard.search(queries, k, generation, num_vectors)
         except GenerationGone as gone:
             return Gone(gone.committed)
 

@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 from cluster.beforehand import uses_index, with_absolute_models
 from cluster.config import to_yaml
 from cluster.events import EventLog
+from cluster.inherit import inherit_index
 from cluster.placement import PlacementPlan
 from cluster.prepare import Prepared
-from cluster.service import IndexServiceHandle, start_index_service
+from cluster.service import IndexServiceHandle, index_identity, start_index_service
 from cluster.settings import Settings
 from indexing.snapshot import is_complete
+from indexing.store import Store
 from training.checkpoint import newest_checkpoint
 from training.objectives.choose import needs
 from training.stage import EVALUATION_FILE, StageJob
@@ -58,6 +60,9 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
         try:
             if uses_index(settings):
                 snapshot = snapshot_to_resume(run_dir)
+                if snapshot is None and newest_checkpoint(run_dir, lambda _: None) is None:
+                    identity = index_identity(Store.open(prepared.passages, False), settings.encoder, settings.index)
+                    snapshot = inherit_index(settings, init_from, run_dir, identity)
                 service = start_index_service(
                     run_dir=run_dir,
                     namespace=namespace,

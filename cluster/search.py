@@ -57,12 +57,12 @@ def new_publish_id() -> int:
 class Search:
     """A search under way (`PendingHits`)."""
 
-    def __init__(self, client: "IndexClient", queries: np.ndarray, k: int) -> None:
+    def __init__(self, client: "IndexClient", queries: np.ndarray, k: int, num_vectors: int) -> None:
         self._client = client
-        self._k = k
+        self._k, self._num_vectors = k, num_vectors
         self._queries: Any = queries if queries.nbytes < INLINE_BYTES else ray.put(queries)
         self._deadline = 0.0
-        self._answers: list[Any] = client.ask_shards(self._queries, k)
+        self._answers: list[Any] = self._ask()
         self._hits: Hits | None = None
 
     def result(self) -> Hits:
@@ -93,14 +93,17 @@ class Search:
                     return merge(hits, self._k)
                 why = "no generation is served by every shard"
                 if again_at_once:
-                    self._answers = self._client.ask_shards(self._queries, self._k, pinned)
+                    self._answers = self._ask(pinned)
                     continue
             if time.monotonic() + pause_s > self._deadline:
                 raise TimeoutError(self._too_late(why))
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S[1])
             self._client.hand_in_again()
-            self._answers = self._client.ask_shards(self._queries, self._k)
+            self._answers = self._ask()
+
+    def _ask(self, generation: int | None = None) -> list[Any]:
+        return self._client.ask_shards(self._queries, self._k, generation, self._num_vectors)
 
     def _too_late(self, why: str) -> str:
         limit = self._client.address.search_timeout_s
@@ -132,15 +135,16 @@ class IndexClient:
 
     # Search.
 
-    def submit(self, queries: np.ndarray, k: int) -> Search:
-        """Start a search of float32 `queries` [batch, dim]. Raises ValueError for a k that the corpus does not hold."""
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> Search:
+        """Start a search of float32 `queries` [batch, dim]; the first `num_vectors` hits come with their vectors, where
+        the kind of index keeps them. Raises ValueError for a k that the corpus does not hold."""
         check_k(k, self.num_passages)
-        return Search(self, np.ascontiguousarray(queries, np.float32), k)
+        return Search(self, np.ascontiguousarray(queries, np.float32), k, num_vectors)
 
-    def ask_shards(self, queries: Any, k: int, generation: int | None = None) -> list[Any]:
+    def ask_shards(self, queries: Any, k: int, generation: int | None, num_vectors: int) -> list[Any]:
         """References to every shard's answer, from the pinned generation unless another one is named."""
         pinned = self._pinned if generation is None else generation
-        return [shard.submit("search", queries, k, pinned) for shard in self._shards]
+        return [shard.submit("search", queries, k, pinned, num_vectors) for shard in self._shards]
 
     def learn(self, answers: list[ShardHits | Gone]) -> tuple[int | None, bool]:
         """Pin the newest generation that all shards have committed.

@@ -92,10 +92,9 @@ def start_index_service(
     run_dir = Path(run_dir).resolve()
     (run_dir / "index").mkdir(parents=True, exist_ok=True)
     passages = Store.open(store, verify=False)
-    ranges = shard_ranges(len(passages), index.num_shards)
+    identity = index_identity(passages, encoder, index)
+    ranges = identity.ranges
     check_config(index, min(stop - start for start, stop in ranges))
-    fingerprint = encoder_fingerprint(encoder, passages.side_fingerprint(SIDE))
-    identity = IndexIdentity(fingerprint, passages.fingerprint, index.factory, tuple(ranges))
     initial = None if snapshot is None else (check_snapshot(snapshot, identity), str(Path(snapshot).resolve()))
 
     prefix = f"index-{uuid.uuid4().hex[:8]}"
@@ -144,6 +143,13 @@ def start_index_service(
         handle.stop()
         raise
     return handle
+
+
+def index_identity(passages: Store, encoder: EncoderConfig, index: IndexConfig) -> IndexIdentity:
+    """What tells an index that fits from another one. Raises ValueError for more shards than passages."""
+    ranges = shard_ranges(len(passages), index.num_shards)
+    fingerprint = encoder_fingerprint(encoder, passages.side_fingerprint(SIDE))
+    return IndexIdentity(fingerprint, passages.fingerprint, index.factory, tuple(ranges))
 
 
 def encoder_fingerprint(encoder: EncoderConfig, tokenizer_fingerprint: str) -> str:

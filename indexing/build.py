@@ -63,6 +63,10 @@ class Index:
         missing = ((0, 0), (0, k - columns))
         return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
 
+    def vectors(self, rows: np.ndarray) -> np.ndarray | None:
+        """The vectors of `rows` int64 [...], float32 [..., dim]; None where the kind keeps others, or not at hand."""
+        return self._stored[rows] if self._stored is not None and self._stored.dtype == np.float32 else None
+
     def _search_exhaustively(self, queries: np.ndarray, k: int, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         num_candidates = min(k + SPARE_CANDIDATES, self.num_vectors)
         _tune_blas(self.dim)

@@ -19,6 +19,7 @@ class ShardHits:
     generation: int
     weights_version: int
     committed: int  # newest generation that this shard has committed
+    vectors: np.ndarray | None = None  # float32 [batch, columns, dim] of the leading ids, where they were asked for
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Hits:
     scores: np.ndarray  # float32 [batch, k], descending: inner products
     generation: int
     weights_version: int
+    vectors: np.ndarray | None = None  # float32 [batch, columns, dim]: the indexed vectors of the leading ids
 
 
 def best_first(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,13 +38,18 @@ def best_first(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray,
 
     `scores` float32 [batch, columns], `ids` int64 [batch, columns]; returns scores and ids [batch, k].
     """
-    keys = np.where(ids < 0, -np.inf, scores)
-    order = np.lexsort((ids, ids < 0, -keys), axis=-1)[:, :k]
+    order = _order(scores, ids, k)
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
+def _order(scores: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+    keys = np.where(ids < 0, -np.inf, scores)
+    return np.lexsort((ids, ids < 0, -keys), axis=-1)[:, :k]
+
+
 def merge(shard_hits: Sequence[ShardHits], k: int) -> Hits:
-    """The `k` best hits over all shards, which must have answered from the same generation.
+    """The `k` best hits over all shards, which must have answered from the same generation; with the vectors of as
+    many leading ones as every shard gave vectors for.
 
     Raises ValueError when generations or weights versions differ, or when the shards together hold fewer than `k`
     passages (each of them answers with all its rows then).
@@ -58,10 +65,27 @@ def merge(shard_hits: Sequence[ShardHits], k: int) -> Hits:
     scores = np.concatenate([hits.scores for hits in shard_hits], axis=1).astype(np.float32, copy=False)
     ids = np.concatenate([hits.ids for hits in shard_hits], axis=1).astype(np.int64, copy=False)
     check_k(k, ids.shape[1])
-    scores, ids = best_first(scores, ids, k)
+    order = _order(scores, ids, k)
+    scores, ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
     if ids.size and ids.min() < 0:
         raise ValueError(f"retrieval.k is {k}, but the index found fewer hits for a query: raise index.nprobe")
-    return Hits(ids, scores, generations[0], versions[0])
+    return Hits(ids, scores, generations[0], versions[0], _leading_vectors(shard_hits, order))
+
+
+def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.ndarray | None:
+    """Vectors of the first columns of `order`, which counts through the columns of all shards; None if a shard has
+    none. The n best of all are among the n best of their own shard, so its leading vectors suffice."""
+    parts = [hits.vectors for hits in shard_hits if hits.vectors is not None]
+    if len(parts) < len(shard_hits):
+        return None
+    slots, first = [], 0
+    for hits, part in zip(shard_hits, parts, strict=True):
+        slots.append(np.pad(np.arange(first, first + part.shape[1]), (0, hits.ids.shape[1] - part.shape[1])))
+        first += part.shape[1]
+    limits = [part.shape[1] for hits, part in zip(shard_hits, parts, strict=True) if part.shape[1] < hits.ids.shape[1]]
+    wanted = min([*limits, order.shape[1]])
+    columns = np.concatenate(slots)[order[:, :wanted]]
+    return np.take_along_axis(np.concatenate(parts, axis=1), columns[:, :, None], axis=1)
 
 
 def check_k(k: int, num_passages: int) -> None:

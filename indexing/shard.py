@@ -158,8 +158,9 @@ class Shard:
             if not self._table.wait_for(lambda: self._served.get(generation) is not served, timeout_s):
                 raise TimeoutError(f"generation {generation} still has {served.users} users after {timeout_s:g} s")
 
-    def search(self, queries: np.ndarray, k: int, generation: int | None = None) -> ShardHits:
-        """The best `k` passages of this shard, or all where it has fewer, from `generation` (None: the newest).
+    def search(self, queries: np.ndarray, k: int, generation: int | None = None, num_vectors: int = 0) -> ShardHits:
+        """The best `k` passages of this shard, or all where it has fewer, from `generation` (None: the newest); with
+        the indexed vectors of the first `num_vectors`, where the kind of index keeps them.
 
         `queries` float32 [batch, dim]. Raises GenerationGone, and ValueError for a wrong shape, NaN or k < 1.
         """
@@ -167,9 +168,10 @@ class Shard:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
         with self._pinned(generation) as (number, served):
             scores, rows = served.index.search(queries, min(k, served.index.num_vectors))
+            vectors = served.index.vectors(rows[:, :num_vectors]) if num_vectors else None
         ids = np.where(rows < 0, -1, rows + self.start)
         with self._table:
-            return ShardHits(ids, scores, number, served.weights_version, self._newest())
+            return ShardHits(ids, scores, number, served.weights_version, self._newest(), vectors)
 
     def save(self, generation: int, directory: str | Path) -> Path:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.

@@ -68,10 +68,15 @@ class Collator:
         return pad_rows(self.questions_for_retriever.rows(numbers), self.pad_id)
 
     def __call__(
-        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True
+        self,
+        numbers: np.ndarray,
+        passages: Sequence[np.ndarray],
+        with_answers: bool = True,
+        vectors: np.ndarray | None = None,
     ) -> RetrievalBatch:
         """`passages[i]`: passage numbers for question `numbers[i]`; shorter lists are padded, an empty one is closed
-        book (the reader then sees one empty passage)."""
+        book (the reader then sees one empty passage). `vectors` [batch, k, dim]: those of the passages, k of each
+        question, which then are not encoded again."""
         k = max(1, max(len(row) for row in passages))
         flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in passages])
         for_retriever = iter(self.passages_for_retriever.rows(flat))
@@ -80,11 +85,13 @@ class Collator:
         retriever_rows: list[np.ndarray] = []
         generator_rows: list[list[np.ndarray]] = []
         for row in passages:
-            retriever_rows += [next(for_retriever) for _ in row] + [blank] * (k - len(row))
+            if vectors is None:
+                retriever_rows += [next(for_retriever) for _ in row] + [blank] * (k - len(row))
             generator_rows.append([next(for_generator) for _ in row] or [np.empty(0, dtype=np.int32)])
         answers = [self.target(int(number)) for number in numbers] if with_answers else None
         reader = self.generator.collate(self.questions_for_generator.rows(numbers), generator_rows, answers)
-        return RetrievalBatch(*self.question_tensors(numbers), *pad_rows(retriever_rows, self.pad_id), reader)
+        known = None if vectors is None else torch.from_numpy(vectors)
+        return RetrievalBatch(*self.question_tensors(numbers), *pad_rows(retriever_rows, self.pad_id), reader, known)
 
     def target(self, number: int) -> np.ndarray:
         """Tokens of the gold answer to train on."""

@@ -49,10 +49,13 @@ class Evaluator:
         retrieval: RetrievalConfig,
         objective: ObjectiveConfig,
         progress: Callable[[str], None] = lambda _: None,
+        passages_fixed: bool = False,
     ) -> None:
+        """`passages_fixed`: the passage encoder does not change, so that the index's vectors are its own."""
         self.engine, self.collator, self.store, self.service = engine, collator, store, service
         self.to_text, self.config, self.retrieval, self.objective = to_text, config, retrieval, objective
         self.progress = progress
+        self.num_vectors = retrieval.k if passages_fixed else 0
         self.questions: QuestionStore = collator.questions
 
     def __call__(self, numbers: np.ndarray, also: Sequence[str] = (), texts: bool = False) -> Evaluation:
@@ -65,9 +68,9 @@ class Evaluator:
         self.engine.module.eval()
         try:
             evaluation = Evaluation()
-            rows = self._rank(mine, evaluation, texts)
+            rows, vectors = self._rank(mine, evaluation, texts)
             for mode in (self.config.decoding.mode, *also):
-                self._answer(mine, rows, mode)
+                self._answer(mine, rows, mode, vectors)
         finally:
             self.engine.module.train(was_training)
         everyone = self.engine.gather_objects(rows)
@@ -86,8 +89,11 @@ class Evaluator:
         size = self.config.batch_size
         return [slice(start, start + size) for start in range(0, len(numbers), size)]
 
-    def _rank(self, numbers: np.ndarray, evaluation: Evaluation, texts: bool) -> list[dict[str, Any]]:
-        """Search every question; rows with ranking metrics and the best `retrieval.k` hits."""
+    def _rank(
+        self, numbers: np.ndarray, evaluation: Evaluation, texts: bool
+    ) -> tuple[list[dict[str, Any]], np.ndarray | None]:
+        """Search every question; rows with ranking metrics and the best `retrieval.k` hits, and their vectors [n, k,
+        dim] where these are known."""
         asked = [self.questions.question(int(number)) for number in numbers]
         rows: list[dict[str, Any]] = [
             {"number": int(number), "id": q.id, "question": q.text, "answers": q.answers, "old_answers": q.old_answers}
@@ -96,9 +102,9 @@ class Evaluator:
         if self.service is None:
             for row in rows:
                 row["hits"] = np.empty(0, dtype=np.int64)
-            return rows
+            return rows, None
         depth = min(max(self.config.k, self.retrieval.k), self.service.num_passages)
-        hits = self._search(numbers, depth, evaluation)
+        hits, vectors = self._search(numbers, depth, evaluation)
         gold = [self.questions.gold_rows(int(number)) for number in numbers]
         measured = ranking_metrics(hits, gold)
         if texts:
@@ -106,23 +112,24 @@ class Evaluator:
         for i, row in enumerate(rows):
             row |= {name: float(values[i]) for name, values in measured.items()}
             row["hits"] = hits[i, : self.retrieval.k]
-        return rows
+        return rows, vectors
 
-    def _search(self, numbers: np.ndarray, depth: int, evaluation: Evaluation) -> np.ndarray:
+    def _search(self, numbers: np.ndarray, depth: int, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray | None]:
         assert self.service is not None
         pending = [
-            self.service.submit(encode_questions(self.engine, self.collator, numbers[part]), depth)
+            self.service.submit(encode_questions(self.engine, self.collator, numbers[part]), depth, self.num_vectors)
             for part in self._batches(numbers)
         ]
         found = [search.result() for search in pending]
         evaluation.generation, evaluation.weights_version = found[-1].generation, found[-1].weights_version
-        return np.concatenate([hits.ids for hits in found])
+        vectors = [hits.vectors for hits in found if hits.vectors is not None]
+        return np.concatenate([hits.ids for hits in found]), np.concatenate(vectors) if vectors else None
 
     def _texts(self, hits: np.ndarray) -> list[str]:
         passages = [self.store.passage(int(number)) for number in hits]
         return [f"{passage.title} {passage.text}" for passage in passages]
 
-    def _answer(self, numbers: np.ndarray, rows: list[dict[str, Any]], mode: str) -> None:
+    def _answer(self, numbers: np.ndarray, rows: list[dict[str, Any]], mode: str, vectors: np.ndarray | None) -> None:
         """Write an answer to every question and measure it; the main mode's metrics carry no prefix."""
         decoding = self.config.decoding if mode in CONTROLS else replace(self.config.decoding, mode=mode)
         prefix = "" if mode == self.config.decoding.mode else f"{mode}/"
@@ -130,7 +137,8 @@ class Evaluator:
         for part in self._batches(numbers):
             chunk = rows[part]
             passages = [self._passages(row, mode) for row in chunk]
-            predictions, likelihoods = self._write(numbers[part], passages, decoding)
+            known = vectors[part] if vectors is not None and mode not in CONTROLS else None
+            predictions, likelihoods = self._write(numbers[part], passages, decoding, known)
             measured = answer_metrics(predictions, [row["answers"] for row in chunk])
             old = answer_metrics(predictions, [row["old_answers"] for row in chunk])["exact_match"]
             for i, row in enumerate(chunk):
@@ -150,9 +158,9 @@ class Evaluator:
         return self.questions.gold_rows(row["number"])[:1] if mode == "gold" else row["hits"]
 
     def _write(
-        self, numbers: np.ndarray, passages: list[np.ndarray], decoding: DecodingConfig
+        self, numbers: np.ndarray, passages: list[np.ndarray], decoding: DecodingConfig, vectors: np.ndarray | None
     ) -> tuple[list[str], list[float]]:
-        batch = self.collator(numbers, passages).to(self.engine.device)
+        batch = self.collator(numbers, passages, vectors=vectors).to(self.engine.device)
         score_bias = self.objective.name == "fused" and self.objective.score_bias
         with torch.no_grad():
             answers = self.engine("answer", batch, decoding, self.objective.temperature, score_bias)

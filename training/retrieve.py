@@ -41,8 +41,9 @@ class IndexService(Protocol):
 
     num_passages: int
 
-    def submit(self, queries: np.ndarray, k: int) -> PendingHits:
-        """Start a search of float32 `queries` [batch, dim]; every query is answered by one generation."""
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
+        """Start a search of float32 `queries` [batch, dim]; every query is answered by one generation. The first
+        `num_vectors` hits come with their vectors, where the kind of index keeps them."""
         ...
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
@@ -93,7 +94,8 @@ class Prefetcher:
     """Searches `depth` batches ahead: while one batch trains, the shards answer the next ones.
 
     `next()` hands out the oldest search, waiting for it if it must, and submits further ones first with the encoder as
-    it is now; the shards work while the caller trains. With depth 0 it searches when asked.
+    it is now; the shards work while the caller trains. With depth 0 it searches when asked. `with_vectors`: hits bring
+    their indexed vectors along, for a passage encoder that does not change.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class Prefetcher:
         k: int,
         depth: int,
         start: int = 0,
+        with_vectors: bool = False,
     ) -> None:
+        self.num_vectors = k if with_vectors else 0
         self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
         self.k, self.depth = k, depth
         self.position = start  # number of the next batch to search
@@ -124,7 +128,7 @@ class Prefetcher:
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)
-        pending = self.service.submit(self.encode_questions(questions), self.k)
+        pending = self.service.submit(self.encode_questions(questions), self.k, self.num_vectors)
         self._queue.append(_InFlight(self.position, questions, pending))
         self.position += 1
 

@@ -34,7 +34,8 @@ class RetrievedBatches:
             passages = [gold_first(row, rows, self.config.k, rng) for row, rows, rng in each]
         else:
             passages = list(hits[:, : self.config.k])
-        batch = self.collator(searched.questions, passages).to(self.device)
+        vectors = searched.hits.vectors if self.config.source == "index" else None
+        batch = self.collator(searched.questions, passages, vectors=vectors).to(self.device)
         found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
         self._trained = searched.number + 1
         return Fetched(
@@ -48,7 +49,7 @@ class RetrievedBatches:
 
     def state(self) -> dict[str, Any]:
         """Number of the next batch, and the hits of those already searched."""
-        ahead = [(h.ids, h.scores, h.generation, h.weights_version) for h in self.prefetcher.state()]
+        ahead = [(h.ids, h.scores, h.generation, h.weights_version, h.vectors) for h in self.prefetcher.state()]
         return {"number": self._trained, "ahead": ahead}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -177,8 +177,9 @@ class Stage:
         # A labelled passage takes one place: search one more, so that k - 1 others are left.
         k = min(k + (job.retrieval.source == "gold"), self.service.num_passages)
         prefetcher = Prefetcher(
-            self.service, stream.batch, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start
-        )
+            self.service, stream.batch, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start,
+            with_vectors=self.index_is_fresh and job.retrieval.source == "index",
+        )  # fmt: skip
         source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream)
         if loader_state:
             source.restore(loader_state)
@@ -232,33 +233,46 @@ class Stage:
         """Whether the passage encoder changes, so that the index has something to follow."""
         return any(p.requires_grad for p in self.system.retriever.passage_encoder.parameters())
 
+    @property
+    def index_is_fresh(self) -> bool:
+        """Whether the vectors of the index are those of the passage encoder at every step, in full precision."""
+        return not self.retriever_trains and self.job.publish_precision == "float32"
+
     def save(self, state: LoopState) -> None:
         """Checkpoint, with the index generation in use. Collective."""
         assert self.source is not None
-        generation = self._save_index()
+        generation, current = self._save_index()
         save_checkpoint(
             self.run_dir,
             state.step,
             self.engine,
-            state={"loop": asdict(state), "generation": generation, "fingerprint": self.job.fingerprint},
+            state={
+                "loop": asdict(state),
+                "generation": generation,
+                "index_is_current": current,
+                "fingerprint": self.job.fingerprint,
+            },
             rank_state={"source": self.source.state(), "rng": rng_state()},
             keep=self.job.checkpoint.keep,
             files={"tokenizers": Path(self.job.tokenizers)},
         )
         self.monitor.event("checkpoint", step=state.step, generation=generation)
 
-    def _save_index(self) -> int:
-        """Number of the generation on disk, -1 where there is none; a full disk costs the snapshot, not the run."""
+    def _save_index(self) -> tuple[int, bool]:
+        """Number of the generation on disk, and whether the passage encoder as it is now made it; -1 where there is
+        none: a full disk costs the snapshot, not the run."""
         if self.service is None or not self.job.checkpoint.index or self.engine.rank:
-            return -1
-        generation = self.service.status().generation
+            return -1, False
+        status = self.service.status()
+        generation = status.generation
         try:
             self.service.save_generation(generation, self.job.wait_timeout_s)
         except (OSError, TimeoutError) as error:
             self.monitor.message(f"index generation {generation} was not saved, a resume will encode again: {error}")
             self.monitor.event("index_save_failed", generation=generation, message=str(error))
-            return -1
-        return generation
+            return -1, False
+        current = not self.retriever_trains or status.weights_version == self.state.step
+        return generation, current and self.job.publish_precision == "float32"
 
     def evaluate_briefly(self, step: int) -> None:
         """Evaluation during training, on a fixed sample."""
@@ -281,7 +295,7 @@ class Stage:
         job = self.job
         return Evaluator(
             self.engine, collator, self.store, self.service, self.to_text, job.evaluation, job.retrieval, job.objective,
-            self._progress,
+            self._progress, self.index_is_fresh,
         )  # fmt: skip
 
     def _progress(self, text: str) -> None:

@@ -32,5 +32,9 @@ def test_every_stage_of_the_recipe_trains(data_folder: Path, tmp_path: Path) -> 
     assert {"joint - frozen", "joint - reader_warmup"} == set(summary["paired"])
     assert summary["joint"]["gold/exact_match"] >= 0
     assert summary["generations_committed"] >= 2
+    # The frozen stage trains no passage encoder: it takes the index of the stage before it, and encodes nothing.
+    assert rows(folder / "frozen" / "events.jsonl", "index_taken_over")
+    assert not rows(folder / "frozen" / "events.jsonl", "refresh_started")
+    assert rows(folder / "joint" / "events.jsonl", "refresh_started")
     first = rows(folder / "reader_warmup" / "metrics.jsonl")[0]
     assert first["retrieval/gold_in_k"] == 1.0  # the labelled passage is always among those that it reads

@@ -63,10 +63,10 @@ class LocalIndex:
         self._shards = [Shard(number, *bounds, IndexConfig()) for number, bounds in enumerate(ranges)]
         self._waiting: tuple[int, dict[str, np.ndarray]] | None = None
 
-    def submit(self, queries: np.ndarray, k: int) -> LocalHits:
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> LocalHits:
         """Search the generation that serves now."""
         assert self.generation >= 0, "a search before the first generation"
-        hits = merge([shard.search(queries, k, self.generation) for shard in self._shards], k)
+        hits = merge([shard.search(queries, k, self.generation, num_vectors) for shard in self._shards], k)
         return LocalHits(hits, time.monotonic() + self.delay_s)
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:

@@ -31,6 +31,24 @@ def test_shards_smaller_than_k() -> None:
     assert merge(parts, 5).ids.tolist() == [[2, 1, 4, 0, 3]]
 
 
+@pytest.mark.parametrize(("num_vectors", "k"), [(1, 5), (3, 5), (9, 5), (3, 2), (9, 9)])
+def test_leading_vectors_belong_to_the_hits(num_vectors: int, k: int) -> None:
+    """Three shards of 2, 3 and 4 passages, searched by brute force; passage n has the vector n, n, n."""
+    random = np.random.default_rng(0)
+    scores = random.integers(0, 4, (6, 9)).astype(np.float32)  # with ties
+    parts = []
+    for start, stop in ((0, 2), (2, 5), (5, 9)):
+        order = np.lexsort((np.broadcast_to(np.arange(start, stop), (6, stop - start)), -scores[:, start:stop]), axis=1)
+        ids = order + start
+        vectors = np.repeat(ids[:, :num_vectors, None], 3, axis=2).astype(np.float32)
+        parts.append(ShardHits(ids, np.take_along_axis(scores, ids, axis=1), 1, 1, 1, vectors))
+    merged = merge(parts, k)
+    assert merged.vectors is not None
+    assert merged.vectors.shape == (6, min(num_vectors, k), 3)
+    assert (merged.vectors == merged.ids[:, :num_vectors, None]).all()
+    assert merge([*parts[:2], ShardHits(ids, parts[2].scores, 1, 1, 1)], k).vectors is None
+
+
 def test_missing_ids_never_leave() -> None:
     short = hits([[4, -1]], [[0.5, float(np.finfo(np.float32).min)]])
     assert merge([short, hits([[9, 8]], [[-5.0, -6.0]])], 3).ids.tolist() == [[4, 9, 8]]

@@ -103,7 +103,7 @@ class ToldService:
     log: list[str] = field(default_factory=list)
     num_passages: int = 10
 
-    def submit(self, queries: np.ndarray, k: int) -> "ToldHits":
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> "ToldHits":
         self.log.append(f"submit {int(queries[0, 0])}")
         return ToldHits(self, int(queries[0, 0]))
 

@@ -1,6 +1,7 @@
 """Whole stages on a small world: resuming, what trains and what does not, and what is measured at the end."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,11 @@ class FailingIndex(LocalIndex):
 
     fails_at = 0
 
-    def submit(self, queries: np.ndarray, k: int) -> LocalHits:
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> LocalHits:
         self.fails_at -= 1
         if self.fails_at == 0:
             raise Failure("interrupted")
-        return super().submit(queries, k)
+        return super().submit(queries, k, num_vectors)
 
 
 def failing(world: TinyWorld, fails_at: int, **options: Any) -> FailingIndex:
@@ -233,6 +234,44 @@ def test_query_only_leaves_the_passage_tower_bit_for_bit(world, tmp_path, towers
     assert not same(part(after, "retriever.query_encoder."), part(before, "retriever.query_encoder."))
     assert not same(part(after, "generator."), part(before, "generator."))
     assert index.published == [0]
+
+
+class WithoutVectors(LocalIndex):
+    """An index of a kind that does not keep its vectors at hand."""
+
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> LocalHits:
+        return super().submit(queries, k)
+
+
+@pytest.mark.parametrize("train", ["query_only", "generator_only"])
+def test_a_fixed_passage_encoder_is_not_called_where_hits_bring_their_vectors(world, tmp_path, train):
+    """Losses and measurements are those of encoding the passages again, without a call of the passage encoder."""
+    found, calls = [], []
+    for name, kind in (("again", WithoutVectors), ("known", LocalIndex)):
+        job = world.job(tmp_path / name, training=TrainingConfig(train=train, steps=4, batch_size=4))
+        stage = Stage(job, kind(world.store(), world.encoder, len(world.tokenizer)))
+        calls.append(0)
+        tower = stage.system.retriever.passage_encoder
+        if train == "generator_only":  # one tower, which encodes the questions too
+            stage.system.retriever.encode_passages = count(stage.system.retriever.encode_passages, calls)
+        else:
+            tower.forward = count(tower.forward, calls)
+        found.append((stage.run(), {step: row["loss/total"] for step, row in rows_by_step(job).items()}))
+    assert calls[0] > 0
+    assert calls[1] == 0
+    (expected, expected_losses), (measured, losses) = found
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert measured["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+
+
+def count(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    """`function`, whose calls are counted in the last item of `calls`."""
+
+    def counted(*arguments: Any) -> Any:
+        calls[-1] += 1
+        return function(*arguments)
+
+    return counted
 
 
 def test_training_both_moves_the_encoder_and_the_index_follows(world, tmp_path):

@@ -23,14 +23,17 @@ class RetrievalBatch:
 
     question_ids: Tensor  # int64 [batch, tokens], retriever's tokeniser
     question_mask: Tensor  # bool
-    passage_ids: Tensor  # int64 [batch * k, tokens]
+    passage_ids: Tensor  # int64 [batch * k, tokens]; no rows where the vectors are known
     passage_token_mask: Tensor  # bool
     reader: ReaderBatch
+    passage_vectors: Tensor | None = None  # float32 [batch, k, dim]: of a passage encoder that does not change
 
     def to(self, device: torch.device | str) -> "RetrievalBatch":
         """The same batch on `device`."""
         tensors = (self.question_ids, self.question_mask, self.passage_ids, self.passage_token_mask)
-        return RetrievalBatch(*(t.to(device, non_blocking=True) for t in tensors), reader=self.reader.to(device))
+        known = None if self.passage_vectors is None else self.passage_vectors.to(device, non_blocking=True)
+        moved = (t.to(device, non_blocking=True) for t in tensors)
+        return RetrievalBatch(*moved, reader=self.reader.to(device), passage_vectors=known)
 
     @property
     def num_tokens(self) -> int:
@@ -91,8 +94,11 @@ class System(nn.Module):
         raise AssertionError(f"no task named {task}")
 
     def scores(self, batch: RetrievalBatch) -> Tensor:
-        """float32 [batch, k]: inner products of fresh vectors over the temperature."""
+        """float32 [batch, k]: inner products of fresh vectors over the temperature. Vectors of the index are fresh
+        where the passage encoder does not change."""
         queries = self.retriever.encode_queries(batch.question_ids, batch.question_mask)
+        if batch.passage_vectors is not None:
+            return self.retriever.scores(queries, batch.passage_vectors)
         passages = self.retriever.encode_passages(batch.passage_ids, batch.passage_token_mask)
         return self.retriever.scores(queries, passages.unflatten(0, (queries.shape[0], -1)))
 

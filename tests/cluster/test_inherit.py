@@ -1,0 +1,93 @@
+"""The index that a stage takes over: only where its vectors are those of the stage's own passage encoder."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.inherit import inherit_index
+from cluster.settings import Settings
+from cluster.snapshots import IndexIdentity
+from indexing.settings import IndexConfig
+from indexing.shard import Shard
+from indexing.snapshot import write_once
+from training.settings import TrainingConfig
+
+IDENTITY = IndexIdentity("encoder", "corpus", "Flat", ((0, 5), (5, 9)))
+FIXED = Settings(training=TrainingConfig(train="query_only"))
+VECTORS = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+
+
+def write_run(folder: Path, current: bool = True) -> Path:
+    """A run whose checkpoint names generation 3, as shards and coordinator write it; returns the checkpoint."""
+    extra = {**asdict(IDENTITY), "generation": 3, "weights_version": 40}
+    with write_once(folder / "index" / "generation-3", extra) as directory:
+        for number, (start, stop) in enumerate(IDENTITY.ranges):
+            shard = Shard(number, start, stop, IndexConfig())
+            shard.stage(3, 40, start, VECTORS[start:stop])
+            shard.prepare(3)
+            shard.commit(3)
+            shard.save(3, directory)
+    checkpoint = folder / "checkpoints" / "step-40"
+    checkpoint.mkdir(parents=True)
+    state = {"generation": 3, "index_is_current": current}
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    return checkpoint
+
+
+def test_a_fitting_index_is_linked_and_answers(tmp_path: Path) -> None:
+    checkpoint, run_dir = write_run(tmp_path / "before"), tmp_path / "run"
+    (run_dir / "index").mkdir(parents=True)
+    for _ in range(2):  # harmless when repeated
+        found = inherit_index(FIXED, str(checkpoint), run_dir, IDENTITY)
+        assert found == run_dir / "index" / "generation-3"
+    assert [path.name for path in (run_dir / "index").iterdir()] == ["generation-3"]
+    shard = Shard(1, 5, 9, IndexConfig())
+    assert shard.load(3, found) == 40
+    hits = shard.search(VECTORS[:2], 4, num_vectors=2)
+    np.testing.assert_array_equal(hits.ids, 5 + np.argsort(-(VECTORS[:2] @ VECTORS[5:].T), axis=1))
+    assert hits.vectors is not None
+    np.testing.assert_array_equal(hits.vectors, VECTORS[hits.ids[:, :2]])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(training=TrainingConfig(train="both")),
+        Settings(training=TrainingConfig(train="retriever_only")),
+        replace(FIXED, refresh=replace(FIXED.refresh, precision="bfloat16")),
+    ],
+    ids=["both", "retriever_only", "bfloat16"],
+)
+def test_an_encoder_that_changes_takes_none(settings: Settings, tmp_path: Path) -> None:
+    assert inherit_index(settings, str(write_run(tmp_path / "before")), tmp_path / "run", IDENTITY) is None
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        replace(IDENTITY, encoder_fingerprint="another"),
+        replace(IDENTITY, corpus_fingerprint="another"),
+        replace(IDENTITY, factory="SQfp16"),
+        replace(IDENTITY, ranges=((0, 4), (4, 9))),
+        replace(IDENTITY, ranges=((0, 9),)),
+    ],
+)
+def test_another_index_is_left_alone(identity: IndexIdentity, tmp_path: Path) -> None:
+    assert inherit_index(FIXED, str(write_run(tmp_path / "before")), tmp_path / "run", identity) is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_stale_missing_and_damaged_indexes_are_left_alone(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert inherit_index(FIXED, "", run_dir, IDENTITY) is None
+    assert inherit_index(FIXED, str(tmp_path / "checkpoints" / "step-1"), run_dir, IDENTITY) is None
+    assert inherit_index(FIXED, str(write_run(tmp_path / "stale", current=False)), run_dir, IDENTITY) is None
+    checkpoint = write_run(tmp_path / "before")
+    damaged = next((tmp_path / "before").rglob("*.faiss"))
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(content)
+    assert inherit_index(FIXED, str(checkpoint), run_dir, IDENTITY) is None
