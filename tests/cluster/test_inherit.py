@@ -40,12 +40,12 @@ def write_run(folder: Path, current: bool = True) -> Path:
 def test_a_fitting_index_is_linked_and_answers(tmp_path: Path) -> None:
     checkpoint, run_dir = write_run(tmp_path / "before"), tmp_path / "run"
     (run_dir / "index").mkdir(parents=True)
+    expected = run_dir / "index" / "generation-3"
     for _ in range(2):  # harmless when repeated
-        found = inherit_index(FIXED, str(checkpoint), run_dir, IDENTITY)
-        assert found == run_dir / "index" / "generation-3"
+        assert inherit_index(FIXED, str(checkpoint), run_dir, IDENTITY) == expected
     assert [path.name for path in (run_dir / "index").iterdir()] == ["generation-3"]
     shard = Shard(1, 5, 9, IndexConfig())
-    assert shard.load(3, found) == 40
+    assert shard.load(3, expected) == 40
     hits = shard.search(VECTORS[:2], 4, num_vectors=2)
     np.testing.assert_array_equal(hits.ids, 5 + np.argsort(-(VECTORS[:2] @ VECTORS[5:].T), axis=1))
     assert hits.vectors is not None
