@@ -96,8 +96,8 @@ def test_worked_gradients(config: ObjectiveConfig, first: float) -> None:
 
 
 def test_worked_empty_passage() -> None:
-    """p = (.3, .2, .5); posteriors of passage 1 are .15 / .195 and .06 / .19, of the empty one .025 / .195 and .05 / .19;
-    utility log(.195 / .05) + log(.19 / .1)."""
+    """p = (.3, .2, .5). Posteriors of passage 1 are .15 / .195 and .06 / .19, of the empty one .025 / .195 and
+    .05 / .19; utility log(.195 / .05) + log(.19 / .1)."""
     scores, outputs = case_a()
     outputs.null_score = torch.zeros(1, requires_grad=True)
     loss, stats = compute(ObjectiveConfig(name="realm"), outputs)

@@ -77,8 +77,8 @@ def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
 
 
 class NullScore(nn.Module):
-    """What reading no passage scores, learned, in the units of an inner product of vectors. A module of its own, called, so that sharded weights are gathered; of
-    shape [1], since DeepSpeed takes no parameter without an axis."""
+    """What reading no passage scores, learned, in the units of an inner product of vectors. A module that is called, so
+    that sharded weights are gathered; of shape [1], since DeepSpeed takes no parameter without an axis."""
 
     def __init__(self) -> None:
         super().__init__()
