@@ -102,7 +102,7 @@ class Bench:
     generator_only: Engine
     collator: Collator
     stream: Stream
-    service: IndexService
+    service: IndexService | None  # None: passages come from elsewhere
     timer: Timer  # CPU seconds of parts
 
     def source(self, depth: int, start: int) -> tuple[RetrievedBatches, Remembering]:
@@ -112,6 +112,7 @@ class Bench:
             with self.timer.measure(SEARCH):
                 return encode_questions(self.joint, self.collator, numbers)
 
+        assert self.service is not None
         prefetcher = Remembering(self.service, self.stream.batch, encode, K, depth, start)
         config = RetrievalConfig(k=K, prefetch_depth=depth)
         return RetrievedBatches(prefetcher, self.collator, config, self.joint.device, self.stream), prefetcher
@@ -138,7 +139,7 @@ class Bench:
             engine.step(RATES)
 
 
-def make_bench(settings: Settings, prepared: Prepared, service: IndexService, precision: str) -> Bench:
+def make_bench(settings: Settings, prepared: Prepared, service: IndexService | None, precision: str) -> Bench:
     """Engines with equal readers."""
     system = build(settings, prepared)
     reader = GeneratorOnly(copy.deepcopy(system.generator))
@@ -156,8 +157,9 @@ def make_bench(settings: Settings, prepared: Prepared, service: IndexService, pr
     watch(system.retriever, "encode_queries", "questions", timer)
     watch(system.retriever, "encode_passages", "passages", timer)
     watch(system.generator, "read", "read", timer)
-    watch(system.generator, "per_passage_log_probs", "answers", timer)
-    watch(system.generator, "fused_log_probs", "answers", timer)
+    for scoring in ("per_passage", "fused", "left_out"):
+        watch(system.generator, f"{scoring}_log_probs", "answers", timer)
+    watch(system.generator, "fused_with_attention", "answers", timer)
     system.train()
     reader.train()
     return bench

@@ -103,7 +103,7 @@ def write_random_corpus(folder: Path) -> Path:
         print("query-id\tcorpus-id\tscore", file=qrels)
         for number, text in enumerate(texts):
             answer = " ".join(text.split()[4:6])
-            question = {"_id": f"q{number}", "text": text[:60], "metadata": {"answers": [answer]}}
+            question = {"_id": f"q{number}", "text": text[:60], "answers": [answer]}
             print(json.dumps({"_id": f"p{number}", "title": text[:11], "text": text}), file=corpus)
             print(json.dumps(question), file=queries)
             print(f"q{number}\tp{number}\t1", file=qrels)

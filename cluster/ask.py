@@ -19,7 +19,7 @@ from indexing.snapshot import is_complete
 from indexing.store import Store
 from training.checkpoint import load_weights
 from training.data import Collator
-from training.models.build import build_system
+from training.models.build import build_system, fit_weights
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.encoder import TextEncoder
 from training.models.sides import generator_answer_side, generator_question_side, retriever_question_side
@@ -42,7 +42,7 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, question: s
     prepared = prepare_data(settings, root, lambda _: None, splits=[])
     store = Store.open(prepared.passages, verify=False)
     system = build_system(settings.encoder, settings.generator, "none", tokenizers, settings.run.seed).eval()
-    load_weights_into(system, load_weights(folder))
+    load_weights_into(system, fit_weights(load_weights(folder), system))
     with tempfile.TemporaryDirectory() as scratch:
         sides = [
             retriever_question_side(tokenizers[0], settings.encoder),

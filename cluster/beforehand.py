@@ -1,5 +1,6 @@
 """What can be refused before anything is written, started or trained; each refusal is one ValueError."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ SAME_RUN = (
     *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
     *("objective.name", "training.train"),
 )
+# Families of transformers in which nothing attends (state-space models).
+WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
 
 def check_models(settings: Settings) -> None:
@@ -28,6 +31,15 @@ def check_models(settings: Settings) -> None:
         is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    if needs(settings.objective).attention and _family(settings.generator.name) in WITHOUT_ATTENTION:
+        allowed = f"must have attention with objective.name={settings.objective.name}; this is a state-space model"
+        raise refuse("generator.name", settings.generator.name, allowed)
+
+
+def _family(name: str) -> str:
+    """What the model folder `name` says it is, before anything is loaded; empty for what is no folder."""
+    path = Path(name) / "config.json"
+    return str(json.loads(path.read_text(encoding="utf-8")).get("model_type")) if name and path.is_file() else ""
 
 
 def check_same_run(settings: Settings) -> None:

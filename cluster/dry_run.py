@@ -41,7 +41,9 @@ def _engine(settings: Settings, placement: PlacementPlan) -> str:
 
 def _objective(settings: Settings) -> str:
     needed = needs(settings.objective)
-    passes = [name for name in ("per_passage", "fused", "in_batch") if getattr(needed, name)]
+    passes = [
+        name for name in ("per_passage", "fused", "left_out", "attention", "null", "in_batch") if getattr(needed, name)
+    ]
     refresh = f"every {settings.refresh.every_steps} steps" if settings.refresh.every_steps else "never"
     return (
         f"objective: {settings.objective.name} ({', '.join(passes)}), trains {settings.training.train}; index "

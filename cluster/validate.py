@@ -26,15 +26,20 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "encoder.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "generator.kind": ("copy", "fusion", "causal"),
     "generator.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
-    "objective.name": ("rag_sequence", "rag_token", "emdr2", "pdist", "fused", *CONTRASTIVE),
+    "objective.name": (
+        *("rag_sequence", "rag_token", "realm", "emdr2", "pdist", "loop", "adist", "fused"),
+        *CONTRASTIVE,
+    ),
     "objective.level": ("sequence", "token"),
     "objective.normalization": ("length", "none"),
     "objective.reduction": ("batch", "elements"),
+    "objective.null_score": ("learned", "fixed"),
     "retrieval.source": ("index", "gold", "none"),
     "index.device": ("cpu", "gpu"),
     "refresh.precision": ("float32", "bfloat16"),
     "training.train": ("both", "query_only", "retriever_only", "generator_only", "none"),
     "training.schedule": ("linear", "constant"),
+    "training.on_collapse": ("warn", "stop", "ignore"),
     "engine.precision": ("fp32", "bf16", "bf16_autocast", "auto"),
     "evaluation.decoding.mode": DECODING,
     "monitor.wandb": ("auto", "online", "offline", "off"),
@@ -195,6 +200,7 @@ def _check_objective(settings: Settings) -> None:
     if _has_score_bias(objective) and settings.generator.kind == "causal":
         allowed = "must be copy or fusion with objective.name=fused and objective.score_bias=true"
         raise refuse("generator.kind", "causal", f"{allowed} (a causal model takes no bias per passage)")
+    _check_attention(settings)
     if train not in TRAINS_RETRIEVER:
         return
     if objective.name == "fused" and not objective.score_bias:
@@ -203,6 +209,16 @@ def _check_objective(settings: Settings) -> None:
     if settings.retrieval.source == "none":
         allowed = f"must be index or gold with training.train={train}: the retriever learns from passages"
         raise refuse("retrieval.source", "none", allowed)
+
+
+def _check_attention(settings: Settings) -> None:
+    """What reads or bends the generator's attention; whether a checkpoint attends at all, its files say."""
+    name, generator = settings.objective.name, settings.generator
+    reads = name == "adist" and generator.kind != "copy"
+    bends = name == "loop" and generator.kind == "fusion"
+    if generator.attention == "flash_attention_2" and (reads or bends):
+        allowed = f"must be auto, eager or sdpa with objective.name={name}, which needs attention by token"
+        raise refuse("generator.attention", generator.attention, allowed)
 
 
 def _check_refresh(settings: Settings) -> None:

@@ -53,6 +53,7 @@ class LoopState:
     skipped_steps: int = 0  # updates left out because something was not finite
     seconds: float = 0.0  # of training, over all attempts
     blocked_steps: int = 0  # steps that waited because of refresh.max_staleness_steps
+    start: dict[str, float] = field(default_factory=dict)  # retrieval at the stage's start, see training/collapse.py
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Hooks:
     max_staleness_steps: int = 0
     passages_fixed: bool = False  # the passage encoder does not train: hits are never stale
     wait_timeout_s: float = 600.0
+    watch: Callable[[dict[str, float]], None] | None = None  # sees the metrics of every step; may end the run
 
 
 @dataclass
@@ -151,6 +153,8 @@ def train(
             metrics |= {f"optim/grad_norm_{name}": norm for name, norm in result.grad_norm.items()}
             metrics |= {f"optim/lr_{name}": rate for name, rate in rates.items()}
             monitor.log(metrics, state.step)
+        if hooks.watch is not None:
+            hooks.watch(metrics)
         window = Window()
         if result.skipped_in_a_row >= config.stop_after_nonfinite:
             raise FloatingPointError(

@@ -78,13 +78,17 @@ class GeneratorConfig:
 class ObjectiveConfig:
     """What is minimised; see `training/objectives/`."""
 
-    name: str = "rag_sequence"  # rag_sequence, rag_token, emdr2, pdist, fused | inverse_cloze, independent_cropping
+    # rag_sequence, rag_token, realm, emdr2, pdist, loop, adist, fused | inverse_cloze, independent_cropping
+    name: str = "rag_sequence"
     temperature: float = 1.0  # of p(z|q), on top of the encoder's own
-    target_temperature: float = 1.0  # pdist
-    weight: float = 1.0  # of the retriever loss beside the generator loss (emdr2, pdist)
+    target_temperature: float = 1.0  # pdist, loop, adist
+    weight: float = 1.0  # of the retriever loss beside the generator loss (emdr2, pdist, loop, adist)
     level: str = "sequence"  # emdr2: sequence | token
     normalization: str = "length"  # pdist: length | none
-    reduction: str = "batch"  # pdist: batch | elements
+    reduction: str = "batch"  # pdist, loop, adist: batch | elements
+    null_score: str = (
+        "learned"  # realm: score of the empty passage, a parameter of the retriever, or 0: learned | fixed
+    )
     score_bias: bool = True  # fused: add log p(z|q) to the reader's attention on passage z, with gradient
     keep_probability: float = 0.1  # inverse cloze: chance that the sentence stays in its passage
     title_probability: float = 0.3  # inverse cloze: chance that the query is the title instead of a span
@@ -116,6 +120,7 @@ class TrainingConfig:
     schedule: str = "linear"  # linear (to zero) | constant
     log_every: int = 1
     stop_after_nonfinite: int = 5  # updates skipped in a row before the run stops
+    on_collapse: str = "warn"  # retrieval got worse than at the start (training/collapse.py): warn | stop | ignore
 
 
 @dataclass

@@ -24,12 +24,13 @@ from training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
+from training.collapse import Collapsed, CollapseDetector
 from training.data import ClozeSource, Collator, Stream
 from training.engine import Engine
 from training.evaluate import Evaluation, Evaluator, encode_questions
 from training.jsonl import append_line, plain
 from training.loop import Hooks, LoopState, Source, publish, train
-from training.models.build import build_system, parameter_groups
+from training.models.build import build_system, fit_weights, parameter_groups
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.monitor import Monitor
 from training.objectives.choose import needs
@@ -91,7 +92,7 @@ class Stage:
         folder = Path(job.tokenizers)
         tokenizers = (load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator"))
         self.store = Store.open(job.passages, verify=False)
-        self.system = build_system(job.encoder, job.generator, job.training.train, tokenizers, job.seed)
+        self.system = build_system(job.encoder, job.generator, job.training.train, tokenizers, job.seed, job.objective)
         self.engine = Engine(self.system, job.engine, parameter_groups(self.system))
         separator = tokenizers[0].sep_token_id
         self.pad_id, self.separator_id = pad_id(tokenizers[0]), separator if isinstance(separator, int) else -1
@@ -100,6 +101,7 @@ class Stage:
             self.run_dir, job.monitor, job.config, job.training.steps, self.engine.rank, stream=stream
         )
         self.state = LoopState()
+        self.collapse: CollapseDetector | None = None
         self.source: Source | None = None
         self.evaluator = self._make_evaluator() if job.evaluate_questions else None
         self._last_progress = 0.0
@@ -114,6 +116,7 @@ class Stage:
             self.serve_index(fresh=not job.index_from_snapshot)
             if job.training.steps > self.state.step:
                 self.source = self.make_source(loader_state)
+                self.collapse = self._make_detector()
                 begin = time.monotonic()
                 train(
                     job.training,
@@ -144,7 +147,8 @@ class Stage:
             self.monitor.event("resumed", checkpoint=found, step=self.state.step)
             return rank_state["source"]
         if job.init_from:
-            self.engine.load_consolidated(load_weights(Path(job.init_from)) if self.engine.rank == 0 else {})
+            weights = fit_weights(load_weights(Path(job.init_from)), self.system) if self.engine.rank == 0 else {}
+            self.engine.load_consolidated(weights)
             self.monitor.message(f"starts from {job.init_from}")
         return None
 
@@ -198,6 +202,7 @@ class Stage:
             max_staleness_steps=job.max_staleness_steps if self.retriever_trains else 0,
             passages_fixed=not self.retriever_trains,
             wait_timeout_s=job.wait_timeout_s,
+            watch=self._watch_step if self.collapse is not None else None,
         )
 
     def finish(self) -> dict[str, Any]:
@@ -281,7 +286,36 @@ class Stage:
         numbers = np.arange(total)
         if 0 < limit < total:
             numbers = np.sort(np.random.default_rng(self.job.seed).permutation(total)[:limit])
-        self._log_evaluation(self.evaluator(numbers))
+        evaluation = self.evaluator(numbers)
+        self._log_evaluation(evaluation)
+        if self.collapse is not None:
+            self._report_collapse(self.collapse.after_evaluation(evaluation.metrics))
+
+    def _make_detector(self) -> CollapseDetector | None:
+        """Where a retriever follows a reader; a warm start has an entropy of another kind."""
+        trains = any(p.requires_grad for p in self.system.retriever.parameters())
+        wanted = self.job.training.on_collapse != "ignore" and not needs(self.job.objective).in_batch
+        return CollapseDetector(self.state.start) if trains and wanted else None
+
+    def _watch_step(self, metrics: dict[str, float]) -> None:
+        assert self.collapse is not None
+        k, gold = self.job.retrieval.k, metrics.get("retrieval/gold_in_k", 0.0)
+        sign = self.collapse.after_step(metrics["retrieval/entropy"], k, gold)
+        if self.collapse.window.steps == 0:  # ranks see different questions: the first one's word counts
+            self._report_collapse(sign)
+
+    def _report_collapse(self, sign: str | None) -> None:
+        """Warn or stop. Collective."""
+        sign = self.engine.broadcast_object(sign)
+        if sign is None:
+            return
+        self.monitor.message(f"step {self.state.step}: retrieval collapses: {sign}")
+        self.monitor.event("retrieval_collapse", step=self.state.step, message=sign)
+        if self.job.training.on_collapse == "stop":
+            raise Collapsed(
+                f"retrieval collapses at step {self.state.step}: {sign} (training.on_collapse=stop). Warm up the "
+                "reader, lower training.lr_retriever or objective.weight, or set training.on_collapse=warn"
+            )
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
         split = Path(self.job.evaluate_questions).name.removeprefix("questions-")

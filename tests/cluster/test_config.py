@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.beforehand import check_models
 from cluster.config import ROOT, Experiment, experiment_to_yaml, load, to_yaml
 from cluster.settings import Settings
 from cluster.validate import CHOICES, GPUS, POSITIVE, SHARES, values_of
@@ -199,6 +200,22 @@ def test_settings_that_contradict_each_other(write) -> None:
     assert "generator.kind=causal: must be copy or fusion" in refusal([path], "generator.kind=causal")
     assert "objective.score_bias=false: must be true" in refusal([path], "objective.score_bias=false")
     assert load([path], ["objective.score_bias=false", "training.train=generator_only"]).settings
+    for name, kinds in (("adist", ("fusion", "causal")), ("loop", ("fusion",))):
+        for kind in kinds:
+            flash = [f"objective.name={name}", f"generator.kind={kind}", "generator.attention=flash_attention_2"]
+            expected = f"generator.attention=flash_attention_2: must be auto, eager or sdpa with objective.name={name}"
+            assert expected in refusal([path], *flash)
+    assert "objective.null_score=zero: must be one of learned, fixed" in refusal([path], "objective.null_score=zero")
+    assert "training.on_collapse=wrn: must be one of" in refusal([path], "training.on_collapse=wrn")
+
+
+def test_a_generator_without_attention_is_refused_before_it_is_loaded(write, tmp_path: Path) -> None:
+    (tmp_path / "mamba").mkdir()
+    (tmp_path / "mamba" / "config.json").write_text('{"model_type": "mamba2"}')
+    overrides = ["generator.kind=causal", f"generator.name={tmp_path / 'mamba'}", "generator.attention=eager"]
+    check_models(load([write("objective: {name: loop}")], overrides).settings)
+    with pytest.raises(ValueError, match=r"generator\.name=.*mamba: must have attention with objective\.name=adist"):
+        check_models(load([write("objective: {name: adist}")], overrides).settings)
 
 
 def test_missing_file_suggests_a_neighbour(write, tmp_path: Path) -> None:

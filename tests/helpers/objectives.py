@@ -13,15 +13,21 @@ from training.settings import ObjectiveConfig
 GENERATIVE = [
     ObjectiveConfig(name="rag_sequence"),
     ObjectiveConfig(name="rag_token", temperature=0.7, scale=0.25),
+    ObjectiveConfig(name="realm", temperature=0.7),
     ObjectiveConfig(name="emdr2", level="sequence", weight=0.5),
     ObjectiveConfig(name="emdr2", level="token", temperature=2.0),
     ObjectiveConfig(name="pdist", normalization="length", reduction="batch", target_temperature=0.5),
     ObjectiveConfig(name="pdist", normalization="length", reduction="elements", weight=2.0),
     ObjectiveConfig(name="pdist", normalization="none", reduction="batch", temperature=0.7),
     ObjectiveConfig(name="pdist", normalization="none", reduction="elements"),
+    ObjectiveConfig(name="loop", target_temperature=0.5),
+    ObjectiveConfig(name="loop", reduction="elements", weight=2.0, temperature=0.7),
+    ObjectiveConfig(name="adist", weight=0.5),
+    ObjectiveConfig(name="adist", reduction="elements", target_temperature=0.5),
     ObjectiveConfig(name="fused", score_bias=True),
     ObjectiveConfig(name="fused", score_bias=False),
 ]
+DISTILLED = ("emdr2", "pdist", "loop", "adist")  # the retriever learns from a detached target
 CONTRASTIVE = [ObjectiveConfig(name="inverse_cloze", temperature=0.5), ObjectiveConfig(name="independent_cropping")]
 
 
@@ -32,6 +38,8 @@ def label(config: ObjectiveConfig) -> str:
             return f"emdr2-{config.level}"
         case "pdist":
             return f"pdist-{config.normalization}-{config.reduction}"
+        case "loop" | "adist":
+            return f"{config.name}-{config.reduction}"
         case "fused":
             return f"fused-{'biased' if config.score_bias else 'plain'}"
         case _:
@@ -88,18 +96,62 @@ def toy_fused(inputs: Inputs, bias: Tensor | None) -> Tensor:
     return torch.logsumexp(torch.log_softmax(logits, dim=-1).unsqueeze(-1) + values, dim=1)
 
 
+def toy_left_out(inputs: Inputs) -> Tensor:
+    """f^(-k) [batch, k, tokens] of the toy reader: `toy_fused` with one passage masked at a time."""
+    rows: list[Tensor] = []
+    for k in range(inputs.scores.shape[1]):
+        mask = inputs.passage_mask.clone()
+        mask[:, k] = False
+        rows.append(toy_fused(replace(inputs, passage_mask=mask), None))
+    return torch.stack(rows, dim=1)
+
+
+def toy_attention(inputs: Inputs) -> Tensor:
+    """[batch, k]: what is taken from each passage, the more the likelier it makes the answer."""
+    counted = inputs.passage_mask.unsqueeze(-1) & inputs.answer_mask.unsqueeze(1)
+    return inputs.per_passage.masked_fill(~counted, 0.0).exp().masked_fill(~counted, 0.0).sum(dim=-1)
+
+
+def toy_null(inputs: Inputs) -> Tensor:
+    """[batch, tokens]: the closed-book reader is the same for every question; NaN where there is no token."""
+    tokens = inputs.answer_mask.shape[1]
+    null = -0.5 - 0.3 * torch.arange(tokens, dtype=inputs.per_passage.dtype)
+    return null.expand(len(inputs.scores), -1).masked_fill(~inputs.answer_mask, float("nan"))
+
+
+def toy_outputs(inputs: Inputs, num_questions: float | None = None) -> Likelihoods:
+    """Everything that an objective may ask for, in the graph of the inputs; the score of no passage is 0.3."""
+    return Likelihoods(
+        scores=inputs.scores,
+        passage_mask=inputs.passage_mask,
+        answer_mask=inputs.answer_mask,
+        per_passage=inputs.per_passage,
+        fused=toy_fused(inputs, None),
+        left_out=toy_left_out(inputs),
+        attention=toy_attention(inputs),
+        null=toy_null(inputs),
+        null_score=torch.full((len(inputs.scores),), 0.3),
+        num_questions=num_questions,
+    )
+
+
 def loss_of(config: ObjectiveConfig, inputs: Inputs, num_questions: float | None = None) -> tuple[Tensor, Stats]:
     """Computes what the objective needs, as the trained module does, and the objective."""
     wanted = needs(config)
     bias = retrieval_log_probs(inputs.scores, inputs.passage_mask, config.temperature) if wanted.score_bias else None
-    per_passage = inputs.per_passage if wanted.per_passage_gradient else inputs.per_passage.detach()
-    outputs = Likelihoods(
-        scores=inputs.scores,
-        passage_mask=inputs.passage_mask,
-        answer_mask=inputs.answer_mask,
+    given = toy_outputs(inputs, num_questions)
+    assert given.per_passage is not None
+    assert given.left_out is not None
+    assert given.attention is not None
+    per_passage = given.per_passage if wanted.per_passage_gradient else given.per_passage.detach()
+    outputs = replace(
+        given,
         per_passage=per_passage if wanted.per_passage else None,
         fused=toy_fused(inputs, bias) if wanted.fused else None,
-        num_questions=num_questions,
+        left_out=given.left_out.detach() if wanted.left_out else None,
+        attention=given.attention.detach() if wanted.attention else None,
+        null=given.null if wanted.null else None,
+        null_score=given.null_score if wanted.null else None,
     )
     return compute(config, outputs)
 

@@ -22,6 +22,9 @@ def case_a() -> tuple[Tensor, Likelihoods]:
         answer_mask=torch.ones(1, 2, dtype=torch.bool),
         per_passage=per_passage,
         fused=torch.zeros(1, 2),
+        left_out=per_passage.flip(1),  # without one of two passages the other one is read
+        attention=torch.tensor([[math.log(3.0), 0.0]]),
+        null=torch.tensor([[0.05, 0.1]], dtype=torch.float64).log(),
     )
     return scores, outputs
 
@@ -35,6 +38,13 @@ def case_a() -> tuple[Tensor, Likelihoods]:
         (ObjectiveConfig(name="emdr2", level="token"), 1.1758877),
         (ObjectiveConfig(name="pdist", normalization="length", reduction="batch"), 3.305076e-4),
         (ObjectiveConfig(name="pdist", normalization="length", reduction="elements"), 1.652538e-4),
+        # p = (.6, .4, 1) / 2 with the empty passage at score 0: token marginals .195 and .19
+        (ObjectiveConfig(name="realm", null_score="fixed"), -(math.log(0.195) + math.log(0.19)) / 2),
+        # g = (-log sqrt(.04), -log sqrt(.1)): with two passages, the target of PDist
+        (ObjectiveConfig(name="loop"), 3.305855e-4),
+        (ObjectiveConfig(name="loop", reduction="elements"), 3.305855e-4 / 2),
+        # target (3, 1) / 4
+        (ObjectiveConfig(name="adist"), 0.75 * math.log(0.75 / 0.6) + 0.25 * math.log(0.25 / 0.4)),
         (ObjectiveConfig(name="fused"), 0.0),
     ],
 )
@@ -70,6 +80,11 @@ def test_worked_perplexity_distillation_exactly() -> None:
         # p_1 - target_1: target (sqrt(.1), sqrt(.04)), normalised
         (ObjectiveConfig(name="pdist"), 0.6 - math.sqrt(0.1) / (math.sqrt(0.1) + math.sqrt(0.04))),
         (ObjectiveConfig(name="pdist", normalization="none"), 0.6 - 0.1 / 0.14),
+        (ObjectiveConfig(name="loop"), 0.6 - math.sqrt(0.1) / (math.sqrt(0.1) + math.sqrt(0.04))),
+        # target_temperature .5 squares it
+        (ObjectiveConfig(name="loop", target_temperature=0.5), 0.6 - 0.1 / 0.14),
+        (ObjectiveConfig(name="adist"), 0.6 - 0.75),
+        (ObjectiveConfig(name="adist", weight=2.0, target_temperature=0.5), 2 * (0.6 - 0.9)),
         (ObjectiveConfig(name="pdist", normalization="none", weight=3.0, scale=0.5), 1.5 * (0.6 - 0.1 / 0.14)),
     ],
 )
@@ -78,6 +93,35 @@ def test_worked_gradients(config: ObjectiveConfig, first: float) -> None:
     compute(config, outputs)[0].backward()
     assert scores.grad is not None
     assert scores.grad[0].tolist() == pytest.approx([first, -first], rel=1e-4, abs=1e-7)
+
+
+def test_worked_empty_passage() -> None:
+    """p = (.3, .2, .5). Posteriors of passage 1 are .15 / .195 and .06 / .19, of the empty one .025 / .195 and
+    .05 / .19; utility log(.195 / .05) + log(.19 / .1)."""
+    scores, outputs = case_a()
+    outputs.null_score = torch.zeros(1, requires_grad=True)
+    loss, stats = compute(ObjectiveConfig(name="realm"), outputs)
+    loss.backward()
+    assert scores.grad is not None
+    assert outputs.null_score.grad is not None
+    assert scores.grad[0, 0].item() == pytest.approx(0.3 - (0.15 / 0.195 + 0.06 / 0.19) / 2)
+    assert outputs.null_score.grad.item() == pytest.approx(0.5 - (0.025 / 0.195 + 0.05 / 0.19) / 2)
+    assert stats["retrieval/utility"].item() == pytest.approx(math.log(0.195 / 0.05) + math.log(0.19 / 0.1))
+    assert stats["retrieval/null_probability"].item() == pytest.approx(0.5)
+
+
+def test_a_useless_passage_has_negative_utility_and_a_better_score_of_nothing_lowers_the_loss() -> None:
+    _, outputs = case_a()
+    assert outputs.per_passage is not None
+    outputs.null = outputs.per_passage[:, 0] + 0.5
+    losses = []
+    for score in (0.0, 5.0, 50.0):
+        outputs.null_score = torch.tensor([score])
+        loss, stats = compute(ObjectiveConfig(name="realm"), outputs)
+        losses.append(loss.item())
+        assert stats["retrieval/utility"].item() <= 1e-6
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(-outputs.null.mean().item())  # p(nothing) = 1
 
 
 def test_worked_score_bias() -> None:
@@ -106,6 +150,9 @@ def test_worked_info_nce_with_a_duplicate() -> None:
 def test_needs() -> None:
     assert needs(ObjectiveConfig(name="rag_token")) == Needs(per_passage=True, per_passage_gradient=True)
     assert needs(ObjectiveConfig(name="pdist")) == Needs(per_passage=True, fused=True)
+    assert needs(ObjectiveConfig(name="realm")) == Needs(per_passage=True, per_passage_gradient=True, null=True)
+    assert needs(ObjectiveConfig(name="loop")) == Needs(fused=True, left_out=True)
+    assert needs(ObjectiveConfig(name="adist")) == Needs(fused=True, attention=True)
     assert needs(ObjectiveConfig(name="fused")) == Needs(fused=True, score_bias=True)
     assert needs(ObjectiveConfig(name="fused", score_bias=False)) == Needs(fused=True)
     assert needs(ObjectiveConfig(name="independent_cropping")) == Needs(in_batch=True)
@@ -117,6 +164,7 @@ def test_needs() -> None:
         (ObjectiveConfig(name="rag"), r"objective.name='rag': allowed are rag_sequence, "),
         (ObjectiveConfig(name="emdr2", level="word"), "objective.level='word': allowed are sequence, token"),
         (ObjectiveConfig(name="pdist", reduction="mean"), "objective.reduction='mean': allowed are batch, elements"),
+        (ObjectiveConfig(null_score="zero"), "objective.null_score='zero': allowed are learned, fixed"),
         (ObjectiveConfig(normalization="tokens"), "objective.normalization='tokens': allowed are length, none"),
         (ObjectiveConfig(temperature=0.0), "objective.temperature=0.0: must be a finite number, above 0"),
         (ObjectiveConfig(target_temperature=math.nan), "objective.target_temperature=nan"),

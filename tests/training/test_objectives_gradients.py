@@ -1,5 +1,7 @@
 """Gradients of every objective against finite differences, and of pretend ranks against the whole batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,10 +17,10 @@ from tests.helpers.objectives import (
     random_inputs,
     random_pairs,
     toy_fused,
+    toy_outputs,
 )
 from training.objectives.choose import compute, needs
 from training.objectives.contrastive import Gather
-from training.objectives.likelihoods import Likelihoods
 from training.settings import ObjectiveConfig
 
 generative = pytest.mark.parametrize("config", GENERATIVE, ids=label)
@@ -41,9 +43,10 @@ def test_scores_against_finite_differences(config: ObjectiveConfig) -> None:
 def test_generator_against_finite_differences(config: ObjectiveConfig) -> None:
     """With respect to the likelihoods that carry gradient: per passage or fused."""
     inputs = random_inputs()
+    given = toy_outputs(inputs)
 
     def loss(per_passage: Tensor, fused: Tensor) -> Tensor:
-        outputs = Likelihoods(inputs.scores.detach(), inputs.passage_mask, inputs.answer_mask, per_passage, fused)
+        outputs = replace(given, scores=inputs.scores.detach(), per_passage=per_passage, fused=fused)
         return compute(config, outputs)[0]
 
     fused = toy_fused(inputs, None).detach()
@@ -51,6 +54,23 @@ def test_generator_against_finite_differences(config: ObjectiveConfig) -> None:
     carries = needs(config).per_passage_gradient
     checked = (per_passage.requires_grad_(carries), fused.requires_grad_(not carries))
     assert torch.autograd.gradcheck(loss, checked, eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+def test_the_empty_passage_against_finite_differences() -> None:
+    """REALM's gradient with respect to what the closed-book reader says and to the score of reading nothing."""
+    inputs = random_inputs()
+    inputs.passage_mask[3] = False  # nothing but the empty passage is left
+    given = toy_outputs(inputs)
+
+    def loss(null: Tensor, null_score: Tensor) -> Tensor:
+        outputs = replace(given, null=null, null_score=null_score.expand(4))
+        return compute(ObjectiveConfig(name="realm"), outputs)[0]
+
+    assert given.null is not None
+    checked = (given.null.nan_to_num().requires_grad_(), torch.tensor([0.4], dtype=torch.float64).requires_grad_())
+    assert torch.autograd.gradcheck(loss, checked, eps=1e-6, atol=1e-8, rtol=1e-6)
+    gradients = torch.autograd.grad(loss(*checked), checked)
+    assert all(gradient.abs().max() > 1e-3 for gradient in gradients)
 
 
 @contrastive

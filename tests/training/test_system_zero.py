@@ -59,6 +59,15 @@ CASES = {
     "fusion, separate towers, rag_sequence": Case("fusion", "separate", ObjectiveConfig("rag_sequence")),
     "fusion, shared towers, pdist": Case("fusion", "shared", ObjectiveConfig("pdist")),
     "fusion, shared towers, fused with score bias": Case("fusion", "shared", ObjectiveConfig("fused")),
+    "copy, shared towers, realm": Case("copy", "shared", ObjectiveConfig("realm")),
+    "copy, separate towers, loop": Case("copy", "separate", ObjectiveConfig("loop")),
+    "copy, shared towers, adist": Case("copy", "shared", ObjectiveConfig("adist")),
+    "fusion, separate towers, realm": Case("fusion", "separate", ObjectiveConfig("realm")),
+    "fusion, shared towers, loop": Case("fusion", "shared", ObjectiveConfig("loop")),
+    "fusion, separate towers, adist": Case("fusion", "separate", ObjectiveConfig("adist")),
+    "causal, shared towers, realm": Case("causal", "shared", ObjectiveConfig("realm")),
+    "causal, separate towers, loop": Case("causal", "separate", ObjectiveConfig("loop")),
+    "causal, shared towers, adist": Case("causal", "shared", ObjectiveConfig("adist")),
     "causal, shared towers, rag_sequence": Case("causal", "shared", ObjectiveConfig("rag_sequence")),
     "causal, separate towers, pdist": Case("causal", "separate", ObjectiveConfig("pdist")),
 }
@@ -71,7 +80,7 @@ KINDS = ("copy", "fusion", "causal")
 def make(case: Case, tokenizer: Path) -> System:
     words = load_tokenizer(tokenizer)
     generator = GeneratorConfig(kind=case.kind, fresh=FRESH, max_passage_tokens=16, max_answer_tokens=8)
-    return build_system(replace(ENCODER, towers=case.towers), generator, "both", (words, words), seed=5)
+    return build_system(replace(ENCODER, towers=case.towers), generator, "both", (words, words), 5, case.objective)
 
 
 def collate(system: System, step: int, part: slice) -> RetrievalBatch:

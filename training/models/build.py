@@ -1,17 +1,20 @@
 """From settings to the system that trains: the one place that chooses among kinds of generators."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from training.models.copy_reader import CopyReader
-from training.models.encoder import build_retriever
+from training.models.encoder import NullScore, Retriever, build_retriever, set_trainable
 from training.models.generator import Generator
 from training.models.system import System
 from training.models.tokenizers import end_id, pad_id, start_id
-from training.settings import EncoderConfig, GeneratorConfig
+from training.objectives.choose import needs
+from training.settings import EncoderConfig, GeneratorConfig, ObjectiveConfig
+
+NULL_SCORE = "retriever.null.score"  # its name in a state dict
 
 
 def build_system(
@@ -20,17 +23,39 @@ def build_system(
     train: str,
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
     seed: int,
+    objective: ObjectiveConfig | None = None,
 ) -> System:
     """The system with `requires_grad` set for `train`; fresh weights depend on `seed` alone, not on what ran before.
 
-    `tokenizers` are the retriever's and the generator's. Raises ValueError that names the setting.
+    `tokenizers` are the retriever's and the generator's. `objective`: what it will be trained with, for what only that
+    needs. Raises ValueError that names the setting.
     """
     torch.manual_seed(seed)
     retriever = build_retriever(encoder, train, len(tokenizers[0]))
     torch.manual_seed(seed + 1)
     reader = build_generator(generator, tokenizers[1])
+    if objective is not None:
+        _fit_objective(objective, retriever, reader, train)
     reader.requires_grad_(train in ("both", "query_only", "generator_only"))
     return System(retriever, reader)
+
+
+def _fit_objective(objective: ObjectiveConfig, retriever: Retriever, reader: Generator, train: str) -> None:
+    """Add what `objective` alone learns; refuse a generator that cannot serve it."""
+    if objective.name == "realm" and objective.null_score == "learned":
+        retriever.null = NullScore()
+        set_trainable(retriever, train)
+    if needs(objective).attention:
+        reader.check_attention(objective.name)
+
+
+def fit_weights(state: Mapping[str, Tensor], system: System) -> dict[str, Tensor]:
+    """Weights of a system that was trained with another objective, for `system`: a score of reading no passage that is
+    not known here is left out, one that is not in `state` starts as it was built."""
+    fitted = {name: tensor for name, tensor in state.items() if name != NULL_SCORE}
+    if system.retriever.null is not None:
+        fitted[NULL_SCORE] = state.get(NULL_SCORE, torch.zeros(1))
+    return fitted
 
 
 def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> Generator:

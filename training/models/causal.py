@@ -8,6 +8,7 @@ tokens and end-of-sequence are scored. Padding is on the right for scoring, wher
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from training.models import likelihood
+from training.models.attention import AttentionMass, check_attention, rerouted
 from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.packing import length_groups, pad_rows, restore_order, row_lengths
 from training.models.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained
@@ -35,6 +37,7 @@ class CausalBatch(ReaderBatch):
     single_mask: Tensor  # bool [batch * k, prompt]
     joint_ids: Tensor  # int64 [batch, prompt]: all passages
     joint_mask: Tensor  # bool [batch, prompt]
+    joint_passage: Tensor  # int64 [batch, prompt]: which of the k a token is of, as the template renders it; -1: none
 
 
 class CausalGenerator(Generator):
@@ -75,10 +78,13 @@ class CausalGenerator(Generator):
         filled, passage_mask = likelihood.collate_passages(passages)
         single = [self._prompt(q, [row]) for q, rows in zip(questions, filled, strict=True) for row in rows]
         joint = [self._prompt(question, rows) for question, rows in zip(questions, passages, strict=True)]
+        spans = [self._spans(question, rows) for question, rows in zip(questions, passages, strict=True)]
         answer_ids, answer_mask = likelihood.collate_answers(answers, len(questions), self.end_id)
+        joint_ids, joint_mask = pad_rows(joint, self.pad_id)
         return CausalBatch(
-            answer_ids, answer_mask, passage_mask, *pad_rows(single, self.pad_id), *pad_rows(joint, self.pad_id)
-        )
+            answer_ids, answer_mask, passage_mask, *pad_rows(single, self.pad_id), joint_ids, joint_mask,
+            pad_rows(spans, -1)[0],
+        )  # fmt: skip
 
     def read(self, batch: ReaderBatch) -> None:
         """Nothing: a prompt is read together with its answer."""
@@ -93,6 +99,33 @@ class CausalGenerator(Generator):
         assert isinstance(batch, CausalBatch)
         _refuse_bias(passage_bias)
         return self._score(batch.joint_ids, batch.joint_mask, batch.answer_ids, batch.answer_mask)
+
+    def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        assert isinstance(batch, CausalBatch)
+        prompts = without_tokens(batch.joint_ids, batch.joint_mask, batch.joint_passage >= 0)
+        return self._score(*prompts, batch.answer_ids, batch.answer_mask)
+
+    def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        """As the base class says: one prompt for each passage, with all the others in it."""
+        assert isinstance(batch, CausalBatch)
+        k = batch.passage_mask.shape[1]
+        repeated = (batch.joint_ids, batch.joint_mask, batch.joint_passage, batch.answer_ids, batch.answer_mask)
+        ids, mask, passage, targets, target_mask = (tensor.repeat_interleave(k, dim=0) for tensor in repeated)
+        left_out = torch.arange(k, device=ids.device).repeat(len(batch.joint_ids))[:, None]
+        return self._score(*without_tokens(ids, mask, passage == left_out), targets, target_mask).unflatten(0, (-1, k))
+
+    def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+        """As the base class says, by self-attention from the places that predict the answer to the passages' tokens."""
+        assert isinstance(batch, CausalBatch)
+        self.check_attention("adist")
+        mass = torch.zeros(batch.joint_ids.shape, device=batch.joint_ids.device)
+        log_probs = self._score(batch.joint_ids, batch.joint_mask, batch.answer_ids, batch.answer_mask, mass)
+        k = batch.passage_mask.shape[1]
+        passage = batch.joint_passage.masked_fill(batch.joint_passage < 0, k)
+        return log_probs, mass.new_zeros(len(mass), k + 1).scatter_add(1, passage, mass)[:, :k]
+
+    def check_attention(self, objective: str) -> None:
+        check_attention(self.model, self.attention, objective)
 
     @torch.no_grad()
     def write(
@@ -134,8 +167,24 @@ class CausalGenerator(Generator):
                     parts += [row[: self.config.max_passage_tokens], self.after_passage] if len(row) else []
         return np.concatenate(parts).astype(np.int64)
 
-    def _score(self, prompt_ids: Tensor, prompt_mask: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
-        """float32 [rows, tokens]: log-probabilities of `targets` right after each row's prompt."""
+    def _spans(self, question: np.ndarray, passages: Sequence[np.ndarray]) -> np.ndarray:
+        """Beside `_prompt`: the number of the passage that each token is of, -1 for what is around them."""
+        parts = [np.full(len(self.start), -1)]
+        for literal, name in zip(self.literals, [*self.fields, ""], strict=True):
+            parts.append(np.full(len(literal), -1))
+            if name == "question":
+                parts.append(np.full(len(question[: self.config.max_question_tokens]), -1))
+            elif name == "passages":
+                for number, row in enumerate(passages):
+                    length = len(row[: self.config.max_passage_tokens]) + len(self.after_passage)
+                    parts += [np.full(length, number)] if len(row) else []
+        return np.concatenate(parts).astype(np.int64)
+
+    def _score(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, targets: Tensor, target_mask: Tensor, mass: Tensor | None = None
+    ) -> Tensor:
+        """float32 [rows, tokens]: log-probabilities of `targets` right after each row's prompt. `mass` [rows, prompt]
+        takes what they take from each of its tokens by attention."""
         tokens = targets.shape[1]
         if tokens == 0:
             return torch.zeros(targets.shape, device=targets.device)
@@ -149,10 +198,16 @@ class CausalGenerator(Generator):
         outputs: list[Tensor] = []
         for rows, length in groups:
             first = int(lengths[rows].min()) - 1  # no logits are needed before it: the token at p is predicted at p - 1
-            logits = self._logits(ids[rows, :length], mask[rows, :length], first)[:, :-1]
+            before = (places[rows] - 1).clamp(max=length - 1)  # where each target is predicted
+            route = AttentionMass(before, target_mask[rows], cross=False)
+            with rerouted(self.model, route) if mass is not None else nullcontext():
+                logits = self._logits(ids[rows, :length], mask[rows, :length], first)[:, :-1]
+            if mass is not None:
+                taken = route.per_key()[:, : mass.shape[1]]
+                mass[rows, : taken.shape[1]] = taken
             follows = mask[rows, first + 1 : length]
             log_probs = likelihood.token_log_probs(logits, ids[rows, first + 1 : length], follows)
-            at = (places[rows] - 1 - first).clamp(max=log_probs.shape[1] - 1)
+            at = (before - first).clamp(max=log_probs.shape[1] - 1)
             outputs.append(log_probs.gather(1, at).masked_fill(~target_mask[rows], 0.0))
         return restore_order(outputs, groups)
 
@@ -203,6 +258,13 @@ class CausalGenerator(Generator):
             **options,
         )
         return cast(PreTrainedModel, LlamaForCausalLM(shape))
+
+
+def without_tokens(ids: Tensor, mask: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [rows, tokens] without the tokens of `dropped`, the rest closed up to the left: ids and mask."""
+    kept = mask & ~dropped
+    order = (~kept).long().argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(dim=1).max()))]
+    return ids.gather(1, order), kept.gather(1, order)
 
 
 def _refuse_bias(passage_bias: Tensor | None) -> None:

@@ -23,6 +23,8 @@ from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.packing import by_length, pad_rows
 from training.settings import GeneratorConfig
 
+MASKED = -1e9  # finite, so that a row of padding stays finite
+
 
 @dataclass
 class CopyBatch(ReaderBatch):
@@ -31,6 +33,9 @@ class CopyBatch(ReaderBatch):
     source_ids: Tensor  # int64 [batch * k, source]
     source_mask: Tensor  # bool [batch * k, source]
     copy_mask: Tensor  # bool [batch * k, source]: the passage's tokens and the last [SEP]
+    null_ids: Tensor  # int64 [batch, source]: the question with an empty passage
+    null_mask: Tensor  # bool [batch, source]
+    null_copy_mask: Tensor  # bool [batch, source]
 
 
 @dataclass
@@ -43,6 +48,14 @@ class Memory:
     source_ids: Tensor  # [rows, source]
     attention_bias: Tensor  # float [rows, source]: 0, -inf at padding, plus the passage's bias
     copy_bias: Tensor  # float [rows, source]
+    passage: Tensor | None = None  # int64 [rows, source]: which of the k a token is of; of a fused memory
+
+    def detach(self) -> "Memory":
+        """The same memory without gradient."""
+        return Memory(
+            [t.detach() for t in self.keys], [t.detach() for t in self.values], self.copy_keys.detach(),
+            self.source_ids, self.attention_bias.detach(), self.copy_bias.detach(), self.passage,
+        )  # fmt: skip
 
     def repeat(self, times: int) -> "Memory":
         """Every row `times` times in a row, for beams."""
@@ -53,7 +66,16 @@ class Memory:
         return Memory(
             [each(t) for t in self.keys], [each(t) for t in self.values], each(self.copy_keys),
             each(self.source_ids), each(self.attention_bias), each(self.copy_bias),
+            None if self.passage is None else each(self.passage),
         )  # fmt: skip
+
+
+@dataclass
+class Reading:
+    """What was read: every passage once."""
+
+    states: Tensor  # [batch * k, source, hidden]
+    fused: Memory | None = None  # left by a fused pass without bias, for those that leave a passage out
 
 
 class Attention(nn.Module):
@@ -79,11 +101,18 @@ class Attention(nn.Module):
         """Keys and values of `x`."""
         return self.split(self.key(x)), self.split(self.value(x))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """`bias` is added to the logits and broadcasts to [rows, heads, queries, keys]."""
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, seen: list[Tensor] | None = None
+    ) -> Tensor:
+        """`bias` is added to the logits and broadcasts to [rows, heads, queries, keys]. `seen` takes what each query
+        takes from each key, [rows, queries, keys] without gradient: probability times norm of the value, mean over
+        heads."""
         queries = self.split(self.query(x))
         logits = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
         weights = (logits + bias.to(logits.dtype)).softmax(dim=-1)
+        if seen is not None:
+            norms = torch.linalg.vector_norm(values.detach().float(), dim=-1)
+            seen.append((weights.detach().float() * norms[:, :, None]).mean(dim=1))
         return self.output((weights @ values).transpose(1, 2).flatten(2))
 
 
@@ -108,12 +137,18 @@ class Layer(nn.Module):
         self.feed_forward = nn.Sequential(nn.Linear(hidden, intermediate), nn.GELU(), nn.Linear(intermediate, hidden))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, bias: Tensor, memory: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        """`memory`: keys, values and bias of what is attended to."""
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor,
+        memory: tuple[Tensor, Tensor, Tensor] | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:
+        """`memory`: keys, values and bias of what is attended to; `seen` takes what is taken from it."""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention(normed, *self.attention.project(normed), bias))
         if memory is not None and self.cross_attention is not None and self.cross_norm is not None:
-            x = x + self.dropout(self.cross_attention(self.cross_norm(x), *memory))
+            x = x + self.dropout(self.cross_attention(self.cross_norm(x), *memory, seen))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,10 +196,17 @@ class CopyReader(Generator):
                 tail = rows[i][: self.config.max_passage_tokens] if i < len(rows) else np.empty(0, dtype=np.int64)
                 sources.append(np.concatenate([head, tail, [self.end_id]]).astype(np.int64))
                 starts.append(len(head))
-        source_ids, source_mask = pad_rows(sources, self.pad_id)
-        copy_mask = (torch.arange(source_ids.shape[1]) >= torch.tensor(starts)[:, None]) & source_mask
+        nulls = [
+            np.append(source[:start], self.end_id) for source, start in zip(sources[::k], starts[::k], strict=True)
+        ]
         answer_ids, answer_mask = self._answers(answers, len(questions))
-        return CopyBatch(answer_ids, answer_mask, passage_mask, source_ids, source_mask, copy_mask)
+        with_passages = self._sources(sources, starts)
+        return CopyBatch(answer_ids, answer_mask, passage_mask, *with_passages, *self._sources(nulls, starts[::k]))
+
+    def _sources(self, rows: list[np.ndarray], starts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask, and mask of what may be copied: from `starts` on."""
+        ids, mask = pad_rows(rows, self.pad_id)
+        return ids, mask, (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None]) & mask
 
     def _answers(self, answers: Sequence[np.ndarray] | None, batch: int) -> tuple[Tensor, Tensor]:
         if answers is None:
@@ -172,10 +214,10 @@ class CopyReader(Generator):
         limit = self.config.max_answer_tokens
         return pad_rows([np.append(row[:limit], self.end_id) for row in answers], self.pad_id)
 
-    def read(self, batch: ReaderBatch) -> Tensor:
-        """Encoder states [batch * k, source, hidden]; each passage encoded once, in groups of like length."""
+    def read(self, batch: ReaderBatch) -> Reading:
+        """Encoder states of each passage, encoded once, in groups of like length."""
         assert isinstance(batch, CopyBatch)
-        return by_length(self._encode, batch.source_ids, batch.source_mask, self.config.length_groups)
+        return Reading(by_length(self._encode, batch.source_ids, batch.source_mask, self.config.length_groups))
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -198,16 +240,54 @@ class CopyReader(Generator):
     def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
         assert isinstance(batch, CopyBatch)
         memory = self._memory_of_all(reading, batch, passage_bias)
+        if isinstance(reading, Reading) and passage_bias is None:
+            reading.fused = memory.detach()
         return self._target_log_probs(memory, batch.answer_ids).masked_fill(~batch.answer_mask, 0.0)
 
-    def _memory_of_each(self, states: object, batch: CopyBatch) -> Memory:
-        """One row of memory per passage."""
-        assert isinstance(states, Tensor)
-        return self._project(states, batch.source_ids, _mask_bias(batch.source_mask), _mask_bias(batch.copy_mask))
+    def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        assert isinstance(batch, CopyBatch)
+        states = self._encode(batch.null_ids, batch.null_mask)
+        memory = self._project(states, batch.null_ids, _mask_bias(batch.null_mask), _mask_bias(batch.null_copy_mask))
+        return self._target_log_probs(memory, batch.answer_ids).masked_fill(~batch.answer_mask, 0.0)
 
-    def _memory_of_all(self, states: object, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
+    def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        assert isinstance(batch, CopyBatch)
+        assert isinstance(reading, Reading)
+        k = batch.passage_mask.shape[1]
+        kept = reading.fused if reading.fused is not None and not torch.is_grad_enabled() else None
+        memory = (kept if kept is not None else self._memory_of_all(reading, batch, None)).repeat(k)
+        assert memory.passage is not None
+        left_out = (
+            memory.passage == torch.arange(k, device=memory.passage.device).repeat(len(batch.answer_ids))[:, None]
+        )
+        memory.attention_bias = memory.attention_bias.masked_fill(left_out, MASKED)
+        memory.copy_bias = memory.copy_bias.masked_fill(left_out, MASKED)
+        log_probs = self._target_log_probs(memory, batch.answer_ids.repeat_interleave(k, dim=0))
+        log_probs = log_probs.unflatten(0, (-1, k)).masked_fill(~batch.answer_mask[:, None], 0.0)
+        alone = (batch.passage_mask.sum(dim=1) <= 1)[:, None, None]
+        return torch.where(alone, self.null_log_probs(reading, batch)[:, None], log_probs)
+
+    def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+        assert isinstance(batch, CopyBatch)
+        num_questions, k = batch.passage_mask.shape
+        memory = self._memory_of_all(reading, batch, None)
+        assert memory.passage is not None
+        seen: list[Tensor] = []
+        log_probs = self._target_log_probs(memory, batch.answer_ids, seen).masked_fill(~batch.answer_mask, 0.0)
+        taken = (torch.stack(seen).sum(dim=0) * batch.answer_mask[..., None]).sum(dim=1)  # [batch, source]
+        taken = taken.new_zeros(num_questions, k).scatter_add(1, memory.passage, taken)
+        return log_probs, taken.masked_fill(~batch.passage_mask, 0.0)
+
+    def _memory_of_each(self, reading: object, batch: CopyBatch) -> Memory:
+        """One row of memory per passage."""
+        assert isinstance(reading, Reading)
+        attention_bias, copy_bias = _mask_bias(batch.source_mask), _mask_bias(batch.copy_mask)
+        return self._project(reading.states, batch.source_ids, attention_bias, copy_bias)
+
+    def _memory_of_all(self, reading: object, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
         """One row of memory per question: the real tokens of its passages, side by side."""
-        assert isinstance(states, Tensor)
+        assert isinstance(reading, Reading)
+        states = reading.states
         num_questions, k = batch.passage_mask.shape
         used = batch.source_mask.unflatten(0, (num_questions, k)) & batch.passage_mask[..., None]
         used = used.flatten(1)  # [batch, k * source]
@@ -218,12 +298,15 @@ class CopyReader(Generator):
         memory_states = memory_states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
         source_ids = batch.source_ids.view(num_questions, -1).gather(1, order)
         copyable = batch.copy_mask.view(num_questions, -1).gather(1, order) & kept
+        passage = order // batch.source_ids.shape[1]
         bias = torch.zeros(order.shape, device=states.device)
         if passage_bias is not None:
             # A padded passage has bias -inf and no token here: zero keeps its gradient finite.
             per_passage = passage_bias.float().masked_fill(~batch.passage_mask, 0.0)
-            bias = per_passage.gather(1, order // batch.source_ids.shape[1])
-        return self._project(memory_states, source_ids, bias + _mask_bias(kept), bias + _mask_bias(copyable))
+            bias = per_passage.gather(1, passage)
+        memory = self._project(memory_states, source_ids, bias + _mask_bias(kept), bias + _mask_bias(copyable))
+        memory.passage = passage
+        return memory
 
     def _project(self, states: Tensor, source_ids: Tensor, attention_bias: Tensor, copy_bias: Tensor) -> Memory:
         projected = [layer.project(states) for layer in self._decoder_layers()]
@@ -235,24 +318,27 @@ class CopyReader(Generator):
             assert isinstance(layer, Layer)
             yield layer
 
-    def _decode(self, memory: Memory, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States [rows, tokens, hidden], pointer weights [rows, tokens, source], gate [rows, tokens]."""
+    def _decode(
+        self, memory: Memory, inputs: Tensor, seen: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States [rows, tokens, hidden], pointer weights [rows, tokens, source], gate [rows, tokens]. `seen` takes what
+        each layer takes from the memory, [rows, tokens, source]."""
         length = inputs.shape[1]
         x = self.tokens(inputs) + self.target_positions(torch.arange(length, device=inputs.device))
         causal = _mask_bias(torch.ones(length, length, dtype=torch.bool, device=inputs.device).tril())
         bias = memory.attention_bias[:, None, None, :]
         for layer, keys, values in zip(self.decoder, memory.keys, memory.values, strict=True):
-            x = layer(x, causal, (keys, values, bias))
+            x = layer(x, causal, (keys, values, bias), seen)
         x = self.decoder_norm(x)
         pointer = (self.copy_query(x) @ memory.copy_keys.transpose(1, 2)).float() / math.sqrt(x.shape[-1])
         pointer = (pointer + memory.copy_bias[:, None]).softmax(dim=-1)
         gate, follow = torch.sigmoid(self.gates(x).float()).unbind(dim=-1)
         return x, _follow_copies(pointer, follow, memory, inputs), gate
 
-    def _target_log_probs(self, memory: Memory, targets: Tensor) -> Tensor:
+    def _target_log_probs(self, memory: Memory, targets: Tensor, seen: list[Tensor] | None = None) -> Tensor:
         """float32 log-probabilities of `targets` [rows, tokens]; the mixture is never spread over the vocabulary."""
         inputs = F.pad(targets, (1, 0), value=self.start_id)[:, :-1]
-        states, pointer, gate = self._decode(memory, inputs)
+        states, pointer, gate = self._decode(memory, inputs, seen)
         logits = self.tokens(states, as_output=True)
         written = (logits.gather(-1, targets[..., None]).squeeze(-1).float() - logits.float().logsumexp(dim=-1)).exp()
         same = memory.source_ids[:, None, :] == targets[..., None]
@@ -308,8 +394,8 @@ def _follow_copies(pointer: Tensor, follow: Tensor, memory: Memory, inputs: Tens
 
 
 def _mask_bias(mask: Tensor) -> Tensor:
-    """0 where `mask`, a large negative number elsewhere (finite, so that a row of padding stays finite)."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
+    """0 where `mask`, a large negative number elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, MASKED)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -76,6 +76,19 @@ def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
     return states[torch.arange(len(states), device=states.device), chosen]
 
 
+class NullScore(nn.Module):
+    """What reading no passage scores, learned, in the units of an inner product of vectors. A module that is called, so
+    that sharded weights are gathered; of shape [1], since DeepSpeed takes no parameter without an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Parameter(torch.zeros(1))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """float32 [batch] for scores [batch, k]."""
+        return self.score.to(torch.float32).expand(len(scores))
+
+
 class Retriever(nn.Module):
     """Query tower and passage tower. Shared towers are one object; separate ones share nothing."""
 
@@ -86,6 +99,7 @@ class Retriever(nn.Module):
         self.query_encoder = query_encoder
         self.passage_encoder = passage_encoder
         self.temperature = temperature
+        self.null: NullScore | None = None  # only where an objective learns it
 
     @property
     def shared(self) -> bool:
@@ -116,6 +130,11 @@ class Retriever(nn.Module):
         """
         products = queries.to(torch.float32).unsqueeze(1) * passages.to(torch.float32)
         return products.sum(dim=-1) / self.temperature
+
+    def null_scores(self, scores: Tensor) -> Tensor | None:
+        """float32 [batch]: the learned score of reading no passage, over the temperature as `scores` [batch, k] beside
+        it; None where it is 0."""
+        return self.null(scores) / self.temperature if self.null is not None else None
 
     def train(self, mode: bool = True) -> "Retriever":
         """As usual, but a frozen tower stays in evaluation mode: its vectors are the index's, without dropout."""
@@ -167,6 +186,8 @@ def set_trainable(retriever: Retriever, train: str) -> None:
         )
     retriever.passage_encoder.requires_grad_(train in ("both", "retriever_only"))
     retriever.query_encoder.requires_grad_(train in ("both", "retriever_only", "query_only"))
+    if retriever.null is not None:
+        retriever.null.requires_grad_(train in ("both", "retriever_only", "query_only"))
     retriever.train(retriever.training)
 
 

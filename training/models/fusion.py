@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from training.models import likelihood
+from training.models.attention import NO_PROBABILITIES, AttentionMass, check_attention, fold_queries, rerouted
 from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.packing import length_groups, pad_rows, restore_order
 from training.models.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained, num_positions
@@ -39,6 +40,8 @@ class FusionBatch(ReaderBatch):
 
     source_ids: Tensor  # int64 [batch * k, source]
     source_mask: Tensor  # bool [batch * k, source]
+    null_ids: Tensor  # int64 [batch, source]: the question with an empty passage
+    null_mask: Tensor  # bool [batch, source]
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Projected:
 
     layers: list[tuple[Tensor, Tensor]]  # per decoder layer, each [batch, heads, memory, head_dim]
     starts: Tensor  # int64 [batch, k]: where in its question's memory each passage begins
+    memory: "Memory"
 
 
 @dataclass
@@ -72,6 +76,7 @@ class Memory:
 
     states: Tensor  # [rows, source, dim]
     mask: Tensor  # bool [rows, source]; float [rows, 1, 1, source] when biased
+    passage: Tensor | None = None  # int64 [rows, source]: which of the k a token is of; k where there is no token
 
 
 class FusionGenerator(Generator):
@@ -107,20 +112,25 @@ class FusionGenerator(Generator):
         for question, rows in zip(questions, filled, strict=True):
             head = [self.start, question[: self.config.max_question_tokens], self.between]
             sources += [np.concatenate([*head, row[: self.config.max_passage_tokens], self.end]) for row in rows]
+        limit = self.config.max_question_tokens
+        nulls = [np.concatenate([self.start, row[:limit], self.between, self.end]) for row in questions]
         source_ids, source_mask = pad_rows(sources, self.pad_id)
+        null_ids, null_mask = pad_rows(nulls, self.pad_id)
         answer_ids, answer_mask = likelihood.collate_answers(answers, len(questions), self.end_id)
-        return FusionBatch(answer_ids, answer_mask, passage_mask, source_ids, source_mask)
+        return FusionBatch(answer_ids, answer_mask, passage_mask, source_ids, source_mask, null_ids, null_mask)
 
     def read(self, batch: ReaderBatch) -> Reading:
         """Encoder states of every passage, encoded once, in groups of similar length."""
         assert isinstance(batch, FusionBatch)
-        encoder: Any = self.model.get_encoder()
         groups: list[Group] = []
         for rows, length in length_groups(batch.source_mask, self.config.length_groups):
             mask = batch.source_mask[rows, :length]
-            states = encoder(input_ids=batch.source_ids[rows, :length], attention_mask=mask.long()).last_hidden_state
-            groups.append(Group(rows, states, mask))
+            groups.append(Group(rows, self._encode(batch.source_ids[rows, :length], mask), mask))
         return Reading(groups)
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        encoder: Any = self.model.get_encoder()
+        return encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
     def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
         assert isinstance(reading, Reading)
@@ -146,8 +156,53 @@ class FusionGenerator(Generator):
         log_probs = self._score(memory, batch.answer_ids, batch.answer_mask, cache)
         if cache is not None and len(cache.cross_attention_cache.layers):
             layers: Any = cache.cross_attention_cache.layers
-            reading.projected = Projected([(layer.keys.detach(), layer.values.detach()) for layer in layers], starts)
+            detached = Memory(memory.states.detach(), memory.mask.detach(), memory.passage)
+            projections = [(layer.keys.detach(), layer.values.detach()) for layer in layers]
+            reading.projected = Projected(projections, starts, detached)
         return log_probs
+
+    def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        assert isinstance(batch, FusionBatch)
+        memory = Memory(self._encode(batch.null_ids, batch.null_mask), batch.null_mask)
+        return self._score(memory, batch.answer_ids, batch.answer_mask)
+
+    def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        assert isinstance(reading, Reading)
+        if self.attention in NO_PROBABILITIES:
+            raise ValueError(
+                f"generator.attention={self.attention} cannot leave a passage out; allowed with objective.name=loop: "
+                "auto, eager, sdpa"
+            )
+        projected = None if torch.is_grad_enabled() else reading.projected
+        memory = projected.memory if projected is not None else self._fuse(reading, batch, None)[0]
+        assert memory.passage is not None
+        k = batch.passage_mask.shape[1]
+        passages = torch.arange(k, device=memory.passage.device)[:, None]
+        kept = (memory.passage[:, None] != passages) & (memory.passage[:, None] < k)  # [batch, k, source]
+        hidden = torch.zeros(kept.shape, dtype=memory.states.dtype, device=kept.device)
+        hidden = hidden.masked_fill(~kept, torch.finfo(hidden.dtype).min).flatten(0, 1)[:, None, None, :]
+        targets, mask = (tensor.repeat_interleave(k, dim=0) for tensor in (batch.answer_ids, batch.answer_mask))
+        with rerouted(self.model, fold_queries(k)):
+            cache = _cache_of(projected.layers) if projected is not None else None
+            log_probs = self._score(Memory(memory.states, hidden), targets, mask, cache).unflatten(0, (-1, k))
+        alone = (batch.passage_mask.sum(dim=1) <= 1)[:, None, None]
+        return torch.where(alone, self.null_log_probs(reading, batch)[:, None], log_probs)
+
+    def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+        self.check_attention("adist")
+        num_questions, k = batch.passage_mask.shape
+        places = torch.arange(batch.answer_mask.shape[1], device=batch.answer_mask.device).expand(num_questions, -1)
+        mass = AttentionMass(places, batch.answer_mask, cross=True)
+        assert isinstance(reading, Reading)
+        memory = self._fuse(reading, batch, None)[0]
+        assert memory.passage is not None
+        with rerouted(self.model, mass):
+            log_probs = self._score(memory, batch.answer_ids, batch.answer_mask)
+        taken = mass.per_key().new_zeros(num_questions, k + 1).scatter_add(1, memory.passage, mass.per_key())
+        return log_probs, taken[:, :k]
+
+    def check_attention(self, objective: str) -> None:
+        check_attention(self.model, self.attention, objective)
 
     @torch.no_grad()
     def write(
@@ -215,20 +270,21 @@ class FusionGenerator(Generator):
         ends = lengths.cumsum(dim=1)
         position = torch.arange(max(1, int(ends[:, -1].max())), device=ends.device).expand(len(ends), -1)
         passage = torch.searchsorted(ends, position.contiguous(), right=True).clamp(max=ends.shape[1] - 1)
-        valid = position < ends[:, -1:]
-        valid = valid | ((ends[:, -1:] == 0) & (position == 0))  # no passage at all: finite, never used
+        used = position < ends[:, -1:]
+        valid = used | ((ends[:, -1:] == 0) & (position == 0))  # no passage at all: finite, never used
         begins = ends - lengths
         source = starts.gather(1, passage) + position - begins.gather(1, passage)
         tokens = torch.cat([group.states[group.mask] for group in groups])
         states = tokens.index_select(0, torch.where(valid, source, 0).flatten()).unflatten(0, position.shape)
+        passage_or_none = passage.masked_fill(~used, batch.passage_mask.shape[1])
         if passage_bias is None:
-            return Memory(states, valid), begins
+            return Memory(states, valid, passage_or_none), begins
         if self.attention == "flash_attention_2":
             raise ValueError("generator.attention=flash_attention_2 cannot take a score bias; allowed: eager, sdpa")
         # A padded passage has bias -inf and no token here: zero keeps its gradient finite.
         bias = passage_bias.masked_fill(~batch.passage_mask, 0.0).gather(1, passage).to(states.dtype)
         bias = bias.masked_fill(~valid, torch.finfo(states.dtype).min)
-        return Memory(states, bias[:, None, None, :]), begins
+        return Memory(states, bias[:, None, None, :], passage_or_none), begins
 
     def _unpack(self, groups: list[Group]) -> Memory:
         """One padded row of memory per passage, for writing."""
@@ -292,12 +348,20 @@ class FusionGenerator(Generator):
 def _cache_of_group(projected: Projected, group: Group, k: int) -> EncoderDecoderCache:
     """Keys and values of single passages, cut out of those of the fused memory. What stands at a row's padding, and in
     the row of a padded passage, is arbitrary."""
-    cross = DynamicCache()
+    layers: list[tuple[Tensor, Tensor]] = []
     tokens = torch.arange(group.mask.shape[1], device=group.mask.device)
     questions = (group.rows // k)[:, None]
-    for number, layer in enumerate(projected.layers):
+    for layer in projected.layers:
         places = (projected.starts.flatten()[group.rows][:, None] + tokens).clamp(max=layer[0].shape[2] - 1)
         keys, values = (tensor.transpose(1, 2)[questions, places].transpose(1, 2) for tensor in layer)
+        layers.append((keys, values))
+    return _cache_of(layers)
+
+
+def _cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> EncoderDecoderCache:
+    """Keys and values of every decoder layer's cross-attention, as transformers wants them."""
+    cross = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
         cross.update(keys, values, number)
     return EncoderDecoderCache(DynamicCache(), cross)
 

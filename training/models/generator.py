@@ -66,6 +66,26 @@ class Generator(nn.Module, ABC):
         the architecture cannot take a bias."""
 
     @abstractmethod
+    def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        """float32 [batch, tokens]: log P(y_t | y_<t, q), read closed book, as one empty passage; 0 at padding."""
+
+    @abstractmethod
+    def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+        """float32 [batch, k, tokens]: `fused_log_probs` as if passage k were not there, 0 at padding; closed book for a
+        question of one passage. After a fused pass over the same `reading` it may use its projections again, without
+        gradient. What stands at a padded passage is arbitrary and finite. Raises ValueError where the kernel of the
+        attention cannot leave tokens out."""
+
+    @abstractmethod
+    def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+        """`fused_log_probs`, and what the answer's tokens take from each passage, float32 [batch, k] without gradient:
+        attention probability times the norm of the value vector, averaged over heads, summed over layers, answer
+        tokens and the passage's tokens; 0 for a padded passage. Raises ValueError where nothing attends."""
+
+    def check_attention(self, objective: str) -> None:
+        """Raises ValueError, naming `objective`, where `fused_with_attention` cannot work."""
+
+    @abstractmethod
     def write(
         self,
         reading: object,

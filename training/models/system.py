@@ -4,6 +4,7 @@ Everything the engine is asked for goes through `System.forward(task, ...)`: sha
 engine's own hooks whatever part runs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,32 +107,50 @@ class System(nn.Module):
         """Scores and the log-probabilities that the objective needs; the reader encodes every passage once."""
         scores = self.scores(batch)
         reading = self.generator.read(batch.reader)
-        per_passage = fused = None
-        if needs.fused:
+        per_passage = fused = attention = left_out = null = null_score = None
+        if needs.attention:
+            fused, attention = self._fused_with_attention(reading, batch.reader)
+        elif needs.fused:
             bias = retrieval_log_probs(scores, batch.reader.passage_mask, temperature) if needs.score_bias else None
             fused = self.generator.fused_log_probs(reading, batch.reader, bias)
         if needs.per_passage and needs.per_passage_gradient:
             per_passage = self.generator.per_passage_log_probs(reading, batch.reader)
         elif needs.per_passage:  # after the fused pass, whose projections of the passages it may use again
-            per_passage = self._detached_per_passage(reading, batch.reader)
+            per_passage = self._detached(self.generator.per_passage_log_probs, reading, batch.reader)
+        if needs.left_out:
+            left_out = self._detached(self.generator.left_out_log_probs, reading, batch.reader)
+        if needs.null:
+            null = self.generator.null_log_probs(reading, batch.reader)
+            null_score = self.retriever.null_scores(scores)
         return Likelihoods(
             scores=scores,
             per_passage=per_passage,
             fused=fused,
             answer_mask=batch.reader.answer_mask,
             passage_mask=batch.reader.passage_mask,
+            left_out=left_out,
+            attention=attention,
+            null=null,
+            null_score=null_score,
         )
 
     @torch.no_grad()
-    def _detached_per_passage(self, reading: object, batch: ReaderBatch) -> Tensor:
+    def _detached(self, score: Callable[[object, ReaderBatch], Any], reading: object, batch: ReaderBatch) -> Any:
         """A distillation target: dropout off; the passages are encoded again only if dropout touched their encoding."""
         if not (self.generator.training and has_dropout(self.generator)):
-            return self.generator.per_passage_log_probs(reading, batch)
+            return score(reading, batch)
         self.generator.eval()
         try:
-            return self.generator.per_passage_log_probs(self.generator.read(batch), batch)
+            return score(self.generator.read(batch), batch)
         finally:
             self.generator.train()
+
+    def _fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+        """One pass for both; where dropout would touch the attention, another one without it."""
+        if not (self.generator.training and has_dropout(self.generator)):
+            return self.generator.fused_with_attention(reading, batch)
+        _, attention = self._detached(self.generator.fused_with_attention, reading, batch)
+        return self.generator.fused_log_probs(reading, batch), attention
 
     def contrast(self, batch: ContrastBatch) -> Likelihoods:
         """Scores of the spans against the passages of the whole batch, of every trainer's batch."""

@@ -4,7 +4,7 @@ from math import isfinite
 
 from training.settings import ObjectiveConfig
 
-GENERATIVE = ("rag_sequence", "rag_token", "emdr2", "pdist", "fused")
+GENERATIVE = ("rag_sequence", "rag_token", "realm", "emdr2", "pdist", "loop", "adist", "fused")
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")
 
 
@@ -14,6 +14,7 @@ def check_objective(config: ObjectiveConfig) -> None:
     _one_of("level", config.level, ("sequence", "token"))
     _one_of("normalization", config.normalization, ("length", "none"))
     _one_of("reduction", config.reduction, ("batch", "elements"))
+    _one_of("null_score", config.null_score, ("learned", "fixed"))
     _require("temperature", config.temperature, config.temperature > 0, "above 0")
     _require("target_temperature", config.target_temperature, config.target_temperature > 0, "above 0")
     _require("scale", config.scale, config.scale > 0, "above 0")

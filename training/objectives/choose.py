@@ -7,8 +7,8 @@ from torch import Tensor
 
 from training.objectives.check import check_objective
 from training.objectives.contrastive import info_nce
-from training.objectives.distillation import emdr2, pdist
-from training.objectives.likelihood import fused_likelihood, rag_sequence, rag_token
+from training.objectives.distillation import adist, emdr2, loop, pdist
+from training.objectives.likelihood import fused_likelihood, rag_sequence, rag_token, realm
 from training.objectives.likelihoods import Likelihoods, Needs, Stats
 from training.settings import ObjectiveConfig
 
@@ -20,11 +20,17 @@ def needs(config: ObjectiveConfig) -> Needs:
         # likelihood.py: gradient to the generator and to both encoders
         case "rag_sequence" | "rag_token":
             return Needs(per_passage=True, per_passage_gradient=True)
+        case "realm":
+            return Needs(per_passage=True, per_passage_gradient=True, null=True)
         case "fused":
             return Needs(fused=True, score_bias=config.score_bias)
         # distillation.py: the generator learns from its fused likelihood, the retriever from a detached target
         case "emdr2" | "pdist":
             return Needs(fused=True, per_passage=True)
+        case "loop":
+            return Needs(fused=True, left_out=True)
+        case "adist":
+            return Needs(fused=True, attention=True)
         # contrastive.py: no generator
         case "inverse_cloze" | "independent_cropping":
             return Needs(in_batch=True)
@@ -43,6 +49,8 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods) -> tuple[Tensor, Stat
             loss, stats = rag_sequence(outputs, config.temperature)
         case "rag_token":
             loss, stats = rag_token(outputs, config.temperature)
+        case "realm":
+            loss, stats = realm(outputs, config.temperature)
         case "fused":
             loss, stats = fused_likelihood(outputs, config.temperature)
         case "emdr2":
@@ -55,6 +63,11 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods) -> tuple[Tensor, Stat
                 config.weight,
                 config.temperature,
                 config.target_temperature,
+            )
+        case "loop" | "adist":
+            distil = loop if config.name == "loop" else adist
+            loss, stats = distil(
+                outputs, config.reduction, config.weight, config.temperature, config.target_temperature
             )
         case "inverse_cloze" | "independent_cropping":
             loss, stats = info_nce(outputs, config.temperature)

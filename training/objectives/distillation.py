@@ -2,8 +2,10 @@
 
 EMDR2 is Singh et al. 2021, "End-to-End Training of Multi-Document Reader and Retriever", equation 4 (`sequence`); its
 published code sums over passages at every token (`token`). PDist is perplexity distillation of Izacard et al. 2022,
-"Atlas", section 2.2; REPLUG-LSR (Shi et al. 2023) and the LSR of RA-DIT (Lin et al. 2023) differ in temperatures.
-The per-passage log-probabilities are detached here, whatever graph they come with.
+"Atlas", section 2.2; REPLUG-LSR (Shi et al. 2023) and the LSR of RA-DIT (Lin et al. 2023) differ in temperatures. LOOP
+and ADist are its leave-one-out and attention distillation, the latter after Izacard and Grave 2021, "Distilling
+Knowledge from Reader to Retriever", with the norms of the values. The targets are detached here, whatever graph they
+come with.
 """
 
 from torch import Tensor
@@ -66,6 +68,42 @@ def pdist(
             pass
         case _:
             raise ValueError(f"objective.normalization={normalization!r}: allowed are length, none")
+    return _distil(gains, prior, outputs, reduction, weight, target_temperature)
+
+
+def loop(
+    outputs: Likelihoods,
+    reduction: str = "batch",
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    target_temperature: float = 1.0,
+) -> tuple[Tensor, Stats]:
+    """As `pdist` with g = -mean_t f^(-k)_t: the fused loss without passage k, larger the more it is missed."""
+    assert outputs.left_out is not None
+    assert outputs.answer_mask is not None
+    prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
+    totals = answer_tokens(outputs.left_out.detach(), outputs.answer_mask).sum(dim=-1)
+    gains = -totals / answer_lengths(outputs.answer_mask).unsqueeze(-1)
+    return _distil(gains, prior, outputs, reduction, weight, target_temperature)
+
+
+def adist(
+    outputs: Likelihoods,
+    reduction: str = "batch",
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    target_temperature: float = 1.0,
+) -> tuple[Tensor, Stats]:
+    """As `pdist` with g = what the answer's tokens take from passage k by attention (`Likelihoods.attention`)."""
+    assert outputs.attention is not None
+    prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
+    return _distil(outputs.attention.detach(), prior, outputs, reduction, weight, target_temperature)
+
+
+def _distil(
+    gains: Tensor, prior: Tensor, outputs: Likelihoods, reduction: str, weight: float, target_temperature: float
+) -> tuple[Tensor, Stats]:
+    """-mean_t f + weight * KL(softmax_k(gains / target_temperature) || p); gains [batch, k] without gradient."""
     target = retrieval_log_probs(gains, outputs.passage_mask, target_temperature)
     divergence = kl_to_target(target, prior, outputs.passage_mask)
     match reduction:

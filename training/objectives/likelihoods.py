@@ -24,6 +24,10 @@ class Likelihoods:
     answer_mask: Tensor | None = None  # bool [batch, tokens]: False for padding
     per_passage: Tensor | None = None  # l [batch, k, tokens]: log P(y_t | y_<t, q, z_k), 0 at padding
     fused: Tensor | None = None  # f [batch, tokens]: log P(y_t | y_<t, q, z_1..K), 0 at padding
+    left_out: Tensor | None = None  # f^(-k) [batch, k, tokens]: fused without passage k, 0 at padding
+    attention: Tensor | None = None  # [batch, k]: what the fused generator's answer tokens take from each passage
+    null: Tensor | None = None  # [batch, tokens]: log P(y_t | y_<t, q), closed book, 0 at padding
+    null_score: Tensor | None = None  # [batch]: score of the empty passage; None: 0
     positives: Tensor | None = None  # int64 [batch]: column of the positive; contrastive objectives only
     num_questions: float | None = None  # denominator of sums over questions; None: batch
 
@@ -36,6 +40,9 @@ class Needs:
     per_passage_gradient: bool = False  # it carries gradient; otherwise score without gradient and with dropout off
     fused: bool = False  # `Likelihoods.fused`
     score_bias: bool = False  # the fused pass gets `retrieval_log_probs` as passage bias, with gradient
+    left_out: bool = False  # `Likelihoods.left_out`, without gradient and with dropout off
+    attention: bool = False  # `Likelihoods.attention`, without gradient and with dropout off
+    null: bool = False  # `Likelihoods.null`, with gradient, and `null_score` where the system has one
     in_batch: bool = False  # no generator: `contrastive.in_batch` makes the Likelihoods from pairs of vectors
 
 

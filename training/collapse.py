@@ -1,0 +1,83 @@
+"""Whether training makes retrieval worse than it was at the stage's start.
+
+A distillation objective follows its reader: a reader that cannot read yet teaches noise, and the retriever may end
+where every passage scores alike or one wrong passage takes all. Two signs are watched: recall of the brief evaluations
+(mean over the cut-offs measured) below that of the first one, and p(z|q) that became uniform or a single passage
+without more labelled passages among the K than at the start. A retriever that is sure and right has low entropy too:
+that is no collapse.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+WINDOW_STEPS = 20  # steps whose means are compared
+EXTREME = 0.01  # share of log(k) from either end that counts as single passage or as uniform
+RECALL_LOSS = 0.02  # below the start's recall by more than this
+
+
+class Collapsed(ValueError):
+    """Retrieval collapsed and training.on_collapse=stop; starting again from the last checkpoint would end alike."""
+
+
+@dataclass
+class Window:
+    """Sums of steps since the last comparison."""
+
+    entropy: float = 0.0  # share of its maximum
+    gold: float = 0.0
+    counted: int = 0  # steps whose entropy was finite
+    steps: int = 0
+
+
+@dataclass
+class CollapseDetector:
+    """Compares with the start of the stage. `start` is part of the checkpoint; each sign is reported once."""
+
+    start: dict[str, float]
+    window: Window = field(default_factory=Window)
+    reported: set[str] = field(default_factory=set)
+
+    def after_step(self, entropy: float, k: int, gold: float) -> str | None:
+        """What is wrong, at the end of a window of steps; None otherwise. `entropy`: mean of p(z|q) in nats over `k`
+        passages; `gold`: share of questions with a labelled passage among them (0 without labels)."""
+        window = self.window
+        window.steps += 1
+        if k > 1 and math.isfinite(entropy):
+            window.entropy += entropy / math.log(k)
+            window.gold += gold
+            window.counted += 1
+        if window.steps < WINDOW_STEPS:
+            return None
+        self.window = Window()
+        if not window.counted:
+            return None
+        share, gold = window.entropy / window.counted, window.gold / window.counted
+        if "entropy" not in self.start:
+            self.start |= {"entropy": share, "gold": gold}
+        first, first_gold = self.start["entropy"], self.start["gold"]
+        if gold >= max(first_gold - RECALL_LOSS, 0.5):  # it finds what it should
+            return None
+        if share > 1 - EXTREME and first <= 1 - EXTREME:
+            return self._once(
+                "uniform", f"p(z|q) is uniform (entropy {share:.3f} of its maximum, {first:.3f} at first)"
+            )
+        if share < EXTREME and first >= EXTREME and gold <= first_gold + RECALL_LOSS:
+            return self._once("single", f"one passage takes all of p(z|q) (entropy {share:.3f} of its maximum)")
+        return None
+
+    def after_evaluation(self, metrics: dict[str, float]) -> str | None:
+        """What is wrong with an evaluation's ranking; None otherwise, and for the first one, which is the start."""
+        measured = [value for name, value in metrics.items() if name.startswith("recall@") and math.isfinite(value)]
+        if not measured:
+            return None
+        recall = sum(measured) / len(measured)
+        first = self.start.setdefault("recall", recall)
+        if recall < first - RECALL_LOSS:
+            return self._once("recall", f"recall fell to {recall:.3f} from {first:.3f} at the start")
+        return None
+
+    def _once(self, sign: str, text: str) -> str | None:
+        if sign in self.reported:
+            return None
+        self.reported.add(sign)
+        return text

@@ -1,0 +1,196 @@
+"""Looking into the attention of transformers' models, and bending it, without changing their code.
+
+Models of transformers fetch the function that attends (eager, SDPA, ...) from one table at every call. `rerouted` puts
+a function of ours between a model and that function: it gets queries, keys and values as they are multiplied, after
+rotation and caching, so that it works for every architecture and every kernel. Two uses: what a query takes from each
+key (`AttentionMass`, also where the kernel gives no probabilities), and many queries over one copy of keys and values
+(`fold_queries`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+# (attend, module, query, key, value, mask, options) -> what attend(module, query, key, value, mask, **options) returns:
+# output [rows, queries, heads, head_dim] and probabilities [rows, heads, queries, keys] or None. query [rows, heads,
+# queries, head_dim], key and value [rows, key heads, keys, head_dim], mask [rows, 1, queries or 1, keys] or None.
+Route = Callable[
+    [Attend, nn.Module, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], tuple[Tensor, Tensor | None]
+]
+NO_PROBABILITIES = ("flash_attention_2",)  # implementations whose masks are no tensors of queries x keys
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether some layer of `model` attends: false for a state-space model, true for a hybrid. By the names of its
+    parts, before anything is computed; `AttentionMass.per_key` refuses what only looks like attention."""
+    return any("attention" in type(module).__name__.lower() for module in model.modules())
+
+
+def check_attention(model: nn.Module, attention: str, objective: str) -> None:
+    """Raises ValueError where `objective` needs what a generator's tokens attend to and `model` cannot tell."""
+    if not has_attention(model):
+        raise ValueError(
+            f"objective.name={objective} reads the attention of the generator, and {type(model).__name__} has none (a "
+            "state-space model); allowed: a generator with attention layers, or another objective, such as pdist or "
+            "loop"
+        )
+    if attention in NO_PROBABILITIES:
+        raise ValueError(
+            f"generator.attention={attention} gives no attention probabilities; allowed with "
+            f"objective.name={objective}: auto, eager, sdpa"
+        )
+
+
+@contextmanager
+def rerouted(model: nn.Module, route: Route) -> Iterator[None]:
+    """Inside, every attention of `model`'s layers goes through `route`; other models are left alone."""
+    own = {id(module) for module in model.modules()}
+    table: Any = ALL_ATTENTION_FUNCTIONS
+    find, outer = table.get_interface, vars(table).get("get_interface")
+
+    def find_rerouted(implementation: str, default: Attend) -> Attend:
+        attend = find(implementation, default)
+
+        def attend_rerouted(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        ) -> tuple[Tensor, Tensor | None]:
+            if id(module) not in own:
+                return attend(module, query, key, value, mask, **options)
+            return route(attend, module, query, key, value, mask, options)
+
+        return attend_rerouted
+
+    table.get_interface = find_rerouted
+    try:
+        yield
+    finally:
+        if outer is None:
+            del table.get_interface
+        else:  # inside another rerouting
+            table.get_interface = outer
+
+
+class AttentionMass:
+    """A route that only looks: attention probability times the norm of the value vector, averaged over heads, summed
+    over layers and over chosen queries, for each key; without gradient.
+
+    places int64 [rows, n]: which queries; counted bool [rows, n]: which of them count. cross: only attention to an
+    encoder's states, else all attention.
+    """
+
+    def __init__(self, places: Tensor, counted: Tensor, cross: bool) -> None:
+        self.places, self.counted, self.cross = places, counted, cross
+        self._total: Tensor | None = None
+
+    def __call__(
+        self,
+        attend: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        output, weights = attend(module, query, key, value, mask, **options)
+        if not (self.cross and is_causal(module)):
+            with torch.no_grad():
+                if weights is None:
+                    chosen = self._weights(module, query, key, mask, options)
+                else:
+                    chosen = _pick(weights, self.places)
+                self._add(chosen.float(), value)
+        return output, weights
+
+    def per_key(self) -> Tensor:
+        """float32 [rows, keys]. Raises ValueError where no layer attended."""
+        if self._total is None:
+            raise ValueError(
+                "objective.name=adist: no layer of this generator attends in a way that can be read; use another "
+                "objective, such as pdist or loop"
+            )
+        return self._total
+
+    def _add(self, weights: Tensor, value: Tensor) -> None:
+        """weights [rows, heads, n, keys]; value [rows, key heads, keys, head_dim]."""
+        counted = self.counted[:, None, None, :].to(weights.dtype)
+        taken = (counted @ weights).squeeze(2)  # [rows, heads, keys]
+        norms = torch.linalg.vector_norm(value.float(), dim=-1)
+        norms = norms.repeat_interleave(taken.shape[1] // norms.shape[1], dim=1)
+        mass = (taken * norms).mean(dim=1)
+        self._total = mass if self._total is None else self._total + mass
+
+    def _weights(
+        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        """Probabilities of the chosen queries, for a kernel that keeps its own to itself."""
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        chosen = _pick(query, self.places)
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        logits = (chosen @ keys.transpose(-1, -2)).float() * scaling
+        if options.get("position_bias") is not None:
+            logits = logits + _pick(options["position_bias"], self.places)
+        if mask is None and is_causal(module):  # the kernel makes it itself
+            later = torch.arange(key.shape[2], device=key.device) > self.places[:, None, :, None]
+            return logits.masked_fill(later, torch.finfo(logits.dtype).min).softmax(dim=-1)
+        if mask is None:
+            return logits.softmax(dim=-1)
+        mask = _pick(mask, self.places)[..., : key.shape[2]]
+        if mask.dtype == torch.bool:
+            return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(dim=-1)
+        return (logits + mask).softmax(dim=-1)
+
+
+def fold_queries(times: int) -> Route:
+    """A route for rows that come `times` in a row for each row of an encoder's states: their queries stand side by side
+    over one copy of its keys and values, which would be repeated otherwise."""
+
+    def route(
+        attend: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        if is_causal(module) or key.shape[0] == query.shape[0]:
+            return attend(module, query, key, value, mask, **options)
+        tokens = query.shape[2]
+        if options.get("position_bias") is not None:
+            options = {**options, "position_bias": fold(options["position_bias"], times, tokens, len(query))}
+        mask = fold(mask, times, tokens, len(query)) if mask is not None else None
+        output, _ = attend(module, fold(query, times, tokens, len(query)), key, value, mask, **options)
+        return output.unflatten(1, (times, tokens)).flatten(0, 1), None
+
+    return route
+
+
+def fold(tensor: Tensor, times: int, tokens: int, rows: int) -> Tensor:
+    """[rows, heads, tokens, n] to [rows / times, heads, times * tokens, n]; an axis of 1 stands for all rows or all
+    tokens."""
+    tensor = tensor.expand(-1, -1, tokens, -1)
+    if tensor.shape[0] != rows:
+        return tensor.repeat(1, 1, times, 1)
+    return tensor.unflatten(0, (rows // times, times)).transpose(1, 2).flatten(2, 3)
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether a layer attends to what stands before it in its own sequence; in a decoder, the others are its
+    cross-attention."""
+    return bool(getattr(module, "is_causal", False))
+
+
+def _pick(tensor: Tensor, places: Tensor) -> Tensor:
+    """Queries `places` [rows, n] of [rows, heads, queries, m]; axes of 1 stay."""
+    if tensor.shape[2] == 1:
+        return tensor
+    tensor = tensor.expand(len(places), -1, -1, -1)
+    index = places[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)
