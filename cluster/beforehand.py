@@ -11,6 +11,7 @@ from indexing.build import check_config
 from indexing.merge import check_k
 from indexing.shard import shard_ranges
 from training.checkpoint import newest_checkpoint
+from training.models.shape import check_context
 from training.objectives.choose import needs
 
 # A resume goes on with the same model, data and seed; everything else may be set anew.
@@ -18,16 +19,21 @@ SAME_RUN = (
     *("run.seed", "run.init_from", "corpus.", "questions.path", "questions.train", "questions.as_of"),
     *("encoder.name", "encoder.fresh.", "encoder.tokenizer.", "encoder.towers", "encoder.pooling", "encoder.normalize"),
     *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
-    *("objective.name", "training.train"),
+    *("encoder.lora.", "generator.lora.", "objective.name", "training.train"),
 )
 
 
 def check_models(settings: Settings) -> None:
-    """Refuse a model folder that is not there; whether a name of the hub exists is seen when it is read."""
+    """Refuse a model folder that is not there (whether a name of the hub exists is seen when it is read), and passages
+    that a generator has no context for."""
     for section, name in (("encoder", settings.encoder.name), ("generator", settings.generator.name)):
         is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    needed = needs(settings.objective)
+    if not needed.in_batch and settings.retrieval.source != "none":
+        decoding = (settings.evaluation.decoding.mode, *settings.evaluation.also)
+        check_context(settings.generator, settings.retrieval.k, fused=needed.fused or "fused" in decoding)
 
 
 def check_same_run(settings: Settings) -> None:

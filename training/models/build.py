@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from training.adapters import add_adapters
 from training.models.copy_reader import CopyReader
 from training.models.encoder import build_retriever
 from training.models.generator import Generator
@@ -23,13 +24,19 @@ def build_system(
 ) -> System:
     """The system with `requires_grad` set for `train`; fresh weights depend on `seed` alone, not on what ran before.
 
+    With `lora.rank`, what trains are adapters, and what does not train has none.
+
     `tokenizers` are the retriever's and the generator's. Raises ValueError that names the setting.
     """
     torch.manual_seed(seed)
     retriever = build_retriever(encoder, train, len(tokenizers[0]))
     torch.manual_seed(seed + 1)
     reader = build_generator(generator, tokenizers[1])
-    reader.requires_grad_(train in ("both", "query_only", "generator_only"))
+    trains = train in ("both", "query_only", "generator_only")
+    reader.requires_grad_(trains)
+    if generator.lora.rank and trains:
+        assert isinstance(reader.model, PreTrainedModel)
+        add_adapters(reader.model, generator.lora, "generator.lora")
     return System(retriever, reader)
 
 
