@@ -65,8 +65,8 @@ def _ends(name: str, end: str) -> bool:
 
 
 def adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and layer of everything below `module` that has an adapter."""
-    for name, layer in module.named_modules():
+    """Name and layer of everything below `module` that has an adapter; a layer of shared towers under all its names."""
+    for name, layer in module.named_modules(remove_duplicate=False):
         if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
             yield name, layer
 
@@ -80,7 +80,7 @@ def has_adapters(module: nn.Module) -> bool:
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
     """Inside, every layer below `module` computes without its adapter: the system as it was when its stage started.
     What requires a gradient stays as it is."""
-    layers = [layer for _, layer in adapted(module)]
+    layers = list({id(layer): layer for _, layer in adapted(module)}.values())
     # peft's own switch also sets requires_grad, of adapters that another part of the system does not train, too.
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -94,10 +94,12 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` (whole weights of `module`, names relative to it) as that of the model without adapters, each adapter
+    """`state` (whole weights of `module`, shared ones under any of their names) as that of the model without adapters, each adapter
     added to its layer's weight."""
     result = dict(state)
     for name, layer in adapted(module):
+        if f"{name}.base_layer.weight" not in result:
+            continue
         a = result.pop(f"{name}.lora_A.{ADAPTER}.weight")
         b = result.pop(f"{name}.lora_B.{ADAPTER}.weight")
         change = layer.scaling[ADAPTER] * (b @ a)

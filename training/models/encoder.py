@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
 from training.adapters import add_adapters, merged
 from training.models.checkpoint_layout import POOLINGS, DenseLayout, Layout, read_layout
 from training.models.packing import by_length, row_lengths
 from training.models.pretrained import choose_attention, load_pretrained, num_positions
+from training.models.recompute import recomputed
 from training.models.weights import from_numpy
 from training.settings import EncoderConfig
 
@@ -120,12 +120,11 @@ class Retriever(nn.Module):
         caching, Gao et al. 2021, arXiv:2101.06983): the same gradients, in the one backward pass that DeepSpeed needs.
         """
         chunk = self.gradient_cache_passages
-        if not (chunk and torch.is_grad_enabled() and any(p.requires_grad for p in self.passage_encoder.parameters())):
+        if not (chunk and torch.is_grad_enabled()):
             return self.passage_encoder(ids, mask)
         order = torch.argsort(row_lengths(mask), stable=True)  # like lengths together: less padding in a part
-        parts: list[Any] = [
-            checkpoint(self.passage_encoder, ids[rows], mask[rows], use_reentrant=False) for rows in order.split(chunk)
-        ]
+        weights = list(self.passage_encoder.parameters())
+        parts = [recomputed(self.passage_encoder, (ids[rows], mask[rows]), weights) for rows in order.split(chunk)]
         return torch.cat(parts)[torch.argsort(order)]
 
     def scores(self, queries: Tensor, passages: Tensor) -> Tensor:

@@ -13,13 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 from training.models import likelihood
 from training.models.pretrained import is_sharded
+from training.models.recompute import recomputed
 
 WHOLE_ELEMENTS = 2**25  # tokens x vocabulary up to here (128 MiB in float32) are computed at once: nothing is repeated
 
@@ -31,7 +31,14 @@ class Head:
         self.model, self.chunk_tokens = model, chunk_tokens
         encoder_decoder = model.config.is_encoder_decoder
         self.body: Any = model.get_decoder() if encoder_decoder else model.base_model
+        self.weights: list[nn.Parameter] = list(model.get_output_embeddings().parameters())
         self.vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def is_all_else(self) -> bool:
+        """Whether encoder, body and output embeddings have all weights of the model between them."""
+        parts = [self.body, *([self.model.get_encoder()] if self.model.config.is_encoder_decoder else [])]
+        known = {id(weight) for part in parts for weight in part.parameters()} | {id(weight) for weight in self.weights}
+        return all(id(weight) in known for weight in self.model.parameters())
 
     def states(self, **inputs: Any) -> Tensor:
         """[rows, tokens, dim]: the body's last hidden states of `inputs`."""
@@ -43,15 +50,9 @@ class Head:
         num_chunks = self._num_chunks(targets)
         if num_chunks == 1:
             return likelihood.token_log_probs(self.logits(states), targets, mask)
-        parts = []
         flat = (states.flatten(0, 1), targets.flatten(), mask.flatten())
-        for chunk in zip(*(tensor.tensor_split(num_chunks) for tensor in flat), strict=True):
-            if torch.is_grad_enabled():
-                part = checkpoint(self._chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-            else:
-                part = self._chunk(*chunk)
-            parts.append(cast(Tensor, part))
-        return torch.cat(parts).view(targets.shape)
+        chunks = zip(*(tensor.tensor_split(num_chunks) for tensor in flat), strict=True)
+        return torch.cat([recomputed(self._chunk, chunk, self.weights) for chunk in chunks]).view(targets.shape)
 
     def logits(self, states: Tensor) -> Tensor:
         """[rows, tokens, vocabulary] of `states`, as the model makes them."""
@@ -106,11 +107,13 @@ def find_head(model: PreTrainedModel, chunk_tokens: int) -> Head | None:
     0 or the head cannot be told from the rest (then all logits are made at once)."""
     if chunk_tokens == 0:
         return None
-    head = Head(model, chunk_tokens)
     ids = torch.arange(3, device=model.device)[None]
     was_training, call = model.training, cast(Any, model)
     model.eval()
     try:
+        head = Head(model, chunk_tokens)
+        if not head.is_all_else():
+            return None
         if model.config.is_encoder_decoder:
             encoded = model.get_encoder()(input_ids=ids)
             whole = call(encoder_outputs=encoded, decoder_input_ids=ids, use_cache=False).logits
