@@ -94,8 +94,8 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` (whole weights of `module`, shared ones under any of their names) as that of the model without adapters, each adapter
-    added to its layer's weight."""
+    """`state` (whole weights of `module`, shared ones under any of their names) as that of the model without adapters,
+    each adapter added to its layer's weight."""
     result = dict(state)
     for name, layer in adapted(module):
         if f"{name}.base_layer.weight" not in result:

@@ -7,7 +7,6 @@ from training.models.checkpoint_layout import find_file
 from training.settings import GeneratorConfig
 
 STATE_SPACE = ("mamba", "mamba2")  # of generator.fresh.family
-DEFAULT_POSITIONS = {"bart", "mbart", "pegasus", "blenderbot", "m2m_100", "marian", "led"}  # encoders with a limit
 
 
 @dataclass(frozen=True)
