@@ -1,6 +1,5 @@
 """What can be refused before anything is written, started or trained; each refusal is one ValueError."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from indexing.build import check_config
 from indexing.merge import check_k
 from indexing.shard import shard_ranges
 from training.checkpoint import newest_checkpoint
+from training.models.shape import check_context, read_shape
 from training.objectives.choose import needs
 
 # A resume goes on with the same model, data and seed; everything else may be set anew.
@@ -19,27 +19,26 @@ SAME_RUN = (
     *("run.seed", "run.init_from", "corpus.", "questions.path", "questions.train", "questions.as_of"),
     *("encoder.name", "encoder.fresh.", "encoder.tokenizer.", "encoder.towers", "encoder.pooling", "encoder.normalize"),
     *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
-    *("objective.name", "training.train"),
+    *("encoder.lora.", "generator.lora.", "objective.name", "training.train"),
 )
-# Families of transformers in which nothing attends (state-space models).
-WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
 
 def check_models(settings: Settings) -> None:
-    """Refuse a model folder that is not there; whether a name of the hub exists is seen when it is read."""
+    """Refuse a model folder that is not there (whether a name of the hub exists is seen when it is read), and passages
+    that a generator has no context for."""
     for section, name in (("encoder", settings.encoder.name), ("generator", settings.generator.name)):
         is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
-    if needs(settings.objective).attention and _family(settings.generator.name) in WITHOUT_ATTENTION:
-        allowed = f"must have attention with objective.name={settings.objective.name}; this is a state-space model"
-        raise refuse("generator.name", settings.generator.name, allowed)
-
-
-def _family(name: str) -> str:
-    """What the model folder `name` says it is, before anything is loaded; empty for what is no folder."""
-    path = Path(name) / "config.json"
-    return str(json.loads(path.read_text(encoding="utf-8")).get("model_type")) if name and path.is_file() else ""
+    needed = needs(settings.objective)
+    if needed.attention:
+        shape = read_shape(settings.generator)
+        if shape is not None and not shape.attention:
+            allowed = f"must have attention with objective.name={settings.objective.name}; this is a state-space model"
+            raise refuse("generator.name", settings.generator.name or settings.generator.fresh.family, allowed)
+    if not needed.in_batch and settings.retrieval.source != "none":
+        decoding = (settings.evaluation.decoding.mode, *settings.evaluation.also)
+        check_context(settings.generator, settings.retrieval.k, fused=needed.fused or "fused" in decoding)
 
 
 def check_same_run(settings: Settings) -> None:

@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "encoder.normalize": ("auto", "true", "false"),
     "encoder.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "generator.kind": ("copy", "fusion", "causal"),
+    "generator.fresh.family": ("llama", "gpt2", "qwen2", "mamba", "mamba2", "jamba"),
     "generator.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "objective.name": (
         *("rag_sequence", "rag_token", "realm", "emdr2", "pdist", "loop", "adist", "fused"),
@@ -53,7 +54,7 @@ POSITIVE = {
     *("encoder.fresh.num_layers", "encoder.fresh.hidden", "encoder.fresh.num_heads", "encoder.fresh.intermediate"),
     *("encoder.tokenizer.vocabulary", "generator.tokenizer.vocabulary", "generator.length_groups"),
     *("generator.fresh.num_encoder_layers", "generator.fresh.num_decoder_layers", "generator.fresh.hidden"),
-    *("generator.fresh.num_heads", "generator.fresh.intermediate"),
+    *("generator.fresh.num_heads", "generator.fresh.intermediate", "encoder.lora.alpha", "generator.lora.alpha"),
     *("generator.max_question_tokens", "generator.max_passage_tokens", "generator.max_answer_tokens"),
     *("objective.temperature", "objective.target_temperature", "objective.scale", "objective.min_span"),
     *("retrieval.k", "index.num_shards", "index.nprobe", "index.training_sample", "index.keep_generations"),
@@ -66,7 +67,7 @@ POSITIVE = {
 }
 SHARES = {
     *("corpus.world.lookalike_probability", "corpus.world.swap_fraction"),
-    *("encoder.fresh.dropout", "generator.fresh.dropout"),
+    *("encoder.fresh.dropout", "generator.fresh.dropout", "encoder.lora.dropout", "generator.lora.dropout"),
     *("objective.keep_probability", "objective.title_probability", "objective.drop_probability"),
     *("engine.beta1", "engine.beta2"),
 }
@@ -170,6 +171,7 @@ def _check_models(settings: Settings) -> None:
         raise refuse("generator.fresh.hidden", fresh.hidden, allowed)
     if settings.generator.kind == "copy" and settings.generator.name:
         raise refuse("generator.name", settings.generator.name, "must be empty with generator.kind=copy (always fresh)")
+    _check_lora(settings)
     engine = settings.engine
     if engine.zero_stage > 3:
         raise refuse("engine.zero_stage", engine.zero_stage, "must be 0, 1, 2 or 3")
@@ -178,6 +180,23 @@ def _check_models(settings: Settings) -> None:
     for setting, beta in (("engine.beta1", engine.beta1), ("engine.beta2", engine.beta2)):
         if beta == 1:
             raise refuse(setting, beta, "must be below 1")
+
+
+def _check_lora(settings: Settings) -> None:
+    if settings.generator.lora.rank and settings.generator.kind == "copy":
+        raise refuse("generator.lora.rank", settings.generator.lora.rank, "must be 0 with generator.kind=copy")
+    for section, model in (("encoder", settings.encoder), ("generator", settings.generator)):
+        lora = model.lora
+        if not lora.rank:
+            continue
+        if not model.name and not settings.run.init_from:
+            allowed = f"must be 0, or {section}.name or run.init_from given: adapters do not train random weights"
+            raise refuse(f"{section}.lora.rank", lora.rank, allowed)
+        if lora.dropout == 1:
+            raise refuse(f"{section}.lora.dropout", lora.dropout, "must be below 1")
+        if not lora.target_modules or ("auto" in lora.target_modules and len(lora.target_modules) > 1):
+            allowed = "must be [auto] or names of layers"
+            raise refuse(f"{section}.lora.target_modules", lora.target_modules, allowed)
 
 
 def _has_score_bias(objective: ObjectiveConfig) -> bool:

@@ -2,7 +2,7 @@
 
     engine/             DeepSpeed's weights, fp32 masters and optimiser state, one file per rank
     rank-R.pt           what rank R alone knows: random states, place in the data
-    model.safetensors   weights by name, for evaluation and for the next stage
+    model.safetensors   weights by name (adapters merged), for evaluation and for the next stage
     state.json          what all ranks know: step, loop counters, index generation
     ...                 copies (configuration, tokenisers)
     manifest.json       size and checksum of all of it, written last
@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from indexing import snapshot
+from training.adapters import has_adapters
 from training.named_weights import tied_names
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def save_checkpoint(
     weights = engine.consolidated_state()  # collective: also on a rank that has failed
 
     def write_shared() -> None:
-        save_file(_as_saved(weights, engine.weights_dtype), directory / WEIGHTS, _metadata(engine))
+        # An adapter's small changes would be lost in 16 bits.
+        dtype = torch.float32 if has_adapters(engine.module) else engine.weights_dtype
+        save_file(_as_saved(weights, dtype), directory / WEIGHTS, _metadata(engine))
         (directory / "state.json").write_text(json.dumps(dict(state), allow_nan=False))
         for name, source in (files or {}).items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from training.adapters import merged
 from training.engine_setup import check_groups, check_settings, concrete_precision, deepspeed_config
 from training.gated_adamw import GatedAdamW
 from training.named_weights import match_weights, named_weights
@@ -136,7 +137,8 @@ class Engine(Ranks):
     # ---------------------------------------------------------------- weights by name
 
     def consolidated_state(self, prefix: str | None = None) -> dict[str, Tensor]:
-        """The weights that compute, as fp32 CPU tensors, on rank 0; {} elsewhere. Collective under ZeRO 3.
+        """The weights that compute, as fp32 CPU tensors, on rank 0; {} elsewhere. Collective under ZeRO 3. Adapters are
+        merged into the weights that they change.
 
         `prefix`: name of a submodule ("retriever.passage_encoder"), then the names are relative to it. A tensor with
         several names appears under the first one.
@@ -148,7 +150,7 @@ class Engine(Ranks):
                 for name, tensor in bucket:
                     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
                     state[name] = tensor.detach().to("cpu", dtype, copy=True)
-        return state
+        return merged(root, state) if state else state
 
     def load_consolidated(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
         """Copy rank 0's `state` (what other ranks pass is not read) into all ranks' weights; fp32 master copies

@@ -15,30 +15,49 @@ def named_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
-    """Every further name of a tensor, and the first name that `named_weights` lists it under."""
-    return {name: names[0] for names, _ in _tensors(module) for name in names[1:]}
+    """Every further name of a tensor, and the first name that `named_weights` lists it under; names as without
+    adapters."""
+    weights = [names for names, _ in _tensors(module) if not is_adapter(names[0])]
+    return {plain_name(name): plain_name(names[0]) for names in weights for name in names[1:]}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether this is a weight of a low-rank adapter (`training/adapters.py`)."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def plain_name(name: str) -> str:
+    """The name of a layer's own weight in the model without adapters."""
+    return name.replace(".base_layer.", ".")
 
 
 def match_weights(module: nn.Module, state: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
     """The entries of `state` under the names of `named_weights`; a tied weight may stand under any of its names.
+
+    `state` knows no adapters: it goes below those of `module`, whose second factors become zero.
 
     Raises ValueError naming the weights: shapes that differ, two values for one weight and, where `strict`, missing
     or unknown names.
     """
     matched, missing, known = {}, [], set()
     for names, tensor in _tensors(module):
-        known.update(names)
-        present = [name for name in names if name in state]
+        shape = getattr(tensor, "ds_shape", tensor.shape)  # ZeRO 3 keeps the whole shape here
+        if is_adapter(names[0]):
+            if ".lora_B." in names[0]:
+                matched[names[0]] = torch.zeros(shape)
+            continue
+        plain = [plain_name(name) for name in names]
+        known.update(plain)
+        present = [name for name in plain if name in state]
         if not present:
-            missing.append(names[0])
+            missing.append(plain[0])
             continue
         value = state[present[0]]
         for other in present[1:]:
             if state[other] is not value and not torch.equal(state[other], value):
                 raise ValueError(f"{present[0]} and {other} are one weight of this model and differ in what is loaded")
-        shape = getattr(tensor, "ds_shape", tensor.shape)  # ZeRO 3 keeps the whole shape here
         if value.shape != shape:
-            raise ValueError(f"{names[0]} has shape {tuple(shape)} in this model and {tuple(value.shape)} in the file")
+            raise ValueError(f"{plain[0]} has shape {tuple(shape)} in this model and {tuple(value.shape)} in the file")
         matched[names[0]] = value
     unknown = sorted(state.keys() - known)
     if strict and (missing or unknown):

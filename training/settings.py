@@ -24,6 +24,17 @@ class TokenizerConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters of linear layers; the model's own weights stay as they are (Hu et al. 2021,
+    arXiv:2106.09685). Whatever leaves the trainer (published weights, checkpoints) has them merged in."""
+
+    rank: int = 0  # 0: off, all weights train
+    alpha: float = 16.0  # the adapter's product is scaled by alpha / rank
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["auto"])  # ends of names; auto: every linear layer
+
+
+@dataclass
 class EncoderConfig:
     """The retriever's towers."""
 
@@ -40,6 +51,10 @@ class EncoderConfig:
     length_groups: int = 4  # passages are sorted by length into so many trimmed groups
     attention: str = "auto"  # auto (eager on CPU, sdpa on GPU) | eager | sdpa | flash_attention_2
     gradient_checkpointing: bool = False
+    # Passages whose activations the passage encoder keeps at a time; the rest is computed again in the backward pass
+    # (gradient caching), so that memory does not grow with k. 0: all are kept.
+    gradient_cache_passages: int = 0
+    lora: LoraConfig = field(default_factory=LoraConfig)
     trust_remote_code: bool = False
 
 
@@ -47,6 +62,7 @@ class EncoderConfig:
 class FreshGeneratorConfig:
     """Size of a generator that starts from random weights."""
 
+    family: str = "llama"  # causal: llama | gpt2 | qwen2 | mamba | mamba2 | jamba (attention every other layer)
     num_encoder_layers: int = 2
     num_decoder_layers: int = 1
     hidden: int = 128
@@ -71,6 +87,8 @@ class GeneratorConfig:
     length_groups: int = 4
     attention: str = "auto"
     gradient_checkpointing: bool = False
+    loss_chunk_tokens: int = 512  # logits of so many tokens at a time where all are many; 0: always all at once
+    lora: LoraConfig = field(default_factory=LoraConfig)
     trust_remote_code: bool = False
 
 

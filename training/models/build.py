@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from training.adapters import add_adapters
 from training.models.copy_reader import CopyReader
 from training.models.encoder import NullScore, Retriever, build_retriever, set_trainable
 from training.models.generator import Generator
@@ -28,7 +29,8 @@ def build_system(
     """The system with `requires_grad` set for `train`; fresh weights depend on `seed` alone, not on what ran before.
 
     `tokenizers` are the retriever's and the generator's. `objective`: what it will be trained with, for what only that
-    needs. Raises ValueError that names the setting.
+    needs. With `lora.rank`, what trains are adapters, and what does not train has none. Raises ValueError that names
+    the setting.
     """
     torch.manual_seed(seed)
     retriever = build_retriever(encoder, train, len(tokenizers[0]))
@@ -36,7 +38,11 @@ def build_system(
     reader = build_generator(generator, tokenizers[1])
     if objective is not None:
         _fit_objective(objective, retriever, reader, train)
-    reader.requires_grad_(train in ("both", "query_only", "generator_only"))
+    trains = train in ("both", "query_only", "generator_only")
+    reader.requires_grad_(trains)
+    if generator.lora.rank and trains:
+        assert isinstance(reader.model, PreTrainedModel)
+        add_adapters(reader.model, generator.lora, "generator.lora")
     return System(retriever, reader)
 
 

@@ -10,23 +10,24 @@ import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from training.models import likelihood
 from training.models.attention import AttentionMass, check_attention, rerouted
+from training.models.fresh_causal import fresh_causal
 from training.models.generator import Decoded, Generator, ReaderBatch
+from training.models.head import find_head
 from training.models.packing import length_groups, pad_rows, restore_order, row_lengths
 from training.models.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained
+from training.models.shape import context_of
 from training.models.sides import passage_template, plain_ids, prompt_template, surrounding_tokens
 from training.models.tokenizers import end_id, pad_id, start_id
 from training.settings import GeneratorConfig
-
-FRESH_CONTEXT = 8192  # tokens; rotary positions cost nothing
 
 
 @dataclass
@@ -41,13 +42,14 @@ class CausalBatch(ReaderBatch):
 
 
 class CausalGenerator(Generator):
-    """A causal language model of transformers, or a fresh Llama of `generator.fresh`'s size (its decoder layers)."""
+    """A causal language model of transformers (attention, state-space or hybrid), or a fresh one of `generator.fresh`'s
+    family and size (its decoder layers)."""
 
     def __init__(self, config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
         self.config = config
         self.attention = choose_attention(config.attention, "generator.attention")
-        self.model = self._checkpoint() if config.name else self._fresh(tokenizer)
+        self.model = self._checkpoint() if config.name else fresh_causal(config.fresh, tokenizer, self.attention)
         check_vocabulary(self.model, len(tokenizer))
         self.end_id, self.pad_id = end_id(tokenizer), pad_id(tokenizer)
         literals, self.fields = prompt_template(config)
@@ -60,9 +62,9 @@ class CausalGenerator(Generator):
         self.start = np.array(surrounding_tokens(tokenizer)[0], dtype=np.int64)
         suffix = passage_template(config)[0][-1]
         self.after_passage = np.array(plain_ids(tokenizer, [suffix])[0], dtype=np.int64)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.context = int(limit) if limit else None
+        self.context = context_of(self.model.config)
         self.keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        self.head = find_head(self.model, config.loss_chunk_tokens)
         self.model.generation_config = likelihood.generation_settings(
             self.model, self.end_id, self.pad_id, start_id(tokenizer)
         )
@@ -197,25 +199,34 @@ class CausalGenerator(Generator):
         groups = length_groups(mask, self.config.length_groups)
         outputs: list[Tensor] = []
         for rows, length in groups:
-            first = int(lengths[rows].min()) - 1  # no logits are needed before it: the token at p is predicted at p - 1
-            before = (places[rows] - 1).clamp(max=length - 1)  # where each target is predicted
+            inputs = {"input_ids": ids[rows, :length], "attention_mask": mask[rows, :length].long()}
+            before = (places[rows] - 1).clamp(max=length - 1)  # the token at p is predicted at p - 1
             route = AttentionMass(before, target_mask[rows], cross=False)
             with rerouted(self.model, route) if mass is not None else nullcontext():
-                logits = self._logits(ids[rows, :length], mask[rows, :length], first)[:, :-1]
+                outputs.append(self._target_log_probs(inputs, before, targets[rows], target_mask[rows]))
             if mass is not None:
                 taken = route.per_key()[:, : mass.shape[1]]
                 mass[rows, : taken.shape[1]] = taken
-            follows = mask[rows, first + 1 : length]
-            log_probs = likelihood.token_log_probs(logits, ids[rows, first + 1 : length], follows)
-            at = (before - first).clamp(max=log_probs.shape[1] - 1)
-            outputs.append(log_probs.gather(1, at).masked_fill(~target_mask[rows], 0.0))
         return restore_order(outputs, groups)
 
-    def _logits(self, ids: Tensor, mask: Tensor, first: int) -> Tensor:
+    def _target_log_probs(
+        self, inputs: dict[str, Tensor], before: Tensor, targets: Tensor, target_mask: Tensor
+    ) -> Tensor:
+        """float32 [rows, tokens]: log-probabilities of `targets`, each predicted at its place `before`."""
+        if self.head is not None:
+            states = self.head.states(**inputs)
+            states = states.gather(1, before[..., None].expand(-1, -1, states.shape[-1]))
+            return self.head.log_probs(states, targets, target_mask)
+        first = int(before.min())  # no logits are needed before it
+        logits = self._logits(inputs, first)
+        logits = logits.gather(1, (before - first)[..., None].expand(-1, -1, logits.shape[-1]))
+        return likelihood.token_log_probs(logits, targets, target_mask)
+
+    def _logits(self, inputs: dict[str, Tensor], first: int) -> Tensor:
         """Logits [rows, tokens - first, vocabulary] from place `first` on."""
         model: Any = self.model
-        options = {"logits_to_keep": ids.shape[1] - first} if self.keeps_logits else {}
-        logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **options).logits
+        options = {"logits_to_keep": inputs["input_ids"].shape[1] - first} if self.keeps_logits else {}
+        logits = model(**inputs, use_cache=False, **options).logits
         return logits if self.keeps_logits else logits[:, first:]
 
     def _check_context(self, tokens: int) -> None:
@@ -231,33 +242,10 @@ class CausalGenerator(Generator):
             AutoModelForCausalLM,
             self.config.name,
             "generator.name",
-            attn_implementation=self.attention,
+            # On a GPU `auto` leaves it to transformers, which knows the models that have no sdpa.
+            attn_implementation=None if (self.config.attention, self.attention) == ("auto", "sdpa") else self.attention,
             trust_remote_code=self.config.trust_remote_code,
         )
-
-    def _fresh(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-        """A Llama with random weights and tied embeddings."""
-        fresh = self.config.fresh
-        if fresh.hidden % (2 * fresh.num_heads):
-            raise ValueError(
-                f"generator.fresh.hidden is {fresh.hidden}; allowed: a multiple of 2 * num_heads={2 * fresh.num_heads}"
-            )
-        options: dict[str, Any] = {"attn_implementation": self.attention}
-        shape = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=fresh.hidden,
-            intermediate_size=fresh.intermediate,
-            num_hidden_layers=fresh.num_decoder_layers,
-            num_attention_heads=fresh.num_heads,
-            attention_dropout=fresh.dropout,
-            max_position_embeddings=FRESH_CONTEXT,
-            pad_token_id=pad_id(tokenizer),
-            bos_token_id=start_id(tokenizer),
-            eos_token_id=end_id(tokenizer),
-            tie_word_embeddings=True,
-            **options,
-        )
-        return cast(PreTrainedModel, LlamaForCausalLM(shape))
 
 
 def without_tokens(ids: Tensor, mask: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:

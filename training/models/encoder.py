@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
+from training.adapters import add_adapters, merged
 from training.models.checkpoint_layout import POOLINGS, DenseLayout, Layout, read_layout
 from training.models.packing import by_length, row_lengths
 from training.models.pretrained import choose_attention, load_pretrained, num_positions
+from training.models.recompute import recomputed
 from training.models.weights import from_numpy
 from training.settings import EncoderConfig
 
@@ -92,7 +94,13 @@ class NullScore(nn.Module):
 class Retriever(nn.Module):
     """Query tower and passage tower. Shared towers are one object; separate ones share nothing."""
 
-    def __init__(self, query_encoder: TextEncoder, passage_encoder: TextEncoder, temperature: float) -> None:
+    def __init__(
+        self,
+        query_encoder: TextEncoder,
+        passage_encoder: TextEncoder,
+        temperature: float,
+        gradient_cache_passages: int = 0,
+    ) -> None:
         super().__init__()
         if query_encoder.dim != passage_encoder.dim:
             raise ValueError(f"query vectors have {query_encoder.dim} numbers, passage vectors {passage_encoder.dim}")
@@ -100,6 +108,7 @@ class Retriever(nn.Module):
         self.passage_encoder = passage_encoder
         self.temperature = temperature
         self.null: NullScore | None = None  # only where an objective learns it
+        self.gradient_cache_passages = gradient_cache_passages
 
     @property
     def shared(self) -> bool:
@@ -120,8 +129,17 @@ class Retriever(nn.Module):
         return self.query_encoder(ids, mask)
 
     def encode_passages(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """float32 [n, dim] of passage tokens [n, t]."""
-        return self.passage_encoder(ids, mask)
+        """float32 [n, dim] of passage tokens [n, t]. With `gradient_cache_passages`, all are encoded without a graph,
+        and so many at a time again with one, and the same dropout, when the gradient reaches their vectors (gradient
+        caching, Gao et al. 2021, arXiv:2101.06983): the same gradients, in the one backward pass that DeepSpeed needs.
+        """
+        chunk = self.gradient_cache_passages
+        if not (chunk and torch.is_grad_enabled()):
+            return self.passage_encoder(ids, mask)
+        order = torch.argsort(row_lengths(mask), stable=True)  # like lengths together: less padding in a part
+        weights = list(self.passage_encoder.parameters())
+        parts = [recomputed(self.passage_encoder, (ids[rows], mask[rows]), weights) for rows in order.split(chunk)]
+        return torch.cat(parts)[torch.argsort(order)]
 
     def scores(self, queries: Tensor, passages: Tensor) -> Tensor:
         """float32 [batch, k]: inner products of queries [batch, dim] and passages [batch, k, dim], over temperature.
@@ -164,12 +182,18 @@ def build_encoder(config: EncoderConfig, vocab_size: int | None = None) -> TextE
 
 
 def build_retriever(config: EncoderConfig, train: str, vocab_size: int | None = None) -> Retriever:
-    """Both towers, with `requires_grad` set for `train`. query_only on shared towers: passages get a frozen copy."""
+    """Both towers, with `requires_grad` set for `train`. query_only on shared towers: passages get a frozen copy.
+    With `encoder.lora`, a tower that trains has adapters, and only they train."""
     query_encoder = build_encoder(config, vocab_size)
     separate = config.towers == "separate" or train == "query_only"
     passage_encoder = copy.deepcopy(query_encoder) if separate else query_encoder
-    retriever = Retriever(query_encoder, passage_encoder, config.temperature)
+    retriever = Retriever(query_encoder, passage_encoder, config.temperature, config.gradient_cache_passages)
     set_trainable(retriever, train)
+    if config.lora.rank:
+        for tower in {id(tower): tower for tower in (query_encoder, passage_encoder)}.values():
+            if any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.requires_grad_(False)
+                add_adapters(tower.backbone, config.lora, "encoder.lora")
     return retriever
 
 
@@ -192,8 +216,8 @@ def set_trainable(retriever: Retriever, train: str) -> None:
 
 
 def passage_state(retriever: Retriever) -> dict[str, Tensor]:
-    """The passage tower's weights under the names of a `TextEncoder`: what is published."""
-    return dict(retriever.passage_encoder.state_dict())
+    """The passage tower's weights under the names of a `TextEncoder`, adapters merged: what is published."""
+    return merged(retriever.passage_encoder, retriever.passage_encoder.state_dict())
 
 
 def load_passage_weights(encoder: TextEncoder, weights: Mapping[str, np.ndarray]) -> None:

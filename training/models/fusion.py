@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from training.models import likelihood
 from training.models.attention import NO_PROBABILITIES, AttentionMass, check_attention, fold_queries, rerouted
 from training.models.generator import Decoded, Generator, ReaderBatch
+from training.models.head import find_head
 from training.models.packing import length_groups, pad_rows, restore_order
 from training.models.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained, num_positions
 from training.models.sides import surrounding_tokens
@@ -98,6 +99,7 @@ class FusionGenerator(Generator):
         self.model.generation_config = likelihood.generation_settings(
             self.model, self.end_id, self.pad_id, self.decoder_start_id
         )
+        self.head = find_head(self.model, config.loss_chunk_tokens)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -250,10 +252,19 @@ class FusionGenerator(Generator):
         if targets.shape[1] == 0:
             return torch.zeros(targets.shape, device=targets.device)
         start = targets.new_full((len(targets), 1), self.decoder_start_id)
+        inputs = torch.cat([start, targets[:, :-1]], dim=1)
+        if self.head is not None:
+            states = self.head.states(
+                input_ids=inputs,
+                encoder_hidden_states=memory.states,
+                encoder_attention_mask=_for_attention(memory.mask),
+                past_key_values=cache,
+            )
+            return self.head.log_probs(states, targets, mask)
         logits = self.model(
             encoder_outputs=BaseModelOutput(last_hidden_state=cast(Any, memory.states)),
             attention_mask=_for_attention(memory.mask),
-            decoder_input_ids=torch.cat([start, targets[:, :-1]], dim=1),
+            decoder_input_ids=inputs,
             past_key_values=cache,
             use_cache=False,
         ).logits
