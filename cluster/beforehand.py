@@ -1,5 +1,6 @@
 """What can be refused before anything is written, started or trained; each refusal is one ValueError."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,22 @@ def check_models(settings: Settings) -> None:
         is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    check_context(settings)
+
+
+def check_context(settings: Settings) -> None:
+    """Refuse long prompts that the model of a folder does not take, before it is read."""
+    file = Path(settings.generator.name) / "config.json"
+    if settings.generator.kind != "causal" or not settings.generator.name or not file.is_file():
+        return
+    known = json.loads(file.read_text(encoding="utf-8"))
+    context = known.get("max_position_embeddings") or known.get("n_positions")
+    wanted = {"evaluation.needle.lengths": max(settings.evaluation.needle.lengths, default=0)}
+    if settings.retrieval.source == "long" or "long" in settings.evaluation.also:
+        wanted["retrieval.max_context_tokens"] = settings.retrieval.max_context_tokens
+    for setting, tokens in wanted.items():
+        if context and tokens > context:
+            raise refuse(setting, tokens, f"must be at most {context}, the context of generator.name={file.parent}")
 
 
 def check_same_run(settings: Settings) -> None:
@@ -55,8 +72,8 @@ def check_index(settings: Settings, num_passages: int) -> None:
 
 
 def uses_index(settings: Settings) -> bool:
-    """A warm start and closed-book training search nothing."""
-    return not needs(settings.objective).in_batch and settings.retrieval.source != "none"
+    """A warm start, closed-book training and long prompts search nothing."""
+    return not needs(settings.objective).in_batch and settings.retrieval.source not in ("none", "long")
 
 
 def with_absolute_models(settings: Settings) -> Settings:

@@ -28,10 +28,12 @@ from training.data import ClozeSource, Collator, Stream
 from training.engine import Engine
 from training.evaluate import Evaluation, Evaluator, encode_questions
 from training.jsonl import append_line, plain
+from training.long_context import LongContext, LongContextBatches
 from training.loop import Hooks, LoopState, Source, publish, train
 from training.models.build import build_system, parameter_groups
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.monitor import Monitor
+from training.needle import needle_sweep
 from training.objectives.choose import needs
 from training.retrieve import IndexService, Prefetcher
 from training.settings import (
@@ -171,6 +173,9 @@ class Stage:
         questions = QuestionStore.open(job.train_questions, verify=False)
         collator = Collator(self.store, questions, self.system.generator, self.pad_id)
         stream = Stream(len(questions), job.training.batch_size, *place)
+        if job.retrieval.source == "long":
+            long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
+            return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
         if self.service is None:
             return ClosedBookBatches(collator, stream.batch, engine.device, start)
         k, depth = job.retrieval.k, job.retrieval.prefetch_depth
@@ -205,8 +210,10 @@ class Stage:
         result |= {"train_seconds": self.state.seconds, "blocked_steps": self.state.blocked_steps}
         if self.evaluator is not None:
             numbers = np.arange(len(self.evaluator.questions))
-            evaluation = self.evaluator(numbers, also=self.job.evaluation.also, texts=True)
+            evaluation = self.evaluator(numbers, also=self.job.evaluation.also, texts=True, costs=True)
             self._log_evaluation(evaluation)
+            if self.job.evaluation.needle.lengths:
+                result["needle"] = needle_sweep(self.evaluator, self.job.evaluation.needle)
             result |= {"metrics": evaluation.metrics, "generation": evaluation.generation}
             result |= {"weights_version": evaluation.weights_version, "num_questions": len(numbers)}
             if self.engine.rank == 0:
@@ -281,7 +288,7 @@ class Stage:
         job = self.job
         return Evaluator(
             self.engine, collator, self.store, self.service, self.to_text, job.evaluation, job.retrieval, job.objective,
-            self._progress,
+            job.generator, self._progress,
         )  # fmt: skip
 
     def _progress(self, text: str) -> None:

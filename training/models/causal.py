@@ -22,9 +22,7 @@ from training.models.packing import length_groups, pad_rows, restore_order, row_
 from training.models.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained
 from training.models.sides import passage_template, plain_ids, prompt_template, surrounding_tokens
 from training.models.tokenizers import end_id, pad_id, start_id
-from training.settings import GeneratorConfig
-
-FRESH_CONTEXT = 8192  # tokens; rotary positions cost nothing
+from training.settings import FRESH_CONTEXT, GeneratorConfig
 
 
 @dataclass
