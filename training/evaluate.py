@@ -36,6 +36,7 @@ class Evaluation:
 
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0, in the order of the questions
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)  # means by mode: `training/costs.py`, seconds
     generation: int = -1
     weights_version: int = -1
 
@@ -74,16 +75,15 @@ class Evaluator:
         self.long_context: LongContext | None = None  # made early: what does not fit is refused before training
         if retrieval.source == LONG or LONG in config.also:
             self.long_context = self.context_of(retrieval.max_context_tokens)
-        for length in config.needle.lengths:
-            self.context_of(length, "evaluation.needle.lengths")
         self._costs: CostModel | None = None
+        self._search_seconds = 0.0  # of one question
 
     def __call__(
         self, numbers: np.ndarray, also: Sequence[str] = (), texts: bool = False, costs: bool = False
     ) -> Evaluation:
         """Measure questions `numbers` under the configured decoding and under each mode of `also`. `texts`: recall by
-        answer string too, which reads the hits' texts. `costs`: what an answer takes too, as `cost/*` of each mode.
-        Raises ValueError for an empty split."""
+        answer string too, which reads the hits' texts. `costs`: what an answer of each mode takes, too. Raises
+        ValueError for an empty split."""
         if not len(numbers):
             raise ValueError("questions.evaluate: the split has no question left to ask")
         mine = self._my_share(numbers)
@@ -96,9 +96,7 @@ class Evaluator:
             if costs:
                 assert isinstance(self.engine.module, System)
                 self._costs = CostModel(self.engine.module, self._value_bytes, len(self.store))
-                if self.service is not None:
-                    spent = (time.monotonic() - begin) / len(rows)
-                    rows = [row | {"cost/search_seconds": spent} for row in rows]
+                self._search_seconds = (time.monotonic() - begin) / len(rows)
             for mode in (self.config.decoding.mode, *also):
                 self._answer(mine, rows, mode)
         finally:
@@ -108,6 +106,8 @@ class Evaluator:
         by_number = {row["number"]: row for part in everyone for row in part}
         evaluation.rows = [by_number[int(number)] for number in numbers]
         evaluation.metrics = mean_of_rows(evaluation.rows)
+        spent = [row.pop("costs", {}) for row in evaluation.rows]
+        evaluation.costs = {mode: mean_of_rows([costs[mode] for costs in spent]) for mode in spent[0]}
         return evaluation
 
     def _my_share(self, numbers: np.ndarray) -> np.ndarray:
@@ -216,8 +216,9 @@ class Evaluator:
                 costs = self._costs(written.batch, written.tokens, decoding.mode == "fused", retrieved)
                 spent, last = (time.monotonic() - last) / len(chunk), time.monotonic()
                 for row, cost in zip(chunk, costs, strict=True):
-                    row |= {f"{prefix}cost/{name}": float(value) for name, value in vars(cost).items()}
-                    row[f"{prefix}cost/seconds"] = spent
+                    values = {name: float(value) for name, value in vars(cost).items()}
+                    values |= {"seconds": spent, "search_seconds": self._search_seconds if retrieved else 0.0}
+                    row.setdefault("costs", {})[mode] = values
             done = min(part.stop, len(numbers))
             rate = done / max(1e-9, time.monotonic() - begin)
             left_s = (len(numbers) - done) / rate

@@ -33,7 +33,7 @@ from training.loop import Hooks, LoopState, Source, publish, train
 from training.models.build import build_system, parameter_groups
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.monitor import Monitor
-from training.needle import needle_sweep
+from training.needle import check_needle, needle_sweep
 from training.objectives.choose import needs
 from training.retrieve import IndexService, Prefetcher
 from training.settings import (
@@ -214,7 +214,7 @@ class Stage:
             self._log_evaluation(evaluation)
             if self.job.evaluation.needle.lengths:
                 result["needle"] = needle_sweep(self.evaluator, self.job.evaluation.needle)
-            result |= {"metrics": evaluation.metrics, "generation": evaluation.generation}
+            result |= {"metrics": evaluation.metrics, "costs": evaluation.costs, "generation": evaluation.generation}
             result |= {"weights_version": evaluation.weights_version, "num_questions": len(numbers)}
             if self.engine.rank == 0:
                 self._write_predictions(evaluation)
@@ -286,10 +286,13 @@ class Stage:
         questions = QuestionStore.open(self.job.evaluate_questions, verify=False)
         collator = Collator(self.store, questions, self.system.generator, self.pad_id)
         job = self.job
-        return Evaluator(
+        evaluator = Evaluator(
             self.engine, collator, self.store, self.service, self.to_text, job.evaluation, job.retrieval, job.objective,
             job.generator, self._progress,
         )  # fmt: skip
+        if job.evaluation.needle.lengths:
+            check_needle(evaluator, job.evaluation.needle)
+        return evaluator
 
     def _progress(self, text: str) -> None:
         if time.monotonic() - self._last_progress > PROGRESS_EVERY_S:

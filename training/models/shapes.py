@@ -52,10 +52,9 @@ def shape_of(generator: Generator) -> Shape:
         case CopyReader():
             return _copy_shape(generator)
         case FusionGenerator():
-            return _fusion_shape(generator.model)
+            return fusion_shape(generator.model)
         case CausalGenerator():
-            model = generator.model
-            return Shape(_stack(model, model.config.get_text_config(), model), _output_weights(model))
+            return causal_shape(generator.model)
     raise AssertionError(f"no shape of a {type(generator).__name__}")
 
 
@@ -124,7 +123,13 @@ def _with_states(stack: Stack, module: nn.Module) -> Stack:
     return replace(stack, state_layers=len(mixers), state_scanned=scanned, state_kept=scanned + channels * window)
 
 
-def _fusion_shape(model: PreTrainedModel) -> Shape:
+def causal_shape(model: PreTrainedModel) -> Shape:
+    """Attention, state-space or hybrid."""
+    return Shape(_stack(model, model.config.get_text_config(), model), _output_weights(model))
+
+
+def fusion_shape(model: PreTrainedModel) -> Shape:
+    """Any encoder-decoder of transformers."""
     config: Any = model.config
     encoder = _stack(model.get_encoder(), config, model, is_decoder=False)
     decoder = _stack(model.get_decoder(), config, model)
