@@ -207,6 +207,7 @@ class Stage:
     def finish(self) -> dict[str, Any]:
         """Evaluate the whole split, save, and write down what was measured."""
         result: dict[str, Any] = {"step": self.state.step, "fingerprint": self.job.fingerprint, "metrics": {}}
+        result |= {"source": self.job.retrieval.source}
         result |= {"train_seconds": self.state.seconds, "blocked_steps": self.state.blocked_steps}
         if self.evaluator is not None:
             numbers = np.arange(len(self.evaluator.questions))
