@@ -57,7 +57,7 @@ class _Files:
 
 
 SECTIONS = [entry.name for entry in fields(Settings)]
-RUN_FOLDERS = ("data", "tokenizers", "world")  # beside the stages' own (`cluster/prepare.py`)
+RUN_FOLDERS = ("data", "tokenizers", "world", "compare")  # beside the stages' own (`cluster/prepare.py`)
 TOP_LEVEL = [*SECTIONS, "stages", "update", "compare"]
 
 
