@@ -39,7 +39,6 @@ class Task:
     name: str  # of a cell or of a stage
     seed: int
     settings: Settings
-    is_cell: bool
     mark: str  # of everything that decides its outcome
     start: "Task | None" = None  # what must have been run before
 
@@ -79,31 +78,34 @@ def run_matrix(experiment: Experiment, run: Run | None = None) -> int:
 
 
 def tasks_of(experiment: Experiment, matrix: Matrix, data: dict[str, str]) -> list[Task]:
-    """Every run, in order: seed by seed, first the stages that cells start from. `data`: which data each name has."""
+    """Every run, in order: seed by seed, each start before the first cell that needs it. `data`: a name for the data of
+    each stage and cell."""
+    return [task for seed in matrix.seeds for task in _tasks_of_seed(experiment, matrix, data, seed)]
+
+
+def _tasks_of_seed(experiment: Experiment, matrix: Matrix, data: dict[str, str], seed: int) -> list[Task]:
     by_folder = {str(run_folder(stage)): name for name, stage in experiment.stages.items()}
+    starts: dict[str, Task] = {}
     tasks: list[Task] = []
-    for seed in matrix.seeds:
-        known: dict[str, Task] = {}
 
-        def add(name: str, settings: Settings, is_cell: bool, seed: int = seed, known: dict[str, Task] = known) -> Task:
-            before = settings.run.init_from
-            before = by_folder.get(before, before)
-            start = None
-            if before in experiment.stages and before:
-                start = known.get(before) or add(before, experiment.stages[before], False)
-            place = f"{experiment.settings.run.name}/compare/seed-{seed}/{folder_of(name)}"
-            init_from = str(start.folder) if start is not None else before
-            placed = replace(settings, run=replace(settings.run, name=place, seed=seed, init_from=init_from))
-            parts = [fingerprint(with_absolute_models(placed)), data[name], start.mark if start is not None else ""]
-            mark = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-            task = Task(name, seed, placed, is_cell, mark, start)
-            tasks.append(task)
-            if not is_cell:
-                known[name] = task
-            return task
+    def add(name: str, settings: Settings, is_cell: bool) -> Task:
+        """The task of a cell or a stage, after that of the stage that it starts from."""
+        init_from, start = by_folder.get(settings.run.init_from, settings.run.init_from), None
+        if init_from and init_from in experiment.stages:
+            start = starts.get(init_from) or add(init_from, experiment.stages[init_from], False)
+            init_from = str(start.folder)
+        place = f"{experiment.settings.run.name}/compare/seed-{seed}/{folder_of(name)}"
+        placed = replace(settings, run=replace(settings.run, name=place, seed=seed, init_from=init_from))
+        parts = [fingerprint(with_absolute_models(placed)), data[name], start.mark if start is not None else ""]
+        mark = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        task = Task(name, seed, placed, mark, start)
+        tasks.append(task)
+        if not is_cell:
+            starts[name] = task
+        return task
 
-        for name, settings in matrix.cells.items():
-            add(name, settings, True)
+    for name, settings in matrix.cells.items():
+        add(name, settings, True)
     return tasks
 
 

@@ -136,7 +136,8 @@ def _points_figure(points: Points) -> "Figure":
     axes.set_ylim(len(points.names) - 0.5, -0.5)
     axes.set_xlim(-0.02, 1.02)
     axes.grid(axis="x", color="#808080", alpha=0.25, linewidth=0.6)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    if points.series:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     return result
 
 
