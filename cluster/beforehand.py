@@ -1,5 +1,6 @@
 """What can be refused before anything is written, started or trained; each refusal is one ValueError."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,18 @@ def check_models(settings: Settings) -> None:
     if not needed.in_batch and settings.retrieval.source != "none":
         decoding = (settings.evaluation.decoding.mode, *settings.evaluation.also)
         check_context(settings.generator, settings.retrieval.k, fused=needed.fused or "fused" in decoding)
+        check_long_prompts(settings)
+
+
+def check_long_prompts(settings: Settings) -> None:
+    """Refuse prompts of many passages that the generator does not take, before it is read."""
+    shape = read_shape(settings.generator)
+    wanted = {"evaluation.needle.lengths": max(settings.evaluation.needle.lengths, default=0)}
+    if settings.retrieval.source == "long" or "long" in settings.evaluation.also:
+        wanted["retrieval.max_context_tokens"] = settings.retrieval.max_context_tokens
+    for setting, tokens in wanted.items():
+        if shape is not None and shape.context and tokens > shape.context:
+            raise refuse(setting, tokens, f"must be at most {shape.context}, the generator's context")
 
 
 def check_same_run(settings: Settings) -> None:
@@ -66,8 +79,8 @@ def check_index(settings: Settings, num_passages: int) -> None:
 
 
 def uses_index(settings: Settings) -> bool:
-    """A warm start and closed-book training search nothing."""
-    return not needs(settings.objective).in_batch and settings.retrieval.source != "none"
+    """A warm start, closed-book training and long prompts search nothing."""
+    return not needs(settings.objective).in_batch and settings.retrieval.source not in ("none", "long")
 
 
 def with_absolute_models(settings: Settings) -> Settings:

@@ -21,7 +21,8 @@ VERBS = {
     "train": "train every stage, from where an earlier call of the same run stopped",
     "prepare": "read, check and tokenise corpus and questions into the store",
     "index": "encode the corpus with a trained encoder and build the index",
-    "evaluate": "measure a trained system on the evaluation questions",
+    "evaluate": "measure a trained system on the evaluation questions; with update.as_of=DATE after that update too",
+    "compare": "run the matrix of the file's compare section, cell by cell, and write one table",
     "ask": 'answer one question: ask "question" [config.yaml ...]',
     "show": "print the resolved configuration of every stage and where its run lies",
     "test": "run every check: lint, format, types, import rules, tests; what follows goes to pytest",
@@ -40,6 +41,8 @@ over all; stages.NAME.section.field=value is for one stage. Runs lie in runs/<ru
 examples:
   tandem train configs/quickstart.yaml run.seed=1
   tandem train configs/quickstart.yaml training.steps=50 stages.joint.retrieval.k=8
+  tandem evaluate runs/quickstart/joint update.as_of=end evaluation.also=[gold,closed_book]
+  tandem compare configs/compare_quickstart.yaml compare.seeds=[0]
   tandem show configs/quickstart.yaml
   tandem ask "Who wrote it?" configs/quickstart.yaml"""
 
@@ -119,6 +122,8 @@ def _run(verb: str, experiment: "Experiment", question: str) -> int | None:
             return run.index(experiment)
         case "evaluate":
             return run.evaluate(experiment)
+        case "compare":
+            return run.compare(experiment)
         case "ask":
             return run.ask(experiment, question)
         case _:
@@ -135,6 +140,9 @@ def show(experiment: "Experiment") -> str:
         parts.append(f"# {f'stage {name}: ' if name else ''}{folder}\n{config.to_yaml(settings)}")
     if experiment.update.as_of:
         parts.append(f"# after the last stage\nupdate:\n{_indent(config.to_yaml(experiment.update))}")
+    if experiment.matrix is not None:
+        cells = "".join(f"#   {name}: {s.run.directory}/{s.run.name}\n" for name, s in experiment.matrix.cells.items())
+        parts.append(f"# compare, with seeds {', '.join(map(str, experiment.matrix.seeds))}\n{cells}")
     return "---\n".join(parts).rstrip()
 
 

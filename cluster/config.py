@@ -6,6 +6,7 @@ A file holds sections of `Settings`. Two more top-level keys describe several ru
       pretrain: {objective: {name: inverse_cloze}, training: {train: retriever_only}}
       joint: {run: {init_from: pretrain}}
     update: {as_of: end, stages: [joint]}
+    compare: {base_stage: joint, ...}      # see cluster/matrix.py
 
 Who wins, weakest first: defaults, earlier file, later file, the stage's own sections, `section.field=value` of the
 command line (for every stage), `stages.joint.section.field=value`.
@@ -18,8 +19,9 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cluster.matrix import Matrix, check_matrix, check_start, combined, folder_of, read_matrix
 from cluster.schema import COMMAND_LINE, checked, kind_of, read_yaml, unknown
-from cluster.settings import Settings, UpdateConfig
+from cluster.settings import CompareConfig, Settings, UpdateConfig
 from cluster.validate import check_date, refuse, suggestion, validate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +36,7 @@ class Experiment:
     settings: Settings  # what all stages share
     stages: dict[str, Settings]
     update: UpdateConfig  # its `stages` are keys of `stages`
+    matrix: Matrix | None = None  # of a file with a `compare` section
 
     @property
     def directory(self) -> Path:
@@ -48,11 +51,14 @@ class _Files:
     base: DictConfig = field(default_factory=lambda: OmegaConf.structured(Settings))
     update: DictConfig = field(default_factory=lambda: OmegaConf.structured(UpdateConfig))
     stages: dict[str, DictConfig] = field(default_factory=dict)  # each stage's own sections
+    compare: DictConfig = field(default_factory=lambda: OmegaConf.structured(CompareConfig))
+    cells: dict[str, DictConfig] = field(default_factory=dict)  # each cell's own sections
+    axes: dict[str, dict[str, DictConfig]] = field(default_factory=dict)  # those of each choice of each axis
 
 
 SECTIONS = [entry.name for entry in fields(Settings)]
-RUN_FOLDERS = ("data", "tokenizers", "world")  # beside the stages' own (`cluster/prepare.py`)
-TOP_LEVEL = [*SECTIONS, "stages", "update"]
+RUN_FOLDERS = ("data", "tokenizers", "world", "compare")  # beside the stages' own (`cluster/prepare.py`)
+TOP_LEVEL = [*SECTIONS, "stages", "update", "compare"]
 
 
 def load(paths: list[str], overrides: list[str]) -> Experiment:
@@ -65,9 +71,12 @@ def load(paths: list[str], overrides: list[str]) -> Experiment:
     for key, value in changes:
         if key.startswith("update."):
             _assign(files.update, key.removeprefix("update."), value, "update.")
+        if key.startswith("compare."):
+            _assign(files.compare, key.removeprefix("compare."), value, "compare.")
     settings = _resolve(files.base, "", changes)
     stages = {name: _resolve(OmegaConf.merge(files.base, own), name, changes) for name, own in files.stages.items()}
-    experiment = Experiment(settings, stages or {"": settings}, _to_object(files.update, "update."))
+    update, matrix = _to_object(files.update, "update."), _matrix(files, changes)
+    experiment = Experiment(settings, stages or {"": settings}, update, matrix)
     _name_stages(stages)
     _check_update(experiment)
     for name, stage in experiment.stages.items():
@@ -75,10 +84,15 @@ def load(paths: list[str], overrides: list[str]) -> Experiment:
             validate(stage)
         except ValueError as error:
             raise ValueError(f"stage {name}: {error}" if name else str(error)) from None
+    for name, cell in matrix.cells.items() if matrix is not None else ():
+        try:
+            validate(cell)
+        except ValueError as error:
+            raise ValueError(f"compare cell {name}: {error}") from None
     return experiment
 
 
-def to_yaml(section: Settings | UpdateConfig) -> str:
+def to_yaml(section: Settings | UpdateConfig | CompareConfig) -> str:
     """Settings as YAML; `load` reads those of a run back."""
     return OmegaConf.to_yaml(OmegaConf.structured(section))
 
@@ -131,6 +145,7 @@ def _read_file(file: Path, files: _Files) -> None:
     sections = checked({key: content[key] for key in SECTIONS if key in content}, Settings, "", source)
     files.base = _merge(files.base, sections, source)
     files.update = _merge(files.update, checked(content.get("update"), UpdateConfig, "update.", source), source)
+    _merge_compare(content.get("compare"), source, files)
     for name, stage in (content.get("stages") or {}).items():
         if not str(name).replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"{source}: stages.{name}: a stage's name is letters, digits, _ and -")
@@ -141,6 +156,39 @@ def _read_file(file: Path, files: _Files) -> None:
             raise ValueError(f"{source}: stages.{name}.run.{fixed}: set run.{fixed} once, for all stages")
         _merge(OmegaConf.structured(Settings), own, source, f"stages.{name}.")  # refuses wrong types, by file
         files.stages[name] = cast(DictConfig, OmegaConf.merge(files.stages.get(name, {}), own))
+
+
+def _merge_compare(section: Any, source: str, files: _Files) -> None:
+    """Merge a `compare` section over what the earlier files said."""
+    given, cells, axes = read_matrix(section, source)
+    files.compare = _merge(files.compare, given, source, "compare.")
+    for name, own in cells.items():
+        _merge(OmegaConf.structured(Settings), own, source, f"compare.cells.{name}.")  # refuses wrong types, by file
+        files.cells[name] = cast(DictConfig, OmegaConf.merge(files.cells.get(name, {}), own))
+    for axis, choices in axes.items():
+        known = files.axes.setdefault(axis, {})
+        for name, own in choices.items():
+            _merge(OmegaConf.structured(Settings), own, source, f"compare.axes.{axis}.{name}.")
+            known[name] = cast(DictConfig, OmegaConf.merge(known.get(name, {}), own))
+
+
+def _matrix(files: _Files, changes: list[tuple[str, Any]]) -> Matrix | None:
+    """The cells as complete settings; None without any. A cell is the base stage as the command line has it, with the
+    cell's own sections on top."""
+    config: CompareConfig = _to_object(files.compare, "compare.")
+    if not files.cells and not files.axes and config == CompareConfig():
+        return None
+    owns, stages = combined(files.cells, files.axes), list(files.stages)
+    check_matrix(config, list(owns), stages)
+    base = OmegaConf.merge(files.base, files.stages.get(config.base_stage, {}))
+    base = _changed(base, config.base_stage, changes)
+    cells: dict[str, Settings] = {}
+    for name, own in owns.items():
+        cell: Settings = _to_object(cast(DictConfig, OmegaConf.merge(base, *own)), f"compare cell {name}: ")
+        check_start(name, cell.run.init_from, stages, config.base_stage)
+        cell.run.name = f"{cell.run.name}/compare/{folder_of(name)}"
+        cells[name] = cell
+    return Matrix(config.base_stage, config.baseline, tuple(config.seeds), cells)
 
 
 def _parse_override(text: str, stages: list[str]) -> tuple[str, Any]:
@@ -159,21 +207,27 @@ def _parse_override(text: str, stages: list[str]) -> tuple[str, Any]:
         kind = kind_of(parts[2:], Settings, f"stages.{parts[1]}.")
     elif parts[0] == "update":
         kind = kind_of(parts[1:], UpdateConfig, "update.")
+    elif parts[0] == "compare":
+        kind = kind_of(parts[1:], CompareConfig, "compare.")
     else:
         kind = kind_of(parts, Settings, "", TOP_LEVEL)
     return key, checked(raw if kind is str else read_yaml(raw, COMMAND_LINE), kind, f"{key}.", COMMAND_LINE)
 
 
 def _resolve(config: Any, stage: str, changes: list[tuple[str, Any]]) -> Settings:
+    return _to_object(_changed(config, stage, changes), f"stages.{stage}." if stage else "")
+
+
+def _changed(config: Any, stage: str, changes: list[tuple[str, Any]]) -> DictConfig:
     """A copy of `config` with the command line over it: plain overrides first, the stage's own last."""
     config, own = config.copy(), f"stages.{stage}."
     for key, value in changes:
-        if not key.startswith(("stages.", "update.")):
+        if not key.startswith(("stages.", "update.", "compare.")):
             _assign(config, key, value, "")
     for key, value in changes:
         if key.startswith(own):
             _assign(config, key.removeprefix(own), value, own)
-    return _to_object(config, own if stage else "")
+    return config
 
 
 def _assign(config: DictConfig, key: str, value: Any, prefix: str) -> None:

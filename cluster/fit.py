@@ -100,13 +100,13 @@ def fingerprint(settings: Settings) -> str:
 def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Path) -> StageJob:
     """What the trainer processes are told."""
     contrastive = needs(settings.objective).in_batch
-    evaluate = "" if contrastive else str(prepared.questions[settings.questions.evaluate].resolve())
+    asked = None if contrastive else prepared.questions.get(settings.questions.evaluate)  # none for an index alone
     trains = not contrastive and settings.training.train != "none"
     return StageJob(
         run_dir=str(run_dir.resolve()),  # a trainer's working folder is another one
         passages=str(prepared.passages.resolve()),
         train_questions=str(prepared.questions[settings.questions.train].resolve()) if trains else "",
-        evaluate_questions=evaluate,
+        evaluate_questions=str(asked.resolve()) if asked is not None else "",
         tokenizers=str(prepared.tokenizers.resolve()),
         init_from=str(Path(init_from).resolve()) if init_from else "",
         seed=settings.run.seed,

@@ -86,3 +86,12 @@ class UpdateConfig:
     stages: list[str] = field(
         default_factory=list
     )  # stages whose system is asked again; empty in a file without stages
+
+
+@dataclass
+class CompareConfig:
+    """A matrix of runs; its cells and axes stand beside these in the file (`cluster/matrix.py`)."""
+
+    base_stage: str = ""  # stage that every cell is, but for what the cell sets; empty in a file without stages
+    baseline: str = ""  # cell that the others are compared with
+    seeds: list[int] = field(default_factory=lambda: [0])

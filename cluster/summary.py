@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from training.evaluate import changed_questions
+from cluster.contexts import context_table, needle_sections
+from cluster.updates import swap, update_table
 from training.jsonl import plain, read_rows
 from training.metrics import paired_difference
 from training.report import Example, Table, print_table, run_report
@@ -17,7 +18,7 @@ from training.stage import EVALUATION_FILE, PREDICTIONS_FILE
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 HEADLINE = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")
-CONTROLS = ("closed_book", "gold", "fused", "marginal", "top1")
+CONTROLS = ("closed_book", "gold", "long", "fused", "marginal", "top1")
 NUM_EXAMPLES = 6
 
 
@@ -78,8 +79,12 @@ def summarise(findings: Findings) -> dict[str, Any]:
         summary["paired"] = {f"{last.name} - {other.name}": paired(last, other) for other in others}
         summary["generations_committed"] = last.result.get("generations_committed", 0)
         summary["blocked_steps"] = last.result.get("blocked_steps", 0)
-    for before, after in findings.updates.values():
-        summary["swap"] = swap(before, after)
+    for name, (before, after) in findings.updates.items():
+        summary["swap"] = swap(before, after)  # of the last stage
+        summary.setdefault("updates", {})[name or "run"] = summary["swap"]
+    costs = {name: measured.result["costs"] for name, measured in findings.stages.items() if "costs" in measured.result}
+    if costs:
+        summary["costs"] = costs
     summary["seconds"] = round(findings.seconds, 1)
     return summary
 
@@ -94,28 +99,6 @@ def paired(a: Measured, b: Measured) -> dict[str, dict[str, float]]:
             mean, low, high = paired_difference(np.array([left[i] for i in ids]), np.array([right[i] for i in ids]))
             found[name] = {"mean": mean, "low": low, "high": high}
     return found
-
-
-def swap(before: Measured, after: Measured) -> dict[str, float]:
-    """Of the questions whose answer changed: share answered anew (`new`), with the former answer (`old`), and how many
-    were right before; of the unchanged ones, exact match before and after."""
-    changed = changed_questions(before.rows, after.rows)
-    ids = {row["id"] for row in changed}
-    former = {row["id"]: row for row in before.rows}
-    same = [row for row in after.rows if row["id"] in former and row["id"] not in ids]
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values)) if values else float("nan")
-
-    return {
-        "new": mean([row["new"] for row in changed]),
-        "old": mean([row["old"] for row in changed]),
-        "before": mean([row["before"] for row in changed]),
-        "num_changed": len(changed),
-        "unchanged_before": mean([former[row["id"]]["exact_match"] for row in same]),
-        "unchanged_after": mean([row["exact_match"] for row in same]),
-        "recall@1": after.metrics.get("recall@1", float("nan")),
-    }
 
 
 def result_table(findings: Findings, summary: Mapping[str, Any]) -> Table:
@@ -148,9 +131,15 @@ def write_findings(findings: Findings, directory: Path, run_dirs: Mapping[str, P
     partial = directory / f".{SUMMARY_FILE}"
     partial.write_text(json.dumps(plain(summary), indent=1) + "\n", encoding="utf-8")
     partial.rename(directory / SUMMARY_FILE)
-    table = result_table(findings, summary)
-    run_report(run_dirs, [table], _examples(findings), directory / REPORT_FILE, title=directory.name)
-    print(print_table(table))
+    tables = [result_table(findings, summary)]
+    if "updates" in summary:
+        tables.append(update_table(summary["updates"]))
+    contexts = context_table(findings.stages)
+    if contexts is not None:
+        tables.append(contexts)
+    needles = needle_sections(findings.stages)
+    run_report(run_dirs, tables, _examples(findings), directory / REPORT_FILE, title=directory.name, more=needles)
+    print("\n\n".join(print_table(table) for table in tables))
     print(f"{directory / SUMMARY_FILE}  {directory / REPORT_FILE}  ({time.strftime('%H:%M:%S')})")
     return summary
 

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from cluster.settings import Settings
-from training.settings import ObjectiveConfig
+from training.settings import FRESH_CONTEXT, ObjectiveConfig
 
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a generator
 TRAINS_RETRIEVER = ("both", "query_only", "retriever_only")
@@ -35,7 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.normalization": ("length", "none"),
     "objective.reduction": ("batch", "elements"),
     "objective.null_score": ("learned", "fixed"),
-    "retrieval.source": ("index", "gold", "none"),
+    "retrieval.source": ("index", "fixed", "gold", "long", "none"),
     "index.device": ("cpu", "gpu"),
     "refresh.precision": ("float32", "bfloat16"),
     "training.train": ("both", "query_only", "retriever_only", "generator_only", "none"),
@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "evaluation.decoding.mode": DECODING,
     "monitor.wandb": ("auto", "online", "offline", "off"),
 }
-ALSO = (*DECODING, "closed_book", "gold")
+ALSO = (*DECODING, "closed_book", "gold", "long")
 
 # Numbers are never negative; these are above zero, or a share between 0 and 1.
 POSITIVE = {
@@ -119,6 +119,7 @@ def validate(settings: Settings) -> None:
     _check_texts(settings)
     _check_models(settings)
     _check_objective(settings)
+    _check_context(settings)
     _check_refresh(settings)
 
 
@@ -225,9 +226,51 @@ def _check_objective(settings: Settings) -> None:
     if objective.name == "fused" and not objective.score_bias:
         allowed = "must be true, or training.train must be generator_only: without it no gradient reaches the retriever"
         raise refuse("objective.score_bias", "false", allowed)
-    if settings.retrieval.source == "none":
+    if settings.retrieval.source in ("none", "long"):
         allowed = f"must be index or gold with training.train={train}: the retriever learns from passages"
-        raise refuse("retrieval.source", "none", allowed)
+        raise refuse("retrieval.source", settings.retrieval.source, allowed)
+    if settings.retrieval.source == "fixed":
+        allowed = f"must be index with training.train={train}, or training.train generator_only: a fixed index does not"
+        raise refuse("retrieval.source", "fixed", f"{allowed} follow a retriever that trains")
+
+
+def _check_context(settings: Settings) -> None:
+    """Where passages come from, and long prompts."""
+    retrieval, evaluation, needle = settings.retrieval, settings.evaluation, settings.evaluation.needle
+    if settings.objective.name in CONTRASTIVE:
+        return
+    if retrieval.source == "long":
+        if evaluation.decoding.mode != "fused":
+            raise refuse(
+                "evaluation.decoding.mode", evaluation.decoding.mode, "must be fused with retrieval.source=long"
+            )
+        if settings.training.train != "none" and (settings.objective.name != "fused" or settings.objective.score_bias):
+            allowed = "must be fused with objective.score_bias=false where retrieval.source=long trains: one prompt"
+            raise refuse("objective.name", settings.objective.name, f"{allowed} of all passages, none of them scored")
+    if bool(needle.lengths) != bool(needle.depths):
+        missing = "depths" if needle.lengths else "lengths"
+        raise refuse(f"evaluation.needle.{missing}", "[]", "lengths and depths must both be given, or neither")
+    for name, values, holds, allowed in (
+        ("lengths", needle.lengths, lambda value: value >= 1, "must be 1 or more tokens"),
+        ("depths", needle.depths, lambda value: 0 <= value <= 1, "must be between 0 (first) and 1 (last)"),
+    ):
+        for value in values:
+            if not holds(value):
+                raise refuse(f"evaluation.needle.{name}", value, allowed)
+        if len(set(values)) < len(values):
+            raise refuse(f"evaluation.needle.{name}", values, "must name each value once")
+    fresh_causal = settings.generator.kind == "causal" and not settings.generator.name
+    budgets = {"evaluation.needle.lengths": max(needle.lengths, default=0)}
+    if retrieval.source == "long" or "long" in evaluation.also:
+        budgets["retrieval.max_context_tokens"] = retrieval.max_context_tokens
+        if settings.generator.kind != "causal" and not retrieval.max_context_tokens:
+            allowed = (
+                f"must be set for long prompts with generator.kind={settings.generator.kind}, which names no limit"
+            )
+            raise refuse("retrieval.max_context_tokens", 0, allowed)
+    for setting, tokens in budgets.items():
+        if fresh_causal and tokens > FRESH_CONTEXT:
+            raise refuse(setting, tokens, f"must be at most {FRESH_CONTEXT}, the context of a fresh causal model")
 
 
 def _check_attention(settings: Settings) -> None:

@@ -72,21 +72,24 @@ class Collator:
         numbers: np.ndarray,
         passages: Sequence[np.ndarray],
         with_answers: bool = True,
+        for_retriever: bool = True,
         vectors: np.ndarray | None = None,
     ) -> RetrievalBatch:
         """`passages[i]`: passage numbers for question `numbers[i]`; shorter lists are padded, an empty one is closed
-        book (the reader then sees one empty passage). `vectors` [batch, k, dim]: those of the passages, k of each
+        book (the reader then sees one empty passage). `for_retriever` False: long prompts, whose many passages nobody
+        scores; the retriever gets one blank token for each. `vectors` [batch, k, dim]: those of the passages, k of each
         question, which then are not encoded again."""
         k = max(1, max(len(row) for row in passages))
         flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in passages])
-        for_retriever = iter(self.passages_for_retriever.rows(flat))
+        rows = iter(self.passages_for_retriever.rows(flat) if for_retriever and vectors is None else ())
         for_generator = iter(self.passages_for_generator.rows(flat))
         blank = np.array([self.pad_id], dtype=np.int32)
         retriever_rows: list[np.ndarray] = []
         generator_rows: list[list[np.ndarray]] = []
         for row in passages:
             if vectors is None:
-                retriever_rows += [next(for_retriever) for _ in row] + [blank] * (k - len(row))
+                retriever_rows += [next(rows) for _ in row] if for_retriever else [blank] * len(row)
+                retriever_rows += [blank] * (k - len(row))
             generator_rows.append([next(for_generator) for _ in row] or [np.empty(0, dtype=np.int32)])
         answers = [self.target(int(number)) for number in numbers] if with_answers else None
         reader = self.generator.collate(self.questions_for_generator.rows(numbers), generator_rows, answers)

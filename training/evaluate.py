@@ -14,15 +14,20 @@ import torch
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
+from training.costs import CostModel
 from training.data import Collator
 from training.engine import Engine
+from training.long_context import LongContext
 from training.metrics import answer_metrics, answer_recall, means, normalize_answer, ranking_metrics
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
+from training.models.system import RetrievalBatch, System
 from training.retrieve import IndexService
-from training.settings import DecodingConfig, EvaluationConfig, ObjectiveConfig, RetrievalConfig
+from training.settings import DecodingConfig, EvaluationConfig, GeneratorConfig, ObjectiveConfig, RetrievalConfig
 
 CONTROLS = ("closed_book", "gold")  # reads no passage; reads the labelled passage
+LONG = "long"  # reads as much of the corpus as fits, without retrieval
 DECODINGS = ("marginal", "fused", "top1")
+LONG_SEED = 0  # of the order in which the corpus stands in long prompts: the same for every system
 
 
 @dataclass
@@ -31,8 +36,19 @@ class Evaluation:
 
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0, in the order of the questions
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)  # means by mode: `training/costs.py`, seconds
     generation: int = -1
     weights_version: int = -1
+
+
+@dataclass
+class Written:
+    """Answers to a batch of questions, and what they were written from."""
+
+    predictions: list[str]
+    log_likelihoods: list[float]
+    batch: RetrievalBatch
+    tokens: list[list[int]]  # as `Decoded.tokens`
 
 
 class Evaluator:
@@ -48,6 +64,7 @@ class Evaluator:
         config: EvaluationConfig,
         retrieval: RetrievalConfig,
         objective: ObjectiveConfig,
+        generator: GeneratorConfig,
         progress: Callable[[str], None] = lambda _: None,
         passages_fixed: bool = False,
     ) -> None:
@@ -57,10 +74,19 @@ class Evaluator:
         self.progress = progress
         self.num_vectors = retrieval.k if passages_fixed else 0
         self.questions: QuestionStore = collator.questions
+        self.generator_config = generator
+        self.long_context: LongContext | None = None  # made early: what does not fit is refused before training
+        if retrieval.source == LONG or LONG in config.also:
+            self.long_context = self.context_of(retrieval.max_context_tokens)
+        self._costs: CostModel | None = None
+        self._search_seconds = 0.0  # of one question
 
-    def __call__(self, numbers: np.ndarray, also: Sequence[str] = (), texts: bool = False) -> Evaluation:
+    def __call__(
+        self, numbers: np.ndarray, also: Sequence[str] = (), texts: bool = False, costs: bool = False
+    ) -> Evaluation:
         """Measure questions `numbers` under the configured decoding and under each mode of `also`. `texts`: recall by
-        answer string too, which reads the hits' texts. Raises ValueError for an empty split."""
+        answer string too, which reads the hits' texts. `costs`: what an answer of each mode takes, too. Raises
+        ValueError for an empty split."""
         if not len(numbers):
             raise ValueError("questions.evaluate: the split has no question left to ask")
         mine = self._my_share(numbers)
@@ -68,15 +94,23 @@ class Evaluator:
         self.engine.module.eval()
         try:
             evaluation = Evaluation()
+            begin = time.monotonic()
             rows, vectors = self._rank(mine, evaluation, texts)
+            if costs:
+                assert isinstance(self.engine.module, System)
+                self._costs = CostModel(self.engine.module, self._value_bytes, len(self.store))
+                self._search_seconds = (time.monotonic() - begin) / len(rows)
             for mode in (self.config.decoding.mode, *also):
                 self._answer(mine, rows, mode, vectors)
         finally:
+            self._costs = None
             self.engine.module.train(was_training)
         everyone = self.engine.gather_objects(rows)
         by_number = {row["number"]: row for part in everyone for row in part}
         evaluation.rows = [by_number[int(number)] for number in numbers]
         evaluation.metrics = mean_of_rows(evaluation.rows)
+        spent = [row.pop("costs", {}) for row in evaluation.rows]
+        evaluation.costs = {mode: mean_of_rows([costs[mode] for costs in spent]) for mode in spent[0]}
         return evaluation
 
     def _my_share(self, numbers: np.ndarray) -> np.ndarray:
@@ -85,8 +119,39 @@ class Evaluator:
         padded = np.concatenate([numbers, np.repeat(numbers[:1], share * self.engine.world_size - len(numbers))])
         return padded[self.engine.rank :: self.engine.world_size]
 
-    def _batches(self, numbers: np.ndarray) -> list[slice]:
-        size = self.config.batch_size
+    def context_of(self, budget: int, setting: str = "retrieval.max_context_tokens") -> LongContext:
+        """What chooses passages for prompts of `budget` tokens (0: the generator's context). Raises ValueError."""
+        answer = max(self.config.decoding.max_tokens, self.generator_config.max_answer_tokens)
+        return LongContext(self.collator, budget, answer, setting)
+
+    def exact_match(
+        self, numbers: np.ndarray, choose: Callable[[int], np.ndarray], prompt_tokens: int
+    ) -> dict[int, float]:
+        """Exact match by question, on every rank, when each is answered from the passages that `choose` names, all of
+        them in one prompt of about `prompt_tokens`. Collective."""
+        mine = self._my_share(numbers)
+        was_training = self.engine.module.training
+        self.engine.module.eval()
+        found: dict[int, float] = {}
+        try:
+            for part in self._batches(mine, self._size_of(prompt_tokens)):
+                chunk = mine[part]
+                passages = [choose(int(number)) for number in chunk]
+                written = self._write(chunk, passages, replace(self.config.decoding, mode="fused"), for_retriever=False)
+                answers = [self.questions.question(int(number)).answers for number in chunk]
+                values = answer_metrics(written.predictions, answers)["exact_match"]
+                found |= dict(zip(chunk.tolist(), values.tolist(), strict=True))
+        finally:
+            self.engine.module.train(was_training)
+        return {number: value for part in self.engine.gather_objects(found) for number, value in part.items()}
+
+    def _size_of(self, prompt_tokens: int) -> int:
+        """Questions with long prompts that are about as many tokens as a batch with retrieved passages."""
+        tokens = self.config.batch_size * self.retrieval.k * self.generator_config.max_passage_tokens
+        return max(1, min(self.config.batch_size, tokens // max(1, prompt_tokens)))
+
+    def _batches(self, numbers: np.ndarray, size: int = 0) -> list[slice]:
+        size = size or self.config.batch_size
         return [slice(start, start + size) for start in range(0, len(numbers), size)]
 
     def _rank(
@@ -112,6 +177,7 @@ class Evaluator:
         for i, row in enumerate(rows):
             row |= {name: float(values[i]) for name, values in measured.items()}
             row["hits"] = hits[i, : self.retrieval.k]
+            row["gold_in_k"] = float(np.isin(row["hits"], gold[i]).any()) if len(gold[i]) else float("nan")
         return rows, vectors
 
     def _search(self, numbers: np.ndarray, depth: int, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray | None]:
@@ -133,12 +199,19 @@ class Evaluator:
         """Write an answer to every question and measure it; the main mode's metrics carry no prefix."""
         decoding = self.config.decoding if mode in CONTROLS else replace(self.config.decoding, mode=mode)
         prefix = "" if mode == self.config.decoding.mode else f"{mode}/"
-        begin = time.monotonic()
-        for part in self._batches(numbers):
+        begin = last = time.monotonic()
+        long, retrieved = self._is_long(mode), self.service is not None and mode not in (*CONTROLS, LONG)
+        if long and self.long_context is not None:
+            decoding = replace(decoding, mode="fused")
+            size = self._size_of(self.long_context.budget)
+        else:
+            size = 0
+        for part in self._batches(numbers, size):
             chunk = rows[part]
             passages = [self._passages(row, mode) for row in chunk]
-            known = vectors[part] if vectors is not None and mode not in CONTROLS else None
-            predictions, likelihoods = self._write(numbers[part], passages, decoding, known)
+            known = vectors[part] if vectors is not None and retrieved else None
+            written = self._write(numbers[part], passages, decoding, for_retriever=not long, vectors=known)
+            predictions, likelihoods = written.predictions, written.log_likelihoods
             measured = answer_metrics(predictions, [row["answers"] for row in chunk])
             old = answer_metrics(predictions, [row["old_answers"] for row in chunk])["exact_match"]
             for i, row in enumerate(chunk):
@@ -147,20 +220,38 @@ class Evaluator:
                 row[f"{prefix}log_likelihood"] = likelihoods[i]
                 if row["old_answers"]:
                     row[f"{prefix}old_exact_match"] = float(old[i])
+            if self._costs is not None:
+                costs = self._costs(written.batch, written.tokens, decoding.mode == "fused", retrieved)
+                spent, last = (time.monotonic() - last) / len(chunk), time.monotonic()
+                for row, cost in zip(chunk, costs, strict=True):
+                    values = {name: float(value) for name, value in vars(cost).items()}
+                    values |= {"seconds": spent, "search_seconds": self._search_seconds if retrieved else 0.0}
+                    row.setdefault("costs", {})[mode] = values
             done = min(part.stop, len(numbers))
             rate = done / max(1e-9, time.monotonic() - begin)
             left_s = (len(numbers) - done) / rate
             self.progress(f"evaluate {mode}: {done}/{len(numbers)} questions, {rate:.0f}/s, {left_s:.0f} s left")
 
+    def _is_long(self, mode: str) -> bool:
+        return mode == LONG or (self.retrieval.source == LONG and mode not in CONTROLS)
+
     def _passages(self, row: dict[str, Any], mode: str) -> np.ndarray:
+        if self._is_long(mode):
+            assert self.long_context is not None
+            return self.long_context.choose(row["number"], np.random.default_rng([LONG_SEED, row["number"]]))
         if mode == "closed_book" or (self.retrieval.source == "none" and mode != "gold"):
             return np.empty(0, dtype=np.int64)
         return self.questions.gold_rows(row["number"])[:1] if mode == "gold" else row["hits"]
 
     def _write(
-        self, numbers: np.ndarray, passages: list[np.ndarray], decoding: DecodingConfig, vectors: np.ndarray | None
-    ) -> tuple[list[str], list[float]]:
-        batch = self.collator(numbers, passages, vectors=vectors).to(self.engine.device)
+        self,
+        numbers: np.ndarray,
+        passages: list[np.ndarray],
+        decoding: DecodingConfig,
+        for_retriever: bool = True,
+        vectors: np.ndarray | None = None,
+    ) -> "Written":
+        batch = self.collator(numbers, passages, for_retriever=for_retriever, vectors=vectors).to(self.engine.device)
         score_bias = self.objective.name == "fused" and self.objective.score_bias
         with torch.no_grad():
             answers = self.engine("answer", batch, decoding, self.objective.temperature, score_bias)
@@ -172,7 +263,12 @@ class Evaluator:
                 predictions = top1_answers(texts, answers.log_prior)
             case _:
                 predictions = marginal_answers(texts, answers.decoded.log_probs, answers.log_prior)
-        return predictions, answers.log_likelihood.float().cpu().tolist()
+        return Written(predictions, answers.log_likelihood.float().cpu().tolist(), batch, answers.decoded.tokens)
+
+    @property
+    def _value_bytes(self) -> int:
+        """Of a number that the generator keeps while it writes."""
+        return 2 if self.engine.config.precision.startswith("bf16") else 4
 
     def _spelled(self, passages: list[np.ndarray], tokens: Sequence[Sequence[int]]) -> list[str]:
         """Answers as text, spelled as in the passages that they were read from: one passage each, or all of them."""

@@ -1,9 +1,9 @@
-"""Curves over optimiser steps as inline SVG, readable on a light and on a dark page."""
+"""Curves over optimiser steps, points with spreads and heat maps as inline SVG, readable on light and dark pages."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,32 +27,63 @@ class Plot:
     steps: bool = False  # a value holds until the next one
 
 
+@dataclass
+class Points:
+    """One row per name: a point for each series, with its spread as a bar."""
+
+    title: str
+    names: Sequence[str]
+    series: Mapping[str, Sequence[tuple[float, float] | None]]  # mean and spread of each name, None: not measured
+    marked: str = ""  # name whose points are drawn on as dotted lines
+
+
+@dataclass
+class HeatMap:
+    """A value between 0 and 1 for each row and column."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    values: Sequence[Sequence[float]]  # [rows][columns]
+    x_title: str = ""
+    y_title: str = ""
+
+
 def plot_svg(plot: Plot, colours: Mapping[str, str]) -> str:
     """The plot as one `<svg>` element without references to anything outside."""
+    return _svg(plot.title, lambda: figure(plot, colours))
+
+
+def points_svg(points: Points) -> str:
+    """The points as one `<svg>` element."""
+    return _svg(points.title, lambda: _points_figure(points))
+
+
+def heat_svg(heat: HeatMap) -> str:
+    """The heat map as one `<svg>` element, each cell with its number."""
+    return _svg(heat.title, lambda: _heat_figure(heat))
+
+
+def _svg(title: str, draw: Callable[[], "Figure"]) -> str:
     import io
 
     import matplotlib
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.title, "font.size": 9}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9}):
         buffer = io.StringIO()
         empty = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure(plot, colours).savefig(buffer, format="svg", transparent=True, metadata=empty)
+        draw().savefig(buffer, format="svg", transparent=True, metadata=empty)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     # Identifiers are unique on the page: other plots have the same ones.
-    prefix = re.sub(r"\W+", "-", plot.title.lower())
+    prefix = re.sub(r"\W+", "-", title.lower())
     return re.sub(r'(\bid="|url\(#|href="#)', rf"\1{prefix}-", svg)
 
 
 def figure(plot: Plot, colours: Mapping[str, str]) -> "Figure":
     """The plot as a matplotlib figure that no window and no global state knows."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    result = Figure(figsize=(5.2, 3.0), layout="constrained")
-    FigureCanvasSVG(result)
-    axes = result.add_subplot()
+    result, axes = _frame(5.2, 3.0, plot.title)
     for run, (steps, values) in plot.curves.items():
         draw_style = "steps-post" if plot.steps else "default"
         marker = "o" if len(steps) < 30 else ""
@@ -64,17 +95,65 @@ def figure(plot: Plot, colours: Mapping[str, str]) -> "Figure":
             axes.plot(steps, running_mean(values), color=colours[run], label=run)
         for step in plot.marks.get(run, []):
             axes.axvline(step, color=colours[run], alpha=0.7, linewidth=1.0, linestyle=":")
-    axes.set_title(plot.title, color=INK, fontsize=10, loc="left")
     axes.set_xlabel("step", color=INK)
-    axes.tick_params(colors=INK)
     axes.grid(color="#808080", alpha=0.25, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
     if plot.bounds is not None:
         axes.set_ylim(*plot.bounds)
     if plot.curves:
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return result
+
+
+def _frame(width: float, height: float, title: str) -> tuple["Figure", Any]:
+    """An empty figure of so many inches and its axes."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    result = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(result)
+    axes = result.add_subplot()
+    axes.set_title(title, color=INK, fontsize=10, loc="left")
+    axes.tick_params(colors=INK)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    return result, axes
+
+
+def _points_figure(points: Points) -> "Figure":
+    result, axes = _frame(7.5, 1.0 + 0.28 * len(points.names), points.title)
+    for number, (series, values) in enumerate(points.series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        shift = 0.12 * (number - (len(points.series) - 1) / 2)
+        known = [(place, value) for place, value in enumerate(values) if value is not None]
+        means, spreads = [mean for _, (mean, _) in known], [spread for _, (_, spread) in known]
+        places = [place + shift for place, _ in known]
+        axes.errorbar(means, places, xerr=spreads, fmt="o", color=colour, ms=4, capsize=2, label=series)
+        marked = dict(zip(points.names, values, strict=True)).get(points.marked)
+        if marked is not None:
+            axes.axvline(marked[0], color=colour, alpha=0.6, linewidth=1.0, linestyle=":")
+    axes.set_yticks(range(len(points.names)), points.names)
+    axes.set_ylim(len(points.names) - 0.5, -0.5)
+    axes.set_xlim(-0.02, 1.02)
+    axes.grid(axis="x", color="#808080", alpha=0.25, linewidth=0.6)
+    if points.series:
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    return result
+
+
+def _heat_figure(heat: HeatMap) -> "Figure":
+    result, axes = _frame(1.6 + 0.7 * len(heat.columns), 1.2 + 0.4 * len(heat.rows), heat.title)
+    # Cells are drawn as vectors: an image would be a reference out of the page's text.
+    axes.pcolormesh(heat.values, cmap="viridis", vmin=0.0, vmax=1.0, edgecolors="face")
+    for row, values in enumerate(heat.values):
+        for column, value in enumerate(values):
+            ink = "white" if value < 0.6 else "black"
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", color=ink, ha="center", va="center", fontsize=8)
+    axes.set_xticks([column + 0.5 for column in range(len(heat.columns))], heat.columns)
+    axes.set_yticks([row + 0.5 for row in range(len(heat.rows))], heat.rows)
+    axes.invert_yaxis()
+    axes.set_xlabel(heat.x_title, color=INK)
+    axes.set_ylabel(heat.y_title, color=INK)
     return result
 
 

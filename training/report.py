@@ -82,10 +82,12 @@ def run_report(
     examples: Sequence[Example],
     out: Path,
     title: str = "Tandem",
+    more: Sequence[Section] = (),
 ) -> None:
-    """Report of one or several runs, by name: tables, curves over steps, examples, events and configuration."""
+    """Report of one or several runs, by name: tables, `more`, curves over steps, examples, events and configuration."""
     metrics = {name: read_metrics(folder / "metrics.jsonl") for name, folder in run_dirs.items()}
     sections = [Section("Results", "\n".join(table_html(table) for table in tables))] if tables else []
+    sections += more
     sections.append(Section("Curves", curves_html(metrics)))
     if examples:
         sections.append(Section("Examples", "\n".join(map(example_html, examples))))

@@ -71,6 +71,9 @@ class FreshGeneratorConfig:
     dropout: float = 0.0
 
 
+FRESH_CONTEXT = 8192  # tokens that a fresh causal model takes; rotary positions cost nothing
+
+
 @dataclass
 class GeneratorConfig:
     """The language model that reads passages and writes answers."""
@@ -120,8 +123,11 @@ class ObjectiveConfig:
 class RetrievalConfig:
     """Where the passages of a question come from while training and evaluating."""
 
-    source: str = "index"  # index | gold (the labelled passage, filled up with retrieved ones) | none (closed book)
+    # index | fixed (RAG 1.0: the index of a frozen retriever) | gold (the labelled passage, filled up with retrieved
+    # ones) | long (no retrieval: as much of the corpus as fits in the prompt) | none (closed book)
+    source: str = "index"
     k: int = 4
+    max_context_tokens: int = 0  # long: of a prompt and its answer; 0: what the generator takes (causal only)
     prefetch_depth: int = 1  # batches searched ahead while one trains
 
 
@@ -178,6 +184,15 @@ class DecodingConfig:
 
 
 @dataclass
+class NeedleConfig:
+    """A sweep over prompts with the labelled passage at a known place among random others; off while it is empty."""
+
+    lengths: list[int] = field(default_factory=list)  # tokens of a prompt and its answer
+    depths: list[float] = field(default_factory=list)  # 0: the labelled passage comes first, 1: last
+    num_questions: int = 50  # asked in each cell, the same ones; 0: all
+
+
+@dataclass
 class EvaluationConfig:
     """What is measured, and when."""
 
@@ -186,7 +201,9 @@ class EvaluationConfig:
     batch_size: int = 32
     k: int = 100  # depth of the ranking metrics
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    also: list[str] = field(default_factory=list)  # more modes at the end: marginal | fused | top1 | closed_book | gold
+    # more modes at the end: marginal | fused | top1 | closed_book | gold | long
+    also: list[str] = field(default_factory=list)
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
     examples: int = 5  # decoded examples that the report prints
 
 

@@ -34,7 +34,7 @@ class RetrievedBatches:
             passages = [gold_first(row, rows, self.config.k, rng) for row, rows, rng in each]
         else:
             passages = list(hits[:, : self.config.k])
-        vectors = searched.hits.vectors if self.config.source == "index" else None
+        vectors = searched.hits.vectors if self.config.source != "gold" else None
         batch = self.collator(searched.questions, passages, vectors=vectors).to(self.device)
         found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
         self._trained = searched.number + 1

@@ -29,10 +29,12 @@ from training.data import ClozeSource, Collator, Stream
 from training.engine import Engine
 from training.evaluate import Evaluation, Evaluator, encode_questions
 from training.jsonl import append_line, plain
+from training.long_context import LongContext, LongContextBatches
 from training.loop import Hooks, LoopState, Source, publish, train
 from training.models.build import build_system, fit_weights, parameter_groups
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.monitor import Monitor
+from training.needle import check_needle, needle_sweep
 from training.objectives.choose import needs
 from training.retrieve import IndexService, Prefetcher
 from training.settings import (
@@ -175,6 +177,9 @@ class Stage:
         questions = QuestionStore.open(job.train_questions, verify=False)
         collator = Collator(self.store, questions, self.system.generator, self.pad_id)
         stream = Stream(len(questions), job.training.batch_size, *place)
+        if job.retrieval.source == "long":
+            long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
+            return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
         if self.service is None:
             return ClosedBookBatches(collator, stream.batch, engine.device, start)
         k, depth = job.retrieval.k, job.retrieval.prefetch_depth
@@ -182,7 +187,7 @@ class Stage:
         k = min(k + (job.retrieval.source == "gold"), self.service.num_passages)
         prefetcher = Prefetcher(
             self.service, stream.batch, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start,
-            with_vectors=self.index_is_fresh and job.retrieval.source == "index",
+            with_vectors=self.index_is_fresh and job.retrieval.source != "gold",
         )  # fmt: skip
         source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream)
         if loader_state:
@@ -208,12 +213,15 @@ class Stage:
     def finish(self) -> dict[str, Any]:
         """Evaluate the whole split, save, and write down what was measured."""
         result: dict[str, Any] = {"step": self.state.step, "fingerprint": self.job.fingerprint, "metrics": {}}
+        result |= {"source": self.job.retrieval.source}
         result |= {"train_seconds": self.state.seconds, "blocked_steps": self.state.blocked_steps}
         if self.evaluator is not None:
             numbers = np.arange(len(self.evaluator.questions))
-            evaluation = self.evaluator(numbers, also=self.job.evaluation.also, texts=True)
+            evaluation = self.evaluator(numbers, also=self.job.evaluation.also, texts=True, costs=True)
             self._log_evaluation(evaluation)
-            result |= {"metrics": evaluation.metrics, "generation": evaluation.generation}
+            if self.job.evaluation.needle.lengths:
+                result["needle"] = needle_sweep(self.evaluator, self.job.evaluation.needle)
+            result |= {"metrics": evaluation.metrics, "costs": evaluation.costs, "generation": evaluation.generation}
             result |= {"weights_version": evaluation.weights_version, "num_questions": len(numbers)}
             if self.engine.rank == 0:
                 self._write_predictions(evaluation)
@@ -327,10 +335,13 @@ class Stage:
         questions = QuestionStore.open(self.job.evaluate_questions, verify=False)
         collator = Collator(self.store, questions, self.system.generator, self.pad_id)
         job = self.job
-        return Evaluator(
+        evaluator = Evaluator(
             self.engine, collator, self.store, self.service, self.to_text, job.evaluation, job.retrieval, job.objective,
-            self._progress, self.index_is_fresh,
+            job.generator, self._progress, self.index_is_fresh,
         )  # fmt: skip
+        if job.evaluation.needle.lengths:
+            check_needle(evaluator, job.evaluation.needle)
+        return evaluator
 
     def _progress(self, text: str) -> None:
         if time.monotonic() - self._last_progress > PROGRESS_EVERY_S:

@@ -16,9 +16,8 @@ from transformers import (
 )
 
 from training.models.tokenizers import end_id, pad_id, start_id
-from training.settings import FreshGeneratorConfig
+from training.settings import FRESH_CONTEXT, FreshGeneratorConfig
 
-FRESH_CONTEXT = 8192  # tokens; rotary positions cost nothing
 FRESH_GPT2_CONTEXT = 1024  # learned positions do
 STATE = 16  # numbers that a state-space layer remembers for each channel
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.models.checkpoint_layout import find_file
-from training.settings import GeneratorConfig
+from training.settings import FRESH_CONTEXT, GeneratorConfig
 
 STATE_SPACE = ("mamba", "mamba2")  # of generator.fresh.family
 
@@ -22,7 +22,7 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
     if generator.kind == "copy" or (generator.kind == "fusion" and not generator.name):
         return Shape(attention=True, context=None)
     if not generator.name:
-        from training.models.fresh_causal import FRESH_CONTEXT, FRESH_GPT2_CONTEXT
+        from training.models.fresh_causal import FRESH_GPT2_CONTEXT
 
         family = generator.fresh.family
         if family in STATE_SPACE:

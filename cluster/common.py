@@ -1,0 +1,79 @@
+"""What every verb does on its way: prepare the data of a stage, place it, connect to Ray, find a checkpoint."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster import session
+from cluster.beforehand import check_index
+from cluster.placement import PlacementPlan, nodes_of_cluster, plan
+from cluster.prepare import Prepared, prepare_data
+from cluster.settings import Settings
+from indexing.store import Store
+from training.checkpoint import newest_checkpoint
+
+
+def say(text: str) -> None:
+    """One line, at once."""
+    print(text, flush=True)
+
+
+def run_folder(settings: Settings) -> Path:
+    """Where a stage's run lies."""
+    return Path(settings.run.directory) / settings.run.name
+
+
+def prepared_data(settings: Settings, root: Path, splits: list[str] | None = None) -> Prepared:
+    """The stores of a stage, with an index that fits them. Raises ValueError."""
+    prepared = prepare_data(settings, root, say, splits)
+    check_index(settings, len(Store.open(prepared.passages, verify=False)))
+    return prepared
+
+
+def placement_of(settings: Settings) -> PlacementPlan:
+    """Which machine part does what. Raises ValueError where there is no room."""
+    return plan(settings.cluster, settings.refresh, settings.index, nodes_of_cluster())
+
+
+def newest_of(settings: Settings) -> str:
+    """The newest complete checkpoint of a stage. Raises ValueError where there is none."""
+    folder = run_folder(settings)
+    found = newest_checkpoint(folder, say) if folder.is_dir() else None
+    if found is None:
+        raise ValueError(f"{folder} has no complete checkpoint yet: train it first (tandem train)")
+    return str(found)
+
+
+def starting_checkpoint(settings: Settings, stages: dict[str, Settings]) -> str:
+    """The checkpoint folder that `run.init_from` means: a stage of the same file, a run folder, or a checkpoint.
+
+    Raises ValueError when it names none, or one without a complete checkpoint.
+    """
+    name = settings.run.init_from
+    if not name:
+        return ""
+    if name in stages:
+        folder = Path(stages[name].run.directory) / stages[name].run.name
+    else:
+        folder = Path(name)
+    if (folder / "model.safetensors").is_file():
+        return str(folder)
+    found = newest_checkpoint(folder, say) if folder.is_dir() else None
+    if found is None:
+        known = f" or a stage of this file ({', '.join(stages)})" if "" not in stages else ""
+        raise ValueError(
+            f"run.init_from={name!r}: needed is a checkpoint or run folder{known} with a complete checkpoint"
+        )
+    return str(found)
+
+
+@contextmanager
+def ray_session(root: Path) -> Iterator[str]:
+    """A connection to Ray, and a name for the actors of this experiment."""
+    namespace = f"tandem-{root.name}-{time.time_ns() % 10**9}"
+    connection = session.start_or_join(namespace, log_to_driver=False)
+    try:
+        yield namespace
+    finally:
+        connection.stop()

@@ -1,0 +1,141 @@
+"""What an answer costs: prompt tokens, floating-point operations, and what has to be kept while writing.
+
+Estimates from shapes and lengths, not measurements. One multiplication with its addition is two operations. A token
+costs 2 operations a weight (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1); attention
+costs 4 * attention_dim a layer and pair of tokens, the square of the prompt, as dense kernels compute it (Chowdhery et
+al. 2022, "PaLM", appendix B); a state-space layer costs 6 a number of its state (decay, input and output, each a
+multiplication and an addition: Gu and Dao 2023, "Mamba", equation 2). Writing counts with a cache, one token at a time.
+Retrieval is counted apart: the question encoded, every vector of the index multiplied (an upper bound for IVF), and
+the hits that are read encoded anew for their scores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.models.causal import CausalBatch
+from training.models.copy_reader import CopyBatch
+from training.models.fusion import FusionBatch
+from training.models.generator import ReaderBatch
+from training.models.arithmetic import Shape, Stack, encoder_stack, shape_of
+from training.models.system import RetrievalBatch, System
+
+OPERATIONS_PER_STATE = 6
+COSTS = ("prompt_tokens", "flops", "retrieval_flops", "kv_cache_bytes", "state_bytes", "seconds")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one question."""
+
+    prompt_tokens: int  # that the generator reads: of all its prompts, where it reads one passage at a time
+    flops: float  # of the generator
+    retrieval_flops: float
+    kv_cache_bytes: int  # at the end of the prompt: grows with it
+    state_bytes: int  # of state-space layers: the same at every length
+
+
+class CostModel:
+    """The costs of one system. `value_bytes`: of a number that is kept while writing. `num_indexed`: passages in the
+    index."""
+
+    def __init__(self, system: System, value_bytes: int, num_indexed: int) -> None:
+        self.shape = shape_of(system.generator)
+        self.query = encoder_stack(system.retriever.query_encoder)
+        self.passage = encoder_stack(system.retriever.passage_encoder)
+        self.dim, self.value_bytes, self.num_indexed = system.retriever.dim, value_bytes, num_indexed
+
+    def __call__(
+        self, batch: RetrievalBatch, written: Sequence[Sequence[int]], fused: bool, retrieved: bool
+    ) -> list[Cost]:
+        """Of each question of `batch`. `written` as `Decoded.tokens`: one answer a question if `fused`, else one a
+        passage. `retrieved`: its passages came from the index."""
+        prompts = prompt_lengths(batch.reader, fused)
+        places = batch.reader.passage_mask.shape[1]
+        searched = self._search(batch) if retrieved else [0.0] * len(prompts)
+        costs = []
+        for question, lengths in enumerate(prompts):
+            if fused:
+                answers = [len(written[question])]
+            else:  # of the real passages, in the order of `lengths`
+                real = batch.reader.passage_mask[question].nonzero().flatten().tolist()
+                answers = [len(written[question * places + place]) for place in real]
+            cache, state = kept_bytes(self.shape, lengths, self.value_bytes)
+            flops = answer_flops(self.shape, lengths, answers, fused)
+            costs.append(Cost(sum(lengths), flops, searched[question], cache, state))
+        return costs
+
+    def _search(self, batch: RetrievalBatch) -> list[float]:
+        """Operations of retrieval for each question."""
+        questions = batch.question_mask.sum(dim=1).tolist()
+        real = batch.reader.passage_mask
+        passages = batch.passage_token_mask.sum(dim=1).view(real.shape) * real.to(batch.passage_token_mask.device)
+        encoded = [
+            sum(read_flops(self.passage, length) for length in lengths if length) for lengths in passages.tolist()
+        ]
+        products = 2.0 * self.dim * self.num_indexed
+        return [read_flops(self.query, n) + products + more for n, more in zip(questions, encoded, strict=True)]
+
+
+def prompt_lengths(batch: ReaderBatch, fused: bool) -> list[list[int]]:
+    """Tokens of each sequence that is read for each question, real passages only: one prompt of a fused causal model,
+    otherwise one sequence a passage."""
+    real = batch.passage_mask
+    match batch:
+        case CausalBatch() if fused:
+            return [[length] for length in batch.joint_mask.sum(dim=1).tolist()]
+        case CausalBatch():
+            lengths = batch.single_mask.sum(dim=1)
+        case FusionBatch() | CopyBatch():
+            lengths = batch.source_mask.sum(dim=1)
+        case _:
+            raise AssertionError(f"no prompt in a {type(batch).__name__}")
+    return [_chosen(row, mask) for row, mask in zip(lengths.view(real.shape), real, strict=True)]
+
+
+def _chosen(lengths: Tensor, real: Tensor) -> list[int]:
+    return torch.masked_select(lengths, real).tolist()
+
+
+def read_flops(stack: Stack, tokens: int) -> float:
+    """All tokens of a sequence at once."""
+    attention = 4.0 * stack.attention_layers * stack.attention_dim * tokens * tokens
+    return 2.0 * stack.weights * tokens + attention + _scan_flops(stack, tokens)
+
+
+def write_flops(stack: Stack, before: int, tokens: int) -> float:
+    """`tokens` more, one after another, each seeing the `before` cached ones, those written before it and itself."""
+    pairs = tokens * before + tokens * (tokens + 1) / 2
+    attention = 4.0 * stack.attention_layers * stack.attention_dim * pairs
+    return 2.0 * stack.weights * tokens + attention + _scan_flops(stack, tokens)
+
+
+def answer_flops(shape: Shape, prompts: Sequence[int], answers: Sequence[int], fused: bool) -> float:
+    """Read the `prompts` and write answers of so many tokens and an end each: one from all prompts if `fused`, else one
+    from each."""
+    memories = [sum(prompts)] if fused else list(prompts)
+    output = sum(2.0 * shape.output * (answer + 1) for answer in answers)
+    if shape.encoder is None:
+        read = sum(read_flops(shape.decoder, prompt) for prompt in memories)
+        pairs = zip(memories, answers, strict=True)
+        return read + sum(write_flops(shape.decoder, prompt, answer) for prompt, answer in pairs) + output
+    read = sum(read_flops(shape.encoder, prompt) + 2.0 * shape.memory_weights * prompt for prompt in prompts)
+    written = 0.0
+    for memory, answer in zip(memories, answers, strict=True):  # the start token is one more that the decoder sees
+        written += write_flops(shape.decoder, 0, answer + 1) + 2.0 * shape.cross_products * memory * (answer + 1)
+    return read + written + output
+
+
+def kept_bytes(shape: Shape, prompts: Sequence[int], value_bytes: int) -> tuple[int, int]:
+    """Bytes of keys and values, and of states, at the end of the prompts, before the first token is written."""
+    if shape.encoder is not None:
+        return sum(prompts) * shape.memory_kept * value_bytes, 0
+    stack = shape.decoder
+    cache = 2 * stack.attention_layers * stack.kv_dim * sum(prompts) * value_bytes
+    return cache, len(prompts) * stack.state_layers * stack.state_kept * value_bytes
+
+
+def _scan_flops(stack: Stack, tokens: int) -> float:
+    return float(OPERATIONS_PER_STATE * stack.state_layers * stack.state_scanned * tokens)

@@ -1,0 +1,176 @@
+"""What a model's arithmetic and memory depend on: numbers read once from its modules, none of its code.
+
+Weights are counted where each token passes them: every matrix of a stack except embeddings and the output layer, of
+several experts as many as a token visits. Biases and norms are left out, as in Kaplan et al. 2020.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from training.models.causal import CausalGenerator
+from training.models.copy_reader import CopyReader
+from training.models.encoder import TextEncoder
+from training.models.fusion import FusionGenerator
+from training.models.generator import Generator
+
+STATE_SPACE_LAYERS = ("linear_attention", "mamba", "mamba2")  # names in transformers' `layer_types`
+CROSS_KEYS = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers that tokens pass one after another: an encoder, a decoder, a causal model."""
+
+    weights: int  # in matrices that each token is multiplied with
+    attention_layers: int = 0
+    attention_dim: int = 0  # query heads times their size
+    kv_dim: int = 0  # key heads times their size
+    state_layers: int = 0  # state-space layers
+    state_scanned: int = 0  # numbers of one such layer's state that each token updates
+    state_kept: int = 0  # numbers that one such layer carries on, with its convolution's window
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A generator. `encoder` None: causal, the prompt runs through `decoder`; otherwise the decoder attends to a memory
+    of encoded tokens."""
+
+    decoder: Stack
+    output: int  # weights of the output layer
+    encoder: Stack | None = None
+    memory_weights: int = 0  # that each token of the memory is multiplied with before the decoder attends to it
+    memory_kept: int = 0  # numbers that the decoder keeps of each token of the memory
+    cross_products: int = 0  # multiplications of one written token with one token of the memory
+
+
+def shape_of(generator: Generator) -> Shape:
+    """The shape of a generator of any kind."""
+    match generator:
+        case CopyReader():
+            return _copy_shape(generator)
+        case FusionGenerator():
+            return fusion_shape(generator.model)
+        case CausalGenerator():
+            return causal_shape(generator.model)
+    raise AssertionError(f"no shape of a {type(generator).__name__}")
+
+
+def encoder_stack(encoder: TextEncoder) -> Stack:
+    """One tower of the retriever; its projections see one vector a text and are left out."""
+    return _stack(encoder.backbone, encoder.backbone.config, encoder.backbone)
+
+
+def count_weights(module: nn.Module, left_out: tuple[nn.Parameter, ...] = (), active_experts: float = 1.0) -> int:
+    """Numbers in the matrices of `module`, embeddings and `left_out` excepted; shared ones count once. Of matrices that
+    hold several experts (three axes), `active_experts` is the share that a token visits. Right for sharded weights."""
+    skipped = {id(parameter) for parameter in left_out}
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            skipped |= {id(parameter) for parameter in part.parameters(recurse=False)}
+    total = 0.0
+    for name, parameter in module.named_parameters():
+        size = _size(parameter)
+        if id(parameter) in skipped or len(size) < 2 or name.endswith("A_log"):
+            continue
+        count = 1
+        for side in size:
+            count *= side
+        total += count * (active_experts if "experts" in name and len(size) == 3 else 1.0)
+    return round(total)
+
+
+def _stack(module: nn.Module, config: Any, model: PreTrainedModel, is_decoder: bool = True) -> Stack:
+    """A stack of transformers' own kind. `model` knows the output layer, which is not part of the stack."""
+    output = model.get_output_embeddings()
+    left_out = (output.weight,) if output is not None and isinstance(output.weight, nn.Parameter) else ()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    visited = getattr(config, "num_experts_per_tok", None)
+    weights = count_weights(module, left_out, visited / experts if experts and visited else 1.0)
+    heads, layers = _heads_and_layers(config, is_decoder)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        layers = sum(kind not in STATE_SPACE_LAYERS for kind in kinds)
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    if layers and not size:
+        size = config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    stack = Stack(weights, layers, heads * (size or 0) if layers else 0, key_heads * (size or 0) if layers else 0)
+    return _with_states(stack, module)
+
+
+def _heads_and_layers(config: Any, is_decoder: bool) -> tuple[int, int]:
+    side = "decoder" if is_decoder else "encoder"
+    heads = getattr(config, f"{side}_attention_heads", None) or getattr(config, "num_attention_heads", None)
+    layers = getattr(config, f"{side}_layers", None) or config.num_hidden_layers
+    if is_decoder:
+        layers = getattr(config, "num_decoder_layers", None) or layers
+    return int(heads or 0), int(layers)
+
+
+def _with_states(stack: Stack, module: nn.Module) -> Stack:
+    """`stack` with what its state-space layers (Mamba, Mamba-2) keep; all have the same size."""
+    mixers: list[Any] = [part for part in module.modules() if hasattr(part, "A_log") and hasattr(part, "conv1d")]
+    if not mixers:
+        return stack
+    mixer = mixers[0]
+    decay = _size(mixer.A_log)
+    # Mamba: a decay for each number of the state; Mamba-2: one a head, whose state is head size times state size.
+    scanned = decay[0] * decay[1] if len(decay) == 2 else mixer.num_heads * mixer.head_dim * mixer.ssm_state_size
+    channels, _, window = _size(mixer.conv1d.weight)
+    return replace(stack, state_layers=len(mixers), state_scanned=scanned, state_kept=scanned + channels * window)
+
+
+def causal_shape(model: PreTrainedModel) -> Shape:
+    """Attention, state-space or hybrid."""
+    return Shape(_stack(model, model.config.get_text_config(), model), _output_weights(model))
+
+
+def fusion_shape(model: PreTrainedModel) -> Shape:
+    """Any encoder-decoder of transformers."""
+    config: Any = model.config
+    encoder = _stack(model.get_encoder(), config, model, is_decoder=False)
+    decoder = _stack(model.get_decoder(), config, model)
+    memory = sum(
+        _size(parameter)[0] * _size(parameter)[1]
+        for name, parameter in model.get_decoder().named_parameters()
+        if name.endswith("weight") and any(key in name for key in CROSS_KEYS)
+    )
+    return Shape(
+        decoder=replace(decoder, weights=decoder.weights - memory),
+        output=_output_weights(model),
+        encoder=encoder,
+        memory_weights=memory,
+        memory_kept=2 * decoder.attention_layers * decoder.kv_dim,
+        cross_products=2 * decoder.attention_layers * decoder.attention_dim,
+    )
+
+
+def _copy_shape(reader: CopyReader) -> Shape:
+    """The pointer is one more attention over the memory: its keys are kept, and each written token is multiplied with
+    each of them."""
+    hidden, size = reader.tokens.embedding_dim, reader.config.fresh
+    encoder = Stack(count_weights(reader.encoder), size.num_encoder_layers, hidden, hidden)
+    memory = hidden * hidden * (2 * size.num_decoder_layers + 1)
+    writing = count_weights(reader.decoder) + count_weights(reader.copy_query) + count_weights(reader.gates)
+    return Shape(
+        decoder=Stack(writing - 2 * size.num_decoder_layers * hidden * hidden, size.num_decoder_layers, hidden, hidden),
+        output=reader.vocabulary * hidden,
+        encoder=encoder,
+        memory_weights=memory,
+        memory_kept=hidden * (2 * size.num_decoder_layers + 1),
+        cross_products=hidden * (2 * size.num_decoder_layers + 1),
+    )
+
+
+def _output_weights(model: PreTrainedModel) -> int:
+    output = model.get_output_embeddings()
+    rows, columns = _size(output.weight)  # pyright: ignore[reportOptionalMemberAccess, reportArgumentType]
+    return rows * columns
+
+
+def _size(parameter: Tensor) -> tuple[int, ...]:
+    """Its whole size, also where ZeRO 3 keeps a part of it here."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
