@@ -18,7 +18,7 @@ from cluster.settings import Settings
 from cluster.summary import Findings, read_measured, seconds_of, write_findings
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
-from training.settings import ObjectiveConfig
+from training.settings import ObjectiveConfig, PretrainingConfig
 
 
 def train(experiment: Experiment) -> int:
@@ -180,7 +180,7 @@ def _without_training(experiment: Experiment, settings: Settings, evaluate: bool
     )
     if not evaluate:  # any retriever has an index, also one that only had a warm start
         asked = replace(asked, objective=ObjectiveConfig(), retrieval=replace(asked.retrieval, source="index"))
-        asked = replace(asked, checkpoint=replace(asked.checkpoint, index=True))
+        asked = replace(asked, checkpoint=replace(asked.checkpoint, index=True), pretraining=PretrainingConfig())
     prepared = _prepare(asked, experiment.directory, splits=[asked.questions.evaluate] if evaluate else [])
     begin = time.monotonic()
     with _session(experiment.directory) as namespace:

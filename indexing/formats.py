@@ -3,9 +3,9 @@
     {"_id", "text", "answers": [...]}                              question answering, several gold answers
     {"_id", "text", "options": [...], "answers": [...]}            multiple choice: the answers are among the options
     {"_id", "claim", "label"}                                      fact verification: one of `questions.labels`
-    {"_id", "messages": [{"role", "content"}, ...]}                chat: system (may lack), user, assistant, ..., assistant
+    {"_id", "messages": [{"role", "content"}, ...]}                chat: system (may lack), user, assistant, user...
 
-A chat is asked with its last user message; the message of the assistant after it is the answer. All rows may carry
+A chat is asked with its last user message; the assistant's message after it is the answer. All rows may carry
 `metadata`, and chats further `answers`.
 """
 
@@ -54,13 +54,19 @@ def parse_question(fields: dict[str, Any], as_of: str, labels: Sequence[str]) ->
 
 def _options(question_id: str, value: Any, answers: list[str]) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(option, str) and option.strip() for option in value):
-        raise BadLine("missing_field", f"options of {question_id!r} are {str(value)[:40]!r}: needed are texts in a list")
+        raise BadLine(
+            "missing_field", f"options of {question_id!r} are {str(value)[:40]!r}: needed are texts in a list"
+        )
     options = strings(value)
     if len(options) < 2 or len(set(options)) < len(options):
-        raise BadLine("missing_field", f"options of {question_id!r} are {options}: needed are two or more different ones")
+        raise BadLine(
+            "missing_field", f"options of {question_id!r} are {options}: needed are two or more different ones"
+        )
     for answer in answers:
         if answer not in options:
-            raise BadLine("missing_field", f"answer {answer[:40]!r} of {question_id!r} is none of its options {options}")
+            raise BadLine(
+                "missing_field", f"answer {answer[:40]!r} of {question_id!r} is none of its options {options}"
+            )
     return options
 
 
@@ -83,7 +89,9 @@ def _chat(question_id: str, fields: dict[str, Any], metadata: dict[str, Any]) ->
         role = message.get("role")
         if role not in ROLES:
             allowed = ", ".join(ROLES)
-            raise BadLine("missing_field", f"message {place} of {question_id!r} has role {role!r}: allowed are {allowed}")
+            raise BadLine(
+                "missing_field", f"message {place} of {question_id!r} has role {role!r}: allowed are {allowed}"
+            )
         content = text_field(message, "content")
         if not content.strip():
             raise BadLine("empty_text", f"message {place} of {question_id!r} has no content")
@@ -93,7 +101,9 @@ def _chat(question_id: str, fields: dict[str, Any], metadata: dict[str, Any]) ->
     for place, (turn, role) in enumerate(zip(spoken, expected, strict=False), 1 + len(turns) - len(spoken)):
         if turn["role"] != role:
             found = turn["role"]
-            raise BadLine("missing_field", f"message {place} of {question_id!r} is of the {found}: expected is the {role}")
+            raise BadLine(
+                "missing_field", f"message {place} of {question_id!r} is of the {found}: expected is the {role}"
+            )
     if not spoken:
         raise BadLine("missing_field", f"messages of {question_id!r} hold no message of the user")
     answers = strings(fields.get("answers", []))

@@ -1,8 +1,8 @@
 """Questions as a write-once directory: text, token rows, answers and the passages that state them.
 
 `questions.*` holds one JSON object per question, `tokens-SIDE.*` the token rows of its text, `answers.*` the token rows
-of all answers with `answer_starts` saying where each question's begin, `options.*` and `option_starts` likewise those of
-what may be chosen, `gold.*` passage numbers, `targets` the answer to train on.
+of all answers with `answer_starts` saying where each question's begin, `options.*` and `option_starts` likewise what
+may be chosen, `gold.*` passage numbers, `targets` the answer to train on.
 """
 
 import json

@@ -37,7 +37,7 @@ class QuestionsConfig:
     on_bad: str = "error"  # error | skip
     as_of: str = ""  # answers true on this date, from metadata.timeline ("end": the last state); empty: `answers`
     max_questions: int = 0  # 0: all; otherwise a seeded sample of the evaluation split
-    # Of several gold answers: first | sampled (another one each time) | in_passage (the first that a gold passage states)
+    # Of several gold answers: first | sampled (another one each time) | in_passage (the first that a gold passage has)
     target: str = "in_passage"
     choice_template: str = "{question} Options: {options}"  # a question or a claim with its options; {options} may lack
     labels: list[str] = field(default_factory=lambda: ["SUPPORTS", "REFUTES", "NOT ENOUGH INFO"])  # of a `claim` row

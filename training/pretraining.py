@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.merge import Hits
 from indexing.store import Store, TokenSide
+from training.mixture import mixture
 from training.models.sides import generator_answer_side, generator_question_side, retriever_question_side
 from training.retrieve import IndexService, PendingHits
 from training.settings import EncoderConfig, GeneratorConfig, PretrainingConfig
-from training.tasks import MASK_WORD, MaskWords, find_recognizer, make_example, mixture
+from training.tasks import MASK_WORD, MaskWords, find_recognizer, make_example
 
 ATTEMPTS = 200  # passages that may lack what a task needs before it is refused
 CACHED = 4096  # examples: more than are searched ahead

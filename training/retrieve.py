@@ -104,7 +104,11 @@ class Prefetcher:
         k: int,
         depth: int,
         start: int = 0,
+        search: Callable[[np.ndarray, np.ndarray, int], PendingHits] | None = None,
     ) -> None:
+        """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
+        numbers are."""
+        self.search = search or (lambda _, queries, k: service.submit(queries, k))
         self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
         self.k, self.depth = k, depth
         self.position = start  # number of the next batch to search
@@ -124,7 +128,7 @@ class Prefetcher:
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)
-        pending = self.service.submit(self.encode_questions(questions), self.k)
+        pending = self.search(questions, self.encode_questions(questions), self.k)
         self._queue.append(_InFlight(self.position, questions, pending))
         self.position += 1
 

@@ -13,13 +13,13 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from indexing.corpus import Passage
 from training.settings import PretrainingConfig
 
-TASKS = ("span_corruption", "salient_span", "prefix_lm", "title_to_section")
 MASK = "\ufffc"  # where something was taken out of a question
 MASK_WORD = "_"  # of a tokeniser that has no mask token
 MIN_CONTEXT_WORDS = 6  # a shorter sentence says too little around a mask
@@ -29,17 +29,21 @@ SECTION_WORDS = 64  # of the first sentences under a title, before the tokens ar
 Spans = list[tuple[int, int]]
 Recognizer = Callable[[str], Spans]
 
+_OPENING, _CLOSING = "\"'\u201c\u2018", "\"'\u201d\u2019"  # quotation marks
+_NO_SPACE = "\"'\u201c\u2018\u201d\u2019()[].,;:!?"
 _WORD = re.compile(r"\S+")
-_SENTENCE_END = re.compile(r"(?:(?<!\b[A-Z])\.|[!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])")
+_SENTENCE_END = re.compile(rf"(?:(?<!\b[A-Z])\.|[!?])[{_CLOSING})\]]*\s+(?=[{_OPENING}(\[]*[A-Z0-9])")
 _MONTH = (
     r"(?:January|February|March|April|May|June|July|August|September|October|November|December|"
     r"Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept|Sep|Oct|Nov|Dec)\b\.?"
 )
 _DATE = re.compile(
-    rf"\d{{4}}-\d{{2}}-\d{{2}}|\b\d{{1,2}} {_MONTH}(?: \d{{4}})?|\b{_MONTH} \d{{1,2}}(?:, \d{{4}})?(?!\d)|\b{_MONTH} \d{{4}}"
+    rf"\d{{4}}-\d{{2}}-\d{{2}}|\b\d{{1,2}} {_MONTH}(?: \d{{4}})?|"
+    rf"\b{_MONTH} \d{{1,2}}(?:, \d{{4}})?(?!\d)|\b{_MONTH} \d{{4}}"
 )
 _NUMBER = re.compile(r"(?<![\w.])[$€£]?\d+(?:[.,:]\d+)*%?(?!\w)")
-_NAME = re.compile(r"\b[A-Z][\w'’-]*(?:(?: (?:of|the|de|la|von|van|der|and))? [A-Z][\w'’-]*)*")
+_PROPER = r"[A-Z][\w'\u2019-]*"
+_NAME = re.compile(rf"\b{_PROPER}(?:(?: (?:of|the|de|la|von|van|der|and))? {_PROPER})*")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class MaskWords:
         return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
 
     def answer(self, example: Example) -> str:
-        """What is missing: each span after its sentinel and a last sentinel (T5), or the spans, told apart by `word`."""
+        """What is missing: each span after its sentinel and a last one (T5), or the spans with `word` between."""
         if MASK not in example.question or (len(example.spans) == 1 and not self.sentinels):
             return example.spans[0]
         if not self.sentinels:
@@ -75,27 +79,13 @@ class MaskWords:
         return " ".join([*(f"{mark} {span}" for mark, span in pairs), self.sentinels[len(example.spans)]])
 
 
-def pretrains(config: PretrainingConfig) -> bool:
-    """Whether the stage trains on examples cut from the corpus: some task has a weight."""
-    return any(getattr(config, task) is not None for task in TASKS)
-
-
-def mixture(config: PretrainingConfig) -> dict[str, float]:
-    """Share of each task, in the order of `TASKS`; those of weight 0 are left out. Raises ValueError where a weight is
-    negative or all are 0."""
-    weights = {task: getattr(config, task) for task in TASKS if getattr(config, task) is not None}
-    for task, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"pretraining.{task}={weight}: must be a weight of 0 or above")
-    total = sum(weights.values())
-    if not total:
-        given = ", ".join(f"pretraining.{task}={weight}" for task, weight in weights.items())
-        raise ValueError(f"{given}: the weights of the mixture are 0 together; set one above 0, or none at all")
-    return {task: weight / total for task, weight in weights.items() if weight}
-
-
 def make_example(
-    task: str, passage: Passage, random: np.random.Generator, config: PretrainingConfig, words: int, recognize: Recognizer
+    task: str,
+    passage: Passage,
+    random: np.random.Generator,
+    config: PretrainingConfig,
+    words: int,
+    recognize: Recognizer,
 ) -> Example | None:
     """The example that `task` cuts from a passage, its question of at most `words` words; None where the passage has
     not what the task needs. Raises AssertionError for an unknown task."""
@@ -115,8 +105,8 @@ def span_corruption(
     text: str, random: np.random.Generator, words: int, mask_share: float, mean_span_words: float
 ) -> Example | None:
     """Random spans of a stretch of `words` words, `mask_share` of it, each `mean_span_words` long on average; None for
-    fewer than three words. The lengths of spans and of what lies between are random partitions, as in T5; unlike there a
-    stretch may begin with a mask and need not end with one."""
+    fewer than three words. The lengths of spans and of what lies between are random partitions, as in T5; a stretch
+    may, unlike there, begin with a mask and need not end with one."""
     found = [match.group() for match in _WORD.finditer(text)]
     first = int(random.integers(max(0, len(found) - words) + 1))
     found = found[first : first + words]
@@ -201,12 +191,14 @@ def find_recognizer(setting: str) -> Recognizer:
 
     def checked(text: str) -> Spans:
         try:
-            spans = [(int(start), int(stop)) for start, stop in function(text)]
+            spans: Spans = [(int(start), int(stop)) for start, stop in cast(Recognizer, function)(text)]
         except (TypeError, ValueError) as error:
             raise ValueError(f"pretraining.recognizer={setting}: {error}; {allowed}") from error
         for start, stop in spans:
             if not 0 <= start < stop <= len(text):
-                raise ValueError(f"pretraining.recognizer={setting}: ({start}, {stop}) is no span of {len(text)} characters")
+                raise ValueError(
+                    f"pretraining.recognizer={setting}: ({start}, {stop}) is no span of {len(text)} characters"
+                )
         return spans
 
     return checked
@@ -220,7 +212,7 @@ def regex_spans(text: str) -> Spans:
     for pattern in (_DATE, _NUMBER, _NAME):
         for match in pattern.finditer(text):
             start, stop = match.span()
-            opens = any(not text[opening:start].strip("\"'“‘([ ") for opening in openings if opening <= start)
+            opens = any(not text[opening:start].strip(f"{_OPENING}([ ") for opening in openings if opening <= start)
             if pattern is _NAME and (stop - start < 2 or (opens and " " not in match.group())):
                 continue
             if all(stop <= other or start >= end for other, end in found):
@@ -235,6 +227,8 @@ def _context(text: str, start: int, stop: int, words: int) -> tuple[int, int]:
     last = max(last, stop)
     if len(text[first:start].split()) + len(text[stop:last].split()) < MIN_CONTEXT_WORDS:
         first, last = 0, len(text)
+    start -= len(text[first:start]) - len(text[first:start].rstrip(_NO_SPACE))  # brackets and the like stay with it
+    stop += len(text[stop:last]) - len(text[stop:last].lstrip(_NO_SPACE))
     before = [match.start() + first for match in _WORD.finditer(text[first:start])]
     after = [match.end() + stop for match in _WORD.finditer(text[stop:last])]
     room = max(0, words - 1)
