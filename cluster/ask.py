@@ -22,8 +22,8 @@ from training.data import Collator
 from training.models.build import build_system
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.encoder import TextEncoder
+from training.models.prompts import QuestionText
 from training.models.sides import (
-    QuestionText,
     generator_answer_side,
     generator_question_side,
     retriever_question_side,

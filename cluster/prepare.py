@@ -27,8 +27,8 @@ from indexing.snapshot import is_complete
 from indexing.store import Store, write_store
 from indexing.world import write_world
 from training.mixture import pretrains
+from training.models.prompts import QuestionText
 from training.models.sides import (
-    QuestionText,
     generator_answer_side,
     generator_passage_side,
     generator_question_side,

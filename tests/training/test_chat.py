@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.corpus import Question
 from tests.training.test_tokenizers import TEXTS, byte_level
-from training.models import sides
+from training.models import prompts, sides
 from training.models.build import build_generator
 from training.models.causal import CausalBatch
 from training.settings import FreshGeneratorConfig, GeneratorConfig
@@ -32,7 +32,7 @@ def prompt(
 ) -> list[int]:
     """The tokens that the model reads before it answers."""
     model = build_generator(config, tokenizer)
-    pair = sides.QuestionText(tokenizer, config)("generator", question)
+    pair = prompts.QuestionText(tokenizer, config)("generator", question)
     asked = np.array(sides.generator_question_side(tokenizer, config).tokenize([pair])[0])
     rows = [np.array(row) for row in sides.generator_passage_side(tokenizer, config, 24).tokenize(passages)]
     batch = model.collate([asked], [rows], None)
@@ -109,7 +109,7 @@ def test_questions_of_other_generators_keep_their_end():
         GeneratorConfig(kind="copy", max_question_tokens=12, system_prompt="Be brief."),
     )
     question = Question("q", "who was born?", ["x"], earlier=EARLIER)
-    side, text = sides.generator_question_side(tokenizer, config), sides.QuestionText(tokenizer, config)
+    side, text = sides.generator_question_side(tokenizer, config), prompts.QuestionText(tokenizer, config)
     row = side.tokenize([text("generator", question)])[0]
     assert len(row) == 12
     assert tokenizer.decode(row).endswith("who was born?")

@@ -361,3 +361,11 @@ def test_generators_of_every_kind_collate_examples(world):
         batch = collator(np.arange(5), [np.array([1, 2])] * 5)
         lengths = batch.reader.answer_mask.sum(dim=1).tolist()
         assert lengths == [len(questions.example(n).answer_tokens) + 1 for n in range(5)]
+
+
+def test_two_trainers_make_the_examples_of_one():
+    alone = Stream(50, 6, seed=3)
+    pair = [Stream(50, 3, seed=3, rank=rank, world_size=2) for rank in range(2)]
+    for number in range(4):
+        assert [*pair[0].places(number), *pair[1].places(number)] == list(alone.places(number))
+    assert list(alone.places(2)) == list(range(12, 18))

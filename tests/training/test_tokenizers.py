@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.models import sides
+from training.models import prompts, sides
 from training.models.tokenizers import build_tokenizer, end_id, fingerprint, load_tokenizer, start_id, to_text
 from training.settings import EncoderConfig, GeneratorConfig, TokenizerConfig
 
@@ -199,13 +199,13 @@ def test_fusion_segments_of_a_pretrained_reader() -> None:
 )
 def test_templates_name_the_setting(template: str) -> None:
     with pytest.raises(ValueError, match=r"generator\.template is .*allowed"):
-        sides.prompt_template(GeneratorConfig(template=template))
+        prompts.prompt_template(GeneratorConfig(template=template))
 
 
 @pytest.mark.parametrize("template", ["{title}", "{text} by {title}", "{text}{text}"])
 def test_passage_templates_name_the_setting(template: str) -> None:
     with pytest.raises(ValueError, match=r"generator\.passage_template is .*allowed"):
-        sides.passage_template(GeneratorConfig(passage_template=template))
+        prompts.passage_template(GeneratorConfig(passage_template=template))
 
 
 def test_checkpoint_rows_are_single_sequences(minilm: str, tmp_path: Path) -> None:

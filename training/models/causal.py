@@ -20,7 +20,8 @@ from training.models import likelihood
 from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.packing import length_groups, pad_rows, restore_order, row_lengths
 from training.models.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained
-from training.models.sides import passage_template, plain_ids, prompt_segments, split_context, surrounding_tokens
+from training.models.prompts import passage_template, prompt_segments, split_context
+from training.models.sides import plain_ids, surrounding_tokens
 from training.models.tokenizers import end_id, pad_id, start_id
 from training.settings import GeneratorConfig
 
