@@ -123,7 +123,7 @@ def test_a_run_folder_stands_for_its_configuration(write, tmp_path: Path) -> Non
     ("text", "expected"),
     [
         ("training: {stepz: 5}", "a.yaml: unknown setting training.stepz. Did you mean training.steps?"),
-        ("traning: {steps: 5}", "unknown setting traning. Did you mean training?"),
+        ("traning: {steps: 5}", "unknown setting traning. Did you mean training or pretraining?"),
         ("steps: 5", "unknown setting steps. Did you mean training.steps?"),
         ("encoder: {fresh: {hiden: 3}}", "encoder.fresh.hiden. Did you mean encoder.fresh.hidden?"),
         ("stages: {a: {training: {stepz: 5}}}", "stages.a.training.stepz. Did you mean training.steps?"),

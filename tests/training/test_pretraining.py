@@ -90,7 +90,8 @@ def test_examples_are_cut_from_their_source_and_tokenised_as_questions_are(world
 
 
 def test_the_mixture_has_its_proportions(world):
-    counted = Counter(corpus_questions(world).example(number).task for number in range(1500))
+    made = corpus_questions(world)
+    counted = Counter(made.example(number).task for number in range(1500))
     for task, share in (("span_corruption", 0.2), ("salient_span", 0.4), ("prefix_lm", 0.3), ("title_to_section", 0.1)):
         assert counted[task] / 1500 == pytest.approx(share, abs=4 * (share * (1 - share) / 1500) ** 0.5)
 
