@@ -22,7 +22,12 @@ from training.data import Collator
 from training.models.build import build_system, fit_weights
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.encoder import TextEncoder
-from training.models.sides import generator_answer_side, generator_question_side, retriever_question_side
+from training.models.prompts import QuestionText
+from training.models.sides import (
+    generator_answer_side,
+    generator_question_side,
+    retriever_question_side,
+)
 from training.models.system import Answers, System
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.named_weights import load_weights_into
@@ -54,6 +59,7 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, question: s
             sides,
             generator_answer_side(tokenizers[1], settings.generator),
             store,
+            QuestionText(tokenizers[1], settings.generator),
         )
         collator = Collator(store, asked, system.generator, pad_id(tokenizers[0]))
         numbers = np.array([0])

@@ -1,6 +1,5 @@
 """What can be refused before anything is written, started or trained; each refusal is one ValueError."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,25 +11,32 @@ from indexing.build import check_config
 from indexing.merge import check_k
 from indexing.shard import shard_ranges
 from training.checkpoint import newest_checkpoint
+from training.mixture import pretrains
 from training.models.shape import check_context, read_shape
 from training.objectives.choose import needs
+from training.tasks import find_recognizer
 
 # A resume goes on with the same model, data and seed; everything else may be set anew.
 SAME_RUN = (
     *("run.seed", "run.init_from", "corpus.", "questions.path", "questions.train", "questions.as_of"),
     *("encoder.name", "encoder.fresh.", "encoder.tokenizer.", "encoder.towers", "encoder.pooling", "encoder.normalize"),
     *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
-    *("encoder.lora.", "generator.lora.", "objective.name", "training.train"),
+    *("encoder.lora.", "generator.lora."),
+    *("objective.name", "training.train", "pretraining.", "questions.target", "questions.refusal", "questions.labels"),
+    *("questions.choice_template", "generator.template", "generator.passage_template", "generator.chat_template"),
+    "generator.system_prompt",
 )
 
 
 def check_models(settings: Settings) -> None:
-    """Refuse a model folder that is not there (whether a name of the hub exists is seen when it is read), and passages
-    that a generator has no context for."""
+    """Refuse a model folder or a recogniser that is not there (whether a name of the hub exists is seen when it is
+    read), and passages that a generator has no context for."""
     for section, name in (("encoder", settings.encoder.name), ("generator", settings.generator.name)):
         is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    if pretrains(settings.pretraining):
+        find_recognizer(settings.pretraining.recognizer)
     needed = needs(settings.objective)
     if needed.attention:
         shape = read_shape(settings.generator)

@@ -8,6 +8,7 @@ import torch
 from cluster.placement import Node, PlacementPlan, plan
 from cluster.settings import Settings
 from indexing.corpus import corpus_path
+from training.mixture import mixture, pretrains
 from training.objectives.choose import needs
 
 
@@ -47,8 +48,15 @@ def _objective(settings: Settings) -> str:
     refresh = f"every {settings.refresh.every_steps} steps" if settings.refresh.every_steps else "never"
     return (
         f"objective: {settings.objective.name} ({', '.join(passes)}), trains {settings.training.train}; index "
-        f"{settings.index.factory} on {settings.index.num_shards} shards, refreshed {refresh}"
+        f"{settings.index.factory} on {settings.index.num_shards} shards, refreshed {refresh}{_tasks(settings)}"
     )
+
+
+def _tasks(settings: Settings) -> str:
+    if not pretrains(settings.pretraining):
+        return ""
+    shares = ", ".join(f"{share:.0%} {task}" for task, share in mixture(settings.pretraining).items())
+    return f"; pretrains on the corpus: {shares}"
 
 
 def _data(settings: Settings) -> str:

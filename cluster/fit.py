@@ -31,6 +31,7 @@ from cluster.settings import Settings
 from indexing.snapshot import is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
+from training.mixture import pretrains
 from training.objectives.choose import needs
 from training.stage import EVALUATION_FILE, StageJob
 
@@ -100,12 +101,13 @@ def fingerprint(settings: Settings) -> str:
 def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Path) -> StageJob:
     """What the trainer processes are told."""
     contrastive = needs(settings.objective).in_batch
-    asked = None if contrastive else prepared.questions.get(settings.questions.evaluate)  # none for an index alone
-    trains = not contrastive and settings.training.train != "none"
+    questions = settings.questions
+    asked = None if contrastive else prepared.questions.get(questions.evaluate)  # none for an index alone
+    trains = not contrastive and settings.training.train != "none" and not pretrains(settings.pretraining)
     return StageJob(
         run_dir=str(run_dir.resolve()),  # a trainer's working folder is another one
         passages=str(prepared.passages.resolve()),
-        train_questions=str(prepared.questions[settings.questions.train].resolve()) if trains else "",
+        train_questions=str(prepared.questions[questions.train].resolve()) if trains else "",
         evaluate_questions=str(asked.resolve()) if asked is not None else "",
         tokenizers=str(prepared.tokenizers.resolve()),
         init_from=str(Path(init_from).resolve()) if init_from else "",
@@ -121,6 +123,9 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         checkpoint=settings.checkpoint,
         evaluation=settings.evaluation,
         monitor=settings.monitor,
+        pretraining=settings.pretraining,
+        duplicates=str(prepared.duplicates.resolve()) if prepared.duplicates is not None else "",
+        questions=questions,
         publish_every=settings.refresh.every_steps,
         publish_precision=settings.refresh.precision,
         max_staleness_steps=settings.refresh.max_staleness_steps,

@@ -11,7 +11,7 @@ from cluster.settings import Settings
 from cluster.summary import Findings, read_measured, write_findings
 from cluster.validate import refuse
 from training.objectives.choose import needs
-from training.settings import NeedleConfig, ObjectiveConfig
+from training.settings import NeedleConfig, ObjectiveConfig, PretrainingConfig
 
 AFTER = "after_update"
 
@@ -56,7 +56,7 @@ def build_index(experiment: Experiment, name: str) -> None:
     checkpoint = newest_of(settings)
     asked = without_training(settings, f"{settings.run.name}/index_only", checkpoint)
     asked = replace(asked, objective=ObjectiveConfig(), retrieval=replace(asked.retrieval, source="index"))
-    asked = replace(asked, checkpoint=replace(asked.checkpoint, index=True))
+    asked = replace(asked, checkpoint=replace(asked.checkpoint, index=True), pretraining=PretrainingConfig())
     prepared = prepared_data(asked, experiment.directory, [])
     with ray_session(experiment.directory) as namespace:
         run_stage(asked, prepared, checkpoint, placement_of(asked), f"{namespace}-index_only")

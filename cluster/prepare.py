@@ -2,7 +2,7 @@
 
     <run>/world/                     the synthetic world, where no corpus is named
     <run>/tokenizers/{retriever,generator}/
-    <run>/data/<key>/{passages,questions-SPLIT}/     key: hash of everything that these depend on
+    <run>/data/<key>/{passages,questions-SPLIT,duplicates-THRESHOLD}/     key: hash of everything that these depend on
 
 What is there and fits is used again; a corpus file that changed has another key.
 """
@@ -16,14 +16,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from cluster.settings import Settings
 from indexing.corpus import CorpusReport, Passage, Question, iterate_corpus, read_questions
+from indexing.duplicates import write_groups
 from indexing.questions import QuestionStore, write_questions
 from indexing.snapshot import is_complete
 from indexing.store import Store, write_store
 from indexing.world import write_world
+from training.mixture import pretrains
+from training.models.prompts import QuestionText
 from training.models.sides import (
     generator_answer_side,
     generator_passage_side,
@@ -32,6 +36,7 @@ from training.models.sides import (
     retriever_question_side,
 )
 from training.models.tokenizers import build_tokenizer, load_tokenizer
+from training.objectives.choose import needs
 from training.settings import TokenizerConfig
 
 Say = Callable[[str], None]
@@ -46,6 +51,7 @@ class Prepared:
     passages: Path
     questions: dict[str, Path]  # by split
     tokenizers: Path  # holds retriever/ and generator/
+    duplicates: Path | None = None  # groups of near-duplicates, of a stage that pretrains on the corpus
 
 
 def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str] | None = None) -> Prepared:
@@ -53,6 +59,7 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
     settings = with_corpus(settings, root, say)
     questions = settings.questions
     wanted = list(dict.fromkeys(splits if splits is not None else (questions.train, questions.evaluate)))
+    wanted = [split for split in wanted if split]
     tokenizers = prepare_tokenizers(settings, root, say)
     folder = root / "data" / _key(settings, tokenizers)
     passages = _prepare_passages(settings, folder / "passages", tokenizers, say)
@@ -61,7 +68,9 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
     for split, path in paths.items():
         if not is_complete(path):
             _prepare_questions(settings, split, path, store, tokenizers, say)
-    return Prepared(passages, paths, root / "tokenizers")
+    _check_answers(settings, paths)
+    duplicates = _prepare_duplicates(settings, folder, store, say) if pretrains(settings.pretraining) else None
+    return Prepared(passages, paths, root / "tokenizers", duplicates)
 
 
 def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
@@ -123,8 +132,9 @@ def _texts(settings: Settings) -> Iterator[str]:
     passages, _ = iterate_corpus(settings.corpus)
     for passage in passages:
         yield f"{passage.title} {passage.text}"
-    for question in read_questions(settings.questions, settings.questions.train):
-        yield question.text
+    if settings.questions.train:
+        for question in read_questions(settings.questions, settings.questions.train):
+            yield question.text
 
 
 def _prepare_passages(
@@ -151,7 +161,10 @@ def _prepare_questions(
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
     say: Say,
 ) -> None:
-    questions = alive(read_questions(settings.questions, split), store, settings.questions.as_of)
+    config = settings.questions
+    questions = alive(read_questions(config, split), store, config.as_of)
+    if split == config.evaluate and config.unanswerable:
+        questions += read_questions(replace(config, evaluate=config.unanswerable, as_of=""), config.unanswerable)
     if not questions:
         raise ValueError(f"questions.path {settings.questions.path!r}: split {split!r} has no question to ask")
     sides = [
@@ -159,8 +172,34 @@ def _prepare_questions(
         generator_question_side(tokenizers[1], settings.generator),
     ]
     answer_side = generator_answer_side(tokenizers[1], settings.generator)
-    written: QuestionStore = write_questions(path, questions, sides, answer_side, store)
+    render = QuestionText(tokenizers[1], settings.generator, config.choice_template)
+    written: QuestionStore = write_questions(path, questions, sides, answer_side, store, render, config.refusal)
     say(f"{len(written)} questions of split {split} tokenised into {path}")
+
+
+def _check_answers(settings: Settings, paths: dict[str, Path]) -> None:
+    """Refuse to train on questions without an answer."""
+    split = settings.questions.train
+    contrastive, trains = needs(settings.objective).in_batch, settings.training.train != "none"
+    if contrastive or not trains or pretrains(settings.pretraining) or split not in paths:
+        return
+    missing = QuestionStore.open(paths[split], verify=False).num_without_answer
+    if missing:
+        raise ValueError(
+            f"questions.train={split}: {missing} questions have no answer to train on; leave them out, or set "
+            "questions.refusal to what their answer shall be"
+        )
+
+
+def _prepare_duplicates(settings: Settings, folder: Path, store: Store, say: Say) -> Path:
+    """Groups of near-duplicate passages, by what the generator reads of them."""
+    threshold = settings.pretraining.duplicate_threshold
+    path = folder / f"duplicates-{threshold:g}"
+    if not is_complete(path):
+        sizes = np.bincount(write_groups(path, store, "generator", threshold))
+        joined, largest = int(sizes[sizes > 1].sum()), int(sizes.max())
+        say(f"{joined} of {len(store)} passages have near-duplicates (the largest group has {largest}), see {path}")
+    return path
 
 
 def alive(questions: list[Question], store: Store, as_of: str) -> list[Question]:
@@ -195,7 +234,13 @@ def _key(settings: Settings, tokenizers: tuple[PreTrainedTokenizerFast, PreTrain
         generator_question_side(tokenizers[1], generator),
         generator_answer_side(tokenizers[1], generator),
     ]
-    parts: list[Any] = [asdict(settings.corpus), asdict(settings.questions), [side.fingerprint for side in sides]]
+    prompt = (generator.system_prompt, generator.chat_template, generator.max_context_tokens)
+    parts: list[Any] = [
+        asdict(settings.corpus),
+        asdict(settings.questions),
+        [side.fingerprint for side in sides],
+        prompt,
+    ]
     folders = {Path(settings.corpus.path), Path(settings.questions.path), Path(settings.corpus.updates or ".")}
     for folder in sorted(folders - {Path(".")}):
         files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())

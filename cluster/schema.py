@@ -5,7 +5,8 @@ Values stay text here; the type of the setting converts them later (`cluster/con
 
 import re
 from dataclasses import is_dataclass
-from typing import Any, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -64,6 +65,8 @@ def checked(value: Any, kind: Any, key: str, source: str) -> Any:
         return value
     if isinstance(value, (dict, list)):
         raise ValueError(f"{source}: {name}={value}: must be one value")
+    if NoneType in get_args(kind) and value in (None, "", "null", "~"):
+        return None
     return "" if value is None or (kind is str and value in ("null", "~")) else value
 
 

@@ -11,6 +11,7 @@ from training.settings import (
     GeneratorConfig,
     MonitorConfig,
     ObjectiveConfig,
+    PretrainingConfig,
     RetrievalConfig,
     TrainingConfig,
 )
@@ -67,6 +68,7 @@ class Settings:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)

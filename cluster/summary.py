@@ -18,6 +18,7 @@ from training.stage import EVALUATION_FILE, PREDICTIONS_FILE
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 HEADLINE = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")
+FURTHER = ("accuracy", "refusal_unanswerable", "refusal_answerable", "held_out/log_likelihood", "held_out/loss")
 CONTROLS = ("closed_book", "gold", "long", "fused", "marginal", "top1")
 NUM_EXAMPLES = 6
 
@@ -67,7 +68,7 @@ def summarise(findings: Findings) -> dict[str, Any]:
     """The content of `summary.json`: each stage's means, controls, the update, paired differences of the last stage."""
     summary: dict[str, Any] = {}
     for name, measured in findings.stages.items():
-        summary[name] = {key: measured.metrics[key] for key in HEADLINE if key in measured.metrics}
+        summary[name] = {key: measured.metrics[key] for key in (*HEADLINE, *FURTHER) if key in measured.metrics}
         for mode in CONTROLS:
             if f"{mode}/exact_match" in measured.metrics:
                 summary[name][f"{mode}/exact_match"] = measured.metrics[f"{mode}/exact_match"]
@@ -111,6 +112,10 @@ def result_table(findings: Findings, summary: Mapping[str, Any]) -> Table:
                 scores = (measured.metrics[f"{mode}/exact_match"], measured.metrics.get(f"{mode}/f1"))
                 rows.append([f"{name}, {mode}", None, None, None, *scores])
     notes = []
+    for name, measured in findings.stages.items():
+        further = [f"{key} {measured.metrics[key]:.3f}" for key in FURTHER if key in measured.metrics]
+        if further:
+            notes.append(f"{name}: {', '.join(further)}")
     if "swap" in summary:
         values = summary["swap"]
         notes.append(

@@ -24,7 +24,7 @@ def swap(before: "Measured", after: "Measured") -> dict[str, float]:
     changed = changed_questions(before.rows, after.rows)
     ids = {row["id"] for row in changed}
     former = {row["id"]: row for row in before.rows}
-    same = [row for row in after.rows if row["id"] in former and row["id"] not in ids]
+    same = [row for row in after.rows if row["id"] in former and row["id"] not in ids and "exact_match" in row]
     judged = [row for row in changed if row.get("gold_in_k") is not None]
     found = [row for row in judged if row["gold_in_k"]]
     known = [row for row in found if row["before"]]

@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from cluster.settings import Settings
+from training.mixture import mixture, pretrains
 from training.settings import FRESH_CONTEXT, ObjectiveConfig
 
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a generator
@@ -20,12 +21,14 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "corpus.format": ("auto", "beir", "jsonl", "parquet"),
     "corpus.on_bad": ("error", "skip"),
     "questions.on_bad": ("error", "skip"),
+    "questions.target": ("first", "sampled", "in_passage"),
     "encoder.towers": ("shared", "separate"),
     "encoder.pooling": ("auto", "mean", "cls", "last"),
     "encoder.normalize": ("auto", "true", "false"),
     "encoder.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "generator.kind": ("copy", "fusion", "causal"),
     "generator.fresh.family": ("llama", "gpt2", "qwen2", "mamba", "mamba2", "jamba"),
+    "generator.chat_template": ("auto", "never"),
     "generator.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "objective.name": (
         *("rag_sequence", "rag_token", "realm", "emdr2", "pdist", "loop", "adist", "fused"),
@@ -57,6 +60,8 @@ POSITIVE = {
     *("generator.fresh.num_heads", "generator.fresh.intermediate", "encoder.lora.alpha", "generator.lora.alpha"),
     *("generator.max_question_tokens", "generator.max_passage_tokens", "generator.max_answer_tokens"),
     *("objective.temperature", "objective.target_temperature", "objective.scale", "objective.min_span"),
+    *("generator.max_context_tokens", "pretraining.context_words", "pretraining.mask_share"),
+    *("pretraining.mean_span_words", "pretraining.duplicate_threshold"),
     *("retrieval.k", "index.num_shards", "index.nprobe", "index.training_sample", "index.keep_generations"),
     *("index.search_timeout_s", "refresh.num_workers", "refresh.chunk_passages", "refresh.batch_tokens"),
     *("refresh.threads", "refresh.chunk_timeout_s", "training.batch_size", "training.log_every"),
@@ -70,9 +75,11 @@ SHARES = {
     *("encoder.fresh.dropout", "generator.fresh.dropout", "encoder.lora.dropout", "generator.lora.dropout"),
     *("objective.keep_probability", "objective.title_probability", "objective.drop_probability"),
     *("engine.beta1", "engine.beta2"),
+    *("questions.refusal_share", "pretraining.held_out"),
 }
 GPUS = {"cluster.trainer_gpus", "cluster.refresh_gpus", "cluster.shard_gpus"}
 
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _DATE = re.compile(r"(end|\d{4}-\d{2}-\d{2})?")
 _FACTORY = re.compile(r"Flat|SQfp16|IVF[1-9]\d*,Flat")
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -121,6 +128,8 @@ def validate(settings: Settings) -> None:
     _check_objective(settings)
     _check_context(settings)
     _check_refresh(settings)
+    _check_questions(settings)
+    _check_pretraining(settings)
 
 
 def _check_choice(setting: str, value: str, allowed: tuple[str, ...] | None) -> None:
@@ -289,3 +298,50 @@ def _check_refresh(settings: Settings) -> None:
     if bound and moves and (every == 0 or bound < every):
         allowed = f"must be 0 (no bound) or at least refresh.every_steps={every}, which must not be 0 then"
         raise refuse("refresh.max_staleness_steps", bound, f"{allowed}; training would wait for ever")
+
+
+def _check_questions(settings: Settings) -> None:
+    """Which answers are trained on, and how questions with options and refusals are put."""
+    questions = settings.questions
+    fields = re.findall(r"\{(\w*)\}", questions.choice_template)
+    wrong = [name for name in fields if name not in ("question", "options") or fields.count(name) > 1]
+    if wrong or "question" not in fields:
+        allowed = "must contain {question} once, {options} at most once, and no other field"
+        raise refuse("questions.choice_template", repr(questions.choice_template), allowed)
+    if len(questions.labels) < 2 or len(set(questions.labels)) < len(questions.labels) or "" in questions.labels:
+        raise refuse("questions.labels", questions.labels, "must be two or more different labels")
+    for setting, value in (("refusal_share", questions.refusal_share), ("unanswerable", questions.unanswerable)):
+        if value and not questions.refusal.strip():
+            raise refuse(f"questions.{setting}", value, "needs questions.refusal, the text of a refusal")
+    if questions.unanswerable and questions.unanswerable in (questions.train, questions.evaluate):
+        raise refuse("questions.unanswerable", questions.unanswerable, "must be another split than train and evaluate")
+    learns = settings.objective.name not in CONTRASTIVE and settings.training.train != "none"
+    if learns and not questions.train and not pretrains(settings.pretraining):
+        raise refuse("questions.train", "", "must name a split, unless the stage has a section pretraining")
+
+
+def _check_pretraining(settings: Settings) -> None:
+    pretraining = settings.pretraining
+    if pretraining.recognizer != "regex" and not _FUNCTION.fullmatch(pretraining.recognizer):
+        raise refuse("pretraining.recognizer", pretraining.recognizer, "must be regex or module:function")
+    if pretraining.mask_share > 0.5:
+        raise refuse("pretraining.mask_share", pretraining.mask_share, "must be above 0 and at most 0.5")
+    if pretraining.held_out == 1:
+        raise refuse("pretraining.held_out", pretraining.held_out, "must be below 1: nothing is left to train on")
+    if not pretrains(pretraining):
+        return
+    mixture(pretraining)
+    if settings.objective.name in CONTRASTIVE:
+        allowed = (
+            "must be an objective that reads answers with a section pretraining; it cuts its own spans without one"
+        )
+        raise refuse("objective.name", settings.objective.name, allowed)
+    if settings.retrieval.source == "gold":
+        allowed = (
+            "must be index or none with a section pretraining: the passage that an example was cut from is not read"
+        )
+        raise refuse("retrieval.source", "gold", allowed)
+    if settings.questions.refusal_share:
+        raise refuse(
+            "questions.refusal_share", settings.questions.refusal_share, "must be 0 with a section pretraining"
+        )

@@ -13,7 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from indexing.lines import BadLine, find_file, id_field, read_lines, strings, text_field
+from indexing.formats import Question, parse_question
+from indexing.lines import BadLine, find_file, id_field, read_lines, text_field
 from indexing.settings import CorpusConfig, QuestionsConfig
 
 BAD_KINDS = ("not_json", "broken_utf8", "duplicate_id", "empty_text", "oversized_text", "missing_field")
@@ -31,18 +32,6 @@ class Passage:
     id: str
     title: str
     text: str
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question with its answers and the passages that state them."""
-
-    id: str
-    text: str
-    answers: list[str]
-    relevant: list[str] = field(default_factory=list)  # passage ids
-    old_answers: list[str] = field(default_factory=list)  # what was true just before `answers` became true
-    metadata: dict[str, Any] = field(default_factory=dict)  # as the file has it
 
 
 @dataclass
@@ -124,7 +113,7 @@ def read_questions(config: QuestionsConfig, split: str) -> list[Question]:
     relevant = _read_relevant(folder / "qrels" / f"{split}.tsv", mixed, report)
 
     def parse(fields: dict[str, Any]) -> Question:
-        question = _question(fields, config.as_of)
+        question = parse_question(fields, config.as_of, config.labels)
         return Question(**{**vars(question), "relevant": relevant.get(question.id, [])})
 
     questions = list(_good(path, report, parse, set()))
@@ -206,34 +195,6 @@ def _passage(fields: dict[str, Any], max_characters: int) -> Passage:
     if length > max_characters:
         raise BadLine("oversized_text", f"passage {passage.id!r} has {length} characters: allowed are {max_characters}")
     return passage
-
-
-def _question(fields: dict[str, Any], as_of: str) -> Question:
-    question_id, text, metadata = id_field(fields), text_field(fields, "text"), fields.get("metadata") or {}
-    if not text.strip():
-        raise BadLine("empty_text", f"question {question_id!r} has no text")
-    if not isinstance(metadata, dict):
-        raise BadLine("missing_field", f"metadata is a {type(metadata).__name__}, not an object")
-    if as_of:
-        answers, old_answers = _answers_at(metadata.get("timeline"), as_of)
-    else:
-        answers, old_answers = strings(fields.get("answers", [])), []
-    return Question(question_id, text, answers, [], old_answers, metadata)
-
-
-def _answers_at(timeline: Any, as_of: str) -> tuple[list[str], list[str]]:
-    """Answers of the entry that covers `as_of` and of the one before it; two empty lists when none covers it."""
-    try:
-        entries = [(entry["from"], entry["to"], strings(entry["answers"])) for entry in timeline]
-        well_formed = all(isinstance(start, str) and isinstance(stop, str | None) for start, stop, _ in entries)
-    except (TypeError, KeyError, IndexError):
-        entries, well_formed = [], False
-    if not well_formed:
-        raise BadLine("missing_field", "metadata.timeline is no list of {from, to, answers}")
-    for position, (start, stop, answers) in enumerate(entries):
-        if stop is None if as_of == "end" else start <= as_of and (stop is None or as_of < stop):
-            return answers, entries[position - 1][2] if position else []
-    return [], []
 
 
 def _read_relevant(path: Path, required: bool, report: CorpusReport) -> dict[str, list[str]]:

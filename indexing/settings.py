@@ -32,11 +32,18 @@ class QuestionsConfig:
     """Where the questions, their answers and their relevance judgements come from."""
 
     path: str = ""  # folder with queries-SPLIT.jsonl[.gz] and qrels/SPLIT.tsv; empty: the corpus folder
-    train: str = "train"  # name of the split to train on
-    evaluate: str = "test"  # name of the split to evaluate on
+    train: str = "train"  # name of the split to train on; empty: none, for a stage that pretrains on the corpus
+    evaluate: str = "test"  # name of the split to evaluate on; empty: none, likewise
     on_bad: str = "error"  # error | skip
     as_of: str = ""  # answers true on this date, from metadata.timeline ("end": the last state); empty: `answers`
     max_questions: int = 0  # 0: all; otherwise a seeded sample of the evaluation split
+    # Of several gold answers: first | sampled (another one each time) | in_passage (the first that a gold passage has)
+    target: str = "in_passage"
+    choice_template: str = "{question} Options: {options}"  # a question or a claim with its options; {options} may lack
+    labels: list[str] = field(default_factory=lambda: ["SUPPORTS", "REFUTES", "NOT ENOUGH INFO"])  # of a `claim` row
+    refusal: str = ""  # answer where the passages hold none, and of questions without answers; empty: none is taught
+    refusal_share: float = 0.0  # of the training questions: asked without their gold passages, answer `refusal`
+    unanswerable: str = ""  # a split without answers, asked beside the evaluation split: how often the system refuses
 
 
 @dataclass

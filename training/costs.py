@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from training.models.arithmetic import Shape, Stack, encoder_stack, shape_of
 from training.models.causal import CausalBatch
 from training.models.copy_reader import CopyBatch
 from training.models.fusion import FusionBatch
 from training.models.generator import ReaderBatch
-from training.models.arithmetic import Shape, Stack, encoder_stack, shape_of
 from training.models.system import RetrievalBatch, System
 
 OPERATIONS_PER_STATE = 6

@@ -6,11 +6,11 @@ the number of trainers changes who computes, never what is computed.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from indexing.questions import QuestionStore
 from indexing.store import Store
 from training.models.generator import Generator
 from training.models.packing import pad_rows
@@ -43,6 +43,10 @@ class Stream:
         start = self.start(number)
         return stream_slice(self.num_items, start, start + self.batch_size, self.seed)
 
+    def places(self, number: int) -> np.ndarray:
+        """int64 [batch_size]: places in the endless stream of the items of batch `number`."""
+        return np.arange(self.start(number), self.start(number) + self.batch_size, dtype=np.int64)
+
     def start(self, number: int) -> int:
         """Place in the endless stream of the first item of batch `number`."""
         return (number * self.world_size + self.rank) * self.batch_size
@@ -53,10 +57,38 @@ class Stream:
         return (np.random.default_rng([self.seed, purpose, start + i]) for i in range(self.batch_size))
 
 
-class Collator:
-    """Token rows of questions and passages to the tensors of a batch; nothing is tokenised here."""
+class TokenRows(Protocol):
+    """Token rows by number."""
 
-    def __init__(self, store: Store, questions: QuestionStore, generator: Generator, pad_id: int) -> None:
+    def rows(self, row_numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """int32 token rows of `row_numbers`, in that order."""
+        ...
+
+
+class Questions(Protocol):
+    """What batches are made of: a question store, or examples cut from the corpus (`training/pretraining.py`)."""
+
+    def tokens(self, side: str) -> TokenRows:
+        """Token rows of the question text by question number."""
+        ...
+
+    def answer_tokens(self, number: int) -> list[np.ndarray]:
+        """int32 token rows of a question's answers."""
+        ...
+
+    def target(self, number: int) -> int:
+        """Which of them the likelihood is measured on."""
+        ...
+
+    def gold_rows(self, number: int) -> np.ndarray:
+        """int64 [any]: numbers of the passages that state the answer."""
+        ...
+
+
+class Collator:
+    """Token rows of questions and passages to the tensors of a batch; stored ones are not tokenised again."""
+
+    def __init__(self, store: Store, questions: Questions, generator: Generator, pad_id: int) -> None:
         self.questions, self.generator, self.pad_id = questions, generator, pad_id
         self.passages_for_retriever = store.tokens("retriever")
         self.passages_for_generator = store.tokens("generator")
@@ -74,11 +106,12 @@ class Collator:
         with_answers: bool = True,
         for_retriever: bool = True,
         vectors: np.ndarray | None = None,
+        answers: Sequence[np.ndarray] | None = None,
     ) -> RetrievalBatch:
         """`passages[i]`: passage numbers for question `numbers[i]`; shorter lists are padded, an empty one is closed
         book (the reader then sees one empty passage). `for_retriever` False: long prompts, whose many passages nobody
         scores; the retriever gets one blank token for each. `vectors` [batch, k, dim]: those of the passages, k of each
-        question, which then are not encoded again."""
+        question, which then are not encoded again. `answers`: token rows, None for each question's target."""
         k = max(1, max(len(row) for row in passages))
         flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in passages])
         rows = iter(self.passages_for_retriever.rows(flat) if for_retriever and vectors is None else ())
@@ -91,14 +124,16 @@ class Collator:
                 retriever_rows += [next(rows) for _ in row] if for_retriever else [blank] * len(row)
                 retriever_rows += [blank] * (k - len(row))
             generator_rows.append([next(for_generator) for _ in row] or [np.empty(0, dtype=np.int32)])
-        answers = [self.target(int(number)) for number in numbers] if with_answers else None
+        if answers is None and with_answers:
+            answers = [self.target(int(number)) for number in numbers]
         reader = self.generator.collate(self.questions_for_generator.rows(numbers), generator_rows, answers)
         known = None if vectors is None else torch.from_numpy(vectors)
         return RetrievalBatch(*self.question_tensors(numbers), *pad_rows(retriever_rows, self.pad_id), reader, known)
 
     def target(self, number: int) -> np.ndarray:
-        """Tokens of the gold answer to train on."""
-        return self.questions.answer_tokens(number)[self.questions.target(number)]
+        """Tokens of the gold answer whose likelihood is measured; none where there is no answer."""
+        answers = self.questions.answer_tokens(number)
+        return answers[self.questions.target(number)] if answers else np.empty(0, dtype=np.int32)
 
 
 def gold_first(hits: np.ndarray, gold: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:

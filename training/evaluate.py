@@ -18,8 +18,9 @@ from training.costs import CostModel
 from training.data import Collator
 from training.engine import Engine
 from training.long_context import LongContext
-from training.metrics import answer_metrics, answer_recall, means, normalize_answer, ranking_metrics
+from training.metrics import answer_metrics, answer_recall, exact_match, means, normalize_answer, ranking_metrics
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
+from training.models.likelihood import collate_answers
 from training.models.system import RetrievalBatch, System
 from training.retrieve import IndexService
 from training.settings import DecodingConfig, EvaluationConfig, GeneratorConfig, ObjectiveConfig, RetrievalConfig
@@ -67,13 +68,16 @@ class Evaluator:
         generator: GeneratorConfig,
         progress: Callable[[str], None] = lambda _: None,
         passages_fixed: bool = False,
+        refusal: str = "",
     ) -> None:
-        """`passages_fixed`: the passage encoder does not change, so that the index's vectors are its own."""
+        """`passages_fixed`: the passage encoder does not change, so that the index's vectors are its own. `refusal`:
+        the answer that says that there is none; how often it is given is measured unless it is empty."""
         self.engine, self.collator, self.store, self.service = engine, collator, store, service
         self.to_text, self.config, self.retrieval, self.objective = to_text, config, retrieval, objective
-        self.progress = progress
+        self.progress, self.refusal = progress, refusal
         self.num_vectors = retrieval.k if passages_fixed else 0
-        self.questions: QuestionStore = collator.questions
+        assert isinstance(collator.questions, QuestionStore)
+        self.questions = collator.questions
         self.generator_config = generator
         self.long_context: LongContext | None = None  # made early: what does not fit is refused before training
         if retrieval.source == LONG or LONG in config.also:
@@ -210,17 +214,23 @@ class Evaluator:
             chunk = rows[part]
             passages = [self._passages(row, mode) for row in chunk]
             known = vectors[part] if vectors is not None and retrieved else None
-            written = self._write(numbers[part], passages, decoding, for_retriever=not long, vectors=known)
-            predictions, likelihoods = written.predictions, written.log_likelihoods
+            predictions, likelihoods, written = self._predict(numbers[part], passages, decoding, not long, known)
             measured = answer_metrics(predictions, [row["answers"] for row in chunk])
             old = answer_metrics(predictions, [row["old_answers"] for row in chunk])["exact_match"]
             for i, row in enumerate(chunk):
-                row |= {f"{prefix}{name}": float(values[i]) for name, values in measured.items()}
                 row[f"{prefix}prediction"] = predictions[i]
+                if self.refusal:
+                    kind = "answerable" if row["answers"] else "unanswerable"
+                    row[f"{prefix}refusal_{kind}"] = exact_match(predictions[i], [self.refusal])
+                    if not row["answers"]:
+                        continue  # nothing else can be right or wrong
+                row |= {f"{prefix}{name}": float(values[i]) for name, values in measured.items()}
                 row[f"{prefix}log_likelihood"] = likelihoods[i]
+                if self._has_options(row["number"]):
+                    row[f"{prefix}accuracy"] = float(predictions[i] in row["answers"])
                 if row["old_answers"]:
                     row[f"{prefix}old_exact_match"] = float(old[i])
-            if self._costs is not None:
+            if self._costs is not None and written is not None:
                 costs = self._costs(written.batch, written.tokens, decoding.mode == "fused", retrieved)
                 spent, last = (time.monotonic() - last) / len(chunk), time.monotonic()
                 for row, cost in zip(chunk, costs, strict=True):
@@ -243,6 +253,53 @@ class Evaluator:
             return np.empty(0, dtype=np.int64)
         return self.questions.gold_rows(row["number"])[:1] if mode == "gold" else row["hits"]
 
+    def _has_options(self, number: int) -> bool:
+        return bool(self.questions.max_options and self.questions.question(number).options)
+
+    def _predict(
+        self,
+        numbers: np.ndarray,
+        passages: list[np.ndarray],
+        decoding: DecodingConfig,
+        for_retriever: bool,
+        vectors: np.ndarray | None,
+    ) -> tuple[list[str], list[float], "Written | None"]:
+        """Answers and log-likelihoods of the gold ones: written, and chosen where a question has options; and what was
+        written, unless all have. What is done depends on the store alone, so that all trainers call the models equally
+        often."""
+        predictions, likelihoods, written = [""] * len(numbers), [0.0] * len(numbers), None
+        if self.questions.num_with_options < len(self.questions):
+            written = self._write(numbers, passages, decoding, for_retriever, vectors)
+            predictions, likelihoods = written.predictions, written.log_likelihoods
+        if self.questions.max_options:
+            scores = self._score_options(numbers, passages, decoding.mode)
+            for i, number in enumerate(numbers):
+                question = self.questions.question(int(number))
+                if question.options:
+                    of_options = scores[i, : len(question.options)]
+                    predictions[i] = question.options[int(of_options.argmax())]
+                    gold = question.options.index(question.answers[0]) if question.answers else int(of_options.argmax())
+                    likelihoods[i] = float(of_options[gold])
+        return predictions, likelihoods, written
+
+    def _score_options(self, numbers: np.ndarray, passages: list[np.ndarray], mode: str) -> np.ndarray:
+        """float32 [questions, options]: log-probability of each option, marginal over the passages or fused. Columns
+        beyond a question's own options mean nothing."""
+        rows = [self.questions.option_tokens(int(number)) or [np.empty(0, dtype=np.int32)] for number in numbers]
+        batch = self.collator(numbers, passages, with_answers=False).to(self.engine.device)
+        answers = []
+        for option in range(self.questions.max_options):
+            some = [of_question[min(option, len(of_question) - 1)] for of_question in rows]
+            ids, mask = collate_answers(some, len(some), self.collator.generator.end_id)
+            answers.append((ids.to(self.engine.device), mask.to(self.engine.device)))
+        with torch.no_grad():
+            scores = self.engine("score", batch, answers, mode, self.objective.temperature, self._score_bias)
+        return scores.float().cpu().numpy()
+
+    @property
+    def _score_bias(self) -> bool:
+        return self.objective.name == "fused" and self.objective.score_bias
+
     def _write(
         self,
         numbers: np.ndarray,
@@ -252,9 +309,8 @@ class Evaluator:
         vectors: np.ndarray | None = None,
     ) -> "Written":
         batch = self.collator(numbers, passages, for_retriever=for_retriever, vectors=vectors).to(self.engine.device)
-        score_bias = self.objective.name == "fused" and self.objective.score_bias
         with torch.no_grad():
-            answers = self.engine("answer", batch, decoding, self.objective.temperature, score_bias)
+            answers = self.engine("answer", batch, decoding, self.objective.temperature, self._score_bias)
         texts = self._spelled(passages, answers.decoded.tokens)
         match decoding.mode:
             case "fused":

@@ -107,8 +107,12 @@ class Prefetcher:
         depth: int,
         start: int = 0,
         with_vectors: bool = False,
+        search: Callable[[np.ndarray, np.ndarray, int], PendingHits] | None = None,
     ) -> None:
-        self.num_vectors = k if with_vectors else 0
+        """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
+        numbers are."""
+        num_vectors = k if with_vectors else 0
+        self.search = search or (lambda _, queries, k: service.submit(queries, k, num_vectors))
         self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
         self.k, self.depth = k, depth
         self.position = start  # number of the next batch to search
@@ -128,7 +132,7 @@ class Prefetcher:
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)
-        pending = self.service.submit(self.encode_questions(questions), self.k, self.num_vectors)
+        pending = self.search(questions, self.encode_questions(questions), self.k)
         self._queue.append(_InFlight(self.position, questions, pending))
         self.position += 1
 

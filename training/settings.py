@@ -84,6 +84,9 @@ class GeneratorConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when fresh and the encoder is not
     template: str = "{passages}Question: {question}\nAnswer:"  # causal: segments, tokenised once
     passage_template: str = "{title}\n{text}\n\n"  # causal: one passage inside {passages}
+    chat_template: str = "auto"  # causal: auto (the tokeniser's, around `template`, where it has one) | never
+    system_prompt: str = ""  # before everything else; the system message of a `messages` row takes its place
+    max_context_tokens: int = 256  # causal: of a system prompt and earlier turns; other kinds: within the question's
     max_question_tokens: int = 32
     max_passage_tokens: int = 64
     max_answer_tokens: int = 16
@@ -117,6 +120,25 @@ class ObjectiveConfig:
     min_span: int = 5  # tokens of a query span
     max_span: int = 14
     scale: float = 1.0  # multiplies the loss
+
+
+@dataclass
+class PretrainingConfig:
+    """Training examples cut from the corpus itself (`training/tasks.py`). The first four are the mixture's weights;
+    none set: the stage trains on questions."""
+
+    span_corruption: float | None = None  # spans of a passage are masked; the answer is what was there
+    salient_span: float | None = None  # a name, a date or a number is masked
+    prefix_lm: float | None = None  # a passage is continued
+    title_to_section: float | None = None  # the first sentences under a title
+    recognizer: str = "regex"  # of salient spans: regex, or module:function (text -> [(start, stop), ...])
+    context_words: int = 24  # of a passage in a question at most; fewer where its tokens would be cut
+    mask_share: float = 0.15  # of the words, span corruption
+    mean_span_words: float = 3.0  # span corruption
+    duplicate_threshold: float = 0.7  # token-trigram Jaccard from which passages are near-duplicates; above 1: none are
+    margin: int = 8  # hits searched beyond retrieval.k, in place of an example's own passage and its near-duplicates
+    held_out: float = 0.02  # share of the passages (with near-duplicates) that no example is cut from but held-out ones
+    held_out_examples: int = 256  # that are measured; 0: none
 
 
 @dataclass

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from indexing.merge import Hits
+from training.answers import TrainingAnswers
 from training.data import ClozeSource, Collator, Stream, gold_first
 from training.loop import Fetched
 from training.retrieve import Prefetcher
@@ -17,10 +18,17 @@ class RetrievedBatches:
     """Questions with the passages that the index returned, searched ahead by the prefetcher."""
 
     def __init__(
-        self, prefetcher: Prefetcher, collator: Collator, config: RetrievalConfig, device: torch.device, stream: Stream
+        self,
+        prefetcher: Prefetcher,
+        collator: Collator,
+        config: RetrievalConfig,
+        device: torch.device,
+        stream: Stream,
+        answers: TrainingAnswers | None = None,
     ) -> None:
+        """`answers`: None for each question's own target."""
         self.prefetcher, self.collator, self.config = prefetcher, collator, config
-        self.device, self.stream = device, stream
+        self.device, self.stream, self.answers = device, stream, answers
         self._trained = prefetcher.position
 
     def next(self) -> Fetched:
@@ -33,9 +41,14 @@ class RetrievedBatches:
             each = zip(hits, gold, random, strict=True)
             passages = [gold_first(row, rows, self.config.k, rng) for row, rows, rng in each]
         else:
-            passages = list(hits[:, : self.config.k])
-        vectors = searched.hits.vectors if self.config.source != "gold" else None
-        batch = self.collator(searched.questions, passages, vectors=vectors).to(self.device)
+            passages = [row[row >= 0] for row in hits[:, : self.config.k]]
+        answers = None
+        if self.answers is not None:
+            answers = self.answers.rows(searched.number, searched.questions)
+            for i in np.flatnonzero(self.answers.refused(searched.number)):
+                passages[i] = self.answers.without_answer(int(searched.questions[i]), hits[i], self.config.k)
+        known = searched.hits.vectors  # asked for only where the passages are the hits as they came
+        batch = self.collator(searched.questions, passages, answers=answers, vectors=known).to(self.device)
         found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
         self._trained = searched.number + 1
         return Fetched(
@@ -62,15 +75,23 @@ class ClosedBookBatches:
     """Questions without passages: the control, and a stage that needs no index."""
 
     def __init__(
-        self, collator: Collator, batch_of: Callable[[int], np.ndarray], device: torch.device, start: int = 0
+        self,
+        collator: Collator,
+        batch_of: Callable[[int], np.ndarray],
+        device: torch.device,
+        start: int = 0,
+        answers: TrainingAnswers | None = None,
     ) -> None:
         self.collator, self.batch_of, self.device, self.number = collator, batch_of, device, start
+        self.answers = answers
 
     def next(self) -> Fetched:
         """The next micro-batch on the device."""
         questions = self.batch_of(self.number)
+        answers = self.answers.rows(self.number, questions) if self.answers is not None else None
         self.number += 1
-        batch = self.collator(questions, [np.empty(0, dtype=np.int64)] * len(questions)).to(self.device)
+        passages = [np.empty(0, dtype=np.int64)] * len(questions)
+        batch = self.collator(questions, passages, answers=answers).to(self.device)
         return Fetched(batch, num_questions=len(questions))
 
     def state(self) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from indexing.duplicates import open_groups
 from indexing.questions import QuestionStore
+from indexing.settings import QuestionsConfig
 from indexing.store import Store
+from training.answers import MORE_FOR_REFUSALS, TrainingAnswers
 from training.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -28,14 +31,26 @@ from training.collapse import Collapsed, CollapseDetector
 from training.data import ClozeSource, Collator, Stream
 from training.engine import Engine
 from training.evaluate import Evaluation, Evaluator, encode_questions
+from training.held_out import HeldOut
 from training.jsonl import append_line, plain
 from training.long_context import LongContext, LongContextBatches
 from training.loop import Hooks, LoopState, Source, publish, train
+from training.mixture import pretrains
 from training.models.build import build_system, fit_weights, parameter_groups
+from training.models.sides import generator_answer_side
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.monitor import Monitor
 from training.needle import check_needle, needle_sweep
 from training.objectives.choose import needs
+from training.pretraining import (
+    HELD_OUT,
+    HELD_OUT_SEED,
+    TRAINING,
+    CorpusQuestions,
+    FairSearch,
+    example_sides,
+    split_passages,
+)
 from training.retrieve import IndexService, Prefetcher
 from training.settings import (
     CheckpointConfig,
@@ -45,6 +60,7 @@ from training.settings import (
     GeneratorConfig,
     MonitorConfig,
     ObjectiveConfig,
+    PretrainingConfig,
     RetrievalConfig,
     TrainingConfig,
 )
@@ -76,6 +92,9 @@ class StageJob:
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     monitor: MonitorConfig
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    duplicates: str = ""  # groups of near-duplicates, where the stage pretrains on the corpus
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)  # which answers are trained on
     publish_every: int = 0
     publish_precision: str = "float32"
     max_staleness_steps: int = 0
@@ -98,6 +117,7 @@ class Stage:
         self.engine = Engine(self.system, job.engine, parameter_groups(self.system))
         separator = tokenizers[0].sep_token_id
         self.pad_id, self.separator_id = pad_id(tokenizers[0]), separator if isinstance(separator, int) else -1
+        self.tokenizers = tokenizers
         self.to_text: Callable[[Any], str] = lambda tokens: to_text(tokenizers[1], tokens)
         self.monitor = Monitor(
             self.run_dir, job.monitor, job.config, job.training.steps, self.engine.rank, stream=stream
@@ -106,6 +126,9 @@ class Stage:
         self.collapse: CollapseDetector | None = None
         self.source: Source | None = None
         self.evaluator = self._make_evaluator() if job.evaluate_questions else None
+        self.corpus_questions, self.held_out = (
+            self._make_corpus_questions() if pretrains(job.pretraining) else (None, None)
+        )
         self._last_progress = 0.0
 
     # ---------------------------------------------------------------- the stage, in order
@@ -174,22 +197,31 @@ class Stage:
             stream = Stream(len(self.store), job.training.batch_size, *place)
             cloze = ClozeSource(self.store, stream, job.objective, self.separator_id, self.pad_id)
             return ClozeBatches(cloze, engine.device, start)
-        questions = QuestionStore.open(job.train_questions, verify=False)
+        if self.corpus_questions is not None:
+            questions = self.corpus_questions
+            stream = Stream(len(questions.candidates), job.training.batch_size, *place)
+            answers, batch_of = None, stream.places
+        else:
+            questions = QuestionStore.open(job.train_questions, verify=False)
+            stream = Stream(len(questions), job.training.batch_size, *place)
+            answers, batch_of = self._training_answers(questions, stream), stream.batch
         collator = Collator(self.store, questions, self.system.generator, self.pad_id)
-        stream = Stream(len(questions), job.training.batch_size, *place)
         if job.retrieval.source == "long":
             long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
             return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
         if self.service is None:
-            return ClosedBookBatches(collator, stream.batch, engine.device, start)
+            return ClosedBookBatches(collator, batch_of, engine.device, start, answers)
         k, depth = job.retrieval.k, job.retrieval.prefetch_depth
         # A labelled passage takes one place: search one more, so that k - 1 others are left.
-        k = min(k + (job.retrieval.source == "gold"), self.service.num_passages)
+        k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
+        k = min(k, self.service.num_passages)
+        search = self._fair_search(questions) if isinstance(questions, CorpusQuestions) else None
         prefetcher = Prefetcher(
-            self.service, stream.batch, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start,
-            with_vectors=self.index_is_fresh and job.retrieval.source != "gold",
+            self.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start,
+            with_vectors=self.index_is_fresh and job.retrieval.source != "gold" and not job.questions.refusal_share,
+            search=search,
         )  # fmt: skip
-        source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream)
+        source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
         if loader_state:
             source.restore(loader_state)
         return source
@@ -198,7 +230,7 @@ class Stage:
         """What the loop does between steps."""
         job = self.job
         return Hooks(
-            evaluate=self.evaluate_briefly if self.evaluator is not None else None,
+            evaluate=self.evaluate_briefly if self.evaluator is not None or self.held_out is not None else None,
             evaluate_every=job.evaluation.every_steps,
             save=self.save,
             save_every=job.checkpoint.every_steps,
@@ -225,6 +257,8 @@ class Stage:
             result |= {"weights_version": evaluation.weights_version, "num_questions": len(numbers)}
             if self.engine.rank == 0:
                 self._write_predictions(evaluation)
+        if self.held_out is not None:
+            result["metrics"] |= {f"held_out/{name}": value for name, value in self._measure_held_out().items()}
         if self.service is not None:
             result["generations_committed"] = self.service.status().generations_committed
         if self.source is not None:
@@ -288,8 +322,11 @@ class Stage:
         return generation, current and self.job.publish_precision == "float32"
 
     def evaluate_briefly(self, step: int) -> None:
-        """Evaluation during training, on a fixed sample."""
-        assert self.evaluator is not None
+        """Evaluation during training, on a fixed sample, and on the held-out examples of pretraining."""
+        if self.held_out is not None:
+            self._measure_held_out()
+        if self.evaluator is None:
+            return
         limit, total = self.job.evaluation.max_questions, len(self.evaluator.questions)
         numbers = np.arange(total)
         if 0 < limit < total:
@@ -337,11 +374,47 @@ class Stage:
         job = self.job
         evaluator = Evaluator(
             self.engine, collator, self.store, self.service, self.to_text, job.evaluation, job.retrieval, job.objective,
-            job.generator, self._progress, self.index_is_fresh,
+            job.generator, self._progress, self.index_is_fresh, job.questions.refusal,
         )  # fmt: skip
         if job.evaluation.needle.lengths:
             check_needle(evaluator, job.evaluation.needle)
         return evaluator
+
+    def _training_answers(self, questions: QuestionStore, stream: Stream) -> TrainingAnswers:
+        config = self.job.questions
+        refusal = generator_answer_side(self.tokenizers[1], self.job.generator).tokenize([("", config.refusal)])[0]
+        row = np.array(refusal, dtype=np.int32) if config.refusal else None
+        return TrainingAnswers(questions, self.store, stream, config.target, row, config.refusal_share)
+
+    def _make_corpus_questions(self) -> tuple[CorpusQuestions, HeldOut | None]:
+        """Where pretraining examples come from, and what measures those that are held out."""
+        job, config = self.job, self.job.pretraining
+        self.duplicate_groups = np.array(open_groups(job.duplicates))
+        train, out = split_passages(self.duplicate_groups, config.held_out)
+        sides = example_sides(self.tokenizers, job.encoder, job.generator)
+        questions = CorpusQuestions(self.store, train, config, sides, job.seed, TRAINING)
+        if not len(out) or not config.held_out_examples:
+            return questions, None
+        asked = CorpusQuestions(self.store, out, config, sides, HELD_OUT_SEED, HELD_OUT)
+        collator = Collator(self.store, asked, self.system.generator, self.pad_id)
+        search = self._fair_search(asked) if self.service is not None else None
+        measure = HeldOut(
+            self.engine, collator, search, job.evaluation, job.retrieval, job.objective, config.held_out_examples
+        )
+        return questions, measure
+
+    def _fair_search(self, questions: CorpusQuestions) -> FairSearch:
+        assert self.service is not None
+        return FairSearch(self.service, questions, self.duplicate_groups, self.job.pretraining.margin)
+
+    def _measure_held_out(self) -> dict[str, float]:
+        """Measured and logged. Collective."""
+        assert self.held_out is not None
+        metrics = self.held_out()
+        measured = f"loss {metrics['loss']:.3f} a token, log-likelihood {metrics['log_likelihood']:.2f} an answer"
+        self.monitor.message(f"step {self.state.step}: {self.held_out.number} held-out examples: {measured}")
+        self.monitor.log({f"eval/held_out/{name}": value for name, value in metrics.items()}, self.state.step)
+        return metrics
 
     def _progress(self, text: str) -> None:
         if time.monotonic() - self._last_progress > PROGRESS_EVERY_S:

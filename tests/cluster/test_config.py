@@ -124,7 +124,7 @@ def test_a_run_folder_stands_for_its_configuration(write, tmp_path: Path) -> Non
     ("text", "expected"),
     [
         ("training: {stepz: 5}", "a.yaml: unknown setting training.stepz. Did you mean training.steps?"),
-        ("traning: {steps: 5}", "unknown setting traning. Did you mean training?"),
+        ("traning: {steps: 5}", "unknown setting traning. Did you mean training or pretraining?"),
         ("steps: 5", "unknown setting steps. Did you mean training.steps?"),
         ("encoder: {fresh: {hiden: 3}}", "encoder.fresh.hiden. Did you mean encoder.fresh.hidden?"),
         ("stages: {a: {training: {stepz: 5}}}", "stages.a.training.stepz. Did you mean training.steps?"),
@@ -216,6 +216,53 @@ def test_a_generator_without_attention_is_refused_before_it_is_loaded(write, tmp
     check_models(load([write("objective: {name: loop}")], overrides).settings)
     with pytest.raises(ValueError, match=r"generator\.name=.*mamba: must have attention with objective\.name=adist"):
         check_models(load([write("objective: {name: adist}")], overrides).settings)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pretraining.salient_span=0", "pretraining.salient_span=0.0: the weights of the mixture are 0 together"),
+        ("pretraining.prefix_lm=-1", "pretraining.prefix_lm=-1.0: must not be negative"),
+        ("pretraining.cloze=1", "unknown setting pretraining.cloze"),
+        ("pretraining.salient_spam=1", "Did you mean pretraining.salient_span?"),
+        ("pretraining.recognizer=spacy", "pretraining.recognizer=spacy: must be regex or module:function"),
+        ("pretraining.mask_share=0.6", "pretraining.mask_share=0.6: must be above 0 and at most 0.5"),
+        ("pretraining.held_out=1", "pretraining.held_out=1.0: must be below 1"),
+        ("pretraining.duplicate_threshold=0", "pretraining.duplicate_threshold=0.0: must be above 0"),
+        ("questions.choice_template={options}", "questions.choice_template='{options}': must contain {question} once"),
+        ("questions.choice_template={question} {hint}", "and no other field"),
+        ("questions.labels=[yes]", "questions.labels=['yes']: must be two or more different labels"),
+        ("questions.refusal_share=0.1", "questions.refusal_share=0.1: needs questions.refusal"),
+        ("questions.refusal_share=2", "questions.refusal_share=2.0: must be between 0 and 1"),
+        ("questions.unanswerable=none", "questions.unanswerable=none: needs questions.refusal"),
+        ("questions.target=best", "questions.target=best: must be one of first, sampled, in_passage"),
+        ("questions.train=", "questions.train=: must name a split, unless the stage has a section pretraining"),
+        ("generator.chat_template=on", "generator.chat_template=on: must be one of auto, never"),
+        ("generator.max_context_tokens=0", "generator.max_context_tokens=0: must be at least 1"),
+    ],
+)
+def test_mistakes_of_tasks_and_formats(write, override: str, expected: str) -> None:
+    assert expected in refusal([write("")], override)
+
+
+def test_pretraining_refuses_what_does_not_fit_it(write) -> None:
+    path = write("pretraining: {salient_span: 0.5, prefix_lm: 0.5}\nquestions: {refusal: none}")
+    settings = load([path], ["questions.train=", "questions.evaluate="]).settings
+    assert (settings.pretraining.salient_span, settings.pretraining.span_corruption) == (0.5, None)
+    assert "objective.name=inverse_cloze: must be an objective that reads answers" in refusal(
+        [path], "objective.name=inverse_cloze", "training.train=retriever_only"
+    )
+    assert "retrieval.source=gold: must be index or none" in refusal([path], "retrieval.source=gold")
+    assert "questions.refusal_share=0.5: must be 0" in refusal([path], "questions.refusal_share=0.5")
+
+
+def test_a_weight_that_is_not_set_survives_writing_and_can_be_unset(write) -> None:
+    experiment = load(
+        [write("pretraining: {salient_span: 0.5}\nstages: {a: , b: {pretraining: {salient_span: null}}}")], []
+    )
+    assert [stage.pretraining.salient_span for stage in experiment.stages.values()] == [0.5, None]
+    assert same(load([write(experiment_to_yaml(experiment), "again.yaml")], []), experiment)
+    assert load([write("")], ["pretraining.prefix_lm=null"]).settings == Settings()
 
 
 def test_missing_file_suggests_a_neighbour(write, tmp_path: Path) -> None:

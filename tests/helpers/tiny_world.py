@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from indexing.corpus import iterate_corpus, read_questions
+from indexing.duplicates import write_groups
 from indexing.questions import QuestionStore, write_questions
 from indexing.settings import CorpusConfig, QuestionsConfig, WorldConfig
 from indexing.store import Store, write_store
@@ -47,6 +48,11 @@ class TinyWorld:
     def passages(self) -> Path:
         """Store of the corpus."""
         return self.folder / "passages"
+
+    @property
+    def duplicates(self) -> Path:
+        """Groups of near-duplicate passages."""
+        return self.folder / "duplicates"
 
     @property
     def tokenizers(self) -> Path:
@@ -91,6 +97,7 @@ class TinyWorld:
             evaluation=EvaluationConfig(k=20, batch_size=16, decoding=DecodingConfig(max_tokens=6)),
             monitor=MonitorConfig(console=False, wandb="off"),
             wait_timeout_s=60.0,
+            duplicates=str(self.duplicates),
         )
         return replace(job, **changes)
 
@@ -130,6 +137,7 @@ def make_world(
         sides.generator_passage_side(reader_tokenizer, generator, encoder.max_title_tokens),
     ]
     store = write_store(made.passages, passages, passage_sides)
+    write_groups(made.duplicates, store, "generator", 0.7)
     question_sides = [
         sides.retriever_question_side(tokenizer, encoder),
         sides.generator_question_side(reader_tokenizer, generator),

@@ -36,9 +36,9 @@ from training.costs import (
     write_flops,
 )
 from training.data import Collator
+from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
 from training.models.build import build_system
 from training.models.copy_reader import CopyBatch
-from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
 from training.settings import EncoderConfig, FreshEncoderConfig, GeneratorConfig
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from training.models import sides
+from training.models import prompts, sides
 from training.models.tokenizers import build_tokenizer, end_id, fingerprint, load_tokenizer, start_id, to_text
 from training.settings import EncoderConfig, GeneratorConfig, TokenizerConfig
 
@@ -142,7 +142,10 @@ def test_generator_segments_have_no_special_tokens(tokenizer: PreTrainedTokenize
     pair = [("24 May 1998", "born in Trellis")]
     passage = sides.generator_passage_side(tokenizer, config, max_title_tokens=2).tokenize(pair)
     assert pieces(tokenizer, passage[0]) == ["24", "may", "born", "in"]
-    assert pieces(tokenizer, sides.generator_question_side(tokenizer, config).tokenize(pair)[0]) == ["24", "may"]
+    question = sides.generator_question_side(tokenizer, config).tokenize(
+        [("24 May 1998", "born in Trellis"), ("24", "born")]
+    )
+    assert [pieces(tokenizer, row) for row in question] == [["born", "in"], ["24", "born"]]  # of the context what fits
     answer = sides.generator_answer_side(tokenizer, config)
     assert (answer.name, pieces(tokenizer, answer.tokenize([("", "born in Trellis 24")])[0])) == (
         "answer",
@@ -196,13 +199,13 @@ def test_fusion_segments_of_a_pretrained_reader() -> None:
 )
 def test_templates_name_the_setting(template: str) -> None:
     with pytest.raises(ValueError, match=r"generator\.template is .*allowed"):
-        sides.prompt_template(GeneratorConfig(template=template))
+        prompts.prompt_template(GeneratorConfig(template=template))
 
 
 @pytest.mark.parametrize("template", ["{title}", "{text} by {title}", "{text}{text}"])
 def test_passage_templates_name_the_setting(template: str) -> None:
     with pytest.raises(ValueError, match=r"generator\.passage_template is .*allowed"):
-        sides.passage_template(GeneratorConfig(passage_template=template))
+        prompts.passage_template(GeneratorConfig(passage_template=template))
 
 
 def test_checkpoint_rows_are_single_sequences(minilm: str, tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.head import find_head
 from training.models.packing import length_groups, pad_rows, restore_order, row_lengths
 from training.models.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained
+from training.models.prompts import passage_template, prompt_segments, split_context
 from training.models.shape import context_of
-from training.models.sides import passage_template, plain_ids, prompt_template, surrounding_tokens
+from training.models.sides import plain_ids, surrounding_tokens
 from training.models.tokenizers import end_id, pad_id, start_id
 from training.settings import GeneratorConfig
 
@@ -52,7 +53,7 @@ class CausalGenerator(Generator):
         self.model = self._checkpoint() if config.name else fresh_causal(config.fresh, tokenizer, self.attention)
         check_vocabulary(self.model, len(tokenizer))
         self.end_id, self.pad_id = end_id(tokenizer), pad_id(tokenizer)
-        literals, self.fields = prompt_template(config)
+        literals, self.fields = prompt_segments(tokenizer, config)
         # Spaces before a question or an answer belong to its first token: see sides.InContext.
         following = [*self.fields, "answer"]
         texts = [
@@ -60,6 +61,8 @@ class CausalGenerator(Generator):
         ]
         self.literals = [np.array(ids, dtype=np.int64) for ids in plain_ids(tokenizer, texts)]
         self.start = np.array(surrounding_tokens(tokenizer)[0], dtype=np.int64)
+        if len(self.start) and self.literals[0][: len(self.start)].tolist() == self.start.tolist():
+            self.start = self.start[:0]  # a chat template has written it
         suffix = passage_template(config)[0][-1]
         self.after_passage = np.array(plain_ids(tokenizer, [suffix])[0], dtype=np.int64)
         self.context = context_of(self.model.config)
@@ -159,8 +162,10 @@ class CausalGenerator(Generator):
 
     def _prompt(self, question: np.ndarray, passages: Sequence[np.ndarray]) -> np.ndarray:
         """The template with its fields filled in; a passage without tokens (closed book, padding) leaves nothing."""
+        begin, question = split_context(question)
+        literals = self.literals if begin is None else [begin, *self.literals[1:]]
         parts = [self.start]
-        for literal, name in zip(self.literals, [*self.fields, ""], strict=True):
+        for literal, name in zip(literals, [*self.fields, ""], strict=True):
             parts.append(literal)
             if name == "question":
                 parts.append(question[: self.config.max_question_tokens])

@@ -41,6 +41,8 @@ class Decoded:
 class Generator(nn.Module, ABC):
     """Reads passages and writes answers."""
 
+    end_id: int  # end-of-sequence, which every answer ends with
+
     @abstractmethod
     def collate(
         self,

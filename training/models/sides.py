@@ -6,7 +6,6 @@ which the generator puts together; each segment is tokenised as it stands after 
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.store import TokenSide
 from training.models.checkpoint_layout import read_layout
+from training.models.prompts import CONTEXT_END, passage_template, prompt_segments
 from training.models.tokenizers import fingerprint, plain_backend
 from training.settings import EncoderConfig, GeneratorConfig
 
@@ -83,11 +83,33 @@ class InContext:
 
 
 @dataclass(frozen=True)
+class WithContext:
+    """A question after what is said before it, pairs (context, question). `marked`: the context is whole and ends with
+    `CONTEXT_END`; otherwise both share `max_tokens`, the question is kept and of the context the end."""
+
+    max_tokens: int
+    question: Pieces | InContext
+    marked: bool
+
+    def rows(self, backend: Tokenizer, pairs: Pairs) -> list[list[int]]:
+        rows = self.question.rows(backend, [("", text) for _, text in pairs])
+        for i, (context, _) in enumerate(pairs):
+            if context:
+                before = _encode(backend, [context])[0]
+                if self.marked:
+                    before = [*before, CONTEXT_END]
+                else:
+                    before = before[max(0, len(before) + len(rows[i]) - self.max_tokens) :]
+                rows[i] = [*before, *rows[i]]
+        return rows
+
+
+@dataclass(frozen=True)
 class Tokenize:
     """The callable of a `TokenSide`; can be pickled."""
 
     backend: Tokenizer
-    plan: Pieces | Joined | InContext
+    plan: Pieces | Joined | InContext | WithContext
 
     def __call__(self, pairs: Pairs) -> list[list[int]]:
         return self.plan.rows(self.backend, pairs)
@@ -129,57 +151,28 @@ def generator_passage_side(
 
 
 def generator_question_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> TokenSide:
-    """A question segment without special tokens, cut at `generator.max_question_tokens`."""
+    """A question segment without special tokens, cut at `generator.max_question_tokens`; pairs (context, question) as
+    `QuestionText` makes them."""
     limit = config.max_question_tokens
     if config.kind == "causal":
-        before = prompt_template(config)[0]
-        literal = before[prompt_template(config)[1].index("question")]
-        return _side("generator", tokenizer, InContext(limit, literal, "{title} {text}", "{text}"))
+        literals, fields = prompt_segments(tokenizer, config)
+        plan = InContext(limit, literals[fields.index("question")], "{title} {text}", "{text}")
+        return _side("generator", tokenizer, WithContext(limit, plan, marked=True))
     if config.kind == "fusion" and config.name:
         template = FUSION_QUESTION.replace("{question}", "{text}")
-        return _side("generator", tokenizer, InContext(limit, "", template, template))
-    return _side("generator", tokenizer, Pieces(limit, limit))
+        plan = InContext(limit, "", template, template)
+        return _side("generator", tokenizer, WithContext(limit, plan, marked=False))
+    return _side("generator", tokenizer, WithContext(limit, Pieces(limit, limit), marked=False))
 
 
 def generator_answer_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> TokenSide:
     """An answer without special tokens, cut at `generator.max_answer_tokens`; the generator adds end-of-sequence."""
     limit = config.max_answer_tokens
     if config.kind == "causal":
-        last = prompt_template(config)[0][-1]
+        last = prompt_segments(tokenizer, config)[0][-1]
         before = last if last[-1:].isspace() else last + " "
         return _side("answer", tokenizer, InContext(limit, before, "{title} {text}", "{text}"))
     return _side("answer", tokenizer, Pieces(limit, limit))
-
-
-def prompt_template(config: GeneratorConfig) -> tuple[list[str], list[str]]:
-    """`generator.template` as literals and the fields between them. Raises ValueError when a field lacks."""
-    return split_template(config.template, "generator.template", ("passages", "question"), ("passages", "question"))
-
-
-def passage_template(config: GeneratorConfig) -> tuple[list[str], list[str]]:
-    """`generator.passage_template` likewise; {title} may be left out, {text} comes last."""
-    name = "generator.passage_template"
-    literals, fields = split_template(config.passage_template, name, ("text",), ("title", "text"))
-    if fields[-1] != "text":
-        raise ValueError(f"{name} is {config.passage_template!r}; allowed: {{title}} before {{text}}")
-    return literals, fields
-
-
-def split_template(
-    template: str, setting: str, required: Sequence[str], allowed: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """`"a{x}b{y}c"` to `["a", "b", "c"], ["x", "y"]`. Raises ValueError naming `setting` when a field lacks, is unknown
-    or repeated."""
-    parts = re.split(r"\{(\w*)\}", template)
-    literals, fields = parts[::2], parts[1::2]
-    wrong = [name for name in required if name not in fields]
-    wrong += [name for name in fields if name not in allowed or fields.count(name) > 1]
-    if wrong:
-        once = ", ".join(f"{{{name}}}" for name in allowed)
-        raise ValueError(
-            f"{setting} is {template!r}: wrong or missing field {{{wrong[0]}}}; allowed: each of {once} once"
-        )
-    return literals, fields
 
 
 def surrounding_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -198,7 +191,7 @@ def plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list
     return _encode(plain_backend(tokenizer), texts)
 
 
-def _side(name: str, tokenizer: PreTrainedTokenizerFast, plan: Pieces | Joined | InContext) -> TokenSide:
+def _side(name: str, tokenizer: PreTrainedTokenizerFast, plan: Pieces | Joined | InContext | WithContext) -> TokenSide:
     """The fingerprint covers the tokeniser and everything that decides how it is used."""
     backend = plain_backend(tokenizer, plan.max_tokens if isinstance(plan, Joined) else 0)
     text = json.dumps([fingerprint(tokenizer), type(plan).__name__, asdict(plan)], sort_keys=True)

@@ -4,8 +4,8 @@ Everything the engine is asked for goes through `System.forward(task, ...)`: sha
 engine's own hooks whatever part runs.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class System(nn.Module):
         self.generator = generator
 
     def forward(self, task: str, *arguments: Any) -> Any:
-        """One entrance for the engine: `likelihoods | contrast | encode_questions | answer`."""
+        """One entrance for the engine: `likelihoods | contrast | encode_questions | answer | score`."""
         match task:
             case "likelihoods":
                 return self.likelihoods(*arguments)
@@ -92,6 +92,8 @@ class System(nn.Module):
                 return self.retriever.encode_queries(*arguments)
             case "answer":
                 return self.answer(*arguments)
+            case "score":
+                return self.score(*arguments)
         raise AssertionError(f"no task named {task}")
 
     def scores(self, batch: RetrievalBatch) -> Tensor:
@@ -174,6 +176,34 @@ class System(nn.Module):
             log_likelihood = mixture_log_probs(prior, per_passage, batch.reader.passage_mask)
         decoded = self.generator.write(reading, batch.reader, fused, decoding.max_tokens, decoding.num_beams, bias)
         return Answers(prior, log_likelihood, decoded)
+
+    @torch.no_grad()
+    def score(
+        self,
+        batch: RetrievalBatch,
+        answers: Sequence[tuple[Tensor, Tensor]],
+        mode: str,
+        temperature: float,
+        score_bias: bool,
+    ) -> Tensor:
+        """float32 [batch, len(answers)]: log-probability of each of several answers to every question, given as
+        ids and mask [batch, tokens] with end-of-sequence; the passages are read once. `mode`: marginal | fused | top1.
+        """
+        prior = retrieval_log_probs(self.scores(batch), batch.reader.passage_mask, temperature)
+        bias = prior if mode == "fused" and score_bias else None
+        if mode == "top1":
+            best = torch.zeros_like(prior, dtype=torch.bool).scatter(1, prior.argmax(dim=1, keepdim=True), True)
+            prior = torch.zeros_like(prior).masked_fill(~best, float("-inf"))
+        reading = self.generator.read(batch.reader)
+        columns: list[Tensor] = []
+        for ids, mask in answers:
+            reader = replace(batch.reader, answer_ids=ids, answer_mask=mask)
+            if mode == "fused":
+                columns.append(self.generator.fused_log_probs(reading, reader, bias).sum(dim=1))
+            else:
+                totals = self.generator.per_passage_log_probs(reading, reader).sum(dim=2)
+                columns.append(mixture_log_probs(prior, totals, reader.passage_mask))
+        return torch.stack(columns, dim=1)
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -1,0 +1,84 @@
+"""Pretraining measured on examples that were cut from passages held out of training."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from training.data import Collator
+from training.engine import Engine
+from training.evaluate import encode_questions
+from training.models.system import RetrievalBatch
+from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
+from training.pretraining import CorpusQuestions, FairSearch
+from training.settings import EvaluationConfig, ObjectiveConfig, RetrievalConfig
+
+
+class HeldOut:
+    """Examples 0, 1, ... of the held-out passages: the same in every evaluation of every run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        collator: Collator,
+        search: FairSearch | None,
+        config: EvaluationConfig,
+        retrieval: RetrievalConfig,
+        objective: ObjectiveConfig,
+        number: int,
+    ) -> None:
+        """`search`: None reads no passages. `number` of examples, in the whole."""
+        assert isinstance(collator.questions, CorpusQuestions)
+        self.questions = collator.questions
+        self.engine, self.collator, self.search = engine, collator, search
+        self.config, self.retrieval, self.objective, self.number = config, retrieval, objective, number
+
+    def __call__(self) -> dict[str, float]:
+        """`log_likelihood` of an answer and `loss`, its negative per token, means over all examples; likewise
+        `TASK/log_likelihood`. Marginal over the passages, or fused where answers are decoded so. Collective."""
+        was_training = self.engine.module.training
+        self.engine.module.eval()
+        try:
+            mine = self._measure()
+        finally:
+            self.engine.module.train(was_training)
+        rows = [row for part in self.engine.gather_objects(mine) for row in part]
+        by_number = {number: (task, value, tokens) for number, task, value, tokens in rows}
+        found: dict[str, list[float]] = defaultdict(list)
+        for task, value, tokens in by_number.values():
+            found["log_likelihood"].append(value)
+            found["loss"].append(-value / tokens)
+            found[f"{task}/log_likelihood"].append(value)
+        return {name: float(np.mean(values)) for name, values in sorted(found.items())}
+
+    def _measure(self) -> list[tuple[int, str, float, int]]:
+        """(number, task, log-likelihood, tokens) of this trainer's examples; all trainers have equally many."""
+        share = -(-self.number // self.engine.world_size)
+        numbers = (np.arange(share) + self.engine.rank * share) % self.number
+        rows: list[tuple[int, str, float, int]] = []
+        for start in range(0, share, self.config.batch_size):
+            part = numbers[start : start + self.config.batch_size]
+            batch = self.collator(part, self._passages(part)).to(self.engine.device)
+            values, tokens = self._log_likelihoods(batch), batch.reader.answer_mask.sum(dim=1).tolist()
+            tasks = [self.questions.example(int(number)).task for number in part]
+            rows += zip(part.tolist(), tasks, values, tokens, strict=True)
+        return rows
+
+    def _passages(self, numbers: np.ndarray) -> Sequence[np.ndarray]:
+        if self.search is None:
+            return [np.empty(0, dtype=np.int64)] * len(numbers)
+        queries = encode_questions(self.engine, self.collator, numbers)
+        return [row[row >= 0] for row in self.search(numbers, queries, self.retrieval.k).result().ids]
+
+    @torch.no_grad()
+    def _log_likelihoods(self, batch: RetrievalBatch) -> list[float]:
+        fused = self.config.decoding.mode == "fused"
+        bias = fused and self.objective.name == "fused" and self.objective.score_bias
+        needs = Needs(per_passage=not fused, per_passage_gradient=not fused, fused=fused, score_bias=bias)
+        outputs: Likelihoods = self.engine("likelihoods", batch, needs, self.objective.temperature)
+        if outputs.fused is not None:
+            return outputs.fused.sum(dim=1).tolist()
+        assert outputs.per_passage is not None
+        prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, self.objective.temperature)
+        return mixture_log_probs(prior, outputs.per_passage.sum(dim=2), outputs.passage_mask).tolist()

@@ -1,0 +1,245 @@
+"""Examples cut from the corpus while training: what a question store is to fine-tuning, with nothing materialised.
+
+Example `number` is a function of (seed, number) alone: the task, the passage and the cut are drawn from a generator of
+their own, so that the place in the stream is all that a checkpoint has to keep. Text becomes tokens with the same sides
+that tokenise questions. The passage that an example was cut from, and its near-duplicates, are never read for it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from indexing.merge import Hits
+from indexing.store import Store, TokenSide
+from training.mixture import mixture
+from training.models.sides import generator_answer_side, generator_question_side, retriever_question_side
+from training.retrieve import IndexService, PendingHits
+from training.settings import EncoderConfig, GeneratorConfig, PretrainingConfig
+from training.tasks import MASK_WORD, MaskWords, find_recognizer, make_example
+
+ATTEMPTS = 200  # passages that may lack what a task needs before it is refused
+CACHED = 4096  # examples: more than are searched ahead
+HELD_OUT_SEED = 0  # the same passages in every run, so that runs can be compared
+TRAINING, HELD_OUT = 11, 12  # purposes of the random generators
+
+
+@dataclass(frozen=True)
+class CorpusExample:
+    """One example, tokenised."""
+
+    task: str
+    source: int  # passage number
+    question: str  # as the generator reads it
+    answer: str
+    tokens: dict[str, np.ndarray]  # question rows by side
+    answer_tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class ExampleSides:
+    """How examples become tokens: the sides of questions, and how each tokeniser is told of a mask."""
+
+    retriever: TokenSide
+    generator: TokenSide
+    answer: TokenSide
+    retriever_mask: MaskWords
+    generator_mask: MaskWords
+    max_retriever_tokens: int
+    max_generator_tokens: int
+
+
+def example_sides(
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], encoder: EncoderConfig, reader: GeneratorConfig
+) -> ExampleSides:
+    """The sides of these models. Only an encoder-decoder is given sentinels: it alone was pretrained on them."""
+    return ExampleSides(
+        retriever_question_side(tokenizers[0], encoder),
+        generator_question_side(tokenizers[1], reader),
+        generator_answer_side(tokenizers[1], reader),
+        MaskWords(_mask_word(tokenizers[0])),
+        MaskWords(_mask_word(tokenizers[1]), _sentinels(tokenizers[1]) if reader.kind == "fusion" else ()),
+        encoder.max_question_tokens,
+        reader.max_question_tokens,
+    )
+
+
+class CorpusQuestions:
+    """Examples by their number, which has no end; a `Questions` of `training/data.py`."""
+
+    def __init__(
+        self, store: Store, rows: np.ndarray, config: PretrainingConfig, sides: ExampleSides, seed: int, purpose: int
+    ) -> None:
+        """`rows`: the passages that may be cut. Raises ValueError where there is none, or for a mixture of nothing."""
+        if not len(rows):
+            raise ValueError(f"pretraining.held_out={config.held_out}: no passage is left to cut examples from")
+        self.store, self.candidates, self.config, self.sides = store, rows, config, sides
+        self.seed, self.purpose = seed, purpose
+        self.shares = mixture(config)
+        self.recognize = find_recognizer(config.recognizer)
+        self._made: OrderedDict[int, CorpusExample] = OrderedDict()
+
+    def example(self, number: int) -> CorpusExample:
+        """Example `number`. Raises ValueError where no passage has what its task needs."""
+        made = self._made.get(number)
+        if made is None:
+            made = self._made[number] = self._make(number)
+            if len(self._made) > CACHED:
+                self._made.popitem(last=False)
+        return made
+
+    def sources(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [n]: the passages that examples were cut from."""
+        return np.array([self.example(int(number)).source for number in numbers], dtype=np.int64)
+
+    def tokens(self, side: str) -> "ExampleRows":
+        """Token rows of the questions, by example number."""
+        return ExampleRows(self, side)
+
+    def answer_tokens(self, number: int) -> list[np.ndarray]:
+        """The one answer."""
+        return [self.example(number).answer_tokens]
+
+    def target(self, number: int) -> int:
+        """The one answer's place."""
+        return 0
+
+    def gold_rows(self, number: int) -> np.ndarray:
+        """Nothing: the passage that states the answer is never read."""
+        return np.empty(0, dtype=np.int64)
+
+    def _make(self, number: int) -> CorpusExample:
+        random = np.random.default_rng([self.seed, self.purpose, number])
+        task = list(self.shares)[int(random.choice(len(self.shares), p=list(self.shares.values())))]
+        for _ in range(ATTEMPTS):
+            source = int(self.candidates[int(random.integers(len(self.candidates)))])
+            made = self._cut(task, source, int(random.integers(2**62)))
+            if made is not None:
+                return made
+        raise ValueError(
+            f"pretraining.{task}={getattr(self.config, task)}: {ATTEMPTS} passages in a row have not what the task "
+            f"needs ({NEEDED[task]}); set it to 0 or change the corpus"
+        )
+
+    def _cut(self, task: str, source: int, seed: int) -> CorpusExample | None:
+        """A cut whose question both tokenisers can hold whole: of fewer words where one would be cut off."""
+        passage, sides = self.store.passage(source), self.sides
+        words = self.config.context_words
+        while True:
+            random = np.random.default_rng(seed)
+            example = make_example(task, passage, random, self.config, words, self.recognize)
+            if example is None:
+                return None
+            if sides.generator_mask.sentinels and len(example.spans) >= len(sides.generator_mask.sentinels):
+                return None
+            question, answer = sides.generator_mask.question(example), sides.generator_mask.answer(example)
+            retriever = _row(sides.retriever, sides.retriever_mask.question(example))
+            generator = _row(sides.generator, question)
+            fits = len(retriever) < sides.max_retriever_tokens and len(generator) < sides.max_generator_tokens
+            if fits or words <= 2:
+                break
+            words = max(2, words * 3 // 4)
+        answer_row = _row(sides.answer, answer)
+        if not len(answer_row):
+            return None
+        return CorpusExample(
+            task, source, question, answer, {"retriever": retriever, "generator": generator}, answer_row
+        )
+
+
+@dataclass(frozen=True)
+class ExampleRows:
+    """The questions of `CorpusQuestions` as token rows of one side."""
+
+    questions: CorpusQuestions
+    side: str
+
+    def rows(self, row_numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """int32 token rows, in that order."""
+        return [self.questions.example(int(number)).tokens[self.side] for number in row_numbers]
+
+
+NEEDED = {
+    "span_corruption": "three words",
+    "salient_span": "a span that pretraining.recognizer finds",
+    "prefix_lm": "two words",
+    "title_to_section": "a title",
+}
+
+
+def split_passages(groups: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+    """Passages to cut training examples from, and those held out, int64 each: a seeded share of the corpus with all
+    near-duplicates of what is in it, so that no training example tells of a held-out one."""
+    number = min(len(groups), round(held_out * len(groups))) if held_out else 0
+    if held_out and not number:
+        number = 1
+    chosen = np.random.default_rng(HELD_OUT_SEED).permutation(len(groups))[:number]
+    out = np.isin(groups, groups[chosen])
+    return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+class FairSearch:
+    """Searches for examples: what is returned never holds an example's own passage or a near-duplicate of it.
+
+    `margin` more passages are asked for than wanted. Where too few are left, the batch is searched again as deep as the
+    largest group of its sources makes necessary, without another encoding of the questions.
+    """
+
+    def __init__(self, service: IndexService, questions: CorpusQuestions, groups: np.ndarray, margin: int) -> None:
+        self.service, self.questions, self.groups, self.margin = service, questions, groups, margin
+        self.sizes = np.bincount(groups, minlength=len(groups))  # passages of a group, by its number
+
+    def __call__(self, numbers: np.ndarray, queries: np.ndarray, k: int) -> "FairHits":
+        """Start the search of examples `numbers` with float32 `queries` [batch, dim]."""
+        own = self.groups[self.questions.sources(numbers)]
+        depth = min(k + self.margin, self.service.num_passages)
+        return FairHits(self, own, queries, k, self.service.submit(queries, depth))
+
+
+class FairHits:
+    """A search under way, whose hits are cleaned when they are taken."""
+
+    def __init__(self, search: FairSearch, own: np.ndarray, queries: np.ndarray, k: int, pending: PendingHits) -> None:
+        self.search, self.own, self.queries, self.k, self.pending = search, own, queries, k, pending
+
+    def result(self) -> Hits:
+        """Hits [batch, k]; where the corpus holds too few other passages, ids end with -1 and scores with -inf."""
+        hits = self.pending.result()
+        fair = self._fair(hits)
+        if (fair.sum(axis=1) < self.k).any():
+            deepest = self.k + int(self.search.sizes[self.own].max())
+            depth = min(deepest, self.search.service.num_passages)
+            if depth > hits.ids.shape[1]:
+                hits = self.search.service.submit(self.queries, depth).result()
+                fair = self._fair(hits)
+        order = np.argsort(~fair, axis=1, kind="stable")[:, : self.k]  # the fair ones first, in their order
+        kept = np.take_along_axis(fair, order, axis=1)
+        ids = np.where(kept, np.take_along_axis(hits.ids, order, axis=1), -1)
+        scores = np.where(kept, np.take_along_axis(hits.scores, order, axis=1), np.float32("-inf"))
+        missing = self.k - ids.shape[1]
+        if missing > 0:
+            ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
+            scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=np.float32("-inf"))
+        return Hits(ids, scores.astype(np.float32), hits.generation, hits.weights_version)
+
+    def _fair(self, hits: Hits) -> np.ndarray:
+        return (hits.ids >= 0) & (self.search.groups[hits.ids] != self.own[:, None])
+
+
+def _row(side: TokenSide, text: str) -> np.ndarray:
+    return np.array(side.tokenize([("", text)])[0], dtype=np.int32)
+
+
+def _mask_word(tokenizer: PreTrainedTokenizerFast) -> str:
+    return str(tokenizer.mask_token) if tokenizer.mask_token is not None else MASK_WORD
+
+
+def _sentinels(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """`<extra_id_0>`, `<extra_id_1>`, ... as far as the vocabulary has them; empty where it has fewer than two."""
+    known = tokenizer.get_vocab()
+    names: list[str] = []
+    while f"<extra_id_{len(names)}>" in known:
+        names.append(f"<extra_id_{len(names)}>")
+    return tuple(names) if len(names) > 1 else ()
