@@ -78,7 +78,8 @@ class System(nn.Module):
         self.generator = generator
 
     def forward(self, task: str, *arguments: Any) -> Any:
-        """One entrance for the engine: `likelihoods | contrast | encode_questions | answer`."""
+        """One entrance for the engine: `likelihoods | contrast | encode_questions | answer`, and of
+        `training/models/candidates.py` `candidates | prior | sample`."""
         match task:
             case "likelihoods":
                 return self.likelihoods(*arguments)
@@ -88,6 +89,15 @@ class System(nn.Module):
                 return self.retriever.encode_queries(*arguments)
             case "answer":
                 return self.answer(*arguments)
+            case "candidates" | "prior" | "sample":
+                from training.models import candidates
+
+                match task:
+                    case "candidates":
+                        return candidates.score(self, *arguments)
+                    case "prior":
+                        return candidates.prior(self, *arguments)
+                return candidates.sample(self, *arguments)
         raise AssertionError(f"no task named {task}")
 
     def scores(self, batch: RetrievalBatch) -> Tensor:
@@ -114,6 +124,7 @@ class System(nn.Module):
             fused=fused,
             answer_mask=batch.reader.answer_mask,
             passage_mask=batch.reader.passage_mask,
+            noise=gumbel_noise(scores, needs.num_draws) if needs.num_draws else None,
         )
 
     @torch.no_grad()
@@ -149,6 +160,12 @@ class System(nn.Module):
             log_likelihood = mixture_log_probs(prior, per_passage, batch.reader.passage_mask)
         decoded = self.generator.write(reading, batch.reader, fused, decoding.max_tokens, decoding.num_beams, bias)
         return Answers(prior, log_likelihood, decoded)
+
+
+def gumbel_noise(scores: Tensor, num_draws: int) -> Tensor:
+    """Standard Gumbel noise, float32 [batch, num_draws, k], for scores [batch, k]; from torch's random state."""
+    uniform = torch.rand(scores.shape[0], num_draws, scores.shape[1], device=scores.device)
+    return -(-uniform.clamp_min(1e-20).log()).log()
 
 
 def has_dropout(module: nn.Module) -> bool:

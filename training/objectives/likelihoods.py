@@ -26,6 +26,7 @@ class Likelihoods:
     fused: Tensor | None = None  # f [batch, tokens]: log P(y_t | y_<t, q, z_1..K), 0 at padding
     positives: Tensor | None = None  # int64 [batch]: column of the positive; contrastive objectives only
     num_questions: float | None = None  # denominator of sums over questions; None: batch
+    noise: Tensor | None = None  # Gumbel noise [batch, draws, k]; objectives that draw passages
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Needs:
     fused: bool = False  # `Likelihoods.fused`
     score_bias: bool = False  # the fused pass gets `retrieval_log_probs` as passage bias, with gradient
     in_batch: bool = False  # no generator: `contrastive.in_batch` makes the Likelihoods from pairs of vectors
+    candidates: bool = False  # several answers a question: `preference.Candidates`
+    num_draws: int = 0  # `Likelihoods.noise` for so many draws
 
 
 def in_full_precision(values: Tensor) -> Tensor:
