@@ -16,7 +16,15 @@ from typing import Any, TypeVar
 from indexing.lines import BadLine, find_file, id_field, read_lines, strings, text_field
 from indexing.settings import CorpusConfig, QuestionsConfig
 
-BAD_KINDS = ("not_json", "broken_utf8", "duplicate_id", "empty_text", "oversized_text", "missing_field")
+BAD_KINDS = (
+    "not_json",
+    "broken_utf8",
+    "duplicate_id",
+    "empty_text",
+    "oversized_text",
+    "missing_field",
+    "equal_answers",
+)
 MAX_EXAMPLES = 20
 SAMPLE_SEED = 0  # of `questions.max_questions`: the same sample in every run
 

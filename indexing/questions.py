@@ -2,7 +2,7 @@
 
 `questions.*` holds one JSON object per question, `tokens-SIDE.*` the token rows of its text, `answers.*` the token rows
 of all answers with `answer_starts` saying where each question's begin, `gold.*` passage numbers, `targets` the answer
-to train on.
+to train on; `labels`, of judged answers only, 1 where one is desirable and 0 where it is not.
 """
 
 import json
@@ -37,6 +37,8 @@ class QuestionStore:
         self._answer_starts = map_array(path / "answer_starts", "int64")
         self._gold = Ragged(path, "gold", "int64")
         self._targets = map_array(path / "targets", "int64")
+        labelled = extra.get("labelled", False)
+        self.labels: np.ndarray | None = map_array(path / "labels", "int64") if labelled else None  # [questions]
 
     @staticmethod
     def open(path: str | Path, verify: bool = True) -> "QuestionStore":
@@ -72,12 +74,17 @@ class QuestionStore:
 
 
 def write_questions(
-    path: str | Path, questions: Sequence[Question], sides: Sequence[TokenSide], answer_side: TokenSide, store: Store
+    path: str | Path,
+    questions: Sequence[Question],
+    sides: Sequence[TokenSide],
+    answer_side: TokenSide,
+    store: Store,
+    labels: Sequence[int] | None = None,
 ) -> QuestionStore:
     """Write `questions` for the passages of `store` as a new question store, and open it.
 
-    `sides` make the tokens of the question text, `answer_side` those of each answer. Raises FileExistsError, and
-    ValueError for no questions.
+    `sides` make the tokens of the question text, `answer_side` those of each answer; `labels`: of each question, where
+    its answer was judged. Raises FileExistsError, and ValueError for no questions.
     """
     if not questions:
         raise ValueError(f"there are no questions to write to {path}")
@@ -88,6 +95,7 @@ def write_questions(
         "num_without_gold": sum(not rows for rows in gold),
         "sides": {side.name: side.fingerprint for side in sides},
         "answer_side": answer_side.fingerprint,
+        "labelled": labels is not None,
     }
     answers = [answer for question in questions for answer in question.answers]
     starts = np.cumsum([0, *(len(question.answers) for question in questions)], dtype=np.int64)
@@ -108,6 +116,8 @@ def write_questions(
         write_file(directory / "answer_starts", [starts])
         targets = [_target(question, rows, store) for question, rows in zip(questions, gold, strict=True)]
         write_file(directory / "targets", [np.array(targets, np.int64)])
+        if labels is not None:
+            write_file(directory / "labels", [np.array(labels, np.int64)])
     return QuestionStore.open(path, verify=False)
 
 

@@ -113,9 +113,9 @@ class ObjectiveConfig:
 class AlignmentConfig:
     """The reference and the samples of preference and sampling objectives."""
 
-    # What the system is compared with: its weights at the start of the stage, frozen. copy (beside the trained weights) |
-    # offload (kept in the host's memory, moved to the device for each batch) | none (log-likelihoods 0). Where nothing but
-    # fresh adapters trains, copy and offload mean the adapters switched off, without a copy.
+    # What the system is compared with: its weights at the start of the stage, frozen. copy (beside the trained ones),
+    # offload (kept in the host's memory, moved to the device for each batch) or none (its log-likelihoods are 0). Where
+    # nothing but fresh adapters trains, copy and offload mean the adapters switched off, without a copy.
     reference: str = "copy"
     updates_per_sample: int = 1  # grpo: optimiser steps on one batch of samples
 

@@ -60,8 +60,8 @@ def sample(
     device: torch.device | str,
     run_to_end: bool = False,
 ) -> Decoded:
-    """One sequence a row, each token drawn from `softmax(log_probs / temperature)` by torch's random state; arguments and
-    result as `beam_search` has them, `log_probs` at temperature 1."""
+    """One sequence a row, each token drawn from `softmax(log_probs / temperature)` by torch's random state; arguments
+    and result as `beam_search` has them, `log_probs` at temperature 1."""
     prefix = torch.full((num_rows, 1), start_id, dtype=torch.int64, device=device)
     scores = torch.zeros(num_rows, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -69,7 +69,9 @@ def sample(
         log_probs = next_log_probs(prefix).float()
         tokens = torch.multinomial((log_probs / temperature).softmax(dim=-1), 1)
         gained = log_probs.gather(1, tokens)[:, 0]
-        counts = ~ended if length < max_tokens else ~ended & (tokens[:, 0] == end_id)  # no room left: only an end counts
+        counts = ~ended
+        if length == max_tokens:  # no room for this token: only an end counts
+            counts = counts & (tokens[:, 0] == end_id)
         scores = torch.where(counts, scores + gained, scores)
         tokens = tokens.masked_fill(ended[:, None], end_id)
         prefix = torch.cat([prefix, tokens], dim=1)

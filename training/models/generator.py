@@ -76,6 +76,6 @@ class Generator(nn.Module, ABC):
         passage_bias: Tensor | None = None,
         temperature: float = 0.0,
     ) -> Decoded:
-        """Greedy (num_beams 1) or beam search; with a `temperature` above 0 tokens are drawn, one beam. fused: one answer per question, `batch` of them; otherwise one per
-        passage, `batch * k`, question by question. log_probs are unnormalised sums over the written tokens and
-        end-of-sequence."""
+        """Greedy (num_beams 1) or beam search; with a `temperature` above 0 tokens are drawn, one beam. fused: one
+        answer per question, `batch` of them; otherwise one per passage, `batch * k`, question by question. log_probs
+        are unnormalised sums over the written tokens and end-of-sequence, at temperature 1."""

@@ -4,8 +4,8 @@ Stochastic RAG is Zamani and Bendersky 2024, "Stochastic RAG: End-to-End Retriev
 Utility Maximization": straight-through Gumbel-top-k over p(z|q). REINFORCE is Williams 1992; GRPO is Shao et al. 2024,
 "DeepSeekMath", equation 3, its ratio and clip those of PPO (Schulman et al. 2017, equation 7).
 
-A sample is a passage and an answer: `log pi(z, y|q) = log p(z|q) + log P(y|q, z)`. Retrieved tokens are context and never
-enter it. Randomness comes in as Gumbel noise or as samples, so that the functions are pure.
+A sample is a passage and an answer: `log pi(z, y|q) = log p(z|q) + log P(y|q, z)`. Retrieved tokens are context and
+never enter it. Randomness comes in as Gumbel noise or as samples, so that the functions are pure.
 """
 
 import torch
@@ -30,8 +30,8 @@ MAX_GAIN = 10.0  # how much a passage that was not drawn may weigh against the m
 def stochastic_rag(
     outputs: Likelihoods, num_selected: int = 2, relaxation: float = 1.0, temperature: float = 1.0
 ) -> tuple[Tensor, Stats]:
-    """-log(1/n sum_z m_z exp(L_z)) with m the n = `num_selected` passages of largest log p + noise (fewer where there are
-    fewer): forward the hard selection, backward the soft one.
+    """-log(1/n sum_z m_z exp(L_z)) with m the n = `num_selected` passages of largest log p + noise (fewer where
+    there are fewer): forward the hard selection, backward the soft one.
 
     A draw's soft selection is softmax_z((log p + noise) / relaxation) over the passages not drawn before it, as in
     sampling without replacement. The gradient of a passage that was not drawn is exp(L_z) over the mean of those that
@@ -84,7 +84,8 @@ def reinforce_passages(outputs: Likelihoods, temperature: float = 1.0) -> tuple[
     mask = outputs.passage_mask
     prior = retrieval_log_probs(outputs.scores, mask, temperature)
     real = prior.masked_fill(~mask, 0.0)
-    perturbed = (prior.detach().unsqueeze(1) + outputs.noise.to(prior.dtype)).masked_fill(~mask.unsqueeze(1), float("-inf"))
+    perturbed = prior.detach().unsqueeze(1) + outputs.noise.to(prior.dtype)
+    perturbed = perturbed.masked_fill(~mask.unsqueeze(1), float("-inf"))
     drawn = perturbed.argmax(dim=-1)  # [batch, group]: Gumbel-max is a draw from p
     totals = answer_tokens(outputs.per_passage, outputs.answer_mask).sum(dim=-1).masked_fill(~mask, 0.0)
     gained = totals.gather(1, drawn)
@@ -124,17 +125,15 @@ def grpo(
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """(R - mean) / (std + 1e-6) in each group of rewards [batch, group], std being the group's own (divided by its size).
-    Exactly 0 in a group of equal rewards, which rounding of the mean must not turn into a preference."""
+    """(R - mean) / (std + 1e-6) in each group of rewards [batch, group], std being the group's own (divided by its
+    size). Exactly 0 in a group of equal rewards, which rounding of the mean must not turn into a preference."""
     mean = rewards.mean(dim=-1, keepdim=True)
     deviation = rewards.std(dim=-1, keepdim=True, correction=0)
     equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
     return ((rewards - mean) / (deviation + EPSILON)).masked_fill(equal, 0.0)
 
 
-def sample_log_probs(
-    outputs: Candidates, temperature: float, of_reference: bool = False
-) -> tuple[Tensor, Tensor]:
+def sample_log_probs(outputs: Candidates, temperature: float, of_reference: bool = False) -> tuple[Tensor, Tensor]:
     """log p(z|q) + log P(y|q, z) of each sample, [batch, group], and log p(z|q) [batch, k], of policy or reference. A
     sample of a padded passage is 0 without gradient."""
     scores = outputs.reference_scores if of_reference else outputs.scores
