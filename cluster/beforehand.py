@@ -11,7 +11,9 @@ from indexing.build import check_config
 from indexing.merge import check_k
 from indexing.shard import shard_ranges
 from training.checkpoint import newest_checkpoint
+from training.objectives.check import samples_answers
 from training.objectives.choose import needs
+from training.rewards import load_reward
 
 # A resume goes on with the same model, data and seed; everything else may be set anew.
 SAME_RUN = (
@@ -19,6 +21,7 @@ SAME_RUN = (
     *("encoder.name", "encoder.fresh.", "encoder.tokenizer.", "encoder.towers", "encoder.pooling", "encoder.normalize"),
     *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
     *("objective.name", "training.train"),
+    *("preferences.path", "preferences.train", "preferences.format", "preferences.max_length_ratio"),
 )
 
 
@@ -28,6 +31,8 @@ def check_models(settings: Settings) -> None:
         is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    if samples_answers(settings.objective):
+        load_reward(settings.objective.reward)
 
 
 def check_same_run(settings: Settings) -> None:
@@ -66,6 +71,11 @@ def with_absolute_models(settings: Settings) -> Settings:
         return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
     encoder = replace(settings.encoder, name=absolute(settings.encoder.name))
+    file, colon, function = settings.objective.reward.rpartition(":")
+    reward = f"{Path(file).resolve()}:{function}" if colon and file.endswith(".py") else settings.objective.reward
     return replace(
-        settings, encoder=encoder, generator=replace(settings.generator, name=absolute(settings.generator.name))
+        settings,
+        encoder=encoder,
+        generator=replace(settings.generator, name=absolute(settings.generator.name)),
+        objective=replace(settings.objective, reward=reward),
     )

@@ -29,6 +29,7 @@ from cluster.service import IndexServiceHandle, start_index_service
 from cluster.settings import Settings
 from indexing.snapshot import is_complete
 from training.checkpoint import newest_checkpoint
+from training.objectives.check import PREFERENCE
 from training.objectives.choose import needs
 from training.stage import EVALUATION_FILE, StageJob
 
@@ -97,11 +98,17 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
     contrastive = needs(settings.objective).in_batch
     evaluate = "" if contrastive else str(prepared.questions[settings.questions.evaluate].resolve())
     trains = not contrastive and settings.training.train != "none"
+    if settings.objective.name in PREFERENCE:
+        train_questions = prepared.preferences.get("train")
+    else:
+        train_questions = prepared.questions.get(settings.questions.train)
+    pairs = prepared.preferences.get("evaluate")
     return StageJob(
         run_dir=str(run_dir.resolve()),  # a trainer's working folder is another one
         passages=str(prepared.passages.resolve()),
-        train_questions=str(prepared.questions[settings.questions.train].resolve()) if trains else "",
+        train_questions=str(train_questions.resolve()) if trains and train_questions is not None else "",
         evaluate_questions=evaluate,
+        evaluate_preferences=str(pairs.resolve()) if pairs is not None and not contrastive else "",
         tokenizers=str(prepared.tokenizers.resolve()),
         init_from=str(Path(init_from).resolve()) if init_from else "",
         seed=settings.run.seed,
@@ -110,6 +117,7 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         encoder=settings.encoder,
         generator=settings.generator,
         objective=settings.objective,
+        alignment=settings.alignment,
         retrieval=settings.retrieval,
         training=settings.training,
         engine=settings.engine,

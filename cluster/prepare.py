@@ -3,6 +3,7 @@
     <run>/world/                     the synthetic world, where no corpus is named
     <run>/tokenizers/{retriever,generator}/
     <run>/data/<key>/{passages,questions-SPLIT}/     key: hash of everything that these depend on
+    <run>/data/<key>/preferences-.../                judged answers (`cluster/preferences.py`)
 
 What is there and fits is used again; a corpus file that changed has another key.
 """
@@ -12,17 +13,18 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from cluster.preferences import prepare_preferences
 from cluster.settings import Settings
 from indexing.corpus import CorpusReport, Passage, Question, iterate_corpus, read_questions
 from indexing.questions import QuestionStore, write_questions
 from indexing.snapshot import is_complete
-from indexing.store import Store, write_store
+from indexing.store import Store, TokenSide, write_store
 from indexing.world import write_world
 from training.models.sides import (
     generator_answer_side,
@@ -32,6 +34,7 @@ from training.models.sides import (
     retriever_question_side,
 )
 from training.models.tokenizers import build_tokenizer, load_tokenizer
+from training.objectives.check import PREFERENCE
 from training.settings import TokenizerConfig
 
 Say = Callable[[str], None]
@@ -46,13 +49,18 @@ class Prepared:
     passages: Path
     questions: dict[str, Path]  # by split
     tokenizers: Path  # holds retriever/ and generator/
+    preferences: dict[str, Path] = field(default_factory=dict)  # `train`, `evaluate`: where there are any
 
 
 def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str] | None = None) -> Prepared:
     """Write what is not there yet. Raises ValueError for bad settings and, with `on_bad: error`, for bad lines."""
     settings = with_corpus(settings, root, say)
     questions = settings.questions
-    wanted = list(dict.fromkeys(splits if splits is not None else (questions.train, questions.evaluate)))
+    trains = splits is None
+    if splits is None:  # preference objectives learn from preferences instead
+        train = () if settings.objective.name in PREFERENCE else (questions.train,)
+        splits = (*train, questions.evaluate)
+    wanted = list(dict.fromkeys(splits))
     tokenizers = prepare_tokenizers(settings, root, say)
     folder = root / "data" / _key(settings, tokenizers)
     passages = _prepare_passages(settings, folder / "passages", tokenizers, say)
@@ -61,7 +69,9 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
     for split, path in paths.items():
         if not is_complete(path):
             _prepare_questions(settings, split, path, store, tokenizers, say)
-    return Prepared(passages, paths, root / "tokenizers")
+    sides, answer_side = _question_sides(settings, tokenizers)
+    preferences = prepare_preferences(settings, folder, store, sides, answer_side, trains, say)
+    return Prepared(passages, paths, root / "tokenizers", preferences)
 
 
 def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
@@ -76,7 +86,11 @@ def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
     if not questions.path:
         folder = Path(corpus.path)
         questions = replace(questions, path=str(folder if folder.is_dir() else folder.parent))
-    return replace(settings, corpus=corpus, questions=questions)
+    preferences = settings.preferences
+    if not preferences.path and settings.objective.name in PREFERENCE:
+        folder = Path(corpus.path)
+        preferences = replace(preferences, path=str(folder if folder.is_dir() else folder.parent))
+    return replace(settings, corpus=corpus, questions=questions, preferences=preferences)
 
 
 def prepare_tokenizers(
@@ -154,13 +168,20 @@ def _prepare_questions(
     questions = alive(read_questions(settings.questions, split), store, settings.questions.as_of)
     if not questions:
         raise ValueError(f"questions.path {settings.questions.path!r}: split {split!r} has no question to ask")
+    sides, answer_side = _question_sides(settings, tokenizers)
+    written: QuestionStore = write_questions(path, questions, sides, answer_side, store)
+    say(f"{len(written)} questions of split {split} tokenised into {path}")
+
+
+def _question_sides(
+    settings: Settings, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
+) -> tuple[list[TokenSide], TokenSide]:
+    """Sides of the question text, and the answers' side."""
     sides = [
         retriever_question_side(tokenizers[0], settings.encoder),
         generator_question_side(tokenizers[1], settings.generator),
     ]
-    answer_side = generator_answer_side(tokenizers[1], settings.generator)
-    written: QuestionStore = write_questions(path, questions, sides, answer_side, store)
-    say(f"{len(written)} questions of split {split} tokenised into {path}")
+    return sides, generator_answer_side(tokenizers[1], settings.generator)
 
 
 def alive(questions: list[Question], store: Store, as_of: str) -> list[Question]:

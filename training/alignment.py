@@ -1,13 +1,13 @@
 """The micro-batches of alignment: judged answers from a file, or answers that the system samples and a reward judges.
 
-A stage of alignment differs from fine-tuning in its data, its objective and its reference. Its source is the ordinary one
-(questions, hits searched ahead) with a collator that adds judged answers; around it, where the objective asks for them,
-samples (`SampledBatches`) and the reference's view of the batch (`ReferencedBatches`). The loop knows none of it.
+A stage of alignment differs from fine-tuning in its data, its objective and its reference. Its source is the ordinary
+one (questions, hits searched ahead) with a collator that adds judged answers; around it, where the objective asks for
+them, samples (`SampledBatches`) and the reference's view of the batch (`ReferencedBatches`). The loop knows none of it.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +29,6 @@ from training.rewards import load_reward, measure
 from training.settings import AlignmentConfig, ObjectiveConfig
 
 MISMATCH_TRIES = 20  # draws until another question's answer is found
-
-
-class Restorable(Source, Protocol):
-    """A source that goes on where `state` was taken."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        ...
 
 
 def make_collator(
@@ -111,13 +103,13 @@ class AskedCollator(Collator):
 class SampledBatches:
     """Batches of an `AskedCollator`, answered by the system as it is now and judged by a reward.
 
-    For each question, `group_size` passages are drawn from p(z|q), with replacement, and an answer from P(y|q, z) for each.
-    One batch of samples serves `updates_per_sample` micro-batches. Sampling is collective under ZeRO 3.
+    For each question, `group_size` passages are drawn from p(z|q), with replacement, and an answer from P(y|q, z) for
+    each. One batch of samples serves `updates_per_sample` micro-batches. Sampling is collective under ZeRO 3.
     """
 
     def __init__(
         self,
-        source: Restorable,
+        source: Source,
         engine: Engine,
         collator: Collator,
         store: Store,
@@ -158,8 +150,7 @@ class SampledBatches:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        self.source.restore(state)
+        """Take over samples that another one's `state()` kept; the source below is restored by itself."""
         if "samples" in state:
             kept, self._uses = state["samples"]
             self._kept = replace(kept, batch=moved(kept.batch, self.engine.device))
@@ -214,28 +205,22 @@ class SampledBatches:
 class ReferencedBatches:
     """Batches with what the reference says of them."""
 
-    source: Restorable
+    source: Source
     reference: Reference
 
     def next(self) -> Fetched:
         """The next micro-batch on the device."""
         fetched = self.source.next()
         assert isinstance(fetched.batch, CandidateBatch)
-        if fetched.batch.reference_scores is not None:
-            return fetched
         return replace(fetched, batch=self.reference(fetched.batch))
 
     def state(self) -> dict[str, Any]:
         """The source's."""
         return self.source.state()
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
-        self.source.restore(state)
-
 
 def aligned(
-    source: Restorable,
+    source: Source,
     engine: Engine,
     collator: Collator,
     store: Store,
@@ -244,12 +229,13 @@ def aligned(
     objective: ObjectiveConfig,
     alignment: AlignmentConfig,
     reference: Reference | None,
-) -> Restorable:
+    loader_state: dict[str, Any] | None,
+) -> Source:
     """`source` with what the objective asks for around it; itself for an objective that asks for nothing."""
     if samples_answers(objective):
-        source = SampledBatches(
-            source, engine, collator, store, to_text, max_tokens, objective, alignment.updates_per_sample
-        )
+        updates = alignment.updates_per_sample
+        source = SampledBatches(source, engine, collator, store, to_text, max_tokens, objective, updates)
+        source.restore(loader_state or {})
     return source if reference is None else ReferencedBatches(source, reference)
 
 

@@ -63,23 +63,21 @@ class Reference:
 
 
 def build_reference(
-    system: System, engine: Engine, initial: System | None, kind: str, init_from: str, run_dir: Path
-) -> Reference | None:
-    """The reference of a stage; collective. None where `kind` is none.
+    system: System, engine: Engine, initial: System, offload: bool, init_from: str, run_dir: Path, resumes: bool
+) -> Reference:
+    """The reference of a stage; collective.
 
-    `initial`: a copy of `system` made before the engine took it (`initial_copy`), None where adapters may serve;
-    `init_from`: the checkpoint whose weights the stage starts from, empty where it starts as built. Raises ValueError
-    when the stage began with another checkpoint than the one that is there now.
+    `initial`: a copy of `system` as it was built, made before the engine took it (`initial_copy`); `init_from`: the
+    checkpoint whose weights the stage starts from, empty where it starts as built. Raises ValueError when a stage that
+    `resumes` began with another checkpoint than the one that is there now.
     """
-    if kind == "none":
-        return None
-    origin = engine.broadcast_object(_origin(Path(init_from), run_dir) if init_from and engine.rank == 0 else "")
+    told = engine.rank == 0 and bool(init_from)
+    origin = engine.broadcast_object(_origin(Path(init_from), run_dir, resumes) if told else "")
     if isinstance(origin, ValueError):
         raise origin
     state = load_weights(Path(origin)) if origin and engine.rank == 0 else {}
     if trains_adapters_only(system) and not engine.broadcast_object(has_trained_adapters(state)):
         return Reference(engine, None, False)
-    assert initial is not None
     problem = None
     if state:
         try:
@@ -89,9 +87,8 @@ def build_reference(
     problem = engine.broadcast_object(problem)
     if problem is not None:
         raise ValueError(f"{origin} is no reference for this system: {problem}")
-    reference = Reference(engine, initial, kind == "offload")
     _share(initial, engine)
-    return reference
+    return Reference(engine, initial, offload)
 
 
 def initial_copy(system: System) -> System:
@@ -145,11 +142,11 @@ def _share(module: System, engine: Engine) -> None:
         tensor.detach().copy_(whole)
 
 
-def _origin(init_from: Path, run_dir: Path) -> str | ValueError:
+def _origin(init_from: Path, run_dir: Path, resumes: bool) -> str | ValueError:
     """The checkpoint that this stage began with, written down when it begins; an error (returned, so that all ranks can
     raise it) when it cannot be had any more."""
     record = run_dir / ORIGIN_FILE
-    if not record.is_file():
+    if not (resumes and record.is_file()):
         record.parent.mkdir(parents=True, exist_ok=True)
         content = {"checkpoint": str(init_from), "manifest_sha256": _fingerprint(init_from)}
         record.write_text(json.dumps(content), encoding="utf-8")
@@ -160,7 +157,8 @@ def _origin(init_from: Path, run_dir: Path) -> str | ValueError:
             return str(path)
     return ValueError(
         f"run.init_from={str(init_from)!r}: this stage began with {known['checkpoint']}, which is gone or was "
-        "changed, and a resume needs the same reference: bring it back, take another run.name, or set run.overwrite=true"
+        "changed, and a resume needs the same reference: bring it back, take another run.name, or set "
+        "run.overwrite=true"
     )
 
 
