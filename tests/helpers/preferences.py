@@ -52,3 +52,8 @@ def preference_store(world: TinyWorld, folder: Path, split: str, as_pairs: bool)
     path = folder / f"{'pairs' if as_pairs else 'judged'}-{split}"
     write_questions(path, found.questions, question_sides, answer_side, world.store(), found.labels)
     return path
+
+
+def variety(question: str, answer: str, golds: list[str], passages: list[str]) -> float:
+    """A reward that differs from sample to sample."""
+    return len(set(answer)) + len(passages[0]) / 100 if passages else float(len(set(answer)))
