@@ -43,7 +43,7 @@ FILES = [
         "dpo",
         PAIRS + lines([{"prompt": "x", "chosen": "y"}]),
         "",
-        "preferences.jsonl:3: missing_field: rejected is miss",
+        "preferences.jsonl:3: missing_field: rejected is",
     ),
     ("dpo", PAIRS + lines([{**PAIR, "rejected": " "}]), "", "preferences.jsonl:3: empty_text: rejected is empty"),
     ("dpo", PAIRS + lines([{**PAIR, "rejected": "item 1"}]), "", "preferences.jsonl:3: equal_answers"),

@@ -45,7 +45,7 @@ def stochastic_rag(
     perturbed = (prior + outputs.noise[:, 0].to(prior.dtype)).masked_fill(~mask, float("-inf"))
     hard, soft = gumbel_top_k(perturbed, mask, num_selected, relaxation)
     totals = answer_tokens(outputs.per_passage, outputs.answer_mask).sum(dim=-1).masked_fill(~mask, 0.0)
-    count = hard.sum(dim=-1).clamp(min=1)
+    count = hard.sum(dim=-1).clamp(min=1).to(prior.dtype)
     some = hard.any(dim=-1, keepdim=True)
     chosen = torch.where(some, totals.masked_fill(~hard, float("-inf")), 0.0 * totals)
     utility = torch.where(some[:, 0], torch.logsumexp(chosen, dim=-1) - count.log(), 0.0)
