@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,7 @@ def initial_copy(system: System) -> System:
 @contextmanager
 def reference_context(module: nn.Module) -> Iterator[None]:
     """Inside, `module` computes with its adapters off: those of peft models, and layers that peft has put in."""
-    layers = [part for part in module.modules() if hasattr(part, "_disable_adapters")]
+    layers: list[Any] = [part for part in module.modules() if hasattr(part, "_disable_adapters")]
     before = [part._disable_adapters for part in layers]
     for part in layers:
         part._disable_adapters = True  # the public switch also touches requires_grad, which an engine has fixed

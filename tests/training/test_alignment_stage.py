@@ -7,13 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.preferences import preference_store
 from tests.helpers.tiny_world import TinyWorld
 from tests.training.test_stage import Failure, failing, final_weights, part, rows_by_step, run_stage, same
 from training.checkpoint import load_weights, newest_checkpoint
+from training.data import Collator
+from training.objectives.choose import compute, needs
 from training.settings import (
     AlignmentConfig,
     CheckpointConfig,
@@ -106,6 +110,32 @@ def test_preferences_move_both_what_is_said_and_what_is_retrieved(world, tmp_pat
     assert accuracy == pytest.approx(after["preference_accuracy"])
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any(row.get("eval/test/preference_accuracy") == after["preference_accuracy"] for row in logged)
+
+
+def test_margins_are_differences_of_rag_sequence_losses(world, tmp_path, start, pairs):
+    """Each pair again, answer by answer, by the objective that the system was trained with."""
+    job = aligning(world, tmp_path / "run", start, pairs, training=TrainingConfig(train="none", steps=0))
+    stage, _ = run_stage(job, world.index())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "preferences.jsonl").read_text().splitlines()]
+    assert stage.preferences is not None
+    collator, system = stage.preferences.collator, stage.system.eval()
+    objective = ObjectiveConfig(name="rag_sequence")
+    for row in rows[:6]:
+        number = np.array([row["number"]])
+        passages = stage.preferences._passages(number)
+        log_likelihoods = []
+        for answer in collator.questions.answer_tokens(row["number"]):
+            plain = Collator.__call__(collator, number, passages, with_answers=False)
+            reader = system.generator.collate(
+                collator.questions_for_generator.rows(number),
+                [collator.passages_for_generator.rows(passages[0])],
+                [answer],
+            )
+            with torch.no_grad():
+                outputs = system("likelihoods", replace(plain, reader=reader), needs(objective), 1.0)
+            log_likelihoods.append(-compute(objective, outputs)[0].item())
+        assert row["preference_margin"] == pytest.approx(log_likelihoods[0] - log_likelihoods[1], abs=1e-4)
+        assert row["preference_accuracy"] == float(log_likelihoods[0] > log_likelihoods[1])
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
