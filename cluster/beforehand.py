@@ -13,7 +13,9 @@ from indexing.shard import shard_ranges
 from training.checkpoint import newest_checkpoint
 from training.mixture import pretrains
 from training.models.shape import check_context, read_shape
+from training.objectives.check import samples_answers
 from training.objectives.choose import needs
+from training.rewards import load_reward
 from training.tasks import find_recognizer
 
 # A resume goes on with the same model, data and seed; everything else may be set anew.
@@ -25,6 +27,7 @@ SAME_RUN = (
     *("objective.name", "training.train", "pretraining.", "questions.target", "questions.refusal", "questions.labels"),
     *("questions.choice_template", "generator.template", "generator.passage_template", "generator.chat_template"),
     "generator.system_prompt",
+    *("preferences.path", "preferences.train", "preferences.format", "preferences.max_length_ratio"),
 )
 
 
@@ -35,6 +38,8 @@ def check_models(settings: Settings) -> None:
         is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    if samples_answers(settings.objective):
+        load_reward(settings.objective.reward)
     if pretrains(settings.pretraining):
         find_recognizer(settings.pretraining.recognizer)
     needed = needs(settings.objective)
@@ -96,6 +101,11 @@ def with_absolute_models(settings: Settings) -> Settings:
         return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
     encoder = replace(settings.encoder, name=absolute(settings.encoder.name))
+    file, colon, function = settings.objective.reward.rpartition(":")
+    reward = f"{Path(file).resolve()}:{function}" if colon and file.endswith(".py") else settings.objective.reward
     return replace(
-        settings, encoder=encoder, generator=replace(settings.generator, name=absolute(settings.generator.name))
+        settings,
+        encoder=encoder,
+        generator=replace(settings.generator, name=absolute(settings.generator.name)),
+        objective=replace(settings.objective, reward=reward),
     )

@@ -32,6 +32,7 @@ from indexing.snapshot import is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
 from training.mixture import pretrains
+from training.objectives.check import PREFERENCE
 from training.objectives.choose import needs
 from training.stage import EVALUATION_FILE, StageJob
 
@@ -104,11 +105,17 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
     questions = settings.questions
     asked = None if contrastive else prepared.questions.get(questions.evaluate)  # none for an index alone
     trains = not contrastive and settings.training.train != "none" and not pretrains(settings.pretraining)
+    if settings.objective.name in PREFERENCE:
+        learned_from = prepared.preferences.get("train")
+    else:
+        learned_from = prepared.questions.get(questions.train)
+    pairs = prepared.preferences.get("evaluate")
     return StageJob(
         run_dir=str(run_dir.resolve()),  # a trainer's working folder is another one
         passages=str(prepared.passages.resolve()),
-        train_questions=str(prepared.questions[questions.train].resolve()) if trains else "",
+        train_questions=str(learned_from.resolve()) if trains and learned_from is not None else "",
         evaluate_questions=str(asked.resolve()) if asked is not None else "",
+        evaluate_preferences=str(pairs.resolve()) if pairs is not None and not contrastive else "",
         tokenizers=str(prepared.tokenizers.resolve()),
         init_from=str(Path(init_from).resolve()) if init_from else "",
         seed=settings.run.seed,
@@ -117,6 +124,7 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         encoder=settings.encoder,
         generator=settings.generator,
         objective=settings.objective,
+        alignment=settings.alignment,
         retrieval=settings.retrieval,
         training=settings.training,
         engine=settings.engine,

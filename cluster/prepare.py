@@ -3,6 +3,7 @@
     <run>/world/                     the synthetic world, where no corpus is named
     <run>/tokenizers/{retriever,generator}/
     <run>/data/<key>/{passages,questions-SPLIT,duplicates-THRESHOLD}/     key: hash of everything that these depend on
+    <run>/data/<key>/preferences-.../                judged answers (`cluster/preferences.py`)
 
 What is there and fits is used again; a corpus file that changed has another key.
 """
@@ -12,13 +13,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from cluster.preferences import QuestionSides, prepare_preferences
 from cluster.settings import Settings
 from indexing.corpus import CorpusReport, Passage, Question, iterate_corpus, read_questions
 from indexing.duplicates import write_groups
@@ -36,6 +38,7 @@ from training.models.sides import (
     retriever_question_side,
 )
 from training.models.tokenizers import build_tokenizer, load_tokenizer
+from training.objectives.check import PREFERENCE
 from training.objectives.choose import needs
 from training.settings import TokenizerConfig
 
@@ -52,14 +55,18 @@ class Prepared:
     questions: dict[str, Path]  # by split
     tokenizers: Path  # holds retriever/ and generator/
     duplicates: Path | None = None  # groups of near-duplicates, of a stage that pretrains on the corpus
+    preferences: dict[str, Path] = field(default_factory=dict)  # `train`, `evaluate`: where there are any
 
 
 def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str] | None = None) -> Prepared:
     """Write what is not there yet. Raises ValueError for bad settings and, with `on_bad: error`, for bad lines."""
     settings = with_corpus(settings, root, say)
     questions = settings.questions
-    wanted = list(dict.fromkeys(splits if splits is not None else (questions.train, questions.evaluate)))
-    wanted = [split for split in wanted if split]
+    wanted = splits
+    if wanted is None:  # preference objectives learn from preferences instead
+        train = () if settings.objective.name in PREFERENCE else (questions.train,)
+        wanted = (*train, questions.evaluate)
+    wanted = [split for split in dict.fromkeys(wanted) if split]
     tokenizers = prepare_tokenizers(settings, root, say)
     folder = root / "data" / _key(settings, tokenizers)
     passages = _prepare_passages(settings, folder / "passages", tokenizers, say)
@@ -70,7 +77,9 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
             _prepare_questions(settings, split, path, store, tokenizers, say)
     _check_answers(settings, paths)
     duplicates = _prepare_duplicates(settings, folder, store, say) if pretrains(settings.pretraining) else None
-    return Prepared(passages, paths, root / "tokenizers", duplicates)
+    way = _question_sides(settings, tokenizers)
+    preferences = prepare_preferences(settings, folder, store, way, splits is None, say)
+    return Prepared(passages, paths, root / "tokenizers", duplicates, preferences)
 
 
 def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
@@ -85,7 +94,11 @@ def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
     if not questions.path:
         folder = Path(corpus.path)
         questions = replace(questions, path=str(folder if folder.is_dir() else folder.parent))
-    return replace(settings, corpus=corpus, questions=questions)
+    preferences = settings.preferences
+    if not preferences.path and settings.objective.name in PREFERENCE:
+        folder = Path(corpus.path)
+        preferences = replace(preferences, path=str(folder if folder.is_dir() else folder.parent))
+    return replace(settings, corpus=corpus, questions=questions, preferences=preferences)
 
 
 def prepare_tokenizers(
@@ -167,14 +180,26 @@ def _prepare_questions(
         questions += read_questions(replace(config, evaluate=config.unanswerable, as_of=""), config.unanswerable)
     if not questions:
         raise ValueError(f"questions.path {settings.questions.path!r}: split {split!r} has no question to ask")
+    way = _question_sides(settings, tokenizers)
+    written: QuestionStore = write_questions(
+        path, questions, way.sides, way.answer_side, store, way.render, config.refusal
+    )
+    say(f"{len(written)} questions of split {split} tokenised into {path}")
+
+
+def _question_sides(
+    settings: Settings, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
+) -> QuestionSides:
+    """How this run's models read questions and answers."""
     sides = [
         retriever_question_side(tokenizers[0], settings.encoder),
         generator_question_side(tokenizers[1], settings.generator),
     ]
-    answer_side = generator_answer_side(tokenizers[1], settings.generator)
-    render = QuestionText(tokenizers[1], settings.generator, config.choice_template)
-    written: QuestionStore = write_questions(path, questions, sides, answer_side, store, render, config.refusal)
-    say(f"{len(written)} questions of split {split} tokenised into {path}")
+    return QuestionSides(
+        sides,
+        generator_answer_side(tokenizers[1], settings.generator),
+        QuestionText(tokenizers[1], settings.generator, settings.questions.choice_template),
+    )
 
 
 def _check_answers(settings: Settings, paths: dict[str, Path]) -> None:

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from indexing.settings import CorpusConfig, IndexConfig, QuestionsConfig
+from indexing.settings import CorpusConfig, IndexConfig, PreferencesConfig, QuestionsConfig
 from training.settings import (
+    AlignmentConfig,
     CheckpointConfig,
     EncoderConfig,
     EngineConfig,
@@ -65,10 +66,12 @@ class Settings:
     run: RunConfig = field(default_factory=RunConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    preferences: PreferencesConfig = field(default_factory=PreferencesConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)

@@ -19,6 +19,7 @@ from training.stage import EVALUATION_FILE, PREDICTIONS_FILE
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 HEADLINE = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")
 FURTHER = ("accuracy", "refusal_unanswerable", "refusal_answerable", "held_out/log_likelihood", "held_out/loss")
+ALIGNMENT = ("preference_accuracy", "preference_accuracy_per_token")  # where pairs were measured
 CONTROLS = ("closed_book", "gold", "long", "fused", "marginal", "top1")
 NUM_EXAMPLES = 6
 
@@ -68,7 +69,8 @@ def summarise(findings: Findings) -> dict[str, Any]:
     """The content of `summary.json`: each stage's means, controls, the update, paired differences of the last stage."""
     summary: dict[str, Any] = {}
     for name, measured in findings.stages.items():
-        summary[name] = {key: measured.metrics[key] for key in (*HEADLINE, *FURTHER) if key in measured.metrics}
+        names = (*HEADLINE, *FURTHER, *ALIGNMENT)
+        summary[name] = {key: measured.metrics[key] for key in names if key in measured.metrics}
         for mode in CONTROLS:
             if f"{mode}/exact_match" in measured.metrics:
                 summary[name][f"{mode}/exact_match"] = measured.metrics[f"{mode}/exact_match"]
@@ -105,12 +107,13 @@ def paired(a: Measured, b: Measured) -> dict[str, dict[str, float]]:
 def result_table(findings: Findings, summary: Mapping[str, Any]) -> Table:
     """One row per evaluated stage and control, and what the update did."""
     rows: list[list[Any]] = []
+    aligned = [key for key in ALIGNMENT if any(key in measured.metrics for measured in findings.stages.values())]
     for name, measured in findings.stages.items():
-        rows.append([name, *(measured.metrics.get(key) for key in HEADLINE)])
+        rows.append([name, *(measured.metrics.get(key) for key in (*HEADLINE, *aligned))])
         for mode in CONTROLS:
             if f"{mode}/exact_match" in measured.metrics:
                 scores = (measured.metrics[f"{mode}/exact_match"], measured.metrics.get(f"{mode}/f1"))
-                rows.append([f"{name}, {mode}", None, None, None, *scores])
+                rows.append([f"{name}, {mode}", None, None, None, *scores, *(None for _ in aligned)])
     notes = []
     for name, measured in findings.stages.items():
         further = [f"{key} {measured.metrics[key]:.3f}" for key in FURTHER if key in measured.metrics]
@@ -127,7 +130,7 @@ def result_table(findings: Findings, summary: Mapping[str, Any]) -> Table:
         f"{summary.get('generations_committed', 0)} index generations committed in the last stage, "
         f"{summary.get('blocked_steps', 0)} steps blocked, {summary['seconds']:.0f} s in all"
     )
-    return Table("Held-out questions", ["stage", *HEADLINE], rows, notes)
+    return Table("Held-out questions", ["stage", *HEADLINE, *aligned], rows, notes)
 
 
 def write_findings(findings: Findings, directory: Path, run_dirs: Mapping[str, Path]) -> dict[str, Any]:

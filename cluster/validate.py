@@ -11,6 +11,7 @@ from difflib import get_close_matches
 
 from cluster.settings import Settings
 from training.mixture import mixture, pretrains
+from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
 from training.settings import FRESH_CONTEXT, ObjectiveConfig
 
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a generator
@@ -30,10 +31,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "generator.fresh.family": ("llama", "gpt2", "qwen2", "mamba", "mamba2", "jamba"),
     "generator.chat_template": ("auto", "never"),
     "generator.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
+    "preferences.format": ("auto", "paired", "unpaired"),
+    "preferences.on_bad": ("error", "skip"),
     "objective.name": (
         *("rag_sequence", "rag_token", "realm", "emdr2", "pdist", "loop", "adist", "fused"),
-        *CONTRASTIVE,
+        *(*CONTRASTIVE, *PREFERENCE, *SAMPLING),
     ),
+    "alignment.reference": ("copy", "offload", "none"),
     "objective.level": ("sequence", "token"),
     "objective.normalization": ("length", "none"),
     "objective.reduction": ("batch", "elements"),
@@ -69,6 +73,8 @@ POSITIVE = {
     *("checkpoint.keep", "evaluation.batch_size", "evaluation.k", "evaluation.decoding.num_beams"),
     *("evaluation.decoding.max_tokens", "monitor.init_timeout_s", "cluster.num_trainers"),
     *("cluster.threads_per_trainer", "cluster.start_timeout_s"),
+    *("objective.beta", "objective.num_selected", "objective.relaxation", "objective.group_size", "objective.clip"),
+    *("objective.sampling_temperature", "alignment.updates_per_sample"),
 }
 SHARES = {
     *("corpus.world.lookalike_probability", "corpus.world.swap_fraction"),
@@ -127,6 +133,7 @@ def validate(settings: Settings) -> None:
     _check_models(settings)
     _check_objective(settings)
     _check_context(settings)
+    _check_alignment(settings)
     _check_refresh(settings)
     _check_questions(settings)
     _check_pretraining(settings)
@@ -290,6 +297,27 @@ def _check_attention(settings: Settings) -> None:
     if generator.attention == "flash_attention_2" and (reads or bends):
         allowed = f"must be auto, eager or sdpa with objective.name={name}, which needs attention by token"
         raise refuse("generator.attention", generator.attention, allowed)
+
+
+def _check_alignment(settings: Settings) -> None:
+    objective, alignment = settings.objective, settings.alignment
+    if objective.name not in (*PREFERENCE, *SAMPLING):
+        return
+    check_objective(objective)
+    if objective.name == "stochastic_rag" and objective.num_selected >= settings.retrieval.k:
+        allowed = f"must be below retrieval.k={settings.retrieval.k}: passages are drawn from the retrieved ones"
+        raise refuse("objective.num_selected", objective.num_selected, allowed)
+    if alignment.reference == "none" and objective.name != "dpo" and needs_reference(objective):
+        why = "whose z compares with it" if objective.name == "kto" else f"and kl_weight={objective.kl_weight}"
+        raise refuse(
+            "alignment.reference", "none", f"must be copy or offload with objective.name={objective.name} {why}"
+        )
+    if alignment.updates_per_sample > 1 and not (objective.name == "grpo" and samples_answers(objective)):
+        allowed = "must be 1, or objective.name must be grpo: without a ratio to clip, old samples are biased"
+        raise refuse("alignment.updates_per_sample", alignment.updates_per_sample, allowed)
+    if alignment.updates_per_sample > 1 and settings.engine.gradient_accumulation > 1:
+        allowed = "must be 1 with engine.gradient_accumulation above 1: a batch would serve one step twice"
+        raise refuse("alignment.updates_per_sample", alignment.updates_per_sample, allowed)
 
 
 def _check_refresh(settings: Settings) -> None:

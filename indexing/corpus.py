@@ -17,7 +17,15 @@ from indexing.formats import Question, parse_question
 from indexing.lines import BadLine, find_file, id_field, read_lines, text_field
 from indexing.settings import CorpusConfig, QuestionsConfig
 
-BAD_KINDS = ("not_json", "broken_utf8", "duplicate_id", "empty_text", "oversized_text", "missing_field")
+BAD_KINDS = (
+    "not_json",
+    "broken_utf8",
+    "duplicate_id",
+    "empty_text",
+    "oversized_text",
+    "missing_field",
+    "equal_answers",
+)
 MAX_EXAMPLES = 20
 SAMPLE_SEED = 0  # of `questions.max_questions`: the same sample in every run
 

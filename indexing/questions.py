@@ -2,7 +2,8 @@
 
 `questions.*` holds one JSON object per question, `tokens-SIDE.*` the token rows of its text, `answers.*` the token rows
 of all answers with `answer_starts` saying where each question's begin, `options.*` and `option_starts` likewise what
-may be chosen, `gold.*` passage numbers, `targets` the answer to train on.
+may be chosen, `gold.*` passage numbers, `targets` the answer to train on; `labels`, of judged answers only, 1 where one
+is desirable and 0 where it is not.
 """
 
 import json
@@ -45,6 +46,8 @@ class QuestionStore:
         self._option_starts = map_array(path / "option_starts", "int64")
         self._gold = Ragged(path, "gold", "int64")
         self._targets = map_array(path / "targets", "int64")
+        labelled = extra.get("labelled", False)
+        self.labels: np.ndarray | None = map_array(path / "labels", "int64") if labelled else None  # [questions]
 
     @staticmethod
     def open(path: str | Path, verify: bool = True) -> "QuestionStore":
@@ -93,11 +96,13 @@ def write_questions(
     store: Store,
     render: Render = lambda _, question: ("", question.text),
     refusal: str = "",
+    labels: Sequence[int] | None = None,
 ) -> QuestionStore:
     """Write `questions` for the passages of `store` as a new question store, and open it.
 
     `sides` make the tokens of what `render` makes of a question, `answer_side` those of each answer and option.
-    `refusal` is the answer of questions without answers. Raises FileExistsError, and ValueError for no questions.
+    `refusal` is the answer of questions without answers; `labels`: of each question, where its answer was judged.
+    Raises FileExistsError, and ValueError for no questions.
     """
     if not questions:
         raise ValueError(f"there are no questions to write to {path}")
@@ -112,6 +117,7 @@ def write_questions(
         "max_options": max(len(question.options) for question in questions),
         "sides": {side.name: side.fingerprint for side in sides},
         "answer_side": answer_side.fingerprint,
+        "labelled": labels is not None,
     }
     with write_once(path, seal) as directory:
         with RaggedWriter(directory, "questions", "uint8") as writer:
@@ -132,6 +138,8 @@ def write_questions(
             writer.append([np.array(rows, np.int64) for rows in gold])
         targets = [_target(question, rows, store) for question, rows in zip(questions, gold, strict=True)]
         write_file(directory / "targets", [np.array(targets, np.int64)])
+        if labels is not None:
+            write_file(directory / "labels", [np.array(labels, np.int64)])
     return QuestionStore.open(path, verify=False)
 
 

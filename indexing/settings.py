@@ -47,6 +47,20 @@ class QuestionsConfig:
 
 
 @dataclass
+class PreferencesConfig:
+    """Judged answers: {"prompt","chosen","rejected"} in pairs, or {"prompt","answer","desirable"} one by one, each with
+    "split", "positive_passage_id" and "metadata" where known."""
+
+    path: str = ""  # .jsonl[.gz] or a folder with preferences.jsonl[.gz]; empty: the corpus folder, where one is needed
+    train: str = "train"  # lines of this split are trained on; a line without a split belongs to it
+    evaluate: str = "test"  # pairs of this split are measured; empty: none
+    format: str = "auto"  # auto (by the first line) | paired | unpaired: of the file
+    on_bad: str = "error"  # error | skip
+    max_length_ratio: float = 0.0  # pairs whose word counts differ by a larger factor are left out; 0: none
+    max_pairs: int = 0  # measured; 0: all, otherwise a seeded sample
+
+
+@dataclass
 class IndexConfig:
     """One sharded FAISS index."""
 

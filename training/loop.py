@@ -15,7 +15,7 @@ from training.engine import Engine
 from training.models.system import ContrastBatch, RetrievalBatch
 from training.models.weights import to_numpy
 from training.monitor import Monitor, Timer, memory_metrics
-from training.objectives.choose import compute, needs
+from training.objectives.choose import compute, task_of
 from training.retrieve import IndexService, IndexStatus
 from training.settings import ObjectiveConfig, TrainingConfig
 
@@ -105,8 +105,7 @@ def train(
     """Run optimiser steps `state.step + 1 .. config.steps`; what follows the last one is the caller's. Raises
     FloatingPointError when updates are not finite `config.stop_after_nonfinite` times in a row, TimeoutError when a
     bounded wait ends."""
-    needed = needs(objective)
-    task = ("contrast",) if needed.in_batch else ("likelihoods", needed, objective.temperature)
+    task, arguments = task_of(objective)
     engine.module.train()
     timer, window, resumed_at, begin = Timer(), Window(), state.step, 0.0
     while state.step < config.steps:
@@ -122,7 +121,7 @@ def train(
 
         # Forward, objective, backward, step.
         with timer.measure("forward"):
-            outputs = engine(task[0], fetched.batch, *task[1:])
+            outputs = engine(task, fetched.batch, *arguments)
             loss, stats = compute(objective, outputs)
         with timer.measure("backward"):
             engine.backward(loss)

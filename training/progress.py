@@ -8,7 +8,7 @@ from typing import TextIO
 INTERVAL_S = 5.0  # between two lines where nobody watches
 TERMINAL_INTERVAL_S = 1.0
 WINDOW = 30  # logged steps that the remaining time is estimated from
-EVALUATION_KEYS = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")
+EVALUATION_KEYS = ("recall@1", "recall@5", "recall@20", "exact_match", "f1", "preference_accuracy")
 
 
 class Progress:

@@ -102,7 +102,8 @@ class GeneratorConfig:
 class ObjectiveConfig:
     """What is minimised; see `training/objectives/`."""
 
-    # rag_sequence, rag_token, realm, emdr2, pdist, loop, adist, fused | inverse_cloze, independent_cropping
+    # rag_sequence, rag_token, realm, emdr2, pdist, loop, adist, fused | inverse_cloze, independent_cropping |
+    # dpo, kto | stochastic_rag, reinforce, grpo
     name: str = "rag_sequence"
     temperature: float = 1.0  # of p(z|q), on top of the encoder's own
     target_temperature: float = 1.0  # pdist, loop, adist
@@ -120,6 +121,30 @@ class ObjectiveConfig:
     min_span: int = 5  # tokens of a query span
     max_span: int = 14
     scale: float = 1.0  # multiplies the loss
+    beta: float = 0.1  # dpo, kto: how strongly a preference may move the system from its reference
+    desirable_weight: float = 1.0  # kto
+    undesirable_weight: float = 1.0  # kto
+    length_normalized: bool = False  # dpo, kto: log-likelihoods per answer token
+    num_selected: int = 2  # stochastic_rag: passages drawn of the retrieved ones
+    relaxation: float = 1.0  # stochastic_rag: temperature of the soft selection that the gradient flows through
+    group_size: int = 4  # reinforce, grpo: samples of a question
+    # reinforce, grpo: exact_match, f1, grounded (the answer stands in its passage), module:function, file.py:function
+    # (of question, answer, gold answers, passages read); likelihood (reinforce only): of the gold answer
+    reward: str = "exact_match"
+    sampling_temperature: float = 1.0  # reinforce, grpo: of the answers' tokens
+    clip: float = 0.2  # grpo
+    kl_weight: float = 0.0  # reinforce, grpo: of the divergence from the reference
+
+
+@dataclass
+class AlignmentConfig:
+    """The reference and the samples of preference and sampling objectives."""
+
+    # What the system is compared with: its weights at the start of the stage, frozen. copy (beside the trained ones),
+    # offload (kept in the host's memory, moved to the device for each batch) or none (its log-likelihoods are 0). Where
+    # nothing but fresh adapters trains, copy and offload mean the adapters switched off, without a copy.
+    reference: str = "copy"
+    updates_per_sample: int = 1  # grpo: optimiser steps on one batch of samples
 
 
 @dataclass

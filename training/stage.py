@@ -18,6 +18,7 @@ from indexing.duplicates import open_groups
 from indexing.questions import QuestionStore
 from indexing.settings import QuestionsConfig
 from indexing.store import Store
+from training.alignment import PairCollator, aligned, make_collator
 from training.answers import MORE_FOR_REFUSALS, TrainingAnswers
 from training.checkpoint import (
     load_checkpoint,
@@ -41,7 +42,9 @@ from training.models.sides import generator_answer_side
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.monitor import Monitor
 from training.needle import check_needle, needle_sweep
+from training.objectives.check import PREFERENCE, needs_reference, samples_answers
 from training.objectives.choose import needs
+from training.preferences import PreferenceEvaluator
 from training.pretraining import (
     HELD_OUT,
     HELD_OUT_SEED,
@@ -51,8 +54,10 @@ from training.pretraining import (
     example_sides,
     split_passages,
 )
+from training.reference import Reference, build_reference, initial_copy
 from training.retrieve import IndexService, Prefetcher
 from training.settings import (
+    AlignmentConfig,
     CheckpointConfig,
     EncoderConfig,
     EngineConfig,
@@ -66,7 +71,7 @@ from training.settings import (
 )
 from training.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches
 
-EVALUATION_FILE, PREDICTIONS_FILE = "evaluation.json", "predictions.jsonl"
+EVALUATION_FILE, PREDICTIONS_FILE, PAIRS_FILE = "evaluation.json", "predictions.jsonl", "preferences.jsonl"
 PROGRESS_EVERY_S = 5.0
 
 
@@ -76,7 +81,7 @@ class StageJob:
 
     run_dir: str
     passages: str  # store of the corpus
-    train_questions: str  # store, or "" where none are trained on
+    train_questions: str  # store (of judged answers for preference objectives), or "" where none are trained on
     evaluate_questions: str  # store, or "" where nothing is evaluated
     tokenizers: str  # folder of retriever/ and generator/
     init_from: str  # checkpoint whose weights the stage starts from, or ""
@@ -101,6 +106,8 @@ class StageJob:
     wait_timeout_s: float = 1800.0  # for a generation, at the start and at the end
     index_from_snapshot: bool = False  # the service was started with the generation that the checkpoint names
     config: dict[str, Any] = field(default_factory=dict)  # resolved settings, for the monitor
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    evaluate_preferences: str = ""  # store of pairs, or "" where none are measured
 
 
 class Stage:
@@ -114,6 +121,8 @@ class Stage:
         tokenizers = (load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator"))
         self.store = Store.open(job.passages, verify=False)
         self.system = build_system(job.encoder, job.generator, job.training.train, tokenizers, job.seed, job.objective)
+        self._initial = initial_copy(self.system) if self._has_reference else None
+        self.reference: Reference | None = None
         self.engine = Engine(self.system, job.engine, parameter_groups(self.system))
         separator = tokenizers[0].sep_token_id
         self.pad_id, self.separator_id = pad_id(tokenizers[0]), separator if isinstance(separator, int) else -1
@@ -129,6 +138,7 @@ class Stage:
         self.corpus_questions, self.held_out = (
             self._make_corpus_questions() if pretrains(job.pretraining) else (None, None)
         )
+        self.preferences = self._make_preferences() if job.evaluate_preferences else None
         self._last_progress = 0.0
 
     # ---------------------------------------------------------------- the stage, in order
@@ -138,6 +148,7 @@ class Stage:
         job = self.job
         with self.monitor:
             loader_state = self.restore()
+            self.reference = self.make_reference(resumes=loader_state is not None)
             self.serve_index(fresh=not job.index_from_snapshot)
             if job.training.steps > self.state.step:
                 self.source = self.make_source(loader_state)
@@ -177,6 +188,14 @@ class Stage:
             self.monitor.message(f"starts from {job.init_from}")
         return None
 
+    def make_reference(self, resumes: bool) -> Reference | None:
+        """What alignment compares with: this stage's start, wherever it stands now. Collective."""
+        initial, self._initial = self._initial, None
+        if initial is None:
+            return None
+        offload, init_from = self.job.alignment.reference == "offload", self.job.init_from
+        return build_reference(self.system, self.engine, initial, offload, init_from, self.run_dir, resumes)
+
     def serve_index(self, fresh: bool) -> None:
         """Wait until a generation of the present weights serves. Collective."""
         if self.service is None:
@@ -201,16 +220,19 @@ class Stage:
             questions = self.corpus_questions
             stream = Stream(len(questions.candidates), job.training.batch_size, *place)
             answers, batch_of = None, stream.places
+            collator = Collator(self.store, questions, self.system.generator, self.pad_id)
         else:
             questions = QuestionStore.open(job.train_questions, verify=False)
             stream = Stream(len(questions), job.training.batch_size, *place)
-            answers, batch_of = self._training_answers(questions, stream), stream.batch
-        collator = Collator(self.store, questions, self.system.generator, self.pad_id)
+            judged = job.objective.name in PREFERENCE or samples_answers(job.objective)
+            answers, batch_of = None if judged else self._training_answers(questions, stream), stream.batch
+            collator = make_collator(job.objective, self.store, questions, self.system.generator, self.pad_id, job.seed)
         if job.retrieval.source == "long":
             long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
             return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
         if self.service is None:
-            return ClosedBookBatches(collator, batch_of, engine.device, start, answers)
+            source = ClosedBookBatches(collator, batch_of, engine.device, start, answers)
+            return self._aligned(source, collator, loader_state)
         k, depth = job.retrieval.k, job.retrieval.prefetch_depth
         # A labelled passage takes one place: search one more, so that k - 1 others are left.
         k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
@@ -224,7 +246,14 @@ class Stage:
         source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
         if loader_state:
             source.restore(loader_state)
-        return source
+        return self._aligned(source, collator, loader_state)
+
+    def _aligned(self, source: Source, collator: Collator, loader_state: dict[str, Any] | None) -> Source:
+        job, max_tokens = self.job, self.job.generator.max_answer_tokens
+        return aligned(
+            source, self.engine, collator, self.store, self.to_text, max_tokens, job.objective, job.alignment,
+            self.reference, loader_state,
+        )  # fmt: skip
 
     def hooks(self) -> Hooks:
         """What the loop does between steps."""
@@ -250,6 +279,7 @@ class Stage:
         if self.evaluator is not None:
             numbers = np.arange(len(self.evaluator.questions))
             evaluation = self.evaluator(numbers, also=self.job.evaluation.also, texts=True, costs=True)
+            evaluation.metrics |= self._measure_preferences(PAIRS_FILE)
             self._log_evaluation(evaluation)
             if self.job.evaluation.needle.lengths:
                 result["needle"] = needle_sweep(self.evaluator, self.job.evaluation.needle)
@@ -332,6 +362,7 @@ class Stage:
         if 0 < limit < total:
             numbers = np.sort(np.random.default_rng(self.job.seed).permutation(total)[:limit])
         evaluation = self.evaluator(numbers)
+        evaluation.metrics |= self._measure_preferences(limit=limit)
         self._log_evaluation(evaluation)
         if self.collapse is not None:
             self._report_collapse(self.collapse.after_evaluation(evaluation.metrics))
@@ -361,6 +392,17 @@ class Stage:
                 f"retrieval collapses at step {self.state.step}: {sign} (training.on_collapse=stop). Warm up the "
                 "reader, lower training.lr_retriever or objective.weight, or set training.on_collapse=warn"
             )
+
+    def _measure_preferences(self, file: str = "", limit: int = 0) -> dict[str, float]:
+        """Log-likelihood accuracy on held-out pairs, where there are any; a row a pair into `file`. Collective."""
+        if self.preferences is None:
+            return {}
+        measured, rows = self.preferences(limit, self.job.seed)
+        if file and self.engine.rank == 0:
+            (self.run_dir / file).unlink(missing_ok=True)
+            for row in rows:
+                append_line(self.run_dir / file, row)
+        return measured
 
     def _log_evaluation(self, evaluation: Evaluation) -> None:
         split = Path(self.job.evaluate_questions).name.removeprefix("questions-")
@@ -415,6 +457,20 @@ class Stage:
         self.monitor.message(f"step {self.state.step}: {self.held_out.number} held-out examples: {measured}")
         self.monitor.log({f"eval/held_out/{name}": value for name, value in metrics.items()}, self.state.step)
         return metrics
+
+    def _make_preferences(self) -> PreferenceEvaluator:
+        pairs, job = QuestionStore.open(self.job.evaluate_preferences, verify=False), self.job
+        collator = PairCollator(self.store, pairs, self.system.generator, self.pad_id)
+        return PreferenceEvaluator(
+            self.engine, collator, self.service, job.retrieval, job.evaluation.batch_size, job.objective.temperature,
+            self._progress,
+        )  # fmt: skip
+
+    @property
+    def _has_reference(self) -> bool:
+        job = self.job
+        trains = job.training.train != "none" and job.training.steps > 0
+        return trains and needs_reference(job.objective) and job.alignment.reference != "none"
 
     def _progress(self, text: str) -> None:
         if time.monotonic() - self._last_progress > PROGRESS_EVERY_S:

@@ -141,6 +141,7 @@ class CausalGenerator(Generator):
         max_tokens: int,
         num_beams: int,
         passage_bias: Tensor | None = None,
+        temperature: float = 0.0,
     ) -> Decoded:
         assert isinstance(batch, CausalBatch)
         _refuse_bias(passage_bias)
@@ -156,6 +157,7 @@ class CausalGenerator(Generator):
             max_new_tokens=max_tokens + 1,
             num_beams=num_beams,
             synced_gpus=is_sharded(self.model),
+            **likelihood.sampling(temperature),
         )
         tokens, targets, target_mask = likelihood.written_rows(generated[:, width:], self.end_id, max_tokens)
         return Decoded(tokens, self._score(ids, mask, targets, target_mask).sum(dim=1))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.models.decode import beam_search
+from training.models.decode import beam_search, sample
 from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.packing import by_length, pad_rows
 from training.settings import GeneratorConfig
@@ -353,6 +353,7 @@ class CopyReader(Generator):
         max_tokens: int,
         num_beams: int,
         passage_bias: Tensor | None = None,
+        temperature: float = 0.0,
     ) -> Decoded:
         assert isinstance(batch, CopyBatch)
         memory = self._memory_of_all(reading, batch, passage_bias) if fused else self._memory_of_each(reading, batch)
@@ -371,6 +372,10 @@ class CopyReader(Generator):
 
         max_tokens = min(max_tokens, self.config.max_answer_tokens)
         sharded = hasattr(self.gates.weight, "ds_id")  # ZeRO 3: each step is a collective
+        if temperature > 0:
+            return sample(
+                next_log_probs, rows, self.start_id, self.end_id, max_tokens, temperature, sources.device, sharded
+            )
         return beam_search(
             next_log_probs, rows, self.start_id, self.end_id, max_tokens, num_beams, sources.device, run_to_end=sharded
         )

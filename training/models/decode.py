@@ -49,6 +49,38 @@ def beam_search(
     return Decoded([_until(row, end_id)[:max_tokens] for row in best], scores[:, 0].float())
 
 
+@torch.no_grad()
+def sample(
+    next_log_probs: Callable[[Tensor], Tensor],
+    num_rows: int,
+    start_id: int,
+    end_id: int,
+    max_tokens: int,
+    temperature: float,
+    device: torch.device | str,
+    run_to_end: bool = False,
+) -> Decoded:
+    """One sequence a row, each token drawn from `softmax(log_probs / temperature)` by torch's random state; arguments
+    and result as `beam_search` has them, `log_probs` at temperature 1."""
+    prefix = torch.full((num_rows, 1), start_id, dtype=torch.int64, device=device)
+    scores = torch.zeros(num_rows, device=device)
+    ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    for length in range(max_tokens + 1):
+        log_probs = next_log_probs(prefix).float()
+        tokens = torch.multinomial((log_probs / temperature).softmax(dim=-1), 1)
+        gained = log_probs.gather(1, tokens)[:, 0]
+        counts = ~ended
+        if length == max_tokens:  # no room for this token: only an end counts
+            counts = counts & (tokens[:, 0] == end_id)
+        scores = torch.where(counts, scores + gained, scores)
+        tokens = tokens.masked_fill(ended[:, None], end_id)
+        prefix = torch.cat([prefix, tokens], dim=1)
+        ended = ended | (tokens[:, 0] == end_id)
+        if not run_to_end and bool(ended.all()):
+            break
+    return Decoded([_until(row, end_id)[:max_tokens] for row in prefix[:, 1:].tolist()], scores)
+
+
 def _until(tokens: list[int], end_id: int) -> list[int]:
     return tokens[: tokens.index(end_id)] if end_id in tokens else tokens
 

@@ -215,6 +215,7 @@ class FusionGenerator(Generator):
         max_tokens: int,
         num_beams: int,
         passage_bias: Tensor | None = None,
+        temperature: float = 0.0,
     ) -> Decoded:
         assert isinstance(reading, Reading)
         memory = self._fuse(reading, batch, passage_bias)[0] if fused else self._unpack(reading.groups)
@@ -227,6 +228,7 @@ class FusionGenerator(Generator):
                 num_beams=num_beams,
                 past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),  # its own counts encoder layers
                 synced_gpus=is_sharded(self.model),
+                **likelihood.sampling(temperature),
             )
         tokens, targets, mask = likelihood.written_rows(generated[:, 1:], self.end_id, max_tokens)
         return Decoded(tokens, self._score(memory, targets, mask).sum(dim=1))

@@ -96,7 +96,8 @@ class Generator(nn.Module, ABC):
         max_tokens: int,
         num_beams: int,
         passage_bias: Tensor | None = None,
+        temperature: float = 0.0,
     ) -> Decoded:
-        """Greedy (num_beams 1) or beam search. fused: one answer per question, `batch` of them; otherwise one per
-        passage, `batch * k`, question by question. log_probs are unnormalised sums over the written tokens and
-        end-of-sequence."""
+        """Greedy (num_beams 1) or beam search; with a `temperature` above 0 tokens are drawn, one beam. fused: one
+        answer per question, `batch` of them; otherwise one per passage, `batch * k`, question by question. log_probs
+        are unnormalised sums over the written tokens and end-of-sequence, at temperature 1."""

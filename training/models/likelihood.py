@@ -1,6 +1,7 @@
 """What pretrained generators share: answers as tensors, token log-probabilities, and writing with an exact score."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ def written_rows(generated: Tensor, end_id: int, max_tokens: int) -> tuple[list[
         targets.append(np.array([*tokens, end_id] if ended else tokens, dtype=np.int64))
     ids, mask = pad_rows(targets, 0)
     return rows, ids.to(generated.device), mask.to(generated.device)
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Arguments of `generate` that draw each token from the whole distribution; none where temperature is 0."""
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
 
 
 def generation_settings(model: PreTrainedModel, end_id: int, pad_id: int, start_id: int | None) -> GenerationConfig:

@@ -82,7 +82,8 @@ class System(nn.Module):
         self.generator = generator
 
     def forward(self, task: str, *arguments: Any) -> Any:
-        """One entrance for the engine: `likelihoods | contrast | encode_questions | answer | score`."""
+        """One entrance for the engine: `likelihoods | contrast | encode_questions | answer | score`, and of
+        `training/models/candidates.py` `candidates | prior | sample`."""
         match task:
             case "likelihoods":
                 return self.likelihoods(*arguments)
@@ -94,6 +95,15 @@ class System(nn.Module):
                 return self.answer(*arguments)
             case "score":
                 return self.score(*arguments)
+            case "candidates" | "prior" | "sample":
+                from training.models import candidates
+
+                match task:
+                    case "candidates":
+                        return candidates.score(self, *arguments)
+                    case "prior":
+                        return candidates.prior(self, *arguments)
+                return candidates.sample(self, *arguments)
         raise AssertionError(f"no task named {task}")
 
     def scores(self, batch: RetrievalBatch) -> Tensor:
@@ -134,6 +144,7 @@ class System(nn.Module):
             attention=attention,
             null=null,
             null_score=null_score,
+            noise=gumbel_noise(scores, needs.num_draws) if needs.num_draws else None,
         )
 
     @torch.no_grad()
@@ -204,6 +215,12 @@ class System(nn.Module):
                 totals = self.generator.per_passage_log_probs(reading, reader).sum(dim=2)
                 columns.append(mixture_log_probs(prior, totals, reader.passage_mask))
         return torch.stack(columns, dim=1)
+
+
+def gumbel_noise(scores: Tensor, num_draws: int) -> Tensor:
+    """Standard Gumbel noise, float32 [batch, num_draws, k], for scores [batch, k]; from torch's random state."""
+    uniform = torch.rand(scores.shape[0], num_draws, scores.shape[1], device=scores.device)
+    return -(-uniform.clamp_min(1e-20).log()).log()
 
 
 def has_dropout(module: nn.Module) -> bool:

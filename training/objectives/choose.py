@@ -5,11 +5,13 @@ A new objective is a pure function in the file of its family and one case in eac
 
 from torch import Tensor
 
-from training.objectives.check import check_objective
+from training.objectives.check import check_objective, samples_answers
 from training.objectives.contrastive import info_nce
 from training.objectives.distillation import adist, emdr2, loop, pdist
 from training.objectives.likelihood import fused_likelihood, rag_sequence, rag_token, realm
 from training.objectives.likelihoods import Likelihoods, Needs, Stats
+from training.objectives.preference import Candidates, Reduce, dpo, kto, sum_over_ranks
+from training.objectives.sampling import grpo, reinforce, reinforce_passages, stochastic_rag
 from training.settings import ObjectiveConfig
 
 
@@ -34,15 +36,33 @@ def needs(config: ObjectiveConfig) -> Needs:
         # contrastive.py: no generator
         case "inverse_cloze" | "independent_cropping":
             return Needs(in_batch=True)
+        # preference.py, sampling.py: several answers to each question, or several draws of passages
+        case "dpo" | "kto":
+            return Needs(candidates=True)
+        case "reinforce" | "grpo" if samples_answers(config):
+            return Needs(candidates=True)
+        case "reinforce":
+            return Needs(per_passage=True, per_passage_gradient=True, num_draws=config.group_size)
+        case "stochastic_rag":
+            return Needs(per_passage=True, per_passage_gradient=True, num_draws=1)
         case _:
             raise AssertionError(f"check_objective let {config.name!r} through")
 
 
-def compute(config: ObjectiveConfig, outputs: Likelihoods) -> tuple[Tensor, Stats]:
+def task_of(config: ObjectiveConfig) -> tuple[str, tuple[object, ...]]:
+    """What the trained module is asked for, and its arguments after the batch."""
+    needed = needs(config)
+    if needed.in_batch:
+        return "contrast", ()
+    return ("candidates", ()) if needed.candidates else ("likelihoods", (needed, config.temperature))
+
+
+def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_over_ranks) -> tuple[Tensor, Stats]:
     """The loss, a scalar times `config.scale`, and detached statistics (`loss/*` before the scale).
 
     The loss always depends on the scores, with gradient 0 where the objective gives none: a rank whose graph never
-    touches the retriever would make the collectives of ZeRO disagree.
+    touches the retriever would make the collectives of ZeRO disagree. `reduce` sums over ranks what one of them cannot
+    know alone.
     """
     match config.name:
         case "rag_sequence":
@@ -71,7 +91,27 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods) -> tuple[Tensor, Stat
             )
         case "inverse_cloze" | "independent_cropping":
             loss, stats = info_nce(outputs, config.temperature)
+        case "dpo":
+            loss, stats = dpo(_candidates(outputs), config.beta, config.length_normalized, config.temperature)
+        case "kto":
+            weights = (config.desirable_weight, config.undesirable_weight)
+            loss, stats = kto(
+                _candidates(outputs), config.beta, *weights, config.length_normalized, config.temperature, reduce
+            )
+        case "grpo":
+            loss, stats = grpo(_candidates(outputs), config.clip, config.kl_weight, config.temperature)
+        case "reinforce" if samples_answers(config):
+            loss, stats = reinforce(_candidates(outputs), config.kl_weight, config.temperature)
+        case "reinforce":
+            loss, stats = reinforce_passages(outputs, config.temperature)
+        case "stochastic_rag":
+            loss, stats = stochastic_rag(outputs, config.num_selected, config.relaxation, config.temperature)
         case _:
             raise ValueError(f"objective.name={config.name!r} is no objective; see training/objectives/check.py")
     touch = (0.0 * outputs.scores.masked_fill(~outputs.passage_mask, 0.0)).sum()
     return config.scale * (loss + touch), stats
+
+
+def _candidates(outputs: Likelihoods) -> Candidates:
+    assert isinstance(outputs, Candidates)
+    return outputs

@@ -30,6 +30,7 @@ class Likelihoods:
     null_score: Tensor | None = None  # [batch]: score of the empty passage; None: 0
     positives: Tensor | None = None  # int64 [batch]: column of the positive; contrastive objectives only
     num_questions: float | None = None  # denominator of sums over questions; None: batch
+    noise: Tensor | None = None  # Gumbel noise [batch, draws, k]; objectives that draw passages
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Needs:
     attention: bool = False  # `Likelihoods.attention`, without gradient and with dropout off
     null: bool = False  # `Likelihoods.null`, with gradient, and `null_score` where the system has one
     in_batch: bool = False  # no generator: `contrastive.in_batch` makes the Likelihoods from pairs of vectors
+    candidates: bool = False  # several answers a question: `preference.Candidates`
+    num_draws: int = 0  # `Likelihoods.noise` for so many draws
 
 
 def in_full_precision(values: Tensor) -> Tensor:

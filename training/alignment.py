@@ -1,0 +1,259 @@
+"""The micro-batches of alignment: judged answers from a file, or answers that the system samples and a reward judges.
+
+A stage of alignment differs from fine-tuning in its data, its objective and its reference. Its source is the ordinary
+one (questions, hits searched ahead) with a collator that adds judged answers; around it, where the objective asks for
+them, samples (`SampledBatches`) and the reference's view of the batch (`ReferencedBatches`). The loop knows none of it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from indexing.questions import QuestionStore
+from indexing.store import Store
+from training.data import Collator
+from training.engine import Engine
+from training.loop import Fetched, Source
+from training.models.candidates import AskedBatch, CandidateBatch, answer_tensors, moved
+from training.models.decode import restore_spelling
+from training.models.generator import Generator
+from training.models.system import RetrievalBatch
+from training.objectives.check import samples_answers
+from training.objectives.sampling import sample_log_probs
+from training.reference import Reference, evaluating
+from training.rewards import load_reward, measure
+from training.settings import AlignmentConfig, ObjectiveConfig
+
+MISMATCH_TRIES = 20  # draws until another question's answer is found
+
+
+def make_collator(
+    objective: ObjectiveConfig, store: Store, questions: QuestionStore, generator: Generator, pad_id: int, seed: int
+) -> Collator:
+    """The collator of the objective's data. Raises ValueError when the questions are not judged as it needs."""
+    match objective.name:
+        case "dpo":
+            return PairCollator(store, questions, generator, pad_id)
+        case "kto":
+            return JudgedCollator(store, questions, generator, pad_id, seed)
+        case _ if samples_answers(objective):
+            return AskedCollator(store, questions, generator, pad_id)
+        case _:
+            return Collator(store, questions, generator, pad_id)
+
+
+class PairCollator(Collator):
+    """Questions with two answers, the chosen one first."""
+
+    def __call__(
+        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, **options: Any
+    ) -> CandidateBatch:
+        """As the base class; both answers get gradient."""
+        base = super().__call__(numbers, passages, with_answers=False, **options)
+        groups = [self.questions.answer_tokens(int(number))[:2] for number in numbers]
+        return with_candidates(base, self.generator, groups, num_trained=2)
+
+
+class JudgedCollator(Collator):
+    """Questions with one judged answer, and beside it the answer of another question for KTO's z. Which other question
+    depends on the question and the seed alone, not on who computes it."""
+
+    def __init__(self, store: Store, questions: QuestionStore, generator: Generator, pad_id: int, seed: int) -> None:
+        super().__init__(store, questions, generator, pad_id)
+        if questions.labels is None:
+            raise ValueError(f"{questions.path} holds no judged answers: objective.name=kto needs preferences")
+        self.labels, self.seed = questions.labels, seed
+
+    def __call__(
+        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, **options: Any
+    ) -> CandidateBatch:
+        """As the base class; the judged answer gets gradient."""
+        base = super().__call__(numbers, passages, with_answers=False, **options)
+        groups = [[self._answer(int(n)), self._answer(self._other(int(n)))] for n in numbers]
+        batch = with_candidates(base, self.generator, groups, num_trained=1)
+        return replace(batch, desirable=torch.from_numpy(self.labels[numbers] == 1))
+
+    def _answer(self, number: int) -> np.ndarray:
+        return self.questions.answer_tokens(number)[0]
+
+    def _other(self, number: int) -> int:
+        """An item with another prompt; the item itself where none is found."""
+        prompts = self.questions.tokens("retriever")
+        mine = prompts.rows([number])[0]
+        random = np.random.default_rng([self.seed, 3, number])
+        for other in random.integers(0, len(self.questions), MISMATCH_TRIES):
+            if not np.array_equal(prompts.rows([int(other)])[0], mine):
+                return int(other)
+        return number
+
+
+class AskedCollator(Collator):
+    """Questions to be answered by samples: which question and passages they are goes along."""
+
+    def __call__(
+        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, **options: Any
+    ) -> AskedBatch:
+        """As the base class, without answers."""
+        base = super().__call__(numbers, passages, with_answers=False, **options)
+        return AskedBatch(**_fields(base), questions=np.asarray(numbers), passages=[*passages])
+
+
+class SampledBatches:
+    """Batches of an `AskedCollator`, answered by the system as it is now and judged by a reward.
+
+    For each question, `group_size` passages are drawn from p(z|q), with replacement, and an answer from P(y|q, z) for
+    each. One batch of samples serves `updates_per_sample` micro-batches. Sampling is collective under ZeRO 3.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        engine: Engine,
+        collator: Collator,
+        store: Store,
+        to_text: Callable[[Sequence[int]], str],
+        max_tokens: int,
+        objective: ObjectiveConfig,
+        updates_per_sample: int,
+    ) -> None:
+        """Raises ValueError for a reward that cannot be loaded."""
+        self.source, self.engine, self.collator, self.store = source, engine, collator, store
+        self.to_text, self.max_tokens, self.objective = to_text, max_tokens, objective
+        self.updates_per_sample = updates_per_sample
+        self.reward = load_reward(objective.reward)
+        self._kept: Fetched | None = None
+        self._uses = 0
+
+    def next(self) -> Fetched:
+        """The next micro-batch on the device: new samples, or those of the last one again."""
+        if self._kept is not None and self._uses < self.updates_per_sample:
+            self._uses += 1
+            return replace(self._kept, search_wait_s=0.0)
+        fetched = self.source.next()
+        assert isinstance(fetched.batch, AskedBatch)
+        with torch.no_grad(), evaluating(self.engine.module):
+            batch = self._sample(fetched.batch).to(self.engine.device)
+            if self.updates_per_sample > 1:
+                outputs = self.engine("candidates", batch)
+                batch = replace(batch, old_log_probs=sample_log_probs(outputs, self.objective.temperature)[0])
+        fetched = replace(fetched, batch=batch)
+        self._kept, self._uses = fetched, 1
+        return fetched
+
+    def state(self) -> dict[str, Any]:
+        """The source's, and samples that will be used again."""
+        state = self.source.state()
+        if self._kept is not None and self._uses < self.updates_per_sample:
+            state["samples"] = (replace(self._kept, batch=moved(self._kept.batch, "cpu")), self._uses)
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over samples that another one's `state()` kept; the source below is restored by itself."""
+        if "samples" in state:
+            kept, self._uses = state["samples"]
+            self._kept = replace(kept, batch=moved(kept.batch, self.engine.device))
+
+    def _sample(self, asked: AskedBatch) -> CandidateBatch:
+        group, config = self.objective.group_size, self.objective
+        prior: Tensor = self.engine("prior", asked, config.temperature)
+        drawn = torch.multinomial(prior.exp(), group, replacement=True).cpu()  # [batch, group]
+        read = [self._passage(asked, b, int(z)) for b, row in enumerate(drawn) for z in row]
+        questions = np.repeat(asked.questions, group)
+        question_rows = self.collator.questions_for_generator.rows(questions)
+        rows = [[self._tokens(passage)] for passage in read]
+        reader = self.collator.generator.collate(question_rows, rows, None).to(self.engine.device)
+        written = self.engine("sample", reader, self.max_tokens, config.sampling_temperature)
+        answers = [np.array(tokens, dtype=np.int64) for tokens in written.tokens]
+        rewards = [self._judge(*sample) for sample in zip(questions, read, written.tokens, strict=True)]
+        reader = self.collator.generator.collate(question_rows, rows, answers)
+        # The end of an answer that was cut for length was not drawn: it is no part of the sample.
+        cut = torch.tensor([len(answer) >= self.max_tokens for answer in answers])
+        last = reader.answer_mask & (reader.answer_mask.cumsum(1) == reader.answer_mask.sum(1, keepdim=True))
+        reader = replace(reader, answer_mask=reader.answer_mask & ~(last & cut[:, None]))
+        values = _fields(asked) | {"reader": reader}
+        return CandidateBatch(
+            **{entry.name: values[entry.name] for entry in fields(RetrievalBatch)},
+            passage_mask=asked.reader.passage_mask,
+            answer_ids=reader.answer_ids.unflatten(0, (-1, group)),
+            answer_mask=reader.answer_mask.unflatten(0, (-1, group)),
+            num_trained=group,
+            drawn=drawn,
+            rewards=torch.tensor(rewards, dtype=torch.float32).unflatten(0, (-1, group)),
+        )
+
+    def _passage(self, asked: AskedBatch, question: int, place: int) -> int:
+        """Number of a passage; -1 for the empty one of a closed book."""
+        passages = asked.passages[question]
+        return int(passages[place]) if place < len(passages) else -1
+
+    def _tokens(self, passage: int) -> np.ndarray:
+        if passage < 0:
+            return np.empty(0, dtype=np.int32)
+        return self.collator.passages_for_generator.rows([passage])[0]
+
+    def _judge(self, number: int, passage: int, tokens: Sequence[int]) -> float:
+        question = self.collator.questions.question(int(number))
+        read = [] if passage < 0 else [self.store.passage(passage)]
+        passages = [f"{passage.title} {passage.text}" for passage in read]
+        answer = restore_spelling(self.to_text(tokens), passages)
+        return measure(self.objective.reward, self.reward, question.text, answer, question.answers, passages)
+
+
+@dataclass
+class ReferencedBatches:
+    """Batches with what the reference says of them."""
+
+    source: Source
+    reference: Reference
+
+    def next(self) -> Fetched:
+        """The next micro-batch on the device."""
+        fetched = self.source.next()
+        assert isinstance(fetched.batch, CandidateBatch)
+        return replace(fetched, batch=self.reference(fetched.batch))
+
+    def state(self) -> dict[str, Any]:
+        """The source's."""
+        return self.source.state()
+
+
+def aligned(
+    source: Source,
+    engine: Engine,
+    collator: Collator,
+    store: Store,
+    to_text: Callable[[Sequence[int]], str],
+    max_tokens: int,
+    objective: ObjectiveConfig,
+    alignment: AlignmentConfig,
+    reference: Reference | None,
+    loader_state: dict[str, Any] | None,
+) -> Source:
+    """`source` with what the objective asks for around it; itself for an objective that asks for nothing."""
+    if samples_answers(objective):
+        updates = alignment.updates_per_sample
+        source = SampledBatches(source, engine, collator, store, to_text, max_tokens, objective, updates)
+        source.restore(loader_state or {})
+    return source if reference is None else ReferencedBatches(source, reference)
+
+
+def with_candidates(
+    batch: RetrievalBatch, generator: Generator, groups: Sequence[Sequence[np.ndarray]], num_trained: int
+) -> CandidateBatch:
+    """A batch without answers, with token rows of the answers [batch][group]."""
+    ids, mask = answer_tensors(generator, groups)
+    return CandidateBatch(
+        **_fields(batch),
+        passage_mask=batch.reader.passage_mask,
+        answer_ids=ids,
+        answer_mask=mask,
+        num_trained=num_trained,
+    )
+
+
+def _fields(batch: RetrievalBatch) -> dict[str, Any]:
+    return {entry.name: getattr(batch, entry.name) for entry in fields(batch)}

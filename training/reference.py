@@ -1,0 +1,169 @@
+"""What alignment compares with: the system at the start of the stage, frozen, on the same passages.
+
+With full weights it is a copy outside of the engine and of the trained parameter groups, so that it is an ordinary
+module under every ZeRO stage. It is loaded from the checkpoint that the stage started from, never from the stage's own:
+a resumed stage has the very reference that it began with, and says so where that checkpoint is gone. Where nothing but
+adapters trains, and these changed nothing at the start, the reference is the system itself with its adapters off.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.checkpoint import load_weights
+from training.engine import Engine
+from training.models.candidates import CandidateBatch
+from training.models.system import System
+from training.named_weights import load_weights_into, named_weights
+from training.objectives.preference import Candidates
+
+ORIGIN_FILE = "reference.json"  # in the run folder: which checkpoint the stage began with
+ADAPTER = "lora_"  # in the names of adapter weights (peft)
+ADAPTER_OUTPUT = "lora_B"  # zero in a fresh adapter, which therefore changes nothing
+
+
+class Reference:
+    """Scores batches as the system did at the start of the stage."""
+
+    def __init__(self, engine: Engine, frozen: System | None, offload: bool) -> None:
+        """`frozen`: a module of its own; None: the engine's, with its adapters off."""
+        self.engine, self.frozen, self.offload = engine, frozen, offload
+        if frozen is not None:
+            frozen.requires_grad_(False).eval()
+            frozen.to("cpu" if offload else engine.device, engine.weights_dtype)
+
+    @torch.no_grad()
+    def __call__(self, batch: CandidateBatch) -> CandidateBatch:
+        """The batch with `reference_scores` and `reference_log_probs`. Collective under ZeRO 3."""
+        outputs = self._adapters_off(batch) if self.frozen is None else self._frozen(self.frozen, batch)
+        assert outputs.log_probs is not None
+        return replace(batch, reference_scores=outputs.scores, reference_log_probs=outputs.log_probs)
+
+    def _frozen(self, frozen: System, batch: CandidateBatch) -> Candidates:
+        device = self.engine.device
+        if self.offload:
+            frozen.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.engine.config.precision == "bf16_autocast"):
+            outputs = frozen("candidates", batch)
+        if self.offload:
+            frozen.to("cpu")
+        return outputs
+
+    def _adapters_off(self, batch: CandidateBatch) -> Candidates:
+        with reference_context(self.engine.module), evaluating(self.engine.module):
+            return self.engine("candidates", batch)
+
+
+def build_reference(
+    system: System, engine: Engine, initial: System, offload: bool, init_from: str, run_dir: Path, resumes: bool
+) -> Reference:
+    """The reference of a stage; collective.
+
+    `initial`: a copy of `system` as it was built, made before the engine took it (`initial_copy`); `init_from`: the
+    checkpoint whose weights the stage starts from, empty where it starts as built. Raises ValueError when a stage that
+    `resumes` began with another checkpoint than the one that is there now.
+    """
+    told = engine.rank == 0 and bool(init_from)
+    origin = engine.broadcast_object(_origin(Path(init_from), run_dir, resumes) if told else "")
+    if isinstance(origin, ValueError):
+        raise origin
+    state = load_weights(Path(origin)) if origin and engine.rank == 0 else {}
+    if trains_adapters_only(system) and not engine.broadcast_object(has_trained_adapters(state)):
+        return Reference(engine, None, False)
+    problem = None
+    if state:
+        try:
+            load_weights_into(initial, state)
+        except ValueError as error:
+            problem = str(error)
+    problem = engine.broadcast_object(problem)
+    if problem is not None:
+        raise ValueError(f"{origin} is no reference for this system: {problem}")
+    _share(initial, engine)
+    return Reference(engine, initial, offload)
+
+
+def initial_copy(system: System) -> System:
+    """The system as built, to be kept from the engine, which may shard or cast the original."""
+    return copy.deepcopy(system)
+
+
+@contextmanager
+def reference_context(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` computes with its adapters off: those of peft models, and layers that peft has put in."""
+    layers: list[Any] = [part for part in module.modules() if hasattr(part, "_disable_adapters")]
+    before = [part._disable_adapters for part in layers]
+    for part in layers:
+        part._disable_adapters = True  # the public switch also touches requires_grad, which an engine has fixed
+    try:
+        yield
+    finally:
+        for part, value in zip(layers, before, strict=True):
+            part._disable_adapters = value
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` drops nothing."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def trains_adapters_only(module: nn.Module) -> bool:
+    """Whether every trained weight is an adapter's, and there is one."""
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(ADAPTER in name for name in trained)
+
+
+def has_trained_adapters(state: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint's adapters change anything: then the system without them is not where the stage starts."""
+    return any(ADAPTER_OUTPUT in name and bool(tensor.count_nonzero()) for name, tensor in state.items())
+
+
+def _share(module: System, engine: Engine) -> None:
+    """Rank 0's weights on every rank."""
+    if engine.world_size == 1:
+        return
+    for tensor in named_weights(module).values():
+        whole = tensor.detach().to(engine.device)
+        dist.broadcast(whole, 0)
+        tensor.detach().copy_(whole)
+
+
+def _origin(init_from: Path, run_dir: Path, resumes: bool) -> str | ValueError:
+    """The checkpoint that this stage began with, written down when it begins; an error (returned, so that all ranks can
+    raise it) when it cannot be had any more."""
+    record = run_dir / ORIGIN_FILE
+    if not (resumes and record.is_file()):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        content = {"checkpoint": str(init_from), "manifest_sha256": _fingerprint(init_from)}
+        record.write_text(json.dumps(content), encoding="utf-8")
+        return str(init_from)
+    known = json.loads(record.read_text(encoding="utf-8"))
+    for path in (Path(known["checkpoint"]), init_from):
+        if _fingerprint(path) == known["manifest_sha256"]:
+            return str(path)
+    return ValueError(
+        f"run.init_from={str(init_from)!r}: this stage began with {known['checkpoint']}, which is gone or was "
+        "changed, and a resume needs the same reference: bring it back, take another run.name, or set "
+        "run.overwrite=true"
+    )
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """Of the manifest, which holds a checksum of every file."""
+    manifest = checkpoint / "manifest.json"
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
