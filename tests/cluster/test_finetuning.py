@@ -122,15 +122,24 @@ def claim(town: str) -> dict[str, Any]:
 
 def test_fact_verification_chooses_among_the_labels(tmp_path):
     corpus(tmp_path / "corpus", claim)
-    stage = stage_of(settings_for(tmp_path, "questions.labels=[SUPPORTS,REFUTES]", "training.steps=40"), tmp_path)
+    overrides = ("questions.labels=[SUPPORTS,REFUTES]", "generator.max_question_tokens=64")
+    stage = stage_of(settings_for(tmp_path, *overrides), tmp_path)
     result = stage.run()
-    assert {row["prediction"] for row in predictions(tmp_path)} <= {"SUPPORTS", "REFUTES"}
-    assert result["metrics"]["accuracy"] >= 0.5
+    rows = predictions(tmp_path)
+    assert {row["prediction"] for row in rows} <= {"SUPPORTS", "REFUTES"}
+    labels = [claim(town)["label"] for town in TOWNS[16:]]
+    right = [row["prediction"] == label for row, label in zip(rows, labels, strict=True)]
+    assert result["metrics"]["accuracy"] == np.mean(right)
     assert result["metrics"]["recall@1"] >= 0
     asked = stage.tokenizers[1].decode(stage.evaluator.collator.questions_for_generator.rows([0])[0])  # type: ignore[union-attr]
     assert asked.endswith("options : supports ; refutes")
     asked = stage.tokenizers[0].decode(stage.evaluator.collator.questions_for_retriever.rows([0])[0])  # type: ignore[union-attr]
     assert "options" not in asked  # the retriever looks for the claim
+
+
+def bare(text: object) -> str:
+    """A word-piece tokeniser forgets case and spaces."""
+    return "".join(str(text).lower().split())
 
 
 def chat(town: str) -> dict[str, Any]:
@@ -143,20 +152,23 @@ def chat(town: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["copy", "fusion", "causal"])
 def test_chats_train_and_are_measured(tmp_path, kind):
     corpus(tmp_path / "corpus", chat)
-    overrides = (f"generator.kind={kind}", "generator.system_prompt='Answer from the passages.'", "training.steps=2")
-    stage = stage_of(settings_for(tmp_path, *overrides, "generator.max_question_tokens=48"), tmp_path)
+    overrides = (f"generator.kind={kind}", "generator.system_prompt=Answer from the passages.", "training.steps=2")
+    stage = stage_of(settings_for(tmp_path, *overrides, "generator.max_question_tokens=128"), tmp_path)
     result = stage.run()
     assert {"exact_match", "f1", "recall@1"} <= set(result["metrics"])
     questions = QuestionStore.open(stage.job.train_questions)
     texts = [
-        stage.tokenizers[1].decode([token for token in row.tolist() if token >= 0])
+        bare(stage.tokenizers[1].decode([token for token in row.tolist() if token >= 0]))
         for row in questions.tokens("generator").rows([0, 1])
     ]
-    assert texts[0].startswith("answer from the passages . user : hello . assistant : good day .") or kind == "causal"
-    assert "name the colour alone . user : hello ." in " ".join(texts[1].split())
-    assert "answer from the passages" not in texts[1]  # the row's own system prompt takes its place
+    assert "answerfromthepassages.user:hello.assistant:goodday." in texts[0]
+    assert "namethecolouralone.user:hello.assistant:goodday." in texts[1]
+    assert "answerfromthepassages" not in texts[1]  # the row's own system prompt takes its place
+    assert all(
+        text.endswith(bare(f"Which colour has the gate of {town}?")) for text, town in zip(texts, TOWNS, strict=False)
+    )
     retriever = stage.tokenizers[0].decode(questions.tokens("retriever").rows([1])[0], skip_special_tokens=True)
-    assert retriever == f"which colour has the gate of {TOWNS[1].lower()}?".replace("?", " ?")
+    assert bare(retriever) == bare(f"Which colour has the gate of {TOWNS[1]}?")
 
 
 def plain(town: str) -> dict[str, Any]:
@@ -168,14 +180,14 @@ def test_refusals_are_taught_and_measured(tmp_path):
         {"_id": f"u{i}", "text": f"How old is the gate of {t}?", "answers": []} for i, t in enumerate(TOWNS)
     ]
     corpus(tmp_path / "corpus", plain, unanswerable=unanswerable[:5])
-    overrides = ("questions.refusal='no answer'", "questions.refusal_share=0.5", "questions.unanswerable=unanswerable")
-    result = stage_of(settings_for(tmp_path, *overrides, "training.steps=30"), tmp_path).run()
+    overrides = ("questions.refusal=none", "questions.refusal_share=1", "questions.unanswerable=unanswerable")
+    result = stage_of(settings_for(tmp_path, *overrides, "training.steps=40"), tmp_path).run()
     rows = predictions(tmp_path)
     assert len(rows) == 8 + 5
-    refused = [row["prediction"] == "no answer" for row in rows]
+    refused = [row["prediction"] == "none" for row in rows]
     assert result["metrics"]["refusal_answerable"] == pytest.approx(np.mean(refused[:8]))
     assert result["metrics"]["refusal_unanswerable"] == pytest.approx(np.mean(refused[8:]))
-    assert any(refused)  # half of the training says so
+    assert np.mean(refused) > 0.5  # all of the training says so
     assert all("exact_match" not in row for row in rows[8:])  # does not enter the score of the answerable ones
     assert result["metrics"]["exact_match"] == np.mean([row["exact_match"] for row in rows[:8]])
 
