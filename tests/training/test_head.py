@@ -117,6 +117,19 @@ def test_small_batches_are_computed_at_once(folder: Path) -> None:
     assert generator.head._num_chunks(targets.expand(2, 3).repeat(200_000, 1)) == 1_200_000
 
 
+@pytest.mark.parametrize("family", ["t5", "bart", "gpt2", "mamba"])
+def test_a_rank_without_tokens_left_takes_part(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO 3 a chunk is a collective: the rank with fewer tokens has empty ones."""
+    cut: Any = make(family, folder, 1).head
+    states = torch.randn(1, 2, 16, requires_grad=True)
+    targets, mask = torch.tensor([[4, 5]]), torch.ones(1, 2, dtype=torch.bool)
+    expected = cut.log_probs(states, targets, mask)
+    monkeypatch.setattr(cut, "_num_chunks", lambda targets: 5)
+    found = cut.log_probs(states, targets, mask)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), [states])[0] for x in (found, expected)))
+
+
 class InputInLogits(LlamaForCausalLM):
     """Adds what the body never sees: no head can be cut off."""
 

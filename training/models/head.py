@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 from training.models import likelihood
-from training.models.pretrained import is_sharded
 from training.models.recompute import recomputed
 
 WHOLE_ELEMENTS = 2**25  # tokens x vocabulary up to here (128 MiB in float32) are computed at once: nothing is repeated
@@ -72,7 +71,7 @@ class Head:
         tokens = targets.numel()
         small = tokens * self.vocabulary <= WHOLE_ELEMENTS
         needed = 1 if small else math.ceil(tokens / self.chunk_tokens)
-        if is_sharded(self.model) and dist.is_initialized():
+        if hasattr(self.weights[0], "ds_id") and dist.is_initialized():
             most = torch.tensor(needed, device=targets.device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
             needed = int(most)
