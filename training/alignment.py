@@ -50,7 +50,7 @@ class PairCollator(Collator):
     """Questions with two answers, the chosen one first."""
 
     def __call__(
-        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, **options: Any
+        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> CandidateBatch:
         """As the base class; both answers get gradient."""
         base = super().__call__(numbers, passages, with_answers=False, **options)
@@ -69,7 +69,7 @@ class JudgedCollator(Collator):
         self.labels, self.seed = questions.labels, seed
 
     def __call__(
-        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, **options: Any
+        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> CandidateBatch:
         """As the base class; the judged answer gets gradient."""
         base = super().__call__(numbers, passages, with_answers=False, **options)
@@ -85,7 +85,7 @@ class JudgedCollator(Collator):
         prompts = self.questions.tokens("retriever")
         mine = prompts.rows([number])[0]
         random = np.random.default_rng([self.seed, 3, number])
-        for other in random.integers(0, len(self.questions), MISMATCH_TRIES):
+        for other in random.integers(0, len(self.stored), MISMATCH_TRIES):
             if not np.array_equal(prompts.rows([int(other)])[0], mine):
                 return int(other)
         return number
@@ -95,7 +95,7 @@ class AskedCollator(Collator):
     """Questions to be answered by samples: which question and passages they are goes along."""
 
     def __call__(
-        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, **options: Any
+        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> AskedBatch:
         """As the base class, without answers."""
         base = super().__call__(numbers, passages, with_answers=False, **options)
@@ -174,7 +174,7 @@ class SampledBatches:
         cut = torch.tensor([len(answer) >= self.max_tokens for answer in answers])
         last = reader.answer_mask & (reader.answer_mask.cumsum(1) == reader.answer_mask.sum(1, keepdim=True))
         reader = replace(reader, answer_mask=reader.answer_mask & ~(last & cut[:, None]))
-        values = _fields(asked) | {"reader": reader}
+        values: dict[str, Any] = _fields(asked) | {"reader": reader}
         return CandidateBatch(
             **{entry.name: values[entry.name] for entry in fields(RetrievalBatch)},
             passage_mask=asked.reader.passage_mask,
@@ -196,7 +196,7 @@ class SampledBatches:
         return self.collator.passages_for_generator.rows([passage])[0]
 
     def _judge(self, number: int, passage: int, tokens: Sequence[int]) -> float:
-        question = self.collator.questions.question(int(number))
+        question = self.collator.stored.question(int(number))
         read = [] if passage < 0 else [self.store.passage(passage)]
         passages = [f"{passage.title} {passage.text}" for passage in read]
         answer = restore_spelling(self.to_text(tokens), passages)

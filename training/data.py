@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from indexing.questions import QuestionStore
 from indexing.store import Store
 from training.models.generator import Generator
 from training.models.packing import pad_rows
@@ -128,7 +129,15 @@ class Collator:
             answers = [self.target(int(number)) for number in numbers]
         reader = self.generator.collate(self.questions_for_generator.rows(numbers), generator_rows, answers)
         known = None if vectors is None else torch.from_numpy(vectors)
-        return RetrievalBatch(*self.question_tensors(numbers), *pad_rows(retriever_rows, self.pad_id), reader, known)
+        return RetrievalBatch(
+            *self.question_tensors(numbers), *pad_rows(retriever_rows, self.pad_id), reader, passage_vectors=known
+        )
+
+    @property
+    def stored(self) -> QuestionStore:
+        """The questions as a store, where they are not cut from the corpus."""
+        assert isinstance(self.questions, QuestionStore)
+        return self.questions
 
     def target(self, number: int) -> np.ndarray:
         """Tokens of the gold answer whose likelihood is measured; none where there is no answer."""

@@ -32,7 +32,7 @@ class LongContext:
         self.passages: TokenTable = collator.passages_for_generator
         self.budget = budget or default_budget(collator.generator)
         check_budget(collator.generator, self.budget, setting)
-        longest = int(collator.questions_for_generator.lengths.max(initial=0))
+        longest = int(collator.stored.tokens("generator").lengths.max(initial=0))
         room, each = self._room(longest)
         if room < each + int(self.passages.lengths.min()):
             raise ValueError(
@@ -67,7 +67,7 @@ class LongContext:
         return self.budget - room + each + int(self.passages.lengths[gold])
 
     def _tokens(self, question: int) -> int:
-        return int(self.collator.questions_for_generator.lengths[question])
+        return int(self.collator.stored.tokens("generator").lengths[question])
 
     def _room(self, question_tokens: int) -> tuple[int, int]:
         """Tokens left for passages, and tokens that each passage takes beside its own."""

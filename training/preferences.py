@@ -32,7 +32,7 @@ class PreferenceEvaluator:
     ) -> None:
         self.engine, self.collator, self.service, self.retrieval = engine, collator, service, retrieval
         self.batch_size, self.temperature, self.progress = batch_size, temperature, progress
-        self.questions = collator.questions
+        self.questions = collator.stored
 
     def __call__(self, limit: int = 0, seed: int = 0) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Means, and a row for each pair; `limit`: of a fixed sample only. Collective.

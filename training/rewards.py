@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from training.metrics import contains_answer, exact_match, f1
 
@@ -36,7 +37,7 @@ def load_reward(name: str) -> Reward:
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ValueError(f"objective.reward={name!r}: {place} has no function {attribute!r}")
-    return function
+    return cast(Reward, function)
 
 
 def measure(

@@ -62,13 +62,13 @@ class EncoderConfig:
 class FreshGeneratorConfig:
     """Size of a generator that starts from random weights."""
 
-    family: str = "llama"  # causal: llama | gpt2 | qwen2 | mamba | mamba2 | jamba (attention every other layer)
     num_encoder_layers: int = 2
     num_decoder_layers: int = 1
     hidden: int = 128
     num_heads: int = 4
     intermediate: int = 512
     dropout: float = 0.0
+    family: str = "llama"  # causal: llama | gpt2 | qwen2 | mamba | mamba2 | jamba (attention every other layer)
 
 
 FRESH_CONTEXT = 8192  # tokens that a fresh causal model takes; rotary positions cost nothing

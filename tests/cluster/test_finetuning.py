@@ -131,9 +131,11 @@ def test_fact_verification_chooses_among_the_labels(tmp_path):
     right = [row["prediction"] == label for row, label in zip(rows, labels, strict=True)]
     assert result["metrics"]["accuracy"] == np.mean(right)
     assert result["metrics"]["recall@1"] >= 0
-    asked = stage.tokenizers[1].decode(stage.evaluator.collator.questions_for_generator.rows([0])[0])  # type: ignore[union-attr]
+    evaluator = stage.evaluator
+    assert evaluator is not None
+    asked = str(stage.tokenizers[1].decode(evaluator.collator.questions_for_generator.rows([0])[0]))
     assert asked.endswith("options : supports ; refutes")
-    asked = stage.tokenizers[0].decode(stage.evaluator.collator.questions_for_retriever.rows([0])[0])  # type: ignore[union-attr]
+    asked = str(stage.tokenizers[0].decode(evaluator.collator.questions_for_retriever.rows([0])[0]))
     assert "options" not in asked  # the retriever looks for the claim
 
 
@@ -217,7 +219,7 @@ def test_refused_questions_lose_what_answers_them_and_targets_are_as_asked(tmp_p
     everything = np.arange(len(stage.store))
     left = answers.without_answer(number, everything, len(everything))
     said = colour(questions.question(number).relevant[0])
-    assert sorted(left) == [row for row in everything if colour(stage.store.passage(row).id) != said]
+    assert sorted(left) == [row for row in everything if colour(stage.store.passage(int(row)).id) != said]
     assert answers.without_answer(number, everything, 2).tolist() == left[:2].tolist()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
-from cluster.beforehand import check_context
+from cluster.beforehand import check_long_prompts
 from cluster.config import load
 from cluster.contexts import context_table, needle_sections
 from cluster.measure import at_date, measure
@@ -214,9 +214,11 @@ def test_a_context_that_is_too_small_is_seen_before_the_model_is_read(tmp_path: 
     config.save_pretrained(tmp_path)
     settings = Settings(generator=GeneratorConfig(kind="causal", name=str(tmp_path)))
     settings.retrieval.max_context_tokens = 300
-    check_context(settings)  # not asked for
+    check_long_prompts(settings)  # not asked for
     settings.evaluation.also = ["long"]
-    with pytest.raises(ValueError, match=r"retrieval\.max_context_tokens=300: must be at most 256, the context of"):
-        check_context(settings)
+    with pytest.raises(
+        ValueError, match=r"retrieval\.max_context_tokens=300: must be at most 256, the generator's context"
+    ):
+        check_long_prompts(settings)
     settings.retrieval.max_context_tokens = 200
-    check_context(settings)
+    check_long_prompts(settings)

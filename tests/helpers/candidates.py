@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Inputs:
     def rows(self, start: int, stop: int) -> "Inputs":
         """The questions from start to stop, still in the graph of the whole batch."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return Inputs(**{name: None if value is None else value[start:stop] for name, value in values.items()})
+        part: dict[str, Any] = {name: None if value is None else value[start:stop] for name, value in values.items()}
+        return Inputs(**part)
 
 
 def random_inputs(

@@ -41,16 +41,14 @@ def family_config(family: str, vocabulary: int) -> PreTrainedConfig:
     match family:
         case "t5" | "t5_untied":
             size: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-            tied = {"tie_word_embeddings": family == "t5"}
+            tied: dict[str, Any] = {"tie_word_embeddings": family == "t5", "decoder_start_token_id": 0}
             activation = "relu" if family == "t5" else "gated-gelu"
-            return T5Config(
-                **words, **size, **tied, feed_forward_proj=activation, dropout_rate=0.0, decoder_start_token_id=0
-            )
+            return T5Config(**words, **size, **tied, feed_forward_proj=activation, dropout_rate=0.0)
         case "bart":
             layers: dict[str, Any] = {f"{side}_layers": 1 for side in ("encoder", "decoder")}
             layers |= {f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")}
             layers |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
-            start = {"decoder_start_token_id": 3, "forced_eos_token_id": None}
+            start: dict[str, Any] = {"decoder_start_token_id": 3, "forced_eos_token_id": None}
             return BartConfig(**words, **layers, **start, d_model=16, max_position_embeddings=64, dropout=0.0)
         case "llama":
             return LlamaConfig(**attending, tie_word_embeddings=True)
@@ -68,7 +66,12 @@ def family_config(family: str, vocabulary: int) -> PreTrainedConfig:
         case "mamba2":
             return Mamba2Config(**body, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=8)
         case "jamba":  # a state-space layer, then an attending one with two experts
-            every = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+            every: dict[str, Any] = {
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "expert_layer_period": 2,
+                "expert_layer_offset": 1,
+            }
             return JambaConfig(**attending, **mixer, **every, num_experts=2, num_experts_per_tok=1, mamba_dt_rank=4)
         case "bamba":
             heads: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}

@@ -50,7 +50,7 @@ def preference_store(world: TinyWorld, folder: Path, split: str, as_pairs: bool)
     ]
     answer_side = sides.generator_answer_side(reader_tokenizer, world.generator)
     path = folder / f"{'pairs' if as_pairs else 'judged'}-{split}"
-    write_questions(path, found.questions, question_sides, answer_side, world.store(), found.labels)
+    write_questions(path, found.questions, question_sides, answer_side, world.store(), labels=found.labels)
     return path
 
 

@@ -119,11 +119,11 @@ def test_a_judgement_is_true_or_false(tmp_path: Path, value: object) -> None:
         ({"train": "dev"}, "no preferences of split 'train'"),
     ],
 )
-def test_refusals(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+def test_refusals(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     rows = [row | {"split": "test"} for row in PAIRS] if "train" in changes else PAIRS
     file = write(tmp_path / "p.jsonl", rows)
     with pytest.raises(ValueError, match=message):
-        read_preferences(PreferencesConfig(**({"path": str(file)} | changes)), "train", as_pairs=False)
+        read_preferences(PreferencesConfig(**{"path": str(file), **changes}), "train", as_pairs=False)
 
 
 def test_the_same_sample_in_every_run(tmp_path: Path) -> None:

@@ -216,13 +216,12 @@ def test_a_stage_with_adapters_and_what_follows_it(lora_world: TinyWorld, tmp_pa
 
 def test_a_resume_is_as_if_nothing_had_happened(lora_world: TinyWorld, tmp_path: Path) -> None:
     world = replace(lora_world, generator=replace(lora_world.generator, lora=LORA))
-    runs = {}
-    for name, stops in (("whole", (4,)), ("resumed", (2, 4))):
-        for steps in stops:
-            training = TrainingConfig(steps=steps, batch_size=4, warmup_steps=0, schedule="constant")
-            job = world.job(tmp_path / name, training=training, checkpoint=CheckpointConfig(index=False))
-            stage = Stage(job, world.index())
-            stage.run()
+    runs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, steps in (("whole", 4), ("resumed", 2), ("resumed", 4)):
+        training = TrainingConfig(steps=steps, batch_size=4, warmup_steps=0, schedule="constant")
+        job = world.job(tmp_path / name, training=training, checkpoint=CheckpointConfig(index=False))
+        stage = Stage(job, world.index())
+        stage.run()
         runs[name] = stage.system.state_dict()
     for name, weight in runs["whole"].items():
         torch.testing.assert_close(runs["resumed"][name], weight, rtol=1e-5, atol=1e-6, msg=name)

@@ -41,8 +41,8 @@ from training.models.build import build_system
 from training.models.copy_reader import CopyBatch
 from training.settings import EncoderConfig, FreshEncoderConfig, GeneratorConfig
 
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 SIZE: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 4, **SPECIAL}
 
 
@@ -62,17 +62,17 @@ def model_of(family: str) -> PreTrainedModel:
                 Mamba2Config(**SIZE, state_size=8, expand=2, head_dim=16, num_heads=4, n_groups=1, chunk_size=8)
             )
         case "jamba":
-            places = {
+            places: dict[str, Any] = {
                 "attn_layer_period": 2,
                 "attn_layer_offset": 1,
                 "expert_layer_period": 2,
                 "expert_layer_offset": 1,
             }
-            experts = {"num_experts": 4, "num_experts_per_tok": 2}
-            mamba = {"mamba_d_state": 8, "mamba_dt_rank": 4}
+            experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+            mamba: dict[str, Any] = {"mamba_d_state": 8, "mamba_dt_rank": 4}
             model = JambaForCausalLM(JambaConfig(**SIZE, **HEADS, **places, **experts, **mamba, intermediate_size=48))
         case "bamba":
-            mamba = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2}
+            mamba: dict[str, Any] = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 2}
             model = BambaForCausalLM(BambaConfig(**SIZE, **HEADS, **mamba, attn_layer_indices=[1], mamba_chunk_size=8))
         case _:
             raise AssertionError(family)
@@ -160,12 +160,21 @@ def test_writing_with_a_cache_is_what_torch_counts() -> None:
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_encoder_decoders_are_what_torch_counts(family: str) -> None:
-    ids = {**SPECIAL, "decoder_start_token_id": 0}
+    ids: dict[str, Any] = {**SPECIAL, "decoder_start_token_id": 0}
     if family == "t5":
-        size = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2}
+        size: dict[str, Any] = {
+            "d_model": 32,
+            "d_kv": 8,
+            "num_heads": 4,
+            "d_ff": 48,
+            "num_layers": 3,
+            "num_decoder_layers": 2,
+        }
         model: Any = T5ForConditionalGeneration(T5Config(vocab_size=50, **size, **ids))
     else:
-        sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in BART[side].items()}
+        sides: dict[str, Any] = {
+            f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in BART[side].items()
+        }
         model = BartForConditionalGeneration(BartConfig(vocab_size=50, d_model=32, **sides, **ids))
     model = counting(model)
     shape = fusion_shape(model)

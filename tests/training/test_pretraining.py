@@ -130,7 +130,7 @@ def test_a_corpus_without_what_a_task_needs_is_refused(world, tmp_path):
     store = write_store(tmp_path / "store", passages, [])
     for task, needed in (("title_to_section", "a title"), ("salient_span", "a span")):
         with pytest.raises(ValueError, match=rf"pretraining\.{task}=1\.0: 200 passages in a row .*{needed}"):
-            corpus_questions(world, PretrainingConfig(**{task: 1.0}), store=store).example(0)
+            corpus_questions(world, replace(PretrainingConfig(), **{task: 1.0}), store=store).example(0)
     with pytest.raises(ValueError, match=r"pretraining\.held_out"):
         CorpusQuestions(
             store,

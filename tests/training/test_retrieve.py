@@ -51,7 +51,7 @@ def make_parts(world: TinyWorld, **options) -> Parts:
         with torch.no_grad():
             return system.retriever.encode_queries(*collator.question_tensors(numbers)).numpy()
 
-    return Parts(index, Stream(len(collator.questions), 4, seed=1), collator, encode)
+    return Parts(index, Stream(len(collator.stored), 4, seed=1), collator, encode)
 
 
 def same(first: Hits, second: Hits) -> bool:

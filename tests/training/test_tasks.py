@@ -2,6 +2,7 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_a_mixture_is_normalised_and_weight_zero_is_left_out() -> None:
 )
 def test_mixtures_of_nothing_are_refused(weights: dict[str, float], expected: str) -> None:
     with pytest.raises(ValueError) as caught:
-        mixture(PretrainingConfig(**weights))
+        mixture(replace(PretrainingConfig(), **weights))
     assert expected in str(caught.value)
 
 

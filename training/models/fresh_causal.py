@@ -57,15 +57,28 @@ def _config(fresh: FreshGeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> 
         case "qwen2":
             return Qwen2Config(**common, **attending)
         case "gpt2":
-            size = {"n_inner": fresh.intermediate, "n_head": fresh.num_heads, "n_positions": FRESH_GPT2_CONTEXT}
-            dropout = {"resid_pdrop": fresh.dropout, "embd_pdrop": fresh.dropout, "attn_pdrop": fresh.dropout}
+            size: dict[str, Any] = {
+                "n_inner": fresh.intermediate,
+                "n_head": fresh.num_heads,
+                "n_positions": FRESH_GPT2_CONTEXT,
+            }
+            dropout: dict[str, Any] = {
+                "resid_pdrop": fresh.dropout,
+                "embd_pdrop": fresh.dropout,
+                "attn_pdrop": fresh.dropout,
+            }
             return GPT2Config(**common, **size, **dropout)
         case "mamba":
             return MambaConfig(**common, state_size=STATE)
         case "mamba2":  # twice as wide inside, cut into heads
-            heads = {"num_heads": 2 * fresh.num_heads, "head_dim": fresh.hidden // fresh.num_heads}
+            heads: dict[str, Any] = {"num_heads": 2 * fresh.num_heads, "head_dim": fresh.hidden // fresh.num_heads}
             return Mamba2Config(**common, **heads, state_size=STATE, n_groups=1, chunk_size=64)
         case "jamba":  # the second, fourth... layer attends; no mixture of experts
-            layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_d_state": STATE}
+            layers: dict[str, Any] = {
+                "attn_layer_period": 2,
+                "attn_layer_offset": 1,
+                "num_experts": 1,
+                "mamba_d_state": STATE,
+            }
             return JambaConfig(**common, **attending, **layers, num_experts_per_tok=1)
     raise ValueError(f"generator.fresh.family is {fresh.family!r}; allowed: llama, gpt2, qwen2, mamba, mamba2, jamba")

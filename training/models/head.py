@@ -30,7 +30,8 @@ class Head:
         self.model, self.chunk_tokens = model, chunk_tokens
         encoder_decoder = model.config.is_encoder_decoder
         self.body: Any = model.get_decoder() if encoder_decoder else model.base_model
-        self.weights: list[nn.Parameter] = list(model.get_output_embeddings().parameters())
+        output: Any = model.get_output_embeddings()
+        self.weights: list[nn.Parameter] = list(output.parameters())
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def is_all_else(self) -> bool:

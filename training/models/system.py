@@ -5,7 +5,7 @@ engine's own hooks whatever part runs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class RetrievalBatch:
     passage_ids: Tensor  # int64 [batch * k, tokens]; no rows where the vectors are known
     passage_token_mask: Tensor  # bool
     reader: ReaderBatch
-    passage_vectors: Tensor | None = None  # float32 [batch, k, dim]: of a passage encoder that does not change
+    # float32 [batch, k, dim]: of a passage encoder that does not change
+    passage_vectors: Tensor | None = field(default=None, kw_only=True)
 
     def to(self, device: torch.device | str) -> "RetrievalBatch":
         """The same batch on `device`."""
