@@ -71,10 +71,10 @@ class CostModel:
         """Operations of retrieval for each question."""
         questions = batch.question_mask.sum(dim=1).tolist()
         real = batch.reader.passage_mask
-        passages = batch.passage_token_mask.sum(dim=1).view(real.shape) * real.to(batch.passage_token_mask.device)
-        encoded = [
-            sum(read_flops(self.passage, length) for length in lengths if length) for lengths in passages.tolist()
-        ]
+        encoded = [0.0] * len(questions)
+        if batch.passage_vectors is None:
+            lengths = batch.passage_token_mask.sum(dim=1).view(real.shape) * real.to(batch.passage_token_mask.device)
+            encoded = [sum(read_flops(self.passage, length) for length in row if length) for row in lengths.tolist()]
         products = 2.0 * self.dim * self.num_indexed
         return [read_flops(self.query, n) + products + more for n, more in zip(questions, encoded, strict=True)]
 

@@ -78,7 +78,7 @@ def test_cells_are_the_base_stage_and_what_they_set(write, tmp_path: Path) -> No
 def test_a_cell_wins_over_the_command_line_and_later_files_over_earlier_ones(write, tmp_path: Path) -> None:
     more = write("compare: {seeds: [4], cells: {frozen: {retrieval: {k: 1}}}}", "b.yaml")
     first = write(STAGED % tmp_path + COMPARE)
-    matrix = load([first, more], ["training.train=both", "compare.seeds=[5, 6]"]).matrix
+    matrix = load([first, more], ["stages.joint.training.train=both", "compare.seeds=[5, 6]"]).matrix
     assert matrix is not None
     assert matrix.seeds == (5, 6)
     assert (matrix.cells["frozen"].training.train, matrix.cells["frozen"].retrieval.k) == ("generator_only", 1)
