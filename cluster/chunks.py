@@ -76,6 +76,7 @@ class EncodePool:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._stopped = False
+        self.passages_encoded = 0  # by all jobs so far
         for worker in workers:
             threading.Thread(target=self._serve, args=(worker,), name=f"chunks-{worker.name}", daemon=True).start()
 
@@ -155,6 +156,8 @@ class EncodePool:
         with self._changed:
             job.underway.discard(chunk)
             job.error = job.error or error
+            if error is None and not shard_lost:
+                self.passages_encoded += chunk.stop - chunk.start
             for running in self._jobs:  # urgent chunks hold the others up
                 running.progress = time.monotonic()
             if shard_lost:

@@ -66,6 +66,7 @@ class CoordinatorStatus:
     failures: int = 0
     given_up: str = ""  # why the newest publish will not become a generation
     needs_weights: bool = False  # the serving generation cannot be completed without a new publish
+    passages_encoded: int = 0  # by this coordinator so far: grows while a generation is built
 
 
 class RefreshCoordinator:
@@ -136,6 +137,7 @@ class RefreshCoordinator:
                 failures=self._failures,
                 given_up=self._given_up,
                 needs_weights=self.repair.beyond_repair,
+                passages_encoded=self.pool.passages_encoded,
             )
 
     def save_generation(self, generation: int) -> str | None:

@@ -14,6 +14,7 @@ missing.
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,16 +172,24 @@ class IndexClient:
             self._published = Weights(weights_version, new_publish_id(), [reference])
             self._hand_in()
 
-    def wait_for_version(self, weights_version: int, timeout_s: float) -> None:
+    def wait_for_version(
+        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+    ) -> None:
         """Wait until a generation of that version or a newer one serves, and search it from now on.
 
-        A version that this client published itself is awaited as that very publish. Raises TimeoutError, and
-        RuntimeError when its refresh was given up.
+        A version that this client published itself is awaited as that very publish. `told` hears how many passages
+        were encoded since. Raises TimeoutError after `timeout_s` without a further passage, and RuntimeError when its
+        refresh was given up.
         """
         deadline = time.monotonic() + timeout_s
         pause_s = POLL_S[0]
+        encoded = begun_with = -1
         while True:
             status = self._ask(min(ASK_S, max(0.1, deadline - time.monotonic())))
+            if status is not None and status.passages_encoded != encoded:
+                encoded, deadline = status.passages_encoded, time.monotonic() + timeout_s
+                begun_with = encoded if not 0 <= begun_with <= encoded else begun_with  # a new coordinator counts anew
+                told(encoded - begun_with)
             if status is not None and self._serves(status, weights_version):
                 self._pinned = status.generation
                 return
@@ -189,8 +198,8 @@ class IndexClient:
             if time.monotonic() + pause_s > deadline:
                 newest = self._status.weights_version
                 raise TimeoutError(
-                    f"no index of version {weights_version} after {timeout_s:g} s; version {newest} serves "
-                    f"(-1: none); see {self.address.events_path}"
+                    f"no index of version {weights_version} after {timeout_s:g} s without progress; version {newest} "
+                    f"serves (-1: none); see {self.address.events_path}"
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S[1])

@@ -50,8 +50,11 @@ class IndexService(Protocol):
         """Hand out the passage encoder's weights of optimiser step `weights_version`; returns at once."""
         ...
 
-    def wait_for_version(self, weights_version: int, timeout_s: float) -> None:
-        """Wait until a generation of that version or a newer one serves. Raises TimeoutError."""
+    def wait_for_version(
+        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Wait until a generation of that version or a newer one serves; `told` hears how many passages were encoded
+        since. Raises TimeoutError after `timeout_s` without a further passage."""
         ...
 
     def save_generation(self, generation: int, timeout_s: float) -> str:

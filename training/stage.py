@@ -203,7 +203,14 @@ class Stage:
         if fresh:
             publish(self.engine, self.service, self.state, self.job.publish_precision)
         begin = time.monotonic()
-        self.service.wait_for_version(max(0, self.state.published), self.job.wait_timeout_s)
+
+        def told(encoded: int) -> None:
+            if encoded:
+                rate = encoded / (time.monotonic() - begin)
+                left_s = max(0, len(self.store) - encoded) / rate
+                self._progress(f"index: {encoded}/{len(self.store)} passages, {rate:.0f}/s, {left_s:.0f} s left")
+
+        self.service.wait_for_version(max(0, self.state.published), self.job.wait_timeout_s, told)
         waited = f"step {self.state.step}, {time.monotonic() - begin:.1f} s"
         self.monitor.message(f"index of {self.service.num_passages} passages serves ({waited})")
 

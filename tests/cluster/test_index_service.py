@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from cluster.placement import Node, PlacementPlan, plan
+from cluster.refresh import CoordinatorStatus
 from cluster.search import IndexClient
 from cluster.service import IndexServiceHandle, start_index_service
 from cluster.session import Session
@@ -161,7 +162,10 @@ def test_status_and_publish_return_at_once(client: IndexClient, corpus: Corpus) 
     client.publish(2, weights)
     client.status()
     assert time.monotonic() - begin < 1.0
-    client.wait_for_version(2, WAIT_S)
+    told: list[int] = []
+    client.wait_for_version(2, WAIT_S, told.append)
+    assert told == sorted(told)
+    assert 0 <= told[-1] <= NUM_PASSAGES
     status = client.status()
     assert status.weights_version == 2
     assert status.refresh_seconds > 0
@@ -177,6 +181,24 @@ def test_a_refresh_worker_on_cpu_steps_back(client: IndexClient, service: IndexS
 def test_a_version_that_never_comes_is_a_timeout(client: IndexClient) -> None:
     with pytest.raises(TimeoutError, match=r"no index of version 99 after 0\.3 s"):
         client.wait_for_version(99, 0.3)
+
+
+class SlowClient(IndexClient):
+    """Hears of ten passages more each time, and of the generation at last."""
+
+    heard = 0
+
+    def _ask(self, timeout_s: float) -> CoordinatorStatus:
+        self.heard += 1
+        return CoordinatorStatus(7, 99 if self.heard == 8 else -1, passages_encoded=10 * self.heard)
+
+
+def test_a_wait_is_as_long_as_passages_are_encoded(client: IndexClient) -> None:
+    """A first index may take hours: the bound counts from the last passage."""
+    slow, told, begin = SlowClient(client.address), list[int](), time.monotonic()
+    slow.wait_for_version(99, 0.6, told.append)
+    assert time.monotonic() - begin > 0.6
+    assert told == [0, 10, 20, 30, 40, 50, 60, 70]
 
 
 def test_weights_of_another_encoder_are_given_up_and_the_old_generation_serves(

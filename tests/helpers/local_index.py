@@ -1,6 +1,7 @@
 """The index service without Ray: real shards in this process, encoded again at once when weights are published."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,10 +96,13 @@ class LocalIndex:
         self.generation, self.weights_version = generation, version
         self.generations_committed += 1
 
-    def wait_for_version(self, weights_version: int, timeout_s: float) -> None:
+    def wait_for_version(
+        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+    ) -> None:
         """What waits is built now. Raises TimeoutError when that is not new enough."""
         self.waited_for.append(weights_version)
         self.refresh()
+        told(self.num_passages)
         if self.weights_version < weights_version and not self._is_complete:
             raise TimeoutError(f"version {weights_version} after {timeout_s} s: {self.weights_version} serves")
 

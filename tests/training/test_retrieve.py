@@ -110,7 +110,9 @@ class ToldService:
     def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
         raise AssertionError("the prefetcher publishes nothing")
 
-    def wait_for_version(self, weights_version: int, timeout_s: float) -> None:
+    def wait_for_version(
+        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+    ) -> None:
         raise AssertionError("the prefetcher waits for no version")
 
     def save_generation(self, generation: int, timeout_s: float) -> str:
