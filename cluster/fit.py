@@ -31,10 +31,11 @@ from cluster.settings import Settings
 from indexing.snapshot import is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
+from training.job import StageJob
 from training.mixture import pretrains
 from training.objectives.check import PREFERENCE
 from training.objectives.choose import needs
-from training.stage import EVALUATION_FILE, StageJob
+from training.stage import EVALUATION_FILE
 
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError

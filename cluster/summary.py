@@ -12,9 +12,10 @@ import numpy as np
 from cluster.contexts import context_table, needle_sections
 from cluster.updates import swap, update_table
 from training.jsonl import plain, read_rows
+from training.measures import PREDICTIONS_FILE
 from training.metrics import paired_difference
 from training.report import Example, Table, print_table, run_report
-from training.stage import EVALUATION_FILE, PREDICTIONS_FILE
+from training.stage import EVALUATION_FILE
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 HEADLINE = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")

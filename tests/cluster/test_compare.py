@@ -15,8 +15,9 @@ from cluster.fit import fingerprint
 from cluster.matrix import folder_of
 from cluster.prepare import Prepared
 from cluster.summary import Measured
+from training.measures import PREDICTIONS_FILE
 from training.report import print_table
-from training.stage import EVALUATION_FILE, PREDICTIONS_FILE
+from training.stage import EVALUATION_FILE
 
 STAGED = """
 run: {name: demo, directory: %s}

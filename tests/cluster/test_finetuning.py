@@ -97,7 +97,7 @@ def test_multiple_choice_takes_the_likeliest_option(tmp_path, kind, mode, object
     assert result["metrics"]["exact_match"] == result["metrics"]["accuracy"]
 
     # each option scored by itself, as the one gold answer of its question
-    evaluator = stage.evaluator
+    evaluator = stage.measures.evaluator
     assert evaluator is not None
     stage.engine.module.eval()
     for row in rows:
@@ -131,7 +131,7 @@ def test_fact_verification_chooses_among_the_labels(tmp_path):
     right = [row["prediction"] == label for row, label in zip(rows, labels, strict=True)]
     assert result["metrics"]["accuracy"] == np.mean(right)
     assert result["metrics"]["recall@1"] >= 0
-    evaluator = stage.evaluator
+    evaluator = stage.measures.evaluator
     assert evaluator is not None
     asked = str(stage.tokenizers[1].decode(evaluator.collator.questions_for_generator.rows([0])[0]))
     assert asked.endswith("options : supports ; refutes")

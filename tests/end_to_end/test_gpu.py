@@ -17,8 +17,9 @@ from indexing.exact import search_exactly
 from indexing.settings import IndexConfig, WorldConfig
 from tests.end_to_end.command import Command, rows
 from tests.helpers.tiny_world import TinyWorld, make_world
+from training.job import StageJob
 from training.settings import CheckpointConfig, EngineConfig, ObjectiveConfig, TrainingConfig
-from training.stage import Stage, StageJob
+from training.stage import Stage
 
 pytestmark = pytest.mark.gpu
 

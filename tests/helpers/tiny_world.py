@@ -14,6 +14,7 @@ from indexing.settings import CorpusConfig, QuestionsConfig, WorldConfig
 from indexing.store import Store, write_store
 from indexing.world import write_world
 from tests.helpers.local_index import LocalIndex
+from training.job import StageJob
 from training.models import sides
 from training.models.tokenizers import build_tokenizer, load_tokenizer
 from training.settings import (
@@ -31,7 +32,6 @@ from training.settings import (
     TokenizerConfig,
     TrainingConfig,
 )
-from training.stage import StageJob
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tests.helpers.tiny_world import TinyWorld
 from tests.training.test_stage import Failure, failing, final_weights, part, rows_by_step, run_stage, same
 from training.checkpoint import load_weights, newest_checkpoint
 from training.data import Collator
+from training.job import StageJob
 from training.objectives.choose import compute, needs
 from training.settings import (
     AlignmentConfig,
@@ -25,7 +26,7 @@ from training.settings import (
     RetrievalConfig,
     TrainingConfig,
 )
-from training.stage import Stage, StageJob
+from training.stage import Stage
 
 DPO = ObjectiveConfig(name="dpo")
 VARIETY = "tests.helpers.preferences:variety"
@@ -117,12 +118,12 @@ def test_margins_are_differences_of_rag_sequence_losses(world, tmp_path, start, 
     job = aligning(world, tmp_path / "run", start, pairs, training=TrainingConfig(train="none", steps=0))
     stage, _ = run_stage(job, world.index())
     rows = [json.loads(line) for line in (tmp_path / "run" / "preferences.jsonl").read_text().splitlines()]
-    assert stage.preferences is not None
-    collator, system = stage.preferences.collator, stage.system.eval()
+    assert stage.measures.preferences is not None
+    collator, system = stage.measures.preferences.collator, stage.system.eval()
     objective = ObjectiveConfig(name="rag_sequence")
     for row in rows[:6]:
         number = np.array([row["number"]])
-        passages = stage.preferences._passages(number)
+        passages = stage.measures.preferences._passages(number)
         log_likelihoods = []
         for answer in collator.questions.answer_tokens(row["number"]):
             plain = Collator.__call__(collator, number, passages, with_answers=False)

@@ -84,7 +84,6 @@ def test_a_destroyed_retriever(world: TinyWorld, tmp_path: Path, setting: str) -
     )
     stage = Stage(job, world.index())
     if setting == "ignore":
-        stage.collapse = stage._make_detector()
         assert stage.hooks().watch is None
         return
     if setting == "stop":

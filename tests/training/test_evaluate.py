@@ -32,8 +32,8 @@ def make_stage(world: TinyWorld, tmp_path: Path) -> Callable[..., Stage]:
 
 
 def evaluator_of(stage: Stage) -> Evaluator:
-    assert stage.evaluator is not None
-    return stage.evaluator
+    assert stage.measures.evaluator is not None
+    return stage.measures.evaluator
 
 
 def settings(mode: str = "marginal", **changes: Any) -> EvaluationConfig:
@@ -186,7 +186,7 @@ def test_the_gold_control_reads_the_labelled_passage(make_stage):
             decoded: Decoded = stage.system.generator.write(reading, batch.reader, False, 6, 1)
             scores = stage.system.generator.per_passage_log_probs(reading, batch.reader)
         assert row["gold/log_likelihood"] == pytest.approx(float(scores.sum()), rel=1e-4)
-        assert row["gold/prediction"].lower() == stage.to_text(decoded.tokens[0]).lower()
+        assert row["gold/prediction"].lower() == stage.parts.to_text(decoded.tokens[0]).lower()
 
 
 def test_answers_are_spelled_as_in_the_passages_they_were_read_from(make_stage, world):

@@ -147,9 +147,9 @@ def settings(mode: str = "marginal", **changes: Any) -> EvaluationConfig:
 def test_every_mode_reports_what_it_costs(make_stage: Callable[..., Stage], world: TinyWorld) -> None:
     retrieval = RetrievalConfig(k=3, max_context_tokens=600)
     stage = make_stage(retrieval=retrieval, evaluation=settings(also=["closed_book", "gold", "fused", "long"]))
-    assert stage.evaluator is not None
+    assert stage.measures.evaluator is not None
     numbers = np.arange(12)
-    evaluation = stage.evaluator(numbers, also=["closed_book", "gold", "fused", "long"], costs=True)
+    evaluation = stage.measures.evaluator(numbers, also=["closed_book", "gold", "fused", "long"], costs=True)
     found = evaluation.costs
     tokens = {mode: costs["prompt_tokens"] for mode, costs in found.items()}
     assert list(tokens) == ["marginal", "closed_book", "gold", "fused", "long"]
@@ -161,7 +161,7 @@ def test_every_mode_reports_what_it_costs(make_stage: Callable[..., Stage], worl
     assert found["long"]["kv_cache_bytes"] == pytest.approx(per_token * tokens["long"])
     assert min(costs["seconds"] for costs in found.values()) > 0
     assert found["marginal"]["search_seconds"] > 0 == found["long"]["search_seconds"]
-    without = stage.evaluator(numbers)
+    without = stage.measures.evaluator(numbers)
     assert without.costs == {}
     assert without.metrics["exact_match"] == evaluation.metrics["exact_match"]
     assert not [row for row in evaluation.rows if "costs" in row]
@@ -173,7 +173,7 @@ def test_long_answers_are_written_from_the_long_prompt(make_stage: Callable[...,
         evaluation=settings("fused"),
         objective=ObjectiveConfig(name="fused", score_bias=False),
     )
-    evaluator = stage.evaluator
+    evaluator = stage.measures.evaluator
     assert evaluator is not None
     evaluation = evaluator(np.arange(6))
     assert not [name for name in evaluation.metrics if "recall" in name]
@@ -189,11 +189,11 @@ def test_long_answers_are_written_from_the_long_prompt(make_stage: Callable[...,
 
 def test_long_batches_have_as_many_tokens_as_retrieved_ones(make_stage: Callable[..., Stage]) -> None:
     stage = make_stage(retrieval=RetrievalConfig(k=3, max_context_tokens=600), evaluation=settings(also=["long"]))
-    assert stage.evaluator is not None
+    assert stage.measures.evaluator is not None
     limit = stage.job.generator.max_passage_tokens
-    assert stage.evaluator._size_of(600) == 8 * 3 * limit // 600
-    assert stage.evaluator._size_of(10**9) == 1
-    assert stage.evaluator._size_of(1) == 8
+    assert stage.measures.evaluator._size_of(600) == 8 * 3 * limit // 600
+    assert stage.measures.evaluator._size_of(10**9) == 1
+    assert stage.measures.evaluator._size_of(1) == 8
 
 
 def test_what_does_not_fit_is_refused_before_training(make_stage: Callable[..., Stage]) -> None:

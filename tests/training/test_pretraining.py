@@ -17,6 +17,7 @@ from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.checkpoint import load_weights, newest_checkpoint
 from training.data import Collator, Stream
+from training.job import StageJob
 from training.models.build import build_generator, build_system
 from training.models.encoder import passage_state
 from training.models.sides import generator_passage_side, retriever_passage_side
@@ -35,7 +36,7 @@ from training.settings import (
     TrainingConfig,
 )
 from training.sources import RetrievedBatches
-from training.stage import Stage, StageJob
+from training.stage import Stage
 
 ALL = PretrainingConfig(
     span_corruption=0.2, salient_span=0.4, prefix_lm=0.3, title_to_section=0.1, context_words=14, held_out_examples=12

@@ -15,6 +15,7 @@ from tests.helpers.distributed import spawn
 from tests.helpers.local_index import LocalHits, LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.checkpoint import load_weights, newest_checkpoint
+from training.job import StageJob
 from training.models.encoder import passage_state
 from training.models.weights import to_numpy
 from training.settings import (
@@ -27,7 +28,7 @@ from training.settings import (
     RetrievalConfig,
     TrainingConfig,
 )
-from training.stage import Stage, StageJob
+from training.stage import Stage
 
 Weights = dict[str, torch.Tensor]
 

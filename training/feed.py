@@ -1,0 +1,117 @@
+"""The micro-batches of a stage: spans of the corpus, examples cut from it, questions, or judged and sampled answers."""
+
+from typing import Any
+
+import numpy as np
+
+from indexing.duplicates import open_groups
+from indexing.questions import QuestionStore
+from training.alignment import aligned, make_collator
+from training.answers import MORE_FOR_REFUSALS, TrainingAnswers
+from training.data import ClozeSource, Collator, Stream
+from training.evaluate import encode_questions
+from training.job import Parts
+from training.long_context import LongContext, LongContextBatches
+from training.loop import Source
+from training.models.sides import generator_answer_side
+from training.objectives.check import PREFERENCE, samples_answers
+from training.objectives.choose import needs
+from training.pretraining import (
+    HELD_OUT,
+    HELD_OUT_SEED,
+    TRAINING,
+    CorpusQuestions,
+    FairSearch,
+    example_sides,
+    split_passages,
+)
+from training.reference import Reference
+from training.retrieve import Prefetcher
+from training.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches
+
+
+class CorpusExamples:
+    """Examples of pretraining, those that are held out, and searches that leave out what they were cut from."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, job, config = parts, parts.job, parts.job.pretraining
+        self.groups = np.array(open_groups(job.duplicates))
+        train, out = split_passages(self.groups, config.held_out)
+        sides = example_sides(parts.tokenizers, job.encoder, job.generator)
+        self.training = CorpusQuestions(parts.store, train, config, sides, job.seed, TRAINING)
+        self.held_out: CorpusQuestions | None = None
+        if len(out) and config.held_out_examples:
+            self.held_out = CorpusQuestions(parts.store, out, config, sides, HELD_OUT_SEED, HELD_OUT)
+
+    def search(self, questions: CorpusQuestions) -> FairSearch:
+        """How passages for `questions` are searched."""
+        assert self.parts.service is not None
+        return FairSearch(self.parts.service, questions, self.groups, self.parts.job.pretraining.margin)
+
+
+def make_source(
+    parts: Parts, corpus: CorpusExamples | None, reference: Reference | None, loader_state: dict[str, Any] | None
+) -> Source:
+    """Micro-batches from where the checkpoint stood; `corpus` where the stage pretrains on it."""
+    job, engine = parts.job, parts.engine
+    place = (job.seed, engine.rank, engine.world_size)
+    start = loader_state["number"] if loader_state else 0
+    if needs(job.objective).in_batch:
+        stream = Stream(len(parts.store), job.training.batch_size, *place)
+        separator = parts.tokenizers[0].sep_token_id
+        separator_id = separator if isinstance(separator, int) else -1
+        cloze = ClozeSource(parts.store, stream, job.objective, separator_id, parts.pad_id)
+        return ClozeBatches(cloze, engine.device, start)
+    search = None
+    if corpus is not None:
+        questions = corpus.training
+        stream = Stream(len(questions.candidates), job.training.batch_size, *place)
+        answers, batch_of = None, stream.places
+        collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
+        search = corpus.search(questions) if parts.service is not None else None
+    else:
+        questions = QuestionStore.open(job.train_questions, verify=False)
+        stream = Stream(len(questions), job.training.batch_size, *place)
+        judged = job.objective.name in PREFERENCE or samples_answers(job.objective)
+        answers, batch_of = None if judged else _training_answers(parts, questions, stream), stream.batch
+        collator = make_collator(job.objective, parts.store, questions, parts.system.generator, parts.pad_id, job.seed)
+    if job.retrieval.source == "long":
+        long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
+        return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
+    if parts.service is None:
+        source = ClosedBookBatches(collator, batch_of, engine.device, start, answers)
+        return _aligned(parts, source, collator, reference, loader_state)
+    k, depth = job.retrieval.k, job.retrieval.prefetch_depth
+    # A labelled passage takes one place: search one more, so that k - 1 others are left.
+    k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
+    k = min(k, parts.service.num_passages)
+    prefetcher = Prefetcher(
+        parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start,
+        with_vectors=parts.index_is_fresh and job.retrieval.source != "gold" and not job.questions.refusal_share,
+        search=search,
+    )  # fmt: skip
+    source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
+    if loader_state:
+        source.restore(loader_state)
+    return _aligned(parts, source, collator, reference, loader_state)
+
+
+def _aligned(
+    parts: Parts,
+    source: Source,
+    collator: Collator,
+    reference: Reference | None,
+    loader_state: dict[str, Any] | None,
+) -> Source:
+    job = parts.job
+    return aligned(
+        source, parts.engine, collator, parts.store, parts.to_text, job.generator.max_answer_tokens, job.objective,
+        job.alignment, reference, loader_state,
+    )  # fmt: skip
+
+
+def _training_answers(parts: Parts, questions: QuestionStore, stream: Stream) -> TrainingAnswers:
+    config = parts.job.questions
+    refusal = generator_answer_side(parts.tokenizers[1], parts.job.generator).tokenize([("", config.refusal)])[0]
+    row = np.array(refusal, dtype=np.int32) if config.refusal else None
+    return TrainingAnswers(questions, parts.store, stream, config.target, row, config.refusal_share)

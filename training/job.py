@@ -1,0 +1,105 @@
+"""What a trainer process is told, and what it makes of it first: the parts that all its work is done with."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from indexing.settings import QuestionsConfig
+from indexing.store import Store
+from training.engine import Engine
+from training.models.system import System
+from training.models.tokenizers import pad_id, to_text
+from training.monitor import Monitor
+from training.retrieve import IndexService
+from training.settings import (
+    AlignmentConfig,
+    CheckpointConfig,
+    EncoderConfig,
+    EngineConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    MonitorConfig,
+    ObjectiveConfig,
+    PretrainingConfig,
+    RetrievalConfig,
+    TrainingConfig,
+)
+
+PROGRESS_EVERY_S = 5.0
+
+
+@dataclass
+class StageJob:
+    """Everything that a trainer process needs to know."""
+
+    run_dir: str
+    passages: str  # store of the corpus
+    train_questions: str  # store (of judged answers for preference objectives), or "" where none are trained on
+    evaluate_questions: str  # store, or "" where nothing is evaluated
+    tokenizers: str  # folder of retriever/ and generator/
+    init_from: str  # checkpoint whose weights the stage starts from, or ""
+    seed: int
+    threads: int
+    fingerprint: str  # of the settings: which evaluation belongs to which
+    encoder: EncoderConfig
+    generator: GeneratorConfig
+    objective: ObjectiveConfig
+    retrieval: RetrievalConfig
+    training: TrainingConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    monitor: MonitorConfig
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    duplicates: str = ""  # groups of near-duplicates, where the stage pretrains on the corpus
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)  # which answers are trained on
+    publish_every: int = 0
+    publish_precision: str = "float32"
+    max_staleness_steps: int = 0
+    wait_timeout_s: float = 1800.0  # for a generation, at the start and at the end
+    index_from_snapshot: bool = False  # the service was started with the generation that the checkpoint names
+    config: dict[str, Any] = field(default_factory=dict)  # resolved settings, for the monitor
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    evaluate_preferences: str = ""  # store of pairs, or "" where none are measured
+
+
+class Parts:
+    """Models, engine, index and monitor of one trainer process."""
+
+    def __init__(
+        self,
+        job: StageJob,
+        store: Store,
+        system: System,
+        tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+        engine: Engine,
+        service: IndexService | None,
+        monitor: Monitor,
+    ) -> None:
+        """`tokenizers` are the retriever's and the generator's."""
+        self.job, self.store, self.system, self.tokenizers = job, store, system, tokenizers
+        self.engine, self.service, self.monitor = engine, service, monitor
+        self.run_dir = Path(job.run_dir)
+        self.pad_id = pad_id(tokenizers[0])
+        self.to_text: Callable[[Any], str] = lambda tokens: to_text(tokenizers[1], tokens)
+        self._last_progress = 0.0
+
+    @property
+    def retriever_trains(self) -> bool:
+        """Whether the passage encoder changes, so that the index has something to follow."""
+        return any(p.requires_grad for p in self.system.retriever.passage_encoder.parameters())
+
+    @property
+    def index_is_fresh(self) -> bool:
+        """Whether the vectors of the index are those of the passage encoder at every step, in full precision."""
+        return not self.retriever_trains and self.job.publish_precision == "float32"
+
+    def progress(self, text: str) -> None:
+        """Say how far something is, every few seconds."""
+        if time.monotonic() - self._last_progress > PROGRESS_EVERY_S:
+            self._last_progress = time.monotonic()
+            self.monitor.message(text)

@@ -1,0 +1,169 @@
+"""Everything that a stage measures, while it trains and at its end: questions, pairs, held-out examples, collapse."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from indexing.questions import QuestionStore
+from training.alignment import PairCollator
+from training.collapse import Collapsed, CollapseDetector
+from training.data import Collator
+from training.evaluate import Evaluation, Evaluator
+from training.feed import CorpusExamples
+from training.held_out import HeldOut
+from training.job import Parts
+from training.jsonl import append_line
+from training.loop import LoopState
+from training.needle import check_needle, needle_sweep
+from training.objectives.choose import needs
+from training.preferences import PreferenceEvaluator
+
+PREDICTIONS_FILE, PAIRS_FILE = "predictions.jsonl", "preferences.jsonl"
+
+
+class Measures:
+    """What is measured of one system; every method is collective."""
+
+    def __init__(self, parts: Parts, corpus: CorpusExamples | None) -> None:
+        """Raises ValueError for prompts that do not fit the generator."""
+        self.parts = parts
+        self.evaluator = self._make_evaluator() if parts.job.evaluate_questions else None
+        self.held_out = self._make_held_out(corpus) if corpus is not None else None
+        self.preferences = self._make_preferences() if parts.job.evaluate_preferences else None
+        self.collapse: CollapseDetector | None = None
+
+    @property
+    def any_while_training(self) -> bool:
+        """Whether `briefly` measures something."""
+        return self.evaluator is not None or self.held_out is not None
+
+    def watch(self, state: LoopState) -> CollapseDetector | None:
+        """Look out for a collapse from here on, where a retriever follows a reader; a warm start has an entropy of
+        another kind."""
+        job = self.parts.job
+        trains = any(p.requires_grad for p in self.parts.system.retriever.parameters())
+        wanted = job.training.on_collapse != "ignore" and not needs(job.objective).in_batch
+        self.collapse = CollapseDetector(state.start) if trains and wanted else None
+        return self.collapse
+
+    def after_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Look at the metrics of one optimiser step. Raises Collapsed."""
+        assert self.collapse is not None
+        k, gold = self.parts.job.retrieval.k, metrics.get("retrieval/gold_in_k", 0.0)
+        sign = self.collapse.after_step(metrics["retrieval/entropy"], k, gold)
+        if self.collapse.window.steps == 0:  # ranks see different questions: the first one's word counts
+            self._report_collapse(step, sign)
+
+    def briefly(self, step: int) -> None:
+        """During training: a fixed sample of the questions and pairs, and the held-out examples. Raises Collapsed."""
+        if self.held_out is not None:
+            self._measure_held_out(self.held_out, step)
+        if self.evaluator is None:
+            return
+        job = self.parts.job
+        limit, total = job.evaluation.max_questions, len(self.evaluator.questions)
+        numbers = np.arange(total)
+        if 0 < limit < total:
+            numbers = np.sort(np.random.default_rng(job.seed).permutation(total)[:limit])
+        evaluation = self.evaluator(numbers)
+        evaluation.metrics |= self._measure_preferences(limit=limit)
+        self._log(evaluation, step)
+        if self.collapse is not None:
+            self._report_collapse(step, self.collapse.after_evaluation(evaluation.metrics))
+
+    def finally_(self, step: int) -> dict[str, Any]:
+        """At the end: all questions under every decoding, their costs, pairs, held-out examples; rows into files."""
+        result: dict[str, Any] = {"metrics": {}}
+        job = self.parts.job
+        if self.evaluator is not None:
+            numbers = np.arange(len(self.evaluator.questions))
+            evaluation = self.evaluator(numbers, also=job.evaluation.also, texts=True, costs=True)
+            evaluation.metrics |= self._measure_preferences(PAIRS_FILE)
+            self._log(evaluation, step)
+            if job.evaluation.needle.lengths:
+                result["needle"] = needle_sweep(self.evaluator, job.evaluation.needle)
+            result |= {"metrics": evaluation.metrics, "costs": evaluation.costs, "generation": evaluation.generation}
+            result |= {"weights_version": evaluation.weights_version, "num_questions": len(numbers)}
+            if self.parts.engine.rank == 0:
+                self._write_predictions(evaluation)
+        if self.held_out is not None:
+            held_out = self._measure_held_out(self.held_out, step)
+            result["metrics"] |= {f"held_out/{name}": value for name, value in held_out.items()}
+        return result
+
+    # ---------------------------------------------------------------- inside
+
+    def _make_evaluator(self) -> Evaluator:
+        parts, job = self.parts, self.parts.job
+        questions = QuestionStore.open(job.evaluate_questions, verify=False)
+        collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
+        evaluator = Evaluator(
+            parts.engine, collator, parts.store, parts.service, parts.to_text, job.evaluation, job.retrieval,
+            job.objective, job.generator, parts.progress, parts.index_is_fresh, job.questions.refusal,
+        )  # fmt: skip
+        if job.evaluation.needle.lengths:
+            check_needle(evaluator, job.evaluation.needle)
+        return evaluator
+
+    def _make_held_out(self, corpus: CorpusExamples) -> HeldOut | None:
+        if corpus.held_out is None:
+            return None
+        parts, job = self.parts, self.parts.job
+        collator = Collator(parts.store, corpus.held_out, parts.system.generator, parts.pad_id)
+        search = corpus.search(corpus.held_out) if parts.service is not None else None
+        number = job.pretraining.held_out_examples
+        return HeldOut(parts.engine, collator, search, job.evaluation, job.retrieval, job.objective, number)
+
+    def _make_preferences(self) -> PreferenceEvaluator:
+        parts, job = self.parts, self.parts.job
+        pairs = QuestionStore.open(job.evaluate_preferences, verify=False)
+        collator = PairCollator(parts.store, pairs, parts.system.generator, parts.pad_id)
+        return PreferenceEvaluator(
+            parts.engine, collator, parts.service, job.retrieval, job.evaluation.batch_size, job.objective.temperature,
+            parts.progress,
+        )  # fmt: skip
+
+    def _measure_preferences(self, file: str = "", limit: int = 0) -> dict[str, float]:
+        """Log-likelihood accuracy on held-out pairs, where there are any; a row a pair into `file`."""
+        if self.preferences is None:
+            return {}
+        measured, rows = self.preferences(limit, self.parts.job.seed)
+        if file and self.parts.engine.rank == 0:
+            (self.parts.run_dir / file).unlink(missing_ok=True)
+            for row in rows:
+                append_line(self.parts.run_dir / file, row)
+        return measured
+
+    def _measure_held_out(self, held_out: HeldOut, step: int) -> dict[str, float]:
+        """Measured and logged."""
+        metrics, monitor = held_out(), self.parts.monitor
+        measured = f"loss {metrics['loss']:.3f} a token, log-likelihood {metrics['log_likelihood']:.2f} an answer"
+        monitor.message(f"step {step}: {held_out.number} held-out examples: {measured}")
+        monitor.log({f"eval/held_out/{name}": value for name, value in metrics.items()}, step)
+        return metrics
+
+    def _report_collapse(self, step: int, sign: str | None) -> None:
+        """Warn or stop."""
+        sign = self.parts.engine.broadcast_object(sign)
+        if sign is None:
+            return
+        self.parts.monitor.message(f"step {step}: retrieval collapses: {sign}")
+        self.parts.monitor.event("retrieval_collapse", step=step, message=sign)
+        if self.parts.job.training.on_collapse == "stop":
+            raise Collapsed(
+                f"retrieval collapses at step {step}: {sign} (training.on_collapse=stop). Warm up the reader, lower "
+                "training.lr_retriever or objective.weight, or set training.on_collapse=warn"
+            )
+
+    def _log(self, evaluation: Evaluation, step: int) -> None:
+        split = Path(self.parts.job.evaluate_questions).name.removeprefix("questions-")
+        metrics = {f"eval/{split}/{name}": value for name, value in evaluation.metrics.items()}
+        metrics[f"eval/{split}/index_version"] = evaluation.weights_version
+        self.parts.monitor.log(metrics, step)
+
+    def _write_predictions(self, evaluation: Evaluation) -> None:
+        path = self.parts.run_dir / PREDICTIONS_FILE
+        path.unlink(missing_ok=True)
+        for row in evaluation.rows:
+            append_line(path, {**row, "hits": self.parts.store.ids(row["hits"])})
