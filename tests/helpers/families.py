@@ -92,7 +92,7 @@ def write_family(family: str, folder: Path, vocabulary: int, sharpen: float = 3.
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """Save a tokeniser of 120 pieces."""
+    """Save a tokeniser of 120 pieces at most."""
     train_wordpiece(TokenizerConfig(vocabulary=120), [WORDS]).save_pretrained(folder / "tokenizer")
     return folder / "tokenizer"
 

@@ -10,6 +10,7 @@ import torch
 
 from indexing.settings import WorldConfig
 from tests.helpers.families import CAUSAL, FUSION, generator_config, write_families, write_family, write_tokenizer
+from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld, make_world, tiny_encoder
 from training.adapters import adapters_disabled, has_adapters, merged
 from training.checkpoint import load_weights, newest_checkpoint
@@ -134,7 +135,8 @@ def test_without_adapters_nothing_else_changes(folder: Path) -> None:
 def test_published_weights_fit_a_refresh_worker(train: str, towers: str, folder: Path) -> None:
     system = make("llama", folder, train=train, towers=towers)
     train_adapters(system)
-    worker = build_encoder(replace(ENCODER, lora=LORA), 120).eval()  # as a worker does
+    vocabulary = len(load_tokenizer(folder / "tokenizer"))
+    worker = build_encoder(replace(ENCODER, lora=LORA), vocabulary).eval()  # as a worker does
     load_encoder_state(worker, passage_state(system.retriever))
     queries, passages, _ = outputs(system)
     with torch.no_grad():
@@ -217,10 +219,13 @@ def test_a_stage_with_adapters_and_what_follows_it(lora_world: TinyWorld, tmp_pa
 def test_a_resume_is_as_if_nothing_had_happened(lora_world: TinyWorld, tmp_path: Path) -> None:
     world = replace(lora_world, generator=replace(lora_world.generator, lora=LORA))
     runs: dict[str, dict[str, torch.Tensor]] = {}
+    indexes: dict[str, LocalIndex] = {}
     for name, steps in (("whole", 4), ("resumed", 2), ("resumed", 4)):
         training = TrainingConfig(steps=steps, batch_size=4, warmup_steps=0, schedule="constant")
         job = world.job(tmp_path / name, training=training, checkpoint=CheckpointConfig(index=False))
-        stage = Stage(job, world.index())
+        if name not in indexes:  # of the start, for the whole run: a resume would build one of its own weights
+            indexes[name] = world.index(max_generations=1)
+        stage = Stage(job, indexes[name])
         stage.run()
         runs[name] = stage.system.state_dict()
     for name, weight in runs["whole"].items():

@@ -48,7 +48,8 @@ def test_gradients_are_those_of_one_graph(train: str, towers: str, chunk: int) -
         other = expected[name]
         assert (gradient is None) == (other is None), name
         if gradient is not None and other is not None:
-            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6, msg=name)
+            rounding = 1e-5 * float(other.abs().max())  # sums in another order, over elements that cancel
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6 + rounding, msg=name)
 
 
 def test_the_repetition_drops_what_was_dropped() -> None:

@@ -25,10 +25,10 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
         from training.models.fresh_causal import FRESH_GPT2_CONTEXT
 
         family = generator.fresh.family
-        if family in STATE_SPACE:
+        hybrid_without = family == "jamba" and generator.fresh.num_decoder_layers < 2  # its second layer attends
+        if family in STATE_SPACE or hybrid_without:
             return Shape(attention=False, context=None)
-        hybrid_without = family == "jamba" and generator.fresh.num_decoder_layers < 2
-        return Shape(not hybrid_without, FRESH_GPT2_CONTEXT if family == "gpt2" else FRESH_CONTEXT)
+        return Shape(attention=True, context=FRESH_GPT2_CONTEXT if family == "gpt2" else FRESH_CONTEXT)
     if find_file(generator.name, "config.json") is None:
         return None
     from transformers import AutoConfig
