@@ -138,10 +138,9 @@ def _pair(fields: dict[str, Any], number: int) -> Question:
 
 
 def _judged(fields: dict[str, Any], number: int) -> Question:
-    answers = [_text(fields, "answer")]  # first: a file of pairs is told by what it lacks
     if not isinstance(fields.get("desirable"), bool):
         raise BadLine("missing_field", f"desirable is {fields.get('desirable')!r}: needed is true or false")
-    return _question(fields, number, answers)
+    return _question(fields, number, [_text(fields, "answer")])
 
 
 def _question(fields: dict[str, Any], number: int, answers: list[str]) -> Question:
