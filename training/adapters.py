@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from training.named_weights import is_adapter
 from training.settings import LoraConfig
 
 ADAPTER = "default"
@@ -74,6 +75,12 @@ def adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def has_adapters(module: nn.Module) -> bool:
     """Whether some layer below `module` has an adapter."""
     return next(adapted(module), None) is not None
+
+
+def trains_adapters_only(module: nn.Module) -> bool:
+    """Whether every weight that trains is an adapter's, and there is one."""
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return bool(trained) and all(is_adapter(name) for name in trained)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class PairCollator(Collator):
         self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> CandidateBatch:
         """As the base class; both answers get gradient."""
-        base = super().__call__(numbers, passages, with_answers=False, **options)
+        base = super().__call__(numbers, passages, False, *args, **options)
         groups = [self.questions.answer_tokens(int(number))[:2] for number in numbers]
         return with_candidates(base, self.generator, groups, num_trained=2)
 
@@ -72,7 +72,7 @@ class JudgedCollator(Collator):
         self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> CandidateBatch:
         """As the base class; the judged answer gets gradient."""
-        base = super().__call__(numbers, passages, with_answers=False, **options)
+        base = super().__call__(numbers, passages, False, *args, **options)
         groups = [[self._answer(int(n)), self._answer(self._other(int(n)))] for n in numbers]
         batch = with_candidates(base, self.generator, groups, num_trained=1)
         return replace(batch, desirable=torch.from_numpy(self.labels[numbers] == 1))
@@ -98,7 +98,7 @@ class AskedCollator(Collator):
         self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> AskedBatch:
         """As the base class, without answers."""
-        base = super().__call__(numbers, passages, with_answers=False, **options)
+        base = super().__call__(numbers, passages, False, *args, **options)
         return AskedBatch(**_fields(base), questions=np.asarray(numbers), passages=[*passages])
 
 

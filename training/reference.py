@@ -3,32 +3,31 @@
 With full weights it is a copy outside of the engine and of the trained parameter groups, so that it is an ordinary
 module under every ZeRO stage. It is loaded from the checkpoint that the stage started from, never from the stage's own:
 a resumed stage has the very reference that it began with, and says so where that checkpoint is gone. Where nothing but
-adapters trains, and these changed nothing at the start, the reference is the system itself with its adapters off.
+adapters trains, the reference is the system itself with its adapters off (`training/adapters.py`), and needs no file.
 """
 
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from training.adapters import adapters_disabled, trains_adapters_only
 from training.checkpoint import load_weights
 from training.engine import Engine
+from training.models.build import fit_weights
 from training.models.candidates import CandidateBatch
 from training.models.system import System
 from training.named_weights import load_weights_into, named_weights
 from training.objectives.preference import Candidates
 
 ORIGIN_FILE = "reference.json"  # in the run folder: which checkpoint the stage began with
-ADAPTER = "lora_"  # in the names of adapter weights (peft)
-ADAPTER_OUTPUT = "lora_B"  # zero in a fresh adapter, which therefore changes nothing
 
 
 class Reference:
@@ -59,30 +58,30 @@ class Reference:
         return outputs
 
     def _adapters_off(self, batch: CandidateBatch) -> Candidates:
-        with reference_context(self.engine.module), evaluating(self.engine.module):
+        with adapters_disabled(self.engine.module), evaluating(self.engine.module):
             return self.engine("candidates", batch)
 
 
 def build_reference(
-    system: System, engine: Engine, initial: System, offload: bool, init_from: str, run_dir: Path, resumes: bool
+    engine: Engine, initial: System | None, offload: bool, init_from: str, run_dir: Path, resumes: bool
 ) -> Reference:
     """The reference of a stage; collective.
 
-    `initial`: a copy of `system` as it was built, made before the engine took it (`initial_copy`); `init_from`: the
-    checkpoint whose weights the stage starts from, empty where it starts as built. Raises ValueError when a stage that
-    `resumes` began with another checkpoint than the one that is there now.
+    `initial`: what `initial_copy` gave before the engine took the system; `init_from`: the checkpoint whose weights the
+    stage starts from, empty where it starts as built. Raises ValueError when a stage that `resumes` began with another
+    checkpoint than the one that is there now.
     """
+    if initial is None:
+        return Reference(engine, None, False)
     told = engine.rank == 0 and bool(init_from)
     origin = engine.broadcast_object(_origin(Path(init_from), run_dir, resumes) if told else "")
     if isinstance(origin, ValueError):
         raise origin
     state = load_weights(Path(origin)) if origin and engine.rank == 0 else {}
-    if trains_adapters_only(system) and not engine.broadcast_object(has_trained_adapters(state)):
-        return Reference(engine, None, False)
     problem = None
     if state:
         try:
-            load_weights_into(initial, state)
+            load_weights_into(initial, fit_weights(state, initial))
         except ValueError as error:
             problem = str(error)
     problem = engine.broadcast_object(problem)
@@ -92,23 +91,10 @@ def build_reference(
     return Reference(engine, initial, offload)
 
 
-def initial_copy(system: System) -> System:
-    """The system as built, to be kept from the engine, which may shard or cast the original."""
-    return copy.deepcopy(system)
-
-
-@contextmanager
-def reference_context(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` computes with its adapters off: those of peft models, and layers that peft has put in."""
-    layers: list[Any] = [part for part in module.modules() if hasattr(part, "_disable_adapters")]
-    before = [part._disable_adapters for part in layers]
-    for part in layers:
-        part._disable_adapters = True  # the public switch also touches requires_grad, which an engine has fixed
-    try:
-        yield
-    finally:
-        for part, value in zip(layers, before, strict=True):
-            part._disable_adapters = value
+def initial_copy(system: System) -> System | None:
+    """The system as built, to be kept from the engine, which may shard or cast the original; None where nothing but
+    adapters trains."""
+    return None if trains_adapters_only(system) else copy.deepcopy(system)
 
 
 @contextmanager
@@ -120,17 +106,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
-
-
-def trains_adapters_only(module: nn.Module) -> bool:
-    """Whether every trained weight is an adapter's, and there is one."""
-    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return bool(trained) and all(ADAPTER in name for name in trained)
-
-
-def has_trained_adapters(state: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint's adapters change anything: then the system without them is not where the stage starts."""
-    return any(ADAPTER_OUTPUT in name and bool(tensor.count_nonzero()) for name, tensor in state.items())
 
 
 def _share(module: System, engine: Engine) -> None:

@@ -111,11 +111,11 @@ class Stage:
 
     def make_reference(self, resumes: bool) -> Reference | None:
         """What alignment compares with: this stage's start, wherever it stands now. Collective."""
-        initial, self._initial = self._initial, None
-        if initial is None:
+        if not self._has_reference:
             return None
+        initial, self._initial = self._initial, None
         offload, init_from = self.job.alignment.reference == "offload", self.job.init_from
-        return build_reference(self.system, self.engine, initial, offload, init_from, self.run_dir, resumes)
+        return build_reference(self.engine, initial, offload, init_from, self.run_dir, resumes)
 
     def serve_index(self, fresh: bool) -> None:
         """Wait until a generation of the present weights serves. Collective."""

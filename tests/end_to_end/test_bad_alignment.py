@@ -51,7 +51,7 @@ FILES = [
     ("dpo", lines([PAIR]), "", "has no preferences of split 'test'"),
     ("dpo", lines([HELD_OUT]), "", "has no preferences of split 'train'"),
     ("kto", PAIRS + lines([{**PAIR, "chosen": 3}]), "", "preferences.jsonl:3: missing_field: chosen is '3'"),
-    ("dpo", PAIRS, "preferences.max_length_ratio=0.5", "2 left out by preferences.max_length_ratio=0.5"),
+    ("dpo", PAIRS, "preferences.max_length_ratio=0.5", "1 left out by preferences.max_length_ratio=0.5"),
 ]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from training.objectives.choose import compute
 from training.objectives.likelihoods import Likelihoods, Stats
 from training.objectives.preference import Candidates, Reduce
+from training.objectives.sampling import sample_log_probs
 from training.settings import ObjectiveConfig
 
 JUDGED = [
@@ -98,6 +99,18 @@ def random_inputs(
         old_log_probs=-normal(batch, group).abs() * 6,
         noise=-(-uniform.log()).log(),
     )
+
+
+def near_samples(config: ObjectiveConfig, inputs: Inputs) -> Inputs:
+    """The same, for GRPO drawn by a policy whose ratios to this one are inside of the clip and outside on either side,
+    and far from its ends, where the loss has no derivative. A ratio of thousands would drown finite differences."""
+    if config.name != "grpo":
+        return inputs
+    outputs = outputs_of(config, inputs)
+    assert isinstance(outputs, Candidates)
+    now = sample_log_probs(outputs, config.temperature)[0].detach()
+    moved = torch.tensor([0.1, -0.6, 0.6, -0.1], dtype=now.dtype)
+    return replace(inputs, old_log_probs=now - torch.stack([moved.roll(shift) for shift in range(len(now))]))
 
 
 def outputs_of(config: ObjectiveConfig, inputs: Inputs, num_questions: float | None = None) -> Likelihoods:

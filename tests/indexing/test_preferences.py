@@ -114,7 +114,7 @@ def test_a_judgement_is_true_or_false(tmp_path: Path, value: object) -> None:
         ({"path": ""}, "preferences.path is empty"),
         ({"path": "nowhere.jsonl"}, "preferences.path 'nowhere.jsonl': needed is"),
         ({"format": "pairs"}, "preferences.format is 'pairs': allowed are auto, paired, unpaired"),
-        ({"format": "unpaired"}, "answer is missing"),
+        ({"format": "unpaired"}, "desirable is None: needed is true or false"),
         ({"on_bad": "ignore"}, "preferences.on_bad is 'ignore'"),
         ({"train": "dev"}, "no preferences of split 'train'"),
     ],

@@ -13,6 +13,7 @@ from tests.helpers.candidates import (
     SAMPLED,
     label,
     loss_of,
+    near_samples,
     outputs_of,
     pretend_ranks,
     random_inputs,
@@ -20,7 +21,13 @@ from tests.helpers.candidates import (
 )
 from training.objectives.check import needs_reference
 from training.objectives.choose import compute, needs, task_of
-from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
+from training.objectives.likelihoods import (
+    Likelihoods,
+    Needs,
+    answer_tokens,
+    mixture_log_probs,
+    retrieval_log_probs,
+)
 from training.objectives.preference import Candidates
 from training.objectives.sampling import MAX_GAIN, advantages, gumbel_top_k
 from training.settings import ObjectiveConfig
@@ -175,7 +182,8 @@ def test_stochastic_rag_is_the_straight_through_mixture() -> None:
     prior = retrieval_log_probs(mild.scores, mild.passage_mask)
     hard, soft = gumbel_top_k(prior + mild.noise[:, 0], mild.passage_mask, 2, 1.0)
     assert outputs.per_passage is not None
-    totals = outputs.per_passage.sum(dim=-1)
+    assert outputs.answer_mask is not None
+    totals = answer_tokens(outputs.per_passage, outputs.answer_mask).sum(dim=-1)  # padding gets no gradient
     mixture = hard + soft - soft.detach()
     textbook = -(mixture * totals.exp() / 2).sum(dim=-1).log().mean()
     torch.testing.assert_close(loss, textbook)
@@ -257,6 +265,7 @@ def test_scores_against_finite_differences(config: ObjectiveConfig) -> None:
         return
     inputs = random_inputs(config, tokens=3)
     inputs.passage_mask[3] = False
+    inputs = near_samples(config, inputs)
     sums = torch.tensor([0.3, 4.0], dtype=torch.float64)  # KTO's z is a constant of the loss
 
     def loss(scores: Tensor) -> Tensor:
@@ -271,6 +280,7 @@ def test_generator_against_finite_differences(config: ObjectiveConfig) -> None:
     """Of the answers that get gradient: KTO's mismatched ones and the rewards of draws are constants."""
     inputs = random_inputs(config, tokens=2)
     inputs.passage_mask[3] = False
+    inputs = near_samples(config, inputs)
     first = inputs.log_probs.detach()[:, :1].clone().requires_grad_()
     others = inputs.log_probs.detach()[:, 1:]
 

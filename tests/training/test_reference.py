@@ -1,22 +1,26 @@
 """The reference: a frozen copy, or the system itself with its adapters off."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from tests.training.test_system import collate, make
+from tests.training.test_system import ENCODER, FRESH, collate, make
+from training.adapters import adapters_disabled, trains_adapters_only
 from training.alignment import with_candidates
 from training.engine import Engine
-from training.models.build import parameter_groups
+from training.models.build import build_system, parameter_groups
 from training.models.candidates import CandidateBatch, answer_tensors, sample
 from training.models.decode import sample as sample_tokens
 from training.models.system import System
 from training.models.tokenizers import train_wordpiece
 from training.objectives.choose import compute
-from training.reference import Reference, has_trained_adapters, initial_copy, reference_context, trains_adapters_only
-from training.settings import EngineConfig, ObjectiveConfig, TokenizerConfig
+from training.reference import Reference, build_reference, initial_copy
+from training.settings import EngineConfig, GeneratorConfig, LoraConfig, ObjectiveConfig, TokenizerConfig
 
 KINDS = ("copy", "fusion", "causal")
 
@@ -65,6 +69,7 @@ def test_answers_without_gradient_get_none(tokenizer: PreTrainedTokenizerFast) -
 def test_a_frozen_copy_stays_where_training_began(tokenizer: PreTrainedTokenizerFast, offload: bool) -> None:
     system = make(tokenizer, "copy", dropout=0.5)
     initial = initial_copy(system)
+    assert initial is not None
     engine = Engine(system, EngineConfig(), parameter_groups(system))
     reference = Reference(engine, initial, offload)
     first = reference(judged(system))
@@ -101,15 +106,12 @@ def test_adapters_off_is_the_model_without_them() -> None:
     expected = plain(inputs).detach()
     model = with_adapters(plain)
     assert trains_adapters_only(model)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert not has_trained_adapters(state)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.5)
-    assert has_trained_adapters(model.state_dict())
-    with reference_context(model):
+    with adapters_disabled(model):
         torch.testing.assert_close(model(inputs), expected)
     assert not torch.allclose(model(inputs), expected)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
@@ -120,6 +122,28 @@ def test_a_model_that_trains_more_than_adapters_needs_a_copy() -> None:
     next(parameter for parameter in model.parameters() if not parameter.requires_grad).requires_grad_(True)
     assert not trains_adapters_only(model)
     assert not trains_adapters_only(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_where_only_adapters_train_the_reference_is_the_start_without_a_copy(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    lora = LoraConfig(rank=2, alpha=4.0)
+    generator = GeneratorConfig(kind="causal", fresh=FRESH, lora=lora)
+    system = build_system(replace(ENCODER, lora=lora), generator, "both", (tokenizer, tokenizer), seed=0)
+    assert initial_copy(system) is None
+    assert initial_copy(make(tokenizer, "causal", lora=lora)) is not None  # its retriever trains as a whole
+    start = system.eval()("candidates", judged(system))
+    engine = Engine(system, EngineConfig(), parameter_groups(system))
+    reference = build_reference(engine, None, False, "", tmp_path, resumes=False)
+    config = ObjectiveConfig(name="dpo")
+    for step in range(3):
+        batch = reference(judged(system))
+        torch.testing.assert_close(batch.reference_scores, start.scores.detach())
+        torch.testing.assert_close(batch.reference_log_probs, start.log_probs.detach())
+        loss, _ = compute(config, engine("candidates", batch))
+        assert (loss.item() == pytest.approx(0.693147, abs=1e-6)) is (step == 0)
+        engine.backward(loss)
+        engine.step({"retriever": 0.05, "generator": 0.05})
 
 
 # ---------------------------------------------------------------- samples
