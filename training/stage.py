@@ -111,7 +111,7 @@ class Stage:
 
     def make_reference(self, resumes: bool) -> Reference | None:
         """What alignment compares with: this stage's start, wherever it stands now. Collective."""
-        if not self._has_reference:
+        if not has_reference(self.job):
             return None
         initial, self._initial = self._initial, None
         offload, init_from = self.job.alignment.reference == "offload", self.job.init_from
