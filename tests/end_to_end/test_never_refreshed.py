@@ -13,7 +13,7 @@ from training.stage import Stage
 
 pytestmark = pytest.mark.long
 
-WARM_STEPS, STEPS, REFRESH_EVERY = 40, 220, 10
+WARM_STEPS, STEPS, REFRESH_EVERY = 40, 300, 10
 
 
 def warm_start(world: TinyWorld, folder: Path) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_index_builds_one_without_training(quickstart: Quickstart) -> None:
     printed = quickstart.call("index", *quickstart.arguments)
     folder = quickstart.folder / "joint" / "index_only"
     assert f"index in {folder}/index" in printed
-    assert is_complete(folder / "index" / "generation-1")
+    assert any(is_complete(path) for path in (folder / "index").glob("generation-*"))
     assert not (folder / "checkpoints").exists()
 
 
