@@ -33,6 +33,7 @@ pytestmark = pytest.mark.long
 
 STAGES = (0, 1, 2, 3)
 STEPS, QUESTIONS, K = 2, 4, 3
+NORMS = 3e-4  # relative: sums in another order, and the second step starts from the first one's rounding
 RATES = {"retriever": 0.01, "generator": 0.02}
 # Adam divides by a gradient's own size: a large epsilon keeps what is nothing but rounding from becoming a step.
 ENGINE = EngineConfig(clip_norm=1.0, epsilon=1e-3)
@@ -225,8 +226,8 @@ def test_training_equals_one_process(name: str, ranks: list[dict[str, Any]], tok
         np.testing.assert_allclose(means, expected["losses"], rtol=2e-5, err_msg=f"losses, stage {stage}")
         for step, norms in enumerate(expected["norms"]):
             for group, norm in norms.items():
-                assert both[0]["norms"][step][group] == pytest.approx(norm, rel=1e-4), (stage, step, group)
-                assert both[1]["norms"][step][group] == pytest.approx(norm, rel=1e-4), (stage, step, group)
+                assert both[0]["norms"][step][group] == pytest.approx(norm, rel=NORMS), (stage, step, group)
+                assert both[1]["norms"][step][group] == pytest.approx(norm, rel=NORMS), (stage, step, group)
         compare(both[0]["weights"], expected["weights"], f"stage {stage}")
         assert not both[1]["weights"]
 

@@ -78,6 +78,13 @@ class Reading:
     fused: Memory | None = None  # left by a fused pass without bias, for those that leave a passage out
 
 
+class Seen:
+    """Takes what each layer's queries take from the memory. No list: DeepSpeed hands modules copies of those."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+
 class Attention(nn.Module):
     """Multi-head attention by plain matrix products: on a CPU the fused kernel's backward with a mask is slower."""
 
@@ -101,9 +108,7 @@ class Attention(nn.Module):
         """Keys and values of `x`."""
         return self.split(self.key(x)), self.split(self.value(x))
 
-    def forward(
-        self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, seen: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, seen: Seen | None = None) -> Tensor:
         """`bias` is added to the logits and broadcasts to [rows, heads, queries, keys]. `seen` takes what each query
         takes from each key, [rows, queries, keys] without gradient: probability times norm of the value, mean over
         heads."""
@@ -112,7 +117,7 @@ class Attention(nn.Module):
         weights = (logits + bias.to(logits.dtype)).softmax(dim=-1)
         if seen is not None:
             norms = torch.linalg.vector_norm(values.detach().float(), dim=-1)
-            seen.append((weights.detach().float() * norms[:, :, None]).mean(dim=1))
+            seen.parts.append((weights.detach().float() * norms[:, :, None]).mean(dim=1))
         return self.output((weights @ values).transpose(1, 2).flatten(2))
 
 
@@ -142,7 +147,7 @@ class Layer(nn.Module):
         x: Tensor,
         bias: Tensor,
         memory: tuple[Tensor, Tensor, Tensor] | None = None,
-        seen: list[Tensor] | None = None,
+        seen: Seen | None = None,
     ) -> Tensor:
         """`memory`: keys, values and bias of what is attended to; `seen` takes what is taken from it."""
         normed = self.attention_norm(x)
@@ -272,9 +277,9 @@ class CopyReader(Generator):
         num_questions, k = batch.passage_mask.shape
         memory = self._memory_of_all(reading, batch, None)
         assert memory.passage is not None
-        seen: list[Tensor] = []
+        seen = Seen()
         log_probs = self._target_log_probs(memory, batch.answer_ids, seen).masked_fill(~batch.answer_mask, 0.0)
-        taken = (torch.stack(seen).sum(dim=0) * batch.answer_mask[..., None]).sum(dim=1)  # [batch, source]
+        taken = (torch.stack(seen.parts).sum(dim=0) * batch.answer_mask[..., None]).sum(dim=1)  # [batch, source]
         taken = taken.new_zeros(num_questions, k).scatter_add(1, memory.passage, taken)
         return log_probs, taken.masked_fill(~batch.passage_mask, 0.0)
 
@@ -318,9 +323,7 @@ class CopyReader(Generator):
             assert isinstance(layer, Layer)
             yield layer
 
-    def _decode(
-        self, memory: Memory, inputs: Tensor, seen: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _decode(self, memory: Memory, inputs: Tensor, seen: Seen | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """States [rows, tokens, hidden], pointer weights [rows, tokens, source], gate [rows, tokens]. `seen` takes what
         each layer takes from the memory, [rows, tokens, source]."""
         length = inputs.shape[1]
@@ -335,7 +338,7 @@ class CopyReader(Generator):
         gate, follow = torch.sigmoid(self.gates(x).float()).unbind(dim=-1)
         return x, _follow_copies(pointer, follow, memory, inputs), gate
 
-    def _target_log_probs(self, memory: Memory, targets: Tensor, seen: list[Tensor] | None = None) -> Tensor:
+    def _target_log_probs(self, memory: Memory, targets: Tensor, seen: Seen | None = None) -> Tensor:
         """float32 log-probabilities of `targets` [rows, tokens]; the mixture is never spread over the vocabulary."""
         inputs = F.pad(targets, (1, 0), value=self.start_id)[:, :-1]
         states, pointer, gate = self._decode(memory, inputs, seen)
