@@ -44,6 +44,7 @@ from indexing.questions import QuestionStore
 from indexing.store import Store
 from training.data import Collator, Stream
 from training.engine import Engine
+from training.engine_setup import concrete_precision
 from training.evaluate import encode_questions
 from training.models.build import parameter_groups
 from training.models.generator import Generator
@@ -277,7 +278,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16_autocast"])
+    parser.add_argument("--precisions", nargs="+", default=sorted({"fp32", concrete_precision("auto")}, reverse=True))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()
