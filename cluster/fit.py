@@ -1,11 +1,13 @@
 """One stage on the cluster: placement, index service, trainers; wait for the first to end, shut down once.
 
-    driver (this file)          starts everything, prints the console of rank 0, starts the trainers again
+    driver (this file)          starts everything at once, prints the console of rank 0, starts the trainers again
       |-- index service         shards, refresh workers, coordinator (`service.py`); lives as long as the stage
       '-- Ray Train             one process per trainer, each runs `training.stage.Stage`; when one dies, all are
                                 started again and resume from the newest checkpoint in the run directory
 
-The trainers wait for the index (bounded by `wait_timeout_s`); nobody waits for the driver.
+The trainers wait for the index (bounded by `wait_timeout_s`); nobody waits for the driver. Index and trainers come up
+side by side. A thread of the driver waits for the index (bounded by cluster.start_timeout_s); where that fails it stops
+what there is of it, so that the trainers fail too, and its own error is the one that is raised.
 """
 
 import hashlib
@@ -26,7 +28,7 @@ from cluster.events import EventLog
 from cluster.inherit import inherit_index
 from cluster.placement import PlacementPlan
 from cluster.prepare import Prepared
-from cluster.service import IndexServiceHandle, index_identity, start_index_service
+from cluster.service import IndexServiceHandle, await_ready, index_identity, start_index_service
 from cluster.settings import Settings
 from indexing.snapshot import is_complete
 from indexing.store import Store
@@ -77,13 +79,39 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
                     placement=placement,
                     snapshot=snapshot,
                     start_timeout_s=settings.cluster.start_timeout_s,
+                    wait=snapshot is not None,
                 )
                 job.index_from_snapshot = snapshot is not None
-            _fit(job, service, settings, placement)
+            with _started(service, placement, settings.cluster.start_timeout_s):
+                _fit(job, service, settings, placement)
         finally:
             if service is not None:
                 service.stop()
     events("stage_finished")
+
+
+@contextmanager
+def _started(service: IndexServiceHandle | None, placement: PlacementPlan, timeout_s: float) -> Iterator[None]:
+    """Wait beside the block until the service is ready. Raises what kept it from that, whatever the block raised."""
+    failures: list[Exception] = []
+
+    def wait() -> None:
+        assert service is not None
+        try:
+            await_ready(service, placement, timeout_s)
+        except Exception as error:  # the edge of a thread: raised below
+            failures.append(error)
+            service.stop()
+
+    thread = threading.Thread(target=wait, name="index-start", daemon=True)
+    if service is not None:
+        thread.start()
+    try:
+        yield
+    except Exception as error:
+        if failures:
+            raise failures[0] from error
+        raise
 
 
 def is_finished(settings: Settings) -> bool:

@@ -1,7 +1,8 @@
 """An index service: shards, refresh workers and a coordinator, started together and stopped together.
 
-The driver starts and owns them; trainers reach them by name. `start_index_service` waits until every actor answers,
-bounded by cluster.start_timeout_s; Ray itself would wait for ever for processors that it does not have.
+The driver starts and owns them; trainers reach them by name, also while they still start: Ray keeps a call until its
+actor runs. `await_ready` waits until every actor answers, bounded by cluster.start_timeout_s; Ray itself would wait for
+ever for processors that it does not have.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from cluster.actors import (
     ShardActor,
     WorkerSettings,
 )
+from cluster.handles import NamedActor
 from cluster.placement import PlacementPlan, Seat
 from cluster.refresh import RefreshSettings
 from cluster.search import IndexAddress, IndexClient
@@ -46,7 +48,7 @@ ENCODER_IDENTITY = ("name", "fresh", "pooling", "normalize", "max_passage_tokens
 
 @dataclass(frozen=True)
 class IndexServiceHandle:
-    """A running index service; may be sent to other processes of the same Ray."""
+    """An index service, running or starting; may be sent to other processes of the same Ray."""
 
     address: IndexAddress
     workers: tuple[str, ...]
@@ -82,8 +84,10 @@ def start_index_service(
     snapshot: str | Path | None = None,
     start_timeout_s: float = 300.0,
     keep_protected: int = 4,
+    wait: bool = True,
 ) -> IndexServiceHandle:
-    """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish.
+    """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish. With `wait`
+    it is ready on return; without, `await_ready` is the caller's to call.
 
     `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`.
     `keep_protected` saved generations that checkpoints name outlive the pruning. Raises ValueError for settings or a
@@ -136,13 +140,33 @@ def start_index_service(
         initial=initial,
     )
     try:
-        _start(handle, ranges, index, worker, coordinator, placement, start_timeout_s)
-        if initial is not None:
-            _await_generation(handle, initial[0], start_timeout_s)
+        _start(handle, ranges, index, worker, coordinator, placement)
+        if wait:
+            await_ready(handle, placement, start_timeout_s, None if initial is None else initial[0])
     except BaseException:
         handle.stop()
         raise
     return handle
+
+
+def await_ready(
+    handle: IndexServiceHandle, placement: PlacementPlan, timeout_s: float, initial: Wish | None = None
+) -> None:
+    """Wait until every actor answers, and `initial`, a snapshot that was named at the start, serves.
+
+    Raises TimeoutError with what Ray has free, and ValueError where the snapshot cannot be served.
+    """
+    deadline = time.monotonic() + timeout_s
+    methods = {handle.address.coordinator: "status"} | dict.fromkeys(handle.address.shards, "status")
+    methods |= dict.fromkeys(handle.workers, "place")
+    asked = [NamedActor(name, handle.address.namespace).submit(method) for name, method in methods.items()]
+    _await_all(asked, timeout_s, placement)
+    if initial is None:
+        return
+    try:
+        handle.connect().wait_for_version(initial.weights_version, max(0.1, deadline - time.monotonic()))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 def index_identity(passages: Store, encoder: EncoderConfig, index: IndexConfig) -> IndexIdentity:
@@ -174,9 +198,8 @@ def _start(
     worker: WorkerSettings,
     coordinator: CoordinatorSettings,
     placement: PlacementPlan,
-    timeout_s: float,
 ) -> None:
-    """Start every actor, and wait until each has answered."""
+    """Start every actor; they come up while the caller goes on."""
     seats = placement.shards, placement.workers
     remote: Any = ray.remote  # its stubs know no concurrency groups
     shard_class = remote(concurrency_groups=SHARD_THREADS)(ShardActor)
@@ -195,12 +218,6 @@ def _start(
     chief = coordinator_class.options(**_options(handle.address.coordinator, handle, idle, placement)).remote(
         coordinator
     )
-    answers = [
-        *(shard.status.remote() for shard in shards),
-        *(one.place.remote() for one in workers),
-        chief.status.remote(),
-    ]
-    _await_all(answers, timeout_s, placement)
     for one in workers:
         one.warm.remote()
     _keep_alive(handle, [*shards, *workers, chief])
@@ -228,15 +245,6 @@ def _await_all(answers: list[Any], timeout_s: float, placement: PlacementPlan) -
             f"(cluster.start_timeout_s); free now: {free}\n{placement}"
         )
     ray.get(ready)
-
-
-def _await_generation(handle: IndexServiceHandle, wish: Wish, timeout_s: float) -> None:
-    """Wait until a snapshot that was named at the start serves."""
-    client, deadline = handle.connect(), time.monotonic() + timeout_s
-    try:
-        client.wait_for_version(wish.weights_version, max(0.1, deadline - time.monotonic()))
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
 
 
 _ALIVE: dict[str, list[ActorHandle]] = {}

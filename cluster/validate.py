@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from cluster.settings import Settings
-from training.mixture import mixture, pretrains
+from training.mixture import contrasted, mixture, pretrains
 from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
 from training.settings import FRESH_CONTEXT, ObjectiveConfig
 
@@ -65,7 +65,7 @@ POSITIVE = {
     *("generator.max_question_tokens", "generator.max_passage_tokens", "generator.max_answer_tokens"),
     *("objective.temperature", "objective.target_temperature", "objective.scale", "objective.min_span"),
     *("generator.max_context_tokens", "pretraining.context_words", "pretraining.mask_share"),
-    *("pretraining.mean_span_words", "pretraining.duplicate_threshold"),
+    *("pretraining.mean_span_words", "pretraining.duplicate_threshold", "pretraining.contrast_passages"),
     *("retrieval.k", "index.num_shards", "index.nprobe", "index.training_sample", "index.keep_generations"),
     *("index.search_timeout_s", "refresh.num_workers", "refresh.chunk_passages", "refresh.batch_tokens"),
     *("refresh.threads", "refresh.chunk_timeout_s", "training.batch_size", "training.log_every"),
@@ -359,6 +359,13 @@ def _check_pretraining(settings: Settings) -> None:
     if not pretrains(pretraining):
         return
     mixture(pretraining)
+    if contrasted(pretraining) and settings.training.train == "generator_only":
+        task = next(iter(contrasted(pretraining)))
+        allowed = "must be left out with training.train=generator_only: it trains the retriever alone"
+        raise refuse(f"pretraining.{task}", getattr(pretraining, task), allowed)
+    if settings.objective.name in (*PREFERENCE, "grpo"):
+        allowed = "must be an objective of questions with one answer each, with a section pretraining"
+        raise refuse("objective.name", settings.objective.name, allowed)
     if settings.objective.name in CONTRASTIVE:
         allowed = (
             "must be an objective that reads answers with a section pretraining; it cuts its own spans without one"

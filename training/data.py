@@ -160,14 +160,25 @@ class ClozeSource:
     al. 2019). independent_cropping: two spans of one passage (Izacard et al. 2022).
     """
 
-    def __init__(self, store: Store, stream: Stream, config: ObjectiveConfig, separator_id: int, pad_id: int) -> None:
-        self.tokens = store.tokens("retriever")
+    def __init__(
+        self,
+        store: Store,
+        stream: Stream,
+        config: ObjectiveConfig,
+        separator_id: int,
+        pad_id: int,
+        passages: np.ndarray | None = None,
+    ) -> None:
+        """`passages`: numbers of those that `stream` counts; None: all."""
+        self.tokens, self.passages = store.tokens("retriever"), passages
         self.stream, self.config = stream, config
         self.separator_id, self.pad_id = separator_id, pad_id
 
     def batch(self, number: int) -> ContrastBatch:
         """Batch `number` of this trainer."""
         numbers = self.stream.batch(number)
+        if self.passages is not None:
+            numbers = self.passages[numbers]
         cut = self._crop if self.config.name == "independent_cropping" else self._cloze
         random = self.stream.random(number, purpose=1)
         pairs = [cut(row, rng) for row, rng in zip(self.tokens.rows(numbers), random, strict=True)]

@@ -1,5 +1,6 @@
 """The micro-batches of a stage: spans of the corpus, examples cut from it, questions, or judged and sampled answers."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from training.evaluate import encode_questions
 from training.job import Parts
 from training.long_context import LongContext, LongContextBatches
 from training.loop import Source
+from training.mixture import contrasted
 from training.models.sides import generator_answer_side
 from training.objectives.check import PREFERENCE, samples_answers
 from training.objectives.choose import needs
@@ -27,7 +29,7 @@ from training.pretraining import (
 )
 from training.reference import Reference
 from training.retrieve import Prefetcher
-from training.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches
+from training.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches, WithPairs
 
 
 class CorpusExamples:
@@ -58,10 +60,7 @@ def make_source(
     start = loader_state["number"] if loader_state else 0
     if needs(job.objective).in_batch:
         stream = Stream(len(parts.store), job.training.batch_size, *place)
-        separator = parts.tokenizers[0].sep_token_id
-        separator_id = separator if isinstance(separator, int) else -1
-        cloze = ClozeSource(parts.store, stream, job.objective, separator_id, parts.pad_id)
-        return ClozeBatches(cloze, engine.device, start)
+        return ClozeBatches(_pairs(parts, stream, job.objective.name), engine.device, start)
     search = None
     if corpus is not None:
         questions = corpus.training
@@ -80,7 +79,7 @@ def make_source(
         return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
     if parts.service is None:
         source = ClosedBookBatches(collator, batch_of, engine.device, start, answers)
-        return _aligned(parts, source, collator, reference, loader_state)
+        return _with_pairs(parts, corpus, _aligned(parts, source, collator, reference, loader_state), place, start)
     k, depth = job.retrieval.k, job.retrieval.prefetch_depth
     # A labelled passage takes one place: search one more, so that k - 1 others are left.
     k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
@@ -93,7 +92,28 @@ def make_source(
     source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
     if loader_state:
         source.restore(loader_state)
-    return _aligned(parts, source, collator, reference, loader_state)
+    return _with_pairs(parts, corpus, _aligned(parts, source, collator, reference, loader_state), place, start)
+
+
+def _pairs(parts: Parts, stream: Stream, task: str, passages: np.ndarray | None = None) -> ClozeSource:
+    separator = parts.tokenizers[0].sep_token_id
+    separator_id = separator if isinstance(separator, int) else -1
+    return ClozeSource(
+        parts.store, stream, replace(parts.job.objective, name=task), separator_id, parts.pad_id, passages
+    )
+
+
+def _with_pairs(
+    parts: Parts, corpus: CorpusExamples | None, source: Source, place: tuple[int, int, int], start: int
+) -> Source:
+    """Pairs of the mixture's contrastive tasks beside every micro-batch, cut from the same passages as its examples."""
+    config = parts.job.pretraining
+    shares = contrasted(config) if corpus is not None else {}
+    if corpus is None or not shares:
+        return source
+    passages = corpus.training.candidates
+    stream = Stream(len(passages), config.contrast_passages, *place)
+    return WithPairs(source, {task: _pairs(parts, stream, task, passages) for task in shares}, shares, place[0], start)
 
 
 def _aligned(

@@ -1,19 +1,27 @@
-"""The mixture of pretraining tasks; read before a stage starts, so nothing heavy is imported."""
+"""The mixture of pretraining tasks; read before a stage starts, so nothing heavy is imported.
+
+Tasks that cut a question and an answer are drawn one by one, example by example. Contrastive tasks train the retriever
+alone: where the mixture has one, every micro-batch brings a batch of pairs beside its examples, and the loss is the
+mean of both, weighted by their shares, so that every trainer's graph is the same at every step.
+"""
 
 from training.settings import PretrainingConfig
 
 TASKS = ("span_corruption", "salient_span", "prefix_lm", "title_to_section")
 
 
+CONTRASTIVE = ("inverse_cloze", "independent_cropping")
+
+
 def pretrains(config: PretrainingConfig) -> bool:
     """Whether the stage trains on examples cut from the corpus: some task has a weight."""
-    return any(getattr(config, task) is not None for task in TASKS)
+    return any(getattr(config, task) is not None for task in (*TASKS, *CONTRASTIVE))
 
 
 def mixture(config: PretrainingConfig) -> dict[str, float]:
-    """Share of each task, in the order of `TASKS`; those of weight 0 are left out. Raises ValueError where a weight is
-    negative or all are 0."""
-    weights = {task: getattr(config, task) for task in TASKS if getattr(config, task) is not None}
+    """Share of each task, in the order of `TASKS` and `CONTRASTIVE`; those of weight 0 are left out. Raises ValueError
+    where a weight is negative, all are 0, or none has an answer."""
+    weights = {task: getattr(config, task) for task in (*TASKS, *CONTRASTIVE) if getattr(config, task) is not None}
     for task, weight in weights.items():
         if not 0 <= weight < float("inf"):
             raise ValueError(f"pretraining.{task}={weight}: must be a weight of 0 or above")
@@ -21,4 +29,20 @@ def mixture(config: PretrainingConfig) -> dict[str, float]:
     if not total:
         given = ", ".join(f"pretraining.{task}={weight}" for task, weight in weights.items())
         raise ValueError(f"{given}: the weights of the mixture are 0 together; set one above 0, or none at all")
+    if not any(weights.get(task) for task in TASKS):
+        raise ValueError(
+            f"pretraining has weights for {', '.join(weights)} alone, which have no answers: give one of "
+            f"{', '.join(TASKS)} a weight, or set objective.name={next(task for task in weights if weights[task])}"
+        )
     return {task: weight / total for task, weight in weights.items() if weight}
+
+
+def answered(config: PretrainingConfig) -> dict[str, float]:
+    """Share of each task with answers among those with answers."""
+    shares = {task: share for task, share in mixture(config).items() if task in TASKS}
+    return {task: share / sum(shares.values()) for task, share in shares.items()}
+
+
+def contrasted(config: PretrainingConfig) -> dict[str, float]:
+    """Share of each contrastive task in the whole mixture; empty where it has none."""
+    return {task: share for task, share in mixture(config).items() if task in CONTRASTIVE}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.merge import Hits
 from indexing.store import Store, TokenSide
-from training.mixture import mixture
+from training.mixture import answered
 from training.models.sides import generator_answer_side, generator_question_side, retriever_question_side
 from training.retrieve import IndexService, PendingHits
 from training.settings import EncoderConfig, GeneratorConfig, PretrainingConfig
@@ -77,7 +77,7 @@ class CorpusQuestions:
             raise ValueError(f"pretraining.held_out={config.held_out}: no passage is left to cut examples from")
         self.store, self.candidates, self.config, self.sides = store, rows, config, sides
         self.seed, self.purpose = seed, purpose
-        self.shares = mixture(config)
+        self.shares = answered(config)
         self.recognize = find_recognizer(config.recognizer)
         self._made: OrderedDict[int, CorpusExample] = OrderedDict()
 

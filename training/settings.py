@@ -149,13 +149,16 @@ class AlignmentConfig:
 
 @dataclass
 class PretrainingConfig:
-    """Training examples cut from the corpus itself (`training/tasks.py`). The first four are the mixture's weights;
-    none set: the stage trains on questions."""
+    """Training examples cut from the corpus itself (`training/tasks.py`). The first six are the mixture's weights; none
+    set: the stage trains on questions."""
 
     span_corruption: float | None = None  # spans of a passage are masked; the answer is what was there
     salient_span: float | None = None  # a name, a date or a number is masked
     prefix_lm: float | None = None  # a passage is continued
     title_to_section: float | None = None  # the first sentences under a title
+    inverse_cloze: float | None = None  # the retriever alone: a span against its own passage among others
+    independent_cropping: float | None = None  # the retriever alone: two spans of one passage
+    contrast_passages: int = 64  # passages that a micro-batch of the two above contrasts; spans as in `objective`
     recognizer: str = "regex"  # of salient spans: regex, or module:function (text -> [(start, stop), ...])
     context_words: int = 24  # of a passage in a question at most; fewer where its tokens would be cut
     mask_share: float = 0.15  # of the words, span corruption

@@ -1,6 +1,7 @@
 """The micro-batches of a stage: questions with their hits, or spans cut from the corpus for a warm start."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,12 @@ import torch
 from indexing.merge import Hits
 from training.answers import TrainingAnswers
 from training.data import ClozeSource, Collator, Stream, gold_first
-from training.loop import Fetched
+from training.loop import Fetched, Source
+from training.models.system import RetrievalBatch
 from training.retrieve import Prefetcher
 from training.settings import RetrievalConfig
+
+PAIRS = 13  # purpose of a random generator
 
 
 class RetrievedBatches:
@@ -69,6 +73,31 @@ class RetrievedBatches:
         """Go on where `state` was taken; the prefetcher must start at `state["number"]`."""
         self._trained = state["number"]
         self.prefetcher.restore([Hits(*values) for values in state["ahead"]])
+
+
+class WithPairs:
+    """Micro-batches of another source, each with a batch of pairs for the contrastive tasks of a mixture beside it."""
+
+    def __init__(
+        self, source: Source, pairs: dict[str, ClozeSource], shares: dict[str, float], seed: int, start: int = 0
+    ) -> None:
+        """`shares`: of each contrastive task in the whole mixture; which one a micro-batch has is drawn by them."""
+        self.source, self.pairs, self.shares, self.seed, self.number = source, pairs, shares, seed, start
+
+    def next(self) -> Fetched:
+        """The next micro-batch on the device."""
+        fetched, share = self.source.next(), sum(self.shares.values())
+        random = np.random.default_rng([self.seed, PAIRS, self.number])
+        task = str(random.choice(list(self.shares), p=[one / share for one in self.shares.values()]))
+        batch = fetched.batch
+        assert isinstance(batch, RetrievalBatch)
+        pairs = self.pairs[task].batch(self.number).to(batch.question_ids.device)
+        self.number += 1
+        return replace(fetched, batch=replace(batch, contrast=pairs, contrast_share=share))
+
+    def state(self) -> dict[str, Any]:
+        """That of the other source; both count the same micro-batches."""
+        return self.source.state()
 
 
 class ClosedBookBatches:

@@ -222,6 +222,7 @@ def test_a_generator_without_attention_is_refused_before_it_is_loaded(write, tmp
     ("override", "expected"),
     [
         ("pretraining.salient_span=0", "pretraining.salient_span=0.0: the weights of the mixture are 0 together"),
+        ("pretraining.inverse_cloze=1", "pretraining has weights for inverse_cloze alone, which have no answers"),
         ("pretraining.prefix_lm=-1", "pretraining.prefix_lm=-1.0: must not be negative"),
         ("pretraining.cloze=1", "unknown setting pretraining.cloze"),
         ("pretraining.salient_spam=1", "Did you mean pretraining.salient_span?"),

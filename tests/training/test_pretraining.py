@@ -18,11 +18,14 @@ from tests.helpers.tiny_world import TinyWorld
 from training.checkpoint import load_weights, newest_checkpoint
 from training.data import Collator, Stream
 from training.job import StageJob
+from training.mixture import TASKS
 from training.models.build import build_generator, build_system
 from training.models.encoder import passage_state
 from training.models.sides import generator_passage_side, retriever_passage_side
 from training.models.system import RetrievalBatch
 from training.models.weights import to_numpy
+from training.objectives.choose import compute, needs
+from training.objectives.contrastive import info_nce
 from training.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
 from training.retrieve import Prefetcher
 from training.settings import (
@@ -340,6 +343,51 @@ def test_a_resumed_pretraining_equals_an_uninterrupted_one(world, tmp_path, dept
     assert second is not None
     left, right = load_weights(first), load_weights(second)
     assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_contrastive_tasks_of_a_mixture_train_the_retriever_beside_the_others(world, tmp_path):
+    mixed = replace(ALL, inverse_cloze=2.0, independent_cropping=2.0, contrast_passages=12, held_out_examples=0)
+    changes = {
+        "evaluate_questions": "",
+        "training": TrainingConfig(steps=30, batch_size=4, warmup_steps=3, schedule="constant"),
+        "checkpoint": CheckpointConfig(every_steps=15, index=False),
+    }
+    Stage(pretrain_job(world, tmp_path / "mixed", pretraining=mixed, **changes), world.index()).run()
+    rows = [json.loads(line) for line in (tmp_path / "mixed" / "metrics.jsonl").read_text().splitlines()]
+    contrast = [row["loss/contrast"] for row in rows if "loss/contrast" in row]
+    assert len(contrast) == 30
+    assert np.mean(contrast[-8:]) < np.mean(contrast[:4]) - 0.2
+
+    # A resume cuts the same pairs: the first part alone, then the rest.
+    parts = pretrain_job(world, tmp_path / "parts", pretraining=mixed, **changes)
+    Stage(replace(parts, training=replace(parts.training, steps=15)), world.index(max_generations=1)).run()
+    index = world.index(max_generations=1)
+    Stage(replace(parts, run_dir=str(tmp_path / "first")), index).serve_index(fresh=True)
+    Stage(replace(parts, training=replace(parts.training, steps=20)), index).run()
+    whole = pretrain_job(world, tmp_path / "whole", pretraining=mixed, **changes)
+    Stage(replace(whole, training=replace(whole.training, steps=20)), world.index(max_generations=1)).run()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_pairs_are_cut_from_training_passages_alone_and_weigh_their_share(world, tmp_path):
+    mixed = replace(ALL, held_out=0.4, held_out_examples=0, inverse_cloze=sum(vars(ALL)[task] or 0.0 for task in TASKS))
+    stage = Stage(pretrain_job(world, tmp_path, pretraining=mixed, evaluate_questions=""), world.index())
+    stage.serve_index(fresh=True)
+    assert stage.corpus is not None
+    source, allowed = stage.make_source(None), set(stage.corpus.training.candidates.tolist())
+    for _ in range(4):
+        batch = source.next().batch
+        assert isinstance(batch, RetrievalBatch)
+        assert batch.contrast is not None
+        assert batch.contrast_share == pytest.approx(0.5)
+        assert set(batch.contrast.passage_numbers.tolist()) <= allowed
+    needed = needs(stage.job.objective)
+    outputs = stage.system("likelihoods", batch, needed, 1.0)
+    alone = stage.system("likelihoods", replace(batch, contrast=None), needed, 1.0)
+    pairs, _ = info_nce(stage.system("contrast", batch.contrast))
+    together = compute(stage.job.objective, outputs)[0]
+    apart = 0.5 * float(compute(stage.job.objective, alone)[0]) + 0.5 * float(pairs)
+    assert float(together) == pytest.approx(apart, rel=1e-5)
 
 
 def test_closed_book_pretraining_reads_no_passage(world, tmp_path):

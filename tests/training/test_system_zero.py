@@ -14,7 +14,7 @@ from training import engine_setup
 from training.engine import Engine
 from training.models.build import build_system, parameter_groups
 from training.models.packing import pad_rows
-from training.models.system import Answers, RetrievalBatch, System
+from training.models.system import Answers, ContrastBatch, RetrievalBatch, System
 from training.models.tokenizers import load_tokenizer, train_wordpiece
 from training.models.weights import from_numpy, to_numpy
 from training.objectives.choose import compute, needs
@@ -46,11 +46,12 @@ DECODINGS = (DecodingConfig("marginal", 1, 7), DecodingConfig("marginal", 3, 7),
 
 @dataclass(frozen=True)
 class Case:
-    """A generator, towers and an objective."""
+    """A generator, towers and an objective, with the pairs of a contrastive task beside it where `pairs` is set."""
 
     kind: str
     towers: str
     objective: ObjectiveConfig
+    pairs: bool = False
 
 
 CASES = {
@@ -71,6 +72,8 @@ CASES = {
     "causal, shared towers, adist": Case("causal", "shared", ObjectiveConfig("adist")),
     "causal, shared towers, rag_sequence": Case("causal", "shared", ObjectiveConfig("rag_sequence")),
     "causal, separate towers, pdist": Case("causal", "separate", ObjectiveConfig("pdist")),
+    "copy, shared towers, rag_sequence and pairs": Case("copy", "shared", ObjectiveConfig("rag_sequence"), pairs=True),
+    "causal, separate towers, pdist and pairs": Case("causal", "separate", ObjectiveConfig("pdist"), pairs=True),
 }
 KINDS = ("copy", "fusion", "causal")
 
@@ -84,8 +87,9 @@ def make(case: Case, tokenizer: Path) -> System:
     return build_system(replace(ENCODER, towers=case.towers), generator, "both", (words, words), 5, case.objective)
 
 
-def collate(system: System, step: int, part: slice) -> RetrievalBatch:
-    """Questions `part` of batch `step`; lengths differ, and the second question has a passage less."""
+def collate(system: System, step: int, part: slice, pairs: bool = False) -> RetrievalBatch:
+    """Questions `part` of batch `step`; lengths differ, and the second question has a passage less. With `pairs`, spans
+    and their passages beside them."""
     random = np.random.default_rng(step)
 
     def row(shortest: int, longest: int) -> np.ndarray:
@@ -97,7 +101,13 @@ def collate(system: System, step: int, part: slice) -> RetrievalBatch:
     padded = [[*rows, *[np.array([0])] * (K - len(rows))] for rows in passages]
     flat = [one for rows in padded[part] for one in rows]
     reader = system.generator.collate(questions[part], passages[part], answers[part])
-    return RetrievalBatch(*pad_rows(questions[part], 0), *pad_rows(flat, 0), reader)
+    batch = RetrievalBatch(*pad_rows(questions[part], 0), *pad_rows(flat, 0), reader)
+    if not pairs:
+        return batch
+    spans, whole = [row(2, 4) for _ in range(QUESTIONS)], [row(6, 12) for _ in range(QUESTIONS)]
+    numbers = torch.arange(QUESTIONS)[part]
+    contrast = ContrastBatch(*pad_rows(spans[part], 0), *pad_rows(whole[part], 0), numbers)
+    return replace(batch, contrast=contrast, contrast_share=0.3)
 
 
 def loss_of(case: Case, outputs: Any) -> torch.Tensor:
@@ -129,7 +139,7 @@ def train(rank: int, world_size: int, stage: int, case: Case, tokenizer: Path) -
     engine = Engine(system, replace(ENGINE, zero_stage=stage), parameter_groups(system))
     losses, norms = [], []
     for step in range(STEPS):
-        batch = collate(system, step, share(rank, world_size))
+        batch = collate(system, step, share(rank, world_size), case.pairs)
         loss = loss_of(case, engine("likelihoods", batch, needs(case.objective), 1.0))
         engine.backward(loss)
         losses.append(loss.item())
@@ -173,7 +183,7 @@ def reference(case: Case, tokenizer: Path) -> dict[str, Any]:
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = loss_of(case, system("likelihoods", collate(system, step, slice(None)), needs(case.objective), 1.0))
+        loss = loss_of(case, system("likelihoods", collate(system, step, slice(None), case.pairs), needs(case.objective), 1.0))
         loss.backward()
         clipped = {name: torch.nn.utils.clip_grad_norm_(group, ENGINE.clip_norm) for name, group in groups.items()}
         norms.append({name: float(norm) for name, norm in clipped.items()})

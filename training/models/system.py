@@ -19,32 +19,6 @@ from training.settings import DecodingConfig
 
 
 @dataclass
-class RetrievalBatch:
-    """Questions with their K retrieved passages, as both models read them."""
-
-    question_ids: Tensor  # int64 [batch, tokens], retriever's tokeniser
-    question_mask: Tensor  # bool
-    passage_ids: Tensor  # int64 [batch * k, tokens]; no rows where the vectors are known
-    passage_token_mask: Tensor  # bool
-    reader: ReaderBatch
-    # float32 [batch, k, dim]: of a passage encoder that does not change
-    passage_vectors: Tensor | None = field(default=None, kw_only=True)
-
-    def to(self, device: torch.device | str) -> "RetrievalBatch":
-        """The same batch on `device`."""
-        tensors = (self.question_ids, self.question_mask, self.passage_ids, self.passage_token_mask)
-        known = None if self.passage_vectors is None else self.passage_vectors.to(device, non_blocking=True)
-        moved = (t.to(device, non_blocking=True) for t in tensors)
-        return RetrievalBatch(*moved, reader=self.reader.to(device), passage_vectors=known)
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens that the two encoders and the reader see."""
-        answers = int(self.reader.answer_mask.sum())
-        return int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum()) + answers
-
-
-@dataclass
 class ContrastBatch:
     """Query spans and the passages they were cut from."""
 
@@ -63,6 +37,42 @@ class ContrastBatch:
     def num_tokens(self) -> int:
         """Real tokens that the encoders see."""
         return int(self.query_mask.sum()) + int(self.passage_token_mask.sum())
+
+
+@dataclass
+class RetrievalBatch:
+    """Questions with their K retrieved passages, as both models read them."""
+
+    question_ids: Tensor  # int64 [batch, tokens], retriever's tokeniser
+    question_mask: Tensor  # bool
+    passage_ids: Tensor  # int64 [batch * k, tokens]; no rows where the vectors are known
+    passage_token_mask: Tensor  # bool
+    reader: ReaderBatch
+    # float32 [batch, k, dim]: of a passage encoder that does not change
+    passage_vectors: Tensor | None = field(default=None, kw_only=True)
+    contrast: ContrastBatch | None = field(default=None, kw_only=True)  # of a mixture with a contrastive task
+    contrast_share: float = field(default=0.0, kw_only=True)  # of the loss
+
+    def to(self, device: torch.device | str) -> "RetrievalBatch":
+        """The same batch on `device`."""
+        tensors = (self.question_ids, self.question_mask, self.passage_ids, self.passage_token_mask)
+        known = None if self.passage_vectors is None else self.passage_vectors.to(device, non_blocking=True)
+        moved = (t.to(device, non_blocking=True) for t in tensors)
+        contrast = None if self.contrast is None else self.contrast.to(device)
+        return RetrievalBatch(
+            *moved,
+            reader=self.reader.to(device),
+            passage_vectors=known,
+            contrast=contrast,
+            contrast_share=self.contrast_share,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens that the two encoders and the reader see."""
+        answers = int(self.reader.answer_mask.sum())
+        pairs = 0 if self.contrast is None else self.contrast.num_tokens
+        return int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum()) + answers + pairs
 
 
 @dataclass
@@ -146,6 +156,8 @@ class System(nn.Module):
             null=null,
             null_score=null_score,
             noise=gumbel_noise(scores, needs.num_draws) if needs.num_draws else None,
+            contrast=None if batch.contrast is None else self.contrast(batch.contrast),
+            contrast_share=batch.contrast_share,
         )
 
     @torch.no_grad()

@@ -108,6 +108,10 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_
             loss, stats = stochastic_rag(outputs, config.num_selected, config.relaxation, config.temperature)
         case _:
             raise ValueError(f"objective.name={config.name!r} is no objective; see training/objectives/check.py")
+    if outputs.contrast is not None:
+        pairs, known = info_nce(outputs.contrast)
+        loss = (1 - outputs.contrast_share) * loss + outputs.contrast_share * pairs
+        stats |= {"loss/contrast": pairs.detach(), "retrieval/in_batch_accuracy": known["retrieval/in_batch_accuracy"]}
     touch = (0.0 * outputs.scores.masked_fill(~outputs.passage_mask, 0.0)).sum()
     return config.scale * (loss + touch), stats
 

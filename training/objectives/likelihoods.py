@@ -31,6 +31,8 @@ class Likelihoods:
     positives: Tensor | None = None  # int64 [batch]: column of the positive; contrastive objectives only
     num_questions: float | None = None  # denominator of sums over questions; None: batch
     noise: Tensor | None = None  # Gumbel noise [batch, draws, k]; objectives that draw passages
+    contrast: "Likelihoods | None" = None  # pairs of a contrastive task beside the questions
+    contrast_share: float = 0.0  # of the loss
 
 
 @dataclass(frozen=True)
