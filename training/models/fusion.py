@@ -22,6 +22,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from training.models import likelihood
@@ -154,7 +155,7 @@ class FusionGenerator(Generator):
         memory, starts = self._fuse(reading, batch, passage_bias)
         # Checkpointed layers take no cache, and would project again in the backward pass.
         keep = torch.is_grad_enabled() and not self.config.gradient_checkpointing
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if keep else None
+        cache = EncoderDecoderCache(DynamicCache(), CrossCache()) if keep else None
         log_probs = self._score(memory, batch.answer_ids, batch.answer_mask, cache)
         if cache is not None and len(cache.cross_attention_cache.layers):
             layers: Any = cache.cross_attention_cache.layers
@@ -358,6 +359,22 @@ class FusionGenerator(Generator):
             )
 
 
+class CrossCache(DynamicCache):
+    """Keys and values of a memory, taken as they come: what does not grow needs none of the copies that a cache of
+    transformers makes."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Remember those of decoder layer `layer_idx`."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(DynamicLayer())
+        layer: Any = self.layers[layer_idx]
+        layer.lazy_initialization(key_states, value_states)
+        layer.keys, layer.values = key_states, value_states
+        return key_states, value_states
+
+
 def _cache_of_group(projected: Projected, group: Group, k: int) -> EncoderDecoderCache:
     """Keys and values of single passages, cut out of those of the fused memory. What stands at a row's padding, and in
     the row of a padded passage, is arbitrary."""
@@ -373,7 +390,7 @@ def _cache_of_group(projected: Projected, group: Group, k: int) -> EncoderDecode
 
 def _cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> EncoderDecoderCache:
     """Keys and values of every decoder layer's cross-attention, as transformers wants them."""
-    cross = DynamicCache()
+    cross = CrossCache()
     for number, (keys, values) in enumerate(layers):
         cross.update(keys, values, number)
     return EncoderDecoderCache(DynamicCache(), cross)
