@@ -53,13 +53,17 @@ class ChangeLog:
     """Reads the versions of one corpus folder; `fingerprint` and `num_base` are those of the base store."""
 
     def __init__(self, folder: str | Path, fingerprint: str, num_base: int) -> None:
-        """A folder that does not exist is a corpus without changes. Raises what `refresh` raises."""
+        """A folder that does not exist is a corpus without changes. Raises what `refresh` raises, and TornSnapshot where a
+        version is missing before others."""
         self.folder = Path(folder)
         self.fingerprint, self.num_base = fingerprint, num_base
         self.changes: list[Change] = []
         self.deleted = np.empty(0, np.int64)  # sorted, of all versions
         self._when = np.empty(0, np.int64)  # the version that took each of them away
-        self.refresh()
+        names = [path.stem.removeprefix("version-") for path in (self.folder / "versions").glob("version-*.json")]
+        self.refresh()  # after the look at the names: what is written meanwhile is no gap
+        if self.version < max((int(name) for name in names if name.isdigit()), default=0):
+            raise TornSnapshot(str(self.path(self.version + 1)), "it is missing, but later versions are there")
 
     @property
     def version(self) -> int:

@@ -106,7 +106,9 @@ def test_the_next_refresh_holds_no_deleted_rows(world: World) -> None:
     world.check_corpus(generation, 8)
 
 
-def refresh_held_up(world: World, coordinator: RefreshCoordinator, version: int) -> tuple[threading.Thread, threading.Event]:
+def refresh_held_up(
+    world: World, coordinator: RefreshCoordinator, version: int
+) -> tuple[threading.Thread, threading.Event]:
     """A refresh whose last chunk waits for the event."""
     running, go_on = threading.Event(), threading.Event()
 
