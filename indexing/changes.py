@@ -53,8 +53,8 @@ class ChangeLog:
     """Reads the versions of one corpus folder; `fingerprint` and `num_base` are those of the base store."""
 
     def __init__(self, folder: str | Path, fingerprint: str, num_base: int) -> None:
-        """A folder that does not exist is a corpus without changes. Raises what `refresh` raises, and TornSnapshot where a
-        version is missing before others."""
+        """A folder that does not exist is a corpus without changes. Raises what `refresh` raises, and TornSnapshot
+        where a version is missing before others."""
         self.folder = Path(folder)
         self.fingerprint, self.num_base = fingerprint, num_base
         self.changes: list[Change] = []

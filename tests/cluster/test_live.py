@@ -1,4 +1,5 @@
-"""A corpus that changes under the refresh contract, proven in order with plain objects behind the ports (`fakes.py`)."""
+"""A corpus that changes under the refresh contract, proven in order with plain objects behind the ports
+(`fakes.py`)."""
 
 import random
 import threading

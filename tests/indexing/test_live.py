@@ -2,13 +2,12 @@
 
 import itertools
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import indexing.changes
-import indexing.live
 from indexing.changes import ChangeLog
 from indexing.corpus import Passage
 from indexing.live import LiveStore, Wanted, change_corpus
@@ -145,10 +144,8 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_corpus(
 
         wanted = Wanted(put=[new(f"b{step}"), Passage("a", "", f"text {step}")], delete=[f"p/{step} é"], mode="upsert")
         monkeypatch.setattr(Path, "rename", failing)
-        try:
+        with suppress(KeyboardInterrupt):
             change_corpus(live(base), wanted, SIDES)
-        except KeyboardInterrupt:
-            pass
         monkeypatch.setattr(Path, "rename", rename)
         after = contents(live(base))
         if left[0] >= 0:
@@ -179,7 +176,7 @@ def test_a_damaged_segment_or_version_is_refused(base: Store) -> None:
     path = folder / "versions" / "version-000002.json"
     second = path.read_bytes()
     first.unlink()
-    with pytest.raises(TornSnapshot, match="version-000001.*is missing, but later versions are there"):
+    with pytest.raises(TornSnapshot, match=r"version-000001.*is missing, but later versions are there"):
         live(base)
     path.unlink()
     change_corpus(live(base), Wanted(put=[new("c")]), SIDES)
