@@ -1,7 +1,6 @@
 """How long until a change of the corpus is found, and is what it replaced ever found again?
 
-    python -m benchmarks.live [--data ../shared/data/live-versions] [--batch 500] [--only updates|million] [--rows
-    1000000]
+    python -m benchmarks.live [--data ../shared/data/live-versions] [--batch 500] [--only updates|million] [--rows N]
 
 Updates: an index service on Ray (2 shards, 1 refresh worker, a fresh tower of 2 layers x 128) serves the corpus of
 live-versions; its dated updates are made as live changes, `--batch` lines at a time. After each batch the index is
@@ -15,7 +14,8 @@ at hand: what is left is the time beside the encoding. Then 1,000 are deleted, a
 
 Prints tables, then one JSON line; `add_1000_at_1m_s` is from the start of the change until a search finds the passages,
 without the encoding; `old_found` counts old passages in all hits after their change, `differing` hits that are not
-those of brute force."""
+those of brute force.
+"""
 
 import argparse
 import gzip

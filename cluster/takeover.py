@@ -32,7 +32,8 @@ def take_over(
     """The serving generation, which all living shards have when this returns, and the number of the next one.
 
     `initial` is a snapshot and its directory; `hide` makes sure that a shard returns nothing that was deleted. Raises
-    RefreshFailed when a shard does not answer, and what a shard raised that could not load."""
+    RefreshFailed when a shard does not answer, and what a shard raised that could not load.
+    """
     statuses = group.wait(timeout_s)
     for shard, status in zip(group, statuses, strict=True):
         with suppress(ShardLost):  # it comes back empty, and is told by the repair
