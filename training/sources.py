@@ -48,6 +48,8 @@ class RetrievedBatches:
             for i in np.flatnonzero(self.answers.refused(searched.number)):
                 passages[i] = self.answers.without_answer(int(searched.questions[i]), hits[i], self.config.k)
         known = searched.hits.vectors  # asked for only where the passages are the hits as they came
+        if known is not None:  # fewer where passages were deleted since a checkpoint
+            known = known[:, : max(1, max(len(row) for row in passages))]
         batch = self.collator(searched.questions, passages, answers=answers, vectors=known).to(self.device)
         found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
         self._trained = searched.number + 1
