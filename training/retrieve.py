@@ -8,7 +8,7 @@ answers searches and rebuilds itself. `submit` and `publish` return at once; the
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -81,6 +81,7 @@ class _InFlight:
     number: int
     questions: np.ndarray
     pending: PendingHits
+    queries: np.ndarray | None  # None: of hits that a checkpoint remembered
 
 
 @dataclass
@@ -111,11 +112,14 @@ class Prefetcher:
         start: int = 0,
         with_vectors: bool = False,
         search: Callable[[np.ndarray, np.ndarray, int], PendingHits] | None = None,
+        is_living: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
-        numbers are."""
+        numbers are. `is_living` tells which passage numbers are still in the corpus: hits that were found before one of
+        them was deleted are not handed out, the batch is searched again."""
         num_vectors = k if with_vectors else 0
         self.search = search or (lambda _, queries, k: service.submit(queries, k, num_vectors))
+        self.is_living = is_living
         self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
         self.k, self.depth = k, depth
         self.position = start  # number of the next batch to search
@@ -128,6 +132,8 @@ class Prefetcher:
         first = self._queue.popleft()
         begin = time.perf_counter()
         hits = first.pending.result()
+        if self.is_living is not None:
+            hits = self._living(first, hits, self.is_living)
         wait_s = time.perf_counter() - begin
         while len(self._queue) < self.depth:
             self._submit()
@@ -135,9 +141,32 @@ class Prefetcher:
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)
-        pending = self.search(questions, self.encode_questions(questions), self.k)
-        self._queue.append(_InFlight(self.position, questions, pending))
+        queries = self.encode_questions(questions)
+        pending = self.search(questions, queries, self._depth())
+        self._queue.append(_InFlight(self.position, questions, pending, queries))
         self.position += 1
+
+    def _living(self, item: _InFlight, hits: Hits, is_living: Callable[[np.ndarray], np.ndarray]) -> Hits:
+        """`hits` unless one of them was deleted since; then those of another search with the same vectors (encoding is
+        a collective, and other trainers have no reason for it), or the same without it where these are not known."""
+        living = (hits.ids < 0) | is_living(hits.ids)
+        if living.all():
+            return hits
+        if item.queries is not None:
+            return self.search(item.questions, item.queries, self._depth()).result()
+        order = np.argsort(~living, axis=1, kind="stable")
+        kept = np.take_along_axis(living, order, axis=1)
+        ids = np.where(kept, np.take_along_axis(hits.ids, order, axis=1), -1)
+        scores = np.where(kept, np.take_along_axis(hits.scores, order, axis=1), np.float32("-inf")).astype(np.float32)
+        versions = None if hits.versions is None else np.take_along_axis(hits.versions, order, axis=1)
+        vectors = hits.vectors
+        if vectors is not None:
+            vectors = np.take_along_axis(vectors, order[:, : vectors.shape[1], None], axis=1)
+        return replace(hits, ids=ids, scores=scores, vectors=vectors, versions=versions)
+
+    def _depth(self) -> int:
+        """`k`, or all passages where so many were deleted that fewer are left."""
+        return min(self.k, self.service.num_passages)
 
     def state(self) -> list[Hits]:
         """Hits of the batches searched ahead, in order; waits for them."""
@@ -148,5 +177,5 @@ class Prefetcher:
     def restore(self, ahead: list[Hits]) -> None:
         """Take over the hits of another prefetcher's `state()` as the next batches."""
         for hits in ahead:
-            self._queue.append(_InFlight(self.position, self.batch_of(self.position), _Known(hits)))
+            self._queue.append(_InFlight(self.position, self.batch_of(self.position), _Known(hits), None))
             self.position += 1

@@ -52,6 +52,8 @@ class RetrievedBatches:
             for i in np.flatnonzero(self.answers.refused(searched.number)):
                 passages[i] = self.answers.without_answer(int(searched.questions[i]), hits[i], self.config.k)
         known = searched.hits.vectors  # asked for only where the passages are the hits as they came
+        if known is not None:  # fewer where passages were deleted since a checkpoint
+            known = known[:, : max(1, max(len(row) for row in passages))]
         batch = self.collator(searched.questions, passages, answers=answers, vectors=known).to(self.device)
         found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
         self._trained = searched.number + 1
@@ -66,7 +68,9 @@ class RetrievedBatches:
 
     def state(self) -> dict[str, Any]:
         """Number of the next batch, and the hits of those already searched."""
-        ahead = [(h.ids, h.scores, h.generation, h.weights_version, h.vectors) for h in self.prefetcher.state()]
+        ahead = [
+            (h.ids, h.scores, h.generation, h.weights_version, h.vectors, h.versions) for h in self.prefetcher.state()
+        ]
         return {"number": self._trained, "ahead": ahead}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -228,3 +228,78 @@ def test_closed_book_batches_follow_the_stream(world):
     assert isinstance(found.batch, RetrievalBatch)
     assert torch.equal(wanted.batch.question_ids, found.batch.question_ids)
     assert found.generation is None
+
+
+@dataclass
+class Numbered:
+    """An index that answers each query with all passages that are living, by number; it counts its searches."""
+
+    deleted: set[int] = field(default_factory=set)
+    searches: int = 0
+    num_passages: int = 8
+
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> "Known":
+        self.searches += 1
+        ids = np.array([number for number in range(8) if number not in self.deleted][:k])
+        ids = np.tile(ids, (len(queries), 1))
+        vectors = np.repeat(ids[:, :, None], 2, axis=2).astype(np.float32) if num_vectors else None
+        return Known(Hits(ids, -ids.astype(np.float32), 1, 1, vectors, ids + 10))
+
+    def is_living(self, numbers: np.ndarray) -> np.ndarray:
+        return ~np.isin(numbers, list(self.deleted))
+
+
+@dataclass
+class Known:
+    hits: Hits
+
+    def result(self) -> Hits:
+        return self.hits
+
+
+def live_prefetcher(index: Numbered, encoded: list[int]) -> Prefetcher:
+    def encode(numbers: np.ndarray) -> np.ndarray:
+        encoded.append(int(numbers[0]))
+        return np.zeros((len(numbers), 2), np.float32)
+
+    def batch_of(number: int) -> np.ndarray:
+        return np.array([number, number])
+
+    return Prefetcher(index, batch_of, encode, 3, 2, 0, True, is_living=index.is_living)  # pyright: ignore
+
+
+def test_hits_that_were_deleted_since_are_searched_again_without_another_encoding() -> None:
+    index, encoded = Numbered(), list[int]()
+    prefetcher = live_prefetcher(index, encoded)
+    assert prefetcher.next().hits.ids.tolist() == [[0, 1, 2]] * 2
+    index.deleted = {1}
+    before = index.searches
+    assert prefetcher.next().hits.ids.tolist() == [[0, 2, 3]] * 2
+    assert index.searches == before + 2  # again, and one more ahead
+    assert encoded == [0, 1, 2, 3]
+
+
+def test_deleted_passages_are_left_out_of_what_a_checkpoint_remembers() -> None:
+    index = Numbered()
+    prefetcher = live_prefetcher(index, [])
+    prefetcher.next()
+    state = prefetcher.state()
+    index.deleted = {0}
+    resumed = live_prefetcher(index, [])
+    resumed.restore(state)
+    hits = resumed.next().hits
+    assert hits.ids.tolist() == [[1, 2, -1]] * 2
+    assert hits.scores.tolist() == [[-1, -2, -np.inf]] * 2
+    assert hits.vectors is not None
+    assert hits.vectors[:, :2, 0].tolist() == [[1, 2]] * 2
+    assert hits.versions is not None
+    assert hits.versions[:, :2].tolist() == [[11, 12]] * 2
+    resumed.next()
+    assert resumed.next().hits.ids.tolist() == [[1, 2, 3]] * 2
+
+
+def test_k_follows_a_corpus_that_becomes_smaller() -> None:
+    index = Numbered()
+    prefetcher = live_prefetcher(index, [])
+    index.deleted, index.num_passages = {0, 1, 2, 3, 4, 5}, 2
+    assert prefetcher.next().hits.ids.tolist() == [[6, 7]] * 2
