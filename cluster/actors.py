@@ -22,12 +22,13 @@ import ray
 
 from cluster.chunks import EncodePool
 from cluster.events import EventLog
-from cluster.handles import NamedActor, RayShard, RayWorker, keep_weights
+from cluster.handles import NamedActor, RayWorker, keep_weights, ray_shard
 from cluster.ports import Weights
 from cluster.processes import Place, here
 from cluster.refresh import CoordinatorStatus, RefreshCoordinator, RefreshSettings
 from cluster.shards import ShardGroup
 from cluster.snapshots import IndexIdentity, Snapshots, Wish
+from indexing.build import bad_rows
 from indexing.encode import encode_range
 from indexing.merge import ShardHits
 from indexing.settings import IndexConfig
@@ -142,7 +143,19 @@ class RefreshWorkerActor:
                 load_passage_weights(encoder, ray.get(weights.reference[0], timeout=600))
                 self._publish_id = weights.publish_id
             vectors = encode_range(table, start, stop, self._encode, self._settings.batch_tokens, pad)
+            self._check_finite(start, vectors, weights.version)
         return vectors, len(vectors)
+
+    def _check_finite(self, start: int, vectors: np.ndarray, weights_version: int) -> None:
+        """Raise ValueError that names a passage whose vector is not finite, before any shard takes it."""
+        bad = bad_rows(vectors)
+        if len(bad):
+            first = start + int(bad[0])
+            name = Store.open(self._settings.store, verify=False).ids([first])[0]
+            raise ValueError(
+                f"the encoder of weights version {weights_version} gives passage {name!r} (number {first}) a vector "
+                f"that is not finite, as {len(bad)} of passages {start} to {start + len(vectors) - 1}"
+            )
 
     def _load(self) -> Any:
         if self._settings.device == "cpu":
@@ -184,7 +197,7 @@ class CoordinatorSettings:
     """Names, paths and numbers: what a restarted coordinator starts from."""
 
     namespace: str
-    shards: tuple[str, ...]  # actor names, in the order of identity.ranges
+    shards: tuple[tuple[str, ...], ...]  # names of each shard's replicas, in the order of identity.ranges
     workers: tuple[str, ...]
     run_dir: str
     identity: IndexIdentity
@@ -204,8 +217,8 @@ class CoordinatorActor:
         self._events = EventLog(Path(settings.run_dir) / "events.jsonl")
         shards = ShardGroup(
             [
-                RayShard(number, *settings.identity.ranges[number], NamedActor(name, settings.namespace), limit)
-                for number, name in enumerate(settings.shards)
+                ray_shard(number, *settings.identity.ranges[number], names, settings.namespace, limit)
+                for number, names in enumerate(settings.shards)
             ]
         )
         workers = [RayWorker(NamedActor(name, settings.namespace), limit) for name in settings.workers]

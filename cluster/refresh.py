@@ -300,7 +300,9 @@ class RefreshCoordinator:
         """Find out what serves (`cluster/takeover.py`). Raises RefreshFailed when a shard does not answer."""
         self.snapshots.tidy()
         first = self.settings.first_generation
-        serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s)
+        serving, number = take_over(
+            self.shards, self.snapshots, self._events, first, initial, timeout_s, self.settings.search_timeout_s / 4
+        )
         with self._changed:
             self._serving, self._next_generation = serving, number
 

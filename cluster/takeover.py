@@ -27,13 +27,15 @@ def take_over(
     first_generation: int,
     initial: tuple[Wish, str] | None,
     timeout_s: float,
+    hung_s: float,
 ) -> tuple[Serving | None, int]:
     """The serving generation, which all living shards have when this returns, and the number of the next one.
 
-    `initial` is a snapshot and its directory. Raises RefreshFailed when a shard does not answer, and what a shard
+    `initial` is a snapshot and its directory. A shard that is silent for `hung_s` is killed: the one who would do that
+    in a run, the repair, starts after this. Raises RefreshFailed when a shard does not answer, and what a shard
     raised that could not load.
     """
-    statuses = group.wait(timeout_s)
+    statuses = group.wait(timeout_s, hung_s=hung_s, events=events)
     served = [set(status.generations) for status in statuses]
     ready = [s | ({t.staged} if t.prepared else set()) for s, t in zip(served, statuses, strict=True)]
     seen = max(max(status.staged, status.committed) for status in statuses)
