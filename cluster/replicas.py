@@ -10,7 +10,10 @@ Who waits for whom: each call goes to all replicas at the same time and waits fo
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from cluster.ports import ShardLost, ShardPort
 from indexing.shard import MAX_COMMITTED, GenerationGone, ShardStatus
@@ -21,7 +24,7 @@ T = TypeVar("T")
 class Replica(ShardPort, Protocol):
     """One process of a shard."""
 
-    def stage(self, generation: int, weights_version: int, start: int, vectors: Any) -> None: ...
+    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: Any) -> None: ...
 
 
 class ReplicatedShard:
@@ -36,9 +39,20 @@ class ReplicatedShard:
         """What all replicas have. Raises ShardLost when one does not answer."""
         return in_common(self._each(lambda replica: replica.status()))
 
-    def stage(self, generation: int, weights_version: int, start: int, vectors: Any) -> None:
+    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: Any) -> None:
         """Have every replica take the vectors."""
         self._each(lambda replica: replica.stage(generation, weights_version, start, vectors))
+
+    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
+        self._each(lambda replica: replica.begin(generation, weights_version, numbers, corpus_version))
+
+    def derive(
+        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
+    ) -> None:
+        self._each(lambda replica: replica.derive(generation, origin, numbers, weights_version, corpus_version))
+
+    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
+        self._each(lambda replica: replica.hide(corpus_version, numbers))
 
     def prepare(self, generation: int) -> None:
         self._each(lambda replica: replica.prepare(generation))
@@ -55,11 +69,11 @@ class ReplicatedShard:
     def load(self, generation: int, directory: str) -> None:
         self._each(lambda replica: replica.load(generation, directory))
 
-    def save(self, generation: int, directory: str) -> None:
+    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
         """Have one replica write its files: they are all alike."""
         for number, replica in enumerate(self._replicas):
             try:
-                replica.save(generation, directory)
+                replica.save(generation, directory, earlier)
             except (ShardLost, GenerationGone):
                 if number == len(self._replicas) - 1:
                     raise
@@ -96,11 +110,16 @@ class ReplicatedShard:
 
 
 def _commit(replica: Replica, generation: int) -> None:
-    """Commit, after closing what only this replica still has: the others lost it, so nobody can be served from it."""
-    served = replica.status().generations
-    if generation not in served and len(served) >= MAX_COMMITTED:
+    """Commit, where there is no room after closing the oldest generation: the replicas that lost it cannot serve it
+    either."""
+    try:
+        replica.commit(generation)
+    except ValueError:
+        served = replica.status().generations
+        if len(served) < MAX_COMMITTED:
+            raise
         replica.release(min(served))
-    replica.commit(generation)
+        replica.commit(generation)
 
 
 def _worst(errors: list[Exception]) -> Exception:
@@ -111,7 +130,8 @@ def _worst(errors: list[Exception]) -> Exception:
 def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
     """The status of a shard whose replicas have these: served, staged and prepared is what all of them have.
 
-    A replica that serves a generation counts as having staged and prepared it. `committed` is the newest of any.
+    A replica that serves a generation counts as having staged and prepared it; one that was not told of it has -1 rows.
+    `committed` is the newest of any.
     """
     first = statuses[0]
     generations = {
@@ -120,15 +140,11 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
         if all(status.generations.get(number) == version for status in statuses)
     }
     staged = max(status.staged for status in statuses)
-
-    def rows(status: ShardStatus) -> int:
-        if staged in status.generations:
-            return status.stop - status.start
-        return status.staged_rows if status.staged == staged else 0
-
-    def ready(status: ShardStatus) -> bool:
-        return staged in status.generations or (status.staged == staged and status.prepared)
-
+    derived = max(status.derived for status in statuses)
+    building = next(status for status in statuses if status.staged == staged)
+    deriving = next(status for status in statuses if status.derived == derived)
+    built = [_has_of(status, staged, False) for status in statuses]
+    drawn = [_has_of(status, derived, True) for status in statuses]
     return ShardStatus(
         shard_number=first.shard_number,
         start=first.start,
@@ -136,8 +152,47 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
         committed=max(status.committed for status in statuses),
         generations=generations,
         staged=staged,
-        staged_weights_version=next(s.staged_weights_version for s in statuses if s.staged == staged),
-        staged_rows=min(rows(status) for status in statuses) if staged >= 0 else 0,
-        prepared=staged >= 0 and all(ready(status) for status in statuses),
+        staged_weights_version=building.staged_weights_version,
+        staged_rows=_least_rows(built, building.staged_wanted) if staged >= 0 else 0,
+        prepared=staged >= 0 and all(one.prepared for one in built),
         in_flight=sum(status.in_flight for status in statuses),
+        staged_wanted=building.staged_wanted,
+        staged_corpus=_same([one.corpus for one in built]) if staged >= 0 else 0,
+        derived=derived,
+        derived_weights_version=deriving.derived_weights_version,
+        derived_rows=_least_rows(drawn, deriving.derived_wanted) if derived >= 0 else 0,
+        derived_wanted=deriving.derived_wanted,
+        derived_corpus=_same([one.corpus for one in drawn]) if derived >= 0 else 0,
+        derived_prepared=derived >= 0 and all(one.prepared for one in drawn),
+        corpora={number: first.corpora.get(number, 0) for number in generations},
+        hidden=min(status.hidden for status in statuses),
+        num_living=min(status.num_living for status in statuses),
     )
+
+
+@dataclass(frozen=True)
+class _Has:
+    """What one replica has of a generation."""
+
+    rows: int | None  # None: all of them
+    corpus: int
+    prepared: bool
+
+
+def _has_of(status: ShardStatus, generation: int, derived: bool) -> _Has:
+    if generation in status.generations:
+        return _Has(None, status.corpora.get(generation, 0), True)
+    if derived and status.derived == generation:
+        return _Has(status.derived_rows, status.derived_corpus, status.derived_prepared)
+    if not derived and status.staged == generation:
+        return _Has(status.staged_rows, status.staged_corpus, status.prepared)
+    return _Has(-1, -1, False)
+
+
+def _least_rows(parts: Sequence[_Has], wanted: int) -> int:
+    return min(wanted if part.rows is None else part.rows for part in parts)
+
+
+def _same(numbers: Sequence[int]) -> int:
+    """The number that all of them are, -1 where they differ."""
+    return numbers[0] if len(set(numbers)) == 1 else -1

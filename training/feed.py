@@ -70,7 +70,7 @@ def make_source(
         collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
         search = corpus.search(questions) if parts.service is not None else None
     else:
-        questions = QuestionStore.open(job.train_questions, verify=False)
+        questions = QuestionStore.open(job.train_questions, verify=False, corpus=parts.store)
         stream = Stream(len(questions), job.training.batch_size, *place)
         judged = job.objective.name in PREFERENCE or samples_answers(job.objective)
         answers, batch_of = None if judged else _training_answers(parts, questions, stream), stream.batch
@@ -88,7 +88,7 @@ def make_source(
     prefetcher = Prefetcher(
         parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start,
         with_vectors=parts.index_is_fresh and job.retrieval.source != "gold" and not job.questions.refusal_share,
-        search=search,
+        search=search, is_living=parts.store.is_living,
     )  # fmt: skip
     source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
     if loader_state:

@@ -62,7 +62,9 @@ class RetrievedBatches:
 
     def state(self) -> dict[str, Any]:
         """Number of the next batch, and the hits of those already searched."""
-        ahead = [(h.ids, h.scores, h.generation, h.weights_version, h.vectors) for h in self.prefetcher.state()]
+        ahead = [
+            (h.ids, h.scores, h.generation, h.weights_version, h.vectors, h.versions) for h in self.prefetcher.state()
+        ]
         return {"number": self._trained, "ahead": ahead}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster.ports import ShardLost
+from cluster.ports import ShardLost, has_staged_all
 from cluster.refresh import RefreshCoordinator
 from cluster.replicas import ReplicatedShard, in_common
 from indexing.shard import ShardStatus, shard_ranges
@@ -88,12 +89,12 @@ def test_a_replica_that_comes_back_empty_is_loaded_and_the_other_is_left_alone(w
     build(coordinator, 1)
     coordinator.snapshots.work()
     assert sorted(call[2] for call in world.calls("save")) == [0, 1]  # once a shard
-    index = world.shards[0].shard._served[1].index
+    found = world.shards[0].shard._served[1].generation
     world.shards[1].die()
     coordinator.tick()
     assert world.named("shard_restored")[0]["source"] == "snapshot"
     world.check_contents(1, 1)
-    assert world.shards[0].shard._served[1].index is index
+    assert world.shards[0].shard._served[1].generation is found
 
 
 def test_without_a_snapshot_it_is_encoded_again(world: ReplicatedWorld) -> None:
@@ -154,9 +155,12 @@ def test_only_a_silent_replica_is_killed(world: ReplicatedWorld) -> None:
 
 
 def test_what_replicas_have_in_common() -> None:
-    def status(generations: dict[int, int], staged: int = -1, rows: int = 0, prepared: bool = False) -> ShardStatus:
-        newest = max(generations, default=-1)
-        return ShardStatus(0, 10, 20, newest, generations, staged, staged * 10, rows, prepared, 1)
+    def status(
+        generations: dict[int, int], staged: int = -1, rows: int = 0, prepared: bool = False, derived: int = -1
+    ) -> ShardStatus:
+        newest, wanted = max(generations, default=-1), 10 if staged >= 0 else 0
+        whole = ShardStatus(0, 10, 20, newest, generations, staged, staged * 10, rows, prepared, 1, wanted)
+        return replace(whole, derived=derived, hidden=len(generations), corpora=dict.fromkeys(generations, 0))
 
     whole = in_common([status({1: 1, 2: 2}, 3, 10, True), status({2: 2}, 3, 4)])
     assert (whole.generations, whole.committed, whole.in_flight) == ({2: 2}, 2, 2)
@@ -165,3 +169,7 @@ def test_what_replicas_have_in_common() -> None:
     assert (switched.generations, switched.staged, switched.staged_rows, switched.prepared) == ({2: 2}, 3, 10, True)
     empty = in_common([status({2: 2}), status({})])
     assert (empty.generations, empty.staged, empty.staged_rows, empty.prepared) == ({}, -1, 0, False)
+    assert empty.hidden == 0
+    for other, staged_all in ((status({2: 2}, derived=3), True), (status({2: 2}), False)):  # a delta without rows here
+        deriving = in_common([status({2: 2}, derived=3), other])
+        assert (deriving.derived, has_staged_all(deriving, 3)) == (3, staged_all)
