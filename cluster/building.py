@@ -57,7 +57,7 @@ class Builder:
         def chunks(shard: ShardPort) -> list[Chunk]:
             numbers = self._owned(shard, corpus_version)
             every = np.arange(shard.start, shard.stop) if numbers is None else numbers
-            return split_numbers(shard.number, every, self._chunk_passages, as_ranges=True)
+            return split_numbers(shard.number, every, self._chunk_passages, base=shard.stop)
 
         return Plan(generation, weights, corpus_version, begin, chunks, urgent)
 

@@ -36,13 +36,13 @@ def split(shards: Iterable[ShardPort], chunk_passages: int) -> list[Chunk]:
     ]
 
 
-def split_numbers(shard: int, numbers: np.ndarray, chunk_passages: int, as_ranges: bool = False) -> list[Chunk]:
-    """Sorted passage numbers of one shard in chunks; with `as_ranges`, those without a gap do not list them."""
+def split_numbers(shard: int, numbers: np.ndarray, chunk_passages: int, base: int = 0) -> list[Chunk]:
+    """Sorted passage numbers of one shard in chunks; those without a gap, all below `base`, do not list them."""
     chunks: list[Chunk] = []
     for first in range(0, len(numbers), chunk_passages):
         part = numbers[first : first + chunk_passages]
         start, stop = int(part[0]), int(part[-1]) + 1
-        listed = None if as_ranges and stop - start == len(part) else tuple(part.tolist())
+        listed = None if stop <= base and stop - start == len(part) else tuple(part.tolist())
         chunks.append(Chunk(shard, start, stop, listed))
     return chunks
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from indexing.changes import ChangeLog
 from indexing.exact import search_exactly
 from indexing.merge import merge
 from indexing.settings import IndexConfig
-from indexing.shard import Shard, ShardStatus, shard_ranges
+from indexing.shard import GenerationGone, Shard, ShardStatus, shard_ranges
 
 NUM_PASSAGES, DIM = 23, 4
 MAX_PASSAGES = 200  # with those that are added
@@ -200,6 +201,23 @@ class World:
         np.testing.assert_array_equal(hits.scores, scores)
         found = np.full(hits.ids.shape, hits.weights_version) if hits.versions is None else hits.versions
         np.testing.assert_array_equal(found, versions[hits.ids])
+
+    def hidden_found(self, numbers: Sequence[int] | np.ndarray) -> list[str]:
+        """Which of `numbers` a shard returns, from any generation that it serves."""
+        found: list[str] = []
+        queries = np.eye(DIM, dtype=np.float32)
+        for shard in self.shards:
+            one = shard.shard
+            for generation in one.status().generations:
+                with suppress(GenerationGone):
+                    ids = one.search(queries, MAX_PASSAGES, generation).ids
+                    found += [f"{generation} on {shard.number}: {n}" for n in np.intersect1d(ids, numbers)]
+        return found
+
+    def check_corpus_hidden(self, numbers: Sequence[int]) -> None:
+        """No shard returns any of `numbers`."""
+        assert not self.hidden_found(numbers)
+        assert all(shard.shard.status().generations for shard in self.shards)
 
     def check_contents(self, generation: int, version: int) -> None:
         """Every shard serves `generation`, and its vectors are those of `version`."""
