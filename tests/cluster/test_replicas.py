@@ -1,7 +1,7 @@
 """Replicas of shards, in order and with plain objects behind the ports: they switch together, or none does."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from cluster.ports import ShardLost, has_staged_all
 from cluster.refresh import RefreshCoordinator
 from cluster.replicas import ReplicatedShard, in_common
 from indexing.shard import ShardStatus, shard_ranges
+from tests.cluster import test_live, test_refresh
 from tests.cluster.fakes import NUM_PASSAGES, FakeShard, World, weights
 
 REPLICAS = 2
@@ -27,6 +28,13 @@ class ReplicatedWorld(World):
         groups = [[FakeShard(number, *pair, self.log) for _ in range(REPLICAS)] for number, pair in ranges]
         self.shards = [replica for group in groups for replica in group]
         self.ports = [ReplicatedShard(group) for group in groups]
+
+    def check_corpus(self, generation: int, versions: int | np.ndarray) -> None:
+        everybody = self.shards
+        for replica in range(REPLICAS):
+            self.shards = everybody[replica::REPLICAS]
+            super().check_corpus(generation, versions)
+        self.shards = everybody
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +146,34 @@ def test_what_only_one_replica_still_has_makes_room(world: ReplicatedWorld) -> N
     assert world.served()[:2] == [{1: 1, 2: 2}, {2: 2}]
     build(coordinator, 3)
     world.check_contents(3, 3)
+
+
+def test_a_change_of_the_corpus_reaches_all_replicas(world: ReplicatedWorld) -> None:
+    """What is deleted is hidden by all of them; what is added is encoded once, and derived by all of them."""
+    coordinator = world.coordinator()
+    build(coordinator, 7)
+    for worker in world.workers:
+        worker.chunks.clear()
+    world.change(added=4, deleted=[2, 20])
+    coordinator.follow_corpus()
+    assert len(world.calls("hide")) == len(world.calls("derive")) == 4
+    encoded = [number for worker in world.workers for chunk in worker.chunks for number in chunk.numbers or ()]
+    assert sorted(encoded) == [23, 24, 25, 26]
+    world.check_corpus(2, 7)
+    world.shards[1].die_once("commit")
+    world.change(added=2, deleted=[24])
+    coordinator.follow_corpus()
+    coordinator.tick()
+    world.check_corpus(coordinator.status().generation, 7)
+
+
+@pytest.mark.parametrize(
+    "what_happens",
+    [test_refresh.test_random_deaths_never_leave_a_torn_generation, test_live.test_random_changes_refreshes_and_deaths],
+)
+def test_random_deaths_of_replicas(world: ReplicatedWorld, what_happens: Callable[[World], None]) -> None:
+    """What holds for shards that die at random holds for replicas of shards."""
+    what_happens(world)
 
 
 def test_only_a_silent_replica_is_killed(world: ReplicatedWorld) -> None:

@@ -4,6 +4,9 @@ An answer names its generation and weights version. Its scores must be those of 
 that version, so that one shard's hits of another generation are seen; which versions the generations were made of is
 compared at the end with the events. Wrong is also an answer that comes later than its bound, or goes back to an older
 generation (unless a coordinator took that over: the newer one was then lost before it was on disk).
+
+A corpus that changes meanwhile says which passages must be found and which must not (`Oracle`); a passage whose change
+is under way may be found or not.
 """
 
 import json
@@ -11,33 +14,76 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from cluster.search import IndexClient
-from indexing.exact import search_exactly
 from indexing.merge import Hits
 
 TOLERANCE = 1e-4  # of a score: an encoder's batches have other shapes here than in a refresh worker
 BATCH, K = 4, 9
-Vectors = Callable[[int], np.ndarray]  # weights version -> float32 [passages, dim], passages by number
 
 
-def wrong(hits: Hits, queries: np.ndarray, vectors: np.ndarray) -> str:
-    """What is wrong with `hits` as the best of `vectors` [passages, dim]; empty: nothing.
+class Oracle(Protocol):
+    """What a search must find. May be called from any thread."""
+
+    def gone(self) -> np.ndarray:
+        """Numbers that no search finds which begins now."""
+        ...
+
+    def found_in(self, generation: int) -> np.ndarray:
+        """Numbers that a search is sure to find which was answered by now, if their scores are high enough."""
+        ...
+
+    def vectors(self, weights_version: int, num_numbers: int) -> np.ndarray:
+        """float32 [numbers, dim] of at least so many passages, by number."""
+        ...
+
+
+class Versions:
+    """A corpus that does not change: vectors by weights version, made when they are first needed."""
+
+    def __init__(self, make: Callable[[int], np.ndarray]) -> None:
+        self._make, self._made = make, dict[int, np.ndarray]()
+        self._lock = threading.Lock()
+
+    def gone(self) -> np.ndarray:
+        return np.empty(0, np.int64)
+
+    def found_in(self, generation: int) -> np.ndarray:
+        return np.arange(len(next(iter(self._made.values()))))
+
+    def vectors(self, weights_version: int, num_numbers: int = 0) -> np.ndarray:
+        with self._lock:
+            if weights_version not in self._made:
+                self._made[weights_version] = self._make(weights_version)
+            return self._made[weights_version]
+
+
+def wrong(hits: Hits, queries: np.ndarray, oracle: Oracle, gone: np.ndarray | None = None) -> str:
+    """What is wrong with `hits` of a search that began when `gone` was gone; empty: nothing.
 
     Passages whose scores differ by less than TOLERANCE may change places.
     """
-    best, _ = search_exactly(vectors, queries, hits.ids.shape[1])
-    own = np.take_along_axis(queries.astype(np.float64) @ vectors.T.astype(np.float64), hits.ids, axis=1)
     where = f"generation {hits.generation}, weights version {hits.weights_version}"
-    if (short := np.abs(hits.scores - best).max()) > TOLERANCE:
-        return f"{where}: a score is {short:.2g} off the best"
-    if (false := np.abs(hits.scores - own).max()) > TOLERANCE:
+    vectors = oracle.vectors(hits.weights_version, int(hits.ids.max()) + 1)
+    scores = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    if (false := np.abs(hits.scores - np.take_along_axis(scores, hits.ids, axis=1)).max()) > TOLERANCE:
         return f"{where}: a score is {false:.2g} off that of its own passage"
     if any(len(set(line)) < len(line) for line in hits.ids.tolist()):
         return f"{where}: a passage comes twice"
+    if (np.diff(hits.scores, axis=1) > 0).any():
+        return f"{where}: scores are not in order"
+    if gone is not None and np.isin(hits.ids, gone).any():
+        return f"{where}: passages {np.intersect1d(hits.ids, gone)} were gone"
+    sure = oracle.found_in(hits.generation)
+    for line, row, last in zip(hits.ids, scores, hits.scores[:, -1], strict=True):
+        missing = np.setdiff1d(sure[row[sure] > last + TOLERANCE], line)
+        if len(missing):
+            return (
+                f"{where}: passages {missing[:5]} are missing, with scores up to {row[missing].max() - last:.2g} higher"
+            )
     return ""
 
 
@@ -47,27 +93,13 @@ def events_of(path: str | Path, *kinds: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["event"] in kinds]
 
 
-class Versions:
-    """Vectors by weights version, made when they are first needed."""
-
-    def __init__(self, make: Vectors) -> None:
-        self._make, self._made = make, dict[int, np.ndarray]()
-        self._lock = threading.Lock()
-
-    def __call__(self, version: int) -> np.ndarray:
-        with self._lock:
-            if version not in self._made:
-                self._made[version] = self._make(version)
-            return self._made[version]
-
-
 class Checker(threading.Thread):
     """Searches until `finish`; as a context manager it ends with the block, which fails on violations."""
 
-    def __init__(self, client: IndexClient, vectors: Vectors, bound_s: float, dim: int = 16, seed: int = 0) -> None:
+    def __init__(self, client: IndexClient, oracle: Oracle, bound_s: float, dim: int = 16, seed: int = 0) -> None:
         """`bound_s`: no search may take longer."""
         super().__init__(daemon=True)
-        self._client, self._vectors, self._bound_s = client, vectors, bound_s
+        self._client, self._oracle, self._bound_s = client, oracle, bound_s
         self._dim, self._chance = dim, np.random.default_rng(seed)
         self._ended = threading.Event()
         self.violations: list[str] = []
@@ -81,7 +113,7 @@ class Checker(threading.Thread):
         newest = -1
         while not self._ended.is_set():
             queries = self._chance.normal(size=(BATCH, self._dim)).astype(np.float32)
-            begin = time.monotonic()
+            gone, begin = self._oracle.gone(), time.monotonic()
             try:
                 hits = self._client.submit(queries, K).result()
             except Exception as error:  # a violation like a wrong answer
@@ -97,7 +129,7 @@ class Checker(threading.Thread):
             newest = hits.generation
             if self.answered.setdefault(hits.generation, hits.weights_version) != hits.weights_version:
                 self.violations.append(f"generation {hits.generation} has two weights versions")
-            if why := wrong(hits, queries, self._vectors(hits.weights_version)):
+            if why := wrong(hits, queries, self._oracle, gone):
                 self.violations.append(why)
 
     def finish(self) -> None:

@@ -50,7 +50,7 @@ class Victim:
     service: IndexServiceHandle
     corpus: Corpus
     client: IndexClient
-    vectors: Versions
+    oracle: Versions
     disk_is_small: bool
     versions: Iterator[int] = field(default_factory=lambda: count(2))
 
@@ -80,13 +80,13 @@ class Victim:
 
     def checker(self, bound_s: float = INDEX.search_timeout_s) -> Checker:
         """A client of its own that searches and checks while a block runs."""
-        return Checker(self.service.connect(), self.vectors, bound_s)
+        return Checker(self.service.connect(), self.oracle, bound_s)
 
 
 def answer(victim: Victim) -> int:
     """Search once, check the hits, and return the generation that answered."""
     hits = victim.client.submit(QUERIES, K).result()
-    assert not wrong(hits, QUERIES, victim.vectors(hits.weights_version))
+    assert not wrong(hits, QUERIES, victim.oracle)
     return hits.generation
 
 
