@@ -5,10 +5,9 @@ or anything large, and constructors never wait. All belong to the driver, not to
 dies leaves shards and workers as they are.
 
 Threads of the coordinator: Ray's own answer `publish`, `status` and `save_generation` (and carry out `encode_again`);
-five of ours run for ever, and report an unexpected error as an event instead of ending: the starter (takes over what the
-shards serve, then starts the others), the refresh, the corpus, the repair and the snapshots. See `cluster/refresh.py` for
-what each waits on.
-"""
+five of ours run for ever, and report an unexpected error as an event instead of ending: the starter (takes over what
+the shards serve, then starts the others), the refresh, the corpus, the repair and the snapshots. See
+`cluster/refresh.py` for what each waits on."""
 
 import os
 import threading
@@ -155,8 +154,8 @@ class RefreshWorkerActor:
     def encode(
         self, start: int, stop: int, weights: Weights, numbers: np.ndarray | None = None
     ) -> tuple[np.ndarray, int]:
-        """Vectors float32 [n, dim] of the passages `start` to `stop` - 1, or of `numbers`, and how many there are, which
-        says that they are done."""
+        """Vectors float32 [n, dim] of the passages `start` to `stop` - 1, or of `numbers`, and how many there are,
+        which says that they are done."""
         with self._lock:
             encoder, table, pad = self._load()
             if weights.publish_id != self._publish_id:

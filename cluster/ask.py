@@ -95,8 +95,8 @@ def _answer(settings: Settings, system: System, collator: Collator, hits: np.nda
 
 
 def _search(settings: Settings, store: LiveStore, encoder: TextEncoder, checkpoint: Path, queries: np.ndarray) -> Hits:
-    """Search the generation that the checkpoint names, brought up to the corpus as it is now; where it is not on disk, the
-    whole corpus is encoded."""
+    """Search the generation that the checkpoint names, brought up to the corpus as it is now; where it is not on disk,
+    the whole corpus is encoded."""
     config = replace(settings.index, device="cpu")
     generation = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
     directory = checkpoint.parent.parent / "index" / f"generation-{generation}"

@@ -5,11 +5,11 @@
     corpus delete RUN id ... | --file ids.txt
     corpus show RUN                      versions and counts
 
-Who waits for whom: the command appends to the run's log (`indexing/changes.py`), taking turns with other commands by the
-log's lock, and is then done with the change: it is in the corpus of this run from now on, whatever ends. Where a job
-serves the run it goes on to wait, with a bound, until `corpus/serving.json` says that the change is served; the job's
-coordinator looks at the log ten times a second and needs no call. Where none does, the next `train`, `evaluate` or `ask`
-encodes what is new, and nothing else.
+Who waits for whom: the command appends to the run's log (`indexing/changes.py`), taking turns with other commands by
+the log's lock, and is then done with the change: it is in the corpus of this run from now on, whatever ends. Where a
+job serves the run it goes on to wait, with a bound, until `corpus/serving.json` says that the change is served; the
+job's coordinator looks at the log ten times a second and needs no call. Where none does, the next `train`, `evaluate`
+or `ask` encodes what is new, and nothing else.
 
 `corpus/running.json` says that a job serves the run: where its driver is, and since when.
 """

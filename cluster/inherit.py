@@ -1,5 +1,5 @@
-"""What a stage takes over from the run that it starts from: the changes of its corpus, and its index, instead of encoding
-the same passages again."""
+"""What a stage takes over from the run that it starts from: the changes of its corpus, and its index, instead of
+encoding the same passages again."""
 
 import json
 import os

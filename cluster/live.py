@@ -2,8 +2,8 @@
 
 The truth is the log on disk (`indexing/changes.py`): whoever changes the corpus appends to it, and nothing else. The
 coordinator follows the log. For each new version, or several at once:
-1. What was deleted is hidden on every shard, in every generation that it serves or will ever serve, whole ones under way
-   included; a shard that is lost is awaited, and one that comes back is told before it is given a generation again.
+1. What was deleted is hidden on every shard, in every generation that it serves or will ever serve, whole ones under
+   way included; a shard that is lost is awaited, and one that comes back is told before it is given a generation again.
 2. What was added is encoded with the serving generation's own weights, before the chunks of a refresh, and a new
    generation is derived from the serving one, prepared on all shards and committed on all: the same two phases as of a
    refresh (`cluster/refresh.py`), at the cost of the added passages alone.

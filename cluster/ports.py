@@ -19,8 +19,8 @@ def has_prepared(status: ShardStatus, generation: int) -> bool:
 
 
 def has_staged_all(status: ShardStatus, generation: int, corpus_version: int = 0) -> bool:
-    """Whether every row that `generation` has at `corpus_version` is staged. (A shard that came back empty may have been
-    sent rows before it was told again what the generation has.)"""
+    """Whether every row that `generation` has at `corpus_version` is staged. (A shard that came back empty may have
+    been sent rows before it was told again what the generation has.)"""
     if status.derived == generation:
         return (status.derived_rows, status.derived_corpus) == (status.derived_wanted, corpus_version)
     rows, corpus = (status.staged_rows, status.staged_corpus), (status.staged_wanted, corpus_version)

@@ -256,8 +256,8 @@ class RefreshCoordinator:
         self._clear(keep=set(), abort=False)
 
     def _commit(self, new: Serving, begin: float) -> None:
-        """Switch every shard to a whole generation. The decision is made: a shard that dies here is repaired, not waited
-        for."""
+        """Switch every shard to a whole generation. The decision is made: a shard that dies here is repaired, not
+        waited for."""
         self._switch(new)
         seconds, passages = time.monotonic() - begin, self.log.num_living(new.corpus_version)
         with self._changed:
@@ -334,8 +334,8 @@ class RefreshCoordinator:
         return True
 
     def encode_again(self, numbers: np.ndarray, weights: Weights, adopt: bool = False) -> int:
-        """Commit a generation in which the passages `numbers` alone are encoded anew, with `weights`; returns its number.
-        See `LiveCorpus.encode_again`. Waits for the encoding; raises RefreshFailed."""
+        """Commit a generation in which the passages `numbers` alone are encoded anew, with `weights`; returns its
+        number. See `LiveCorpus.encode_again`. Waits for the encoding; raises RefreshFailed."""
         with self.changing:
             return self.live.encode_again(numbers, self._keep_weights(weights), adopt)
 

@@ -88,11 +88,10 @@ def start_index_service(
 ) -> IndexServiceHandle:
     """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish.
 
-    `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`. `corpus` is
-    the folder of the changes made to the store, now and while the service runs (None: `corpus` in `run_dir`).
+    `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`. `corpus`
+    is the folder of the changes made to the store, now and while the service runs (None: `corpus` in `run_dir`).
     `keep_protected` saved generations that checkpoints name outlive the pruning. Raises ValueError for settings or a
-    snapshot that do not fit, TornSnapshot for a damaged one, TimeoutError when the actors do not start.
-    """
+    snapshot that do not fit, TornSnapshot for a damaged one, TimeoutError when the actors do not start."""
     run_dir = Path(run_dir).resolve()
     (run_dir / "index").mkdir(parents=True, exist_ok=True)
     corpus = run_dir / "corpus" if corpus is None else Path(corpus).resolve()

@@ -17,6 +17,7 @@ sees the folder, through `refresh`, which looks for the next version's file and 
 import fcntl
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,13 +54,18 @@ class ChangeLog:
     """Reads the versions of one corpus folder; `fingerprint` and `num_base` are those of the base store."""
 
     def __init__(self, folder: str | Path, fingerprint: str, num_base: int) -> None:
-        """A folder that does not exist is a corpus without changes. Raises what `refresh` raises."""
+        """A folder that does not exist is a corpus without changes. Raises what `refresh` raises, and TornSnapshot
+        where a version is missing before others."""
         self.folder = Path(folder)
         self.fingerprint, self.num_base = fingerprint, num_base
         self.changes: list[Change] = []
         self.deleted = np.empty(0, np.int64)  # sorted, of all versions
         self._when = np.empty(0, np.int64)  # the version that took each of them away
-        self.refresh()
+        self._reading = threading.RLock()  # several threads of a process share a log
+        names = [path.stem.removeprefix("version-") for path in (self.folder / "versions").glob("version-*.json")]
+        self.refresh()  # after the look at the names: what is written meanwhile is no gap
+        if self.version < max((int(name) for name in names if name.isdigit()), default=0):
+            raise TornSnapshot(str(self.path(self.version + 1)), "it is missing, but later versions are there")
 
     @property
     def version(self) -> int:
@@ -79,14 +85,15 @@ class ChangeLog:
 
         Raises TornSnapshot for a damaged version and ValueError for one of another base corpus.
         """
-        before = self.version
-        while True:
-            try:
-                raw = self.path(self.version + 1).read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                break
-            self._take(self._parse(raw))
-        return self.version > before
+        with self._reading:
+            before = self.version
+            while True:
+                try:
+                    raw = self.path(self.version + 1).read_bytes()
+                except (FileNotFoundError, NotADirectoryError):
+                    break
+                self._take(self._parse(raw))
+            return self.version > before
 
     def num_numbers(self, version: int | None = None) -> int:
         """How many passage numbers were given up to `version` (the newest): they are 0 to that, less one."""
@@ -99,7 +106,8 @@ class ChangeLog:
 
     def deleted_at(self, version: int | None = None) -> np.ndarray:
         """Sorted numbers that were taken away up to `version` (the newest)."""
-        return self.deleted if version is None else self.deleted[self._when <= version]
+        with self._reading:
+            return self.deleted if version is None else self.deleted[self._when <= version]
 
     def is_living(self, numbers: np.ndarray) -> np.ndarray:
         """bool, as `numbers`: given, and not taken away."""

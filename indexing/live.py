@@ -1,10 +1,9 @@
 """A base store and the changes made to it, as one store; and how a change is made.
 
-`LiveStore` is a `Store` of all passage numbers ever given: whoever holds a number can read its text and its tokens. Which
-of them are living is another question (`is_living`), and so is where a labelled passage stands now (`current`). It
-takes note of changes that other processes make: `refresh` looks for them, and reading a number that is not known yet
-does so by itself.
-"""
+`LiveStore` is a `Store` of all passage numbers ever given: whoever holds a number can read its text and its tokens.
+Which of them are living is another question (`is_living`), and so is where a labelled passage stands now (`current`).
+It takes note of changes that other processes make: `refresh` looks for them, and reading a number that is not known yet
+does so by itself."""
 
 import shutil
 import threading
@@ -173,7 +172,8 @@ class LiveTokens(TokenTable):
         return ids, mask.astype(np.int64)
 
     def know(self, numbers: np.ndarray) -> None:
-        """Look for changes where one of `numbers` is not known yet. Raises IndexError where there is no such passage."""
+        """Look for changes where one of `numbers` is not known yet. Raises IndexError where there is no such
+        passage."""
         if len(numbers):
             if numbers.max() >= len(self.lengths):
                 self._store.refresh()

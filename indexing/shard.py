@@ -6,9 +6,9 @@ is either built (`begin`, all its rows are staged, `prepare` builds a new big in
 each may be staged at the same time. Either is then prepared, committed or aborted, and released, by its number.
 
 Who produces: refresh workers call `stage` with vectors of chunks, in any order, some twice. The coordinator calls
-`begin` or `derive`, `prepare` when all rows are there, `commit` when every shard has prepared, `release` when no request
-names the generation before any more, and `hide` when passages were deleted: no generation returns them from then on,
-be it old or new. Who consumes: clients call `search`.
+`begin` or `derive`, `prepare` when all rows are there, `commit` when every shard has prepared, `release` when no
+request names the generation before any more, and `hide` when passages were deleted: no generation returns them from
+then on, be it old or new. Who consumes: clients call `search`.
 
 What waits on what: what concerns a generation that is built takes turns on the staging lock, which `prepare` holds
 while it builds; what concerns one that is derived, on the delta lock. `search` takes neither: it takes the table lock

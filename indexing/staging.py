@@ -41,7 +41,8 @@ class Staging:
         return self.generation, self.weights_version
 
     def fill(self, numbers: np.ndarray, vectors: np.ndarray, version: int) -> None:
-        """Take vectors of passages; rows that came before are replaced, and passages that do not belong here dropped."""
+        """Take vectors of passages; rows that came before are replaced, and passages that do not belong here
+        dropped."""
         if not self.dim:
             self.dim = vectors.shape[1]
             self._vectors = np.empty((self.num_rows, self.dim), np.float32)

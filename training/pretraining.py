@@ -200,8 +200,8 @@ class FairSearch:
         return FairHits(self, own, queries, k, self.service.submit(queries, depth))
 
     def group_of(self, numbers: np.ndarray) -> np.ndarray:
-        """The group of near-duplicates of each passage; a text that replaced another one is in that one's, a passage that
-        was added later in one of its own."""
+        """The group of near-duplicates of each passage; a text that replaced another one is in that one's, a passage
+        that was added later in one of its own."""
         first = self.questions.store.origin(numbers)
         known = (first >= 0) & (first < len(self.groups))
         return np.where(known, self.groups[np.where(known, first, 0)], first)

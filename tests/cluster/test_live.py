@@ -1,4 +1,5 @@
-"""A corpus that changes under the refresh contract, proven in order with plain objects behind the ports (`fakes.py`)."""
+"""A corpus that changes under the refresh contract, proven in order with plain objects behind the ports
+(`fakes.py`)."""
 
 import random
 import threading
@@ -106,7 +107,9 @@ def test_the_next_refresh_holds_no_deleted_rows(world: World) -> None:
     world.check_corpus(generation, 8)
 
 
-def refresh_held_up(world: World, coordinator: RefreshCoordinator, version: int) -> tuple[threading.Thread, threading.Event]:
+def refresh_held_up(
+    world: World, coordinator: RefreshCoordinator, version: int
+) -> tuple[threading.Thread, threading.Event]:
     """A refresh whose last chunk waits for the event."""
     running, go_on = threading.Event(), threading.Event()
 

@@ -1,4 +1,5 @@
-"""Generations that are derived: base, delta and mask together answer exactly as brute force over the living passages."""
+"""Generations that are derived: base, delta and mask together answer exactly as brute force over the living
+passages."""
 
 import threading
 from pathlib import Path
@@ -259,7 +260,7 @@ def test_refused_calls() -> None:
     shard.stage(1, 1, 0, vectors)
     shard.prepare(1)
     shard.commit(1)
-    with pytest.raises(ValueError, match="generation 1 is not prepared|not newer than 1"):
+    with pytest.raises(ValueError, match="generation 0 is not newer than 1"):
         shard.derive(0, 1, np.array([3]))
     shard.derive(2, 1, np.array([3, 10]))
     with pytest.raises(ValueError, match="5 dimensions: needed are 8"):
