@@ -1,16 +1,18 @@
-"""Does an index service stay right for minutes of searches, publishes and deaths?
+"""Does an index service stay right for minutes of searches, publishes, changes of the corpus, and deaths?
 
     python -m benchmarks.soak [--minutes 5] [--seed 0] [--replicas 1]
 
 A real service on a local Ray (3 shards, 1 refresh worker). One client searches without a pause and compares every
-answer with brute force over the vectors of the generation that it names. Meanwhile, drawn with the seed: weights are
-published, and processes of shards, of the refresh worker and of the coordinator are killed (SIGKILL) or stopped
-(SIGSTOP, for ever or for seconds). Half of what is drawn comes before the service has got over what came before it.
+answer with brute force over the vectors of the generation that it names. Meanwhile, drawn with the seed: one thread
+adds and deletes passages; another publishes weights, and kills processes of shards, of the refresh worker and of the
+coordinator (SIGKILL) or stops them (SIGSTOP, for ever or for seconds). Half of what is drawn comes before the service
+has got over what came before it.
 
 A violation: a wrong answer, one of two generations, one of a generation that was never committed, one of an older
 generation than before (unless a coordinator took that one over, because the newer was lost before it was on disk), a
-search that fails or takes longer than index.search_timeout_s, a publish that does not serve in the end. Prints what it
-does, a table, and one JSON line; the exit code is 1 where there was a violation.
+search that fails or takes longer than index.search_timeout_s, a passage that is missing after its addition was served,
+one that is found by a search that began after its deletion was served, a publish or a change that is not served in the
+end. Prints what it does, a table, and one JSON line; the exit code is 1 where there was a violation.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,17 +31,21 @@ from cluster import session
 
 session.set_environment()
 
+from cluster.corpus import open_to_changes  # noqa: E402
 from cluster.placement import nodes_of_cluster, plan  # noqa: E402
+from cluster.prepare import Prepared  # noqa: E402
 from cluster.search import IndexClient  # noqa: E402
 from cluster.service import IndexServiceHandle, start_index_service  # noqa: E402
 from cluster.settings import ClusterConfig, RefreshConfig  # noqa: E402
 from indexing.settings import IndexConfig  # noqa: E402
 from tests.cluster.corpus import ENCODER, Corpus, make_corpus  # noqa: E402
 from tests.cluster.survival.actors import process_of, serve  # noqa: E402
-from tests.cluster.survival.checker import Checker, Versions, events_of  # noqa: E402
+from tests.cluster.survival.checker import Checker, events_of  # noqa: E402
+from tests.cluster.survival.living import LiveOracle  # noqa: E402
 
 NAMESPACE = "tests"  # where tests/cluster/survival looks for actors
 WAIT_S = 180.0  # for a version to serve, whatever dies
+KEEP = 200  # passages that are left
 SEARCH_S = 120.0  # a stopped coordinator with a stopped shard takes most of it
 ACTIONS = {"publish": 4, "kill": 3, "stop": 1, "pause": 1, "rest": 4}  # weights of the draw
 VICTIMS = {"shard": 4, "worker": 2, "coordinator": 2}
@@ -50,16 +57,21 @@ class Soak:
     def __init__(self, service: IndexServiceHandle, corpus: Corpus, seed: int) -> None:
         self.service, self.corpus, self.chance = service, corpus, random.Random(seed)
         self.client: IndexClient = serve(service, 1, corpus.weights(1))
-        self.checker = Checker(service.connect(), Versions(corpus.vectors), SEARCH_S, seed=seed)
+        self.oracle = LiveOracle(corpus, Path(service.address.events_path).parent)
+        self.checker = Checker(service.connect(), self.oracle, SEARCH_S, seed=seed)
+        self.editor = threading.Thread(target=self.edit, args=(random.Random(seed + 1),), daemon=True)
+        self.ended = threading.Event()
         self.done: Counter[str] = Counter()
         self.version = 1
         self.violations: list[str] = []
         self.begin = time.monotonic()
+        self.longest_change_s = 0.0
         self._asleep: dict[int, float] = {}  # process -> when it wakes up
 
     def run(self, seconds: float) -> None:
         """Do what is drawn until the time is over, then let the service recover once more."""
         self.checker.start()
+        self.editor.start()
         while time.monotonic() - self.begin < seconds and len(self._all()) < 5:
             (action,) = self.chance.choices(list(ACTIONS), list(ACTIONS.values()))
             getattr(self, action)()
@@ -69,6 +81,10 @@ class Soak:
         self._wake(all_of_them=True)
         self.publish()
         self.settle()
+        self.ended.set()
+        while self.editor.is_alive():
+            self.client.status()
+            time.sleep(0.1)
         self.checker.finish()
         self.violations += self.checker.violations
 
@@ -83,7 +99,10 @@ class Soak:
         self._signal(signal.SIGKILL)
 
     def stop(self) -> None:
-        """SIGSTOP for ever: whoever watches has to kill it."""
+        """SIGSTOP for ever: whoever watches has to kill it. One at a time: one after the other may take longer than a
+        search may."""
+        self._wake(all_of_them=True)
+        self.settle()
         self._signal(signal.SIGSTOP)
 
     def pause(self) -> None:
@@ -93,8 +112,33 @@ class Soak:
             self._asleep[process] = time.monotonic() + self.chance.uniform(0.5, 6.0)
 
     def rest(self) -> None:
-        """Nothing but searches."""
-        time.sleep(self.chance.uniform(0.1, 1.5))
+        """Nothing but searches, and looks at the status, as in training."""
+        until = time.monotonic() + self.chance.uniform(0.1, 1.5)
+        while time.monotonic() < until:
+            self.client.status()
+            time.sleep(0.1)
+
+    def edit(self, chance: random.Random) -> None:
+        """Add and delete passages until the end; each change is awaited."""
+        words = "abcdefghij"
+        while not self.ended.wait(chance.uniform(0.1, 1.5)):
+            number, living = chance.randint(1, 4), self.oracle.living()
+            begin = time.monotonic()
+            try:
+                if chance.random() < 0.5 or len(living) < KEEP:
+                    texts = [
+                        " ".join("".join(chance.choices(words, k=4)) for _ in range(chance.randint(3, 11)))
+                        for _ in range(number)
+                    ]
+                    self.oracle.add(texts, WAIT_S)
+                    self.done["adds"] += number
+                else:
+                    self.oracle.delete(chance.sample(living, number), WAIT_S)
+                    self.done["deletes"] += number
+            except Exception as error:  # the edge of a thread
+                self.violations.append(f"a change of the corpus: {type(error).__name__}: {error}")
+                return
+            self.longest_change_s = max(self.longest_change_s, time.monotonic() - begin)
 
     def settle(self) -> None:
         """Wait until the newest version serves."""
@@ -136,19 +180,21 @@ class Soak:
     def say(self, what: str) -> None:
         """One line of progress."""
         seconds, checker = time.monotonic() - self.begin, self.checker
-        state = f"version {self.version}, {checker.searches} searches, {len(self._all())} violations"
+        changes = f"{self.done['adds']} added, {self.done['deletes']} deleted"
+        state = f"version {self.version}, {changes}, {checker.searches} searches, {len(self._all())} violations"
         print(f"{seconds:6.1f} s  {what}  ({state})", flush=True)
 
     def report(self) -> dict[str, float]:
         """The table on the console; returns what the JSON line says."""
         path, checker = self.service.address.events_path, self.checker
-        kinds = ("refresh_committed", "refresh_failed", "shard_restored", "worker_restarted", "index_taken_over")
+        kinds = ("refresh_committed", "refresh_failed", "corpus_changed", "worker_restarted", "index_taken_over")
         for kind in kinds:
             self.done[f"event {kind}"] = len(events_of(path, kind))
         for row in events_of(path, "shard_restored"):
             self.done[f"shard restored from {row['source']}"] += 1
         self.done |= {"generations answered": len(checker.answered), "steps back after a take-over": checker.back}
         print(f"\n{'searches':40} {checker.searches:8}\n{'longest search (s)':40} {checker.longest_s:8.2f}")
+        print(f"{'longest change (s)':40} {self.longest_change_s:8.2f}")
         for name, number in sorted(self.done.items()):
             print(f"{name:40} {number:8}")
         for violation in self.violations:
@@ -176,23 +222,25 @@ def main() -> int:
     connection = session.start_or_join(NAMESPACE, log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="tandem-soak-") as folder:
         try:
-            corpus = make_corpus(Path(folder))
-            service = start_index_service(
-                run_dir=Path(folder) / "run",
-                namespace=NAMESPACE,
-                store=corpus.store,
-                tokenizer=corpus.tokenizer,
-                encoder=ENCODER,
-                index=index,
-                refresh=refresh,
-                placement=plan(ClusterConfig(), refresh, index, nodes_of_cluster()),
-            )
-            try:
-                soak = Soak(service, corpus, arguments.seed)
-                soak.run(60 * arguments.minutes)
-                result = soak.report()
-            finally:
-                service.stop()
+            corpus, run_dir = make_corpus(Path(folder)), Path(folder) / "run"
+            prepared = Prepared(corpus.store, {}, corpus.tokenizer)
+            with open_to_changes(run_dir / "corpus", prepared):
+                service = start_index_service(
+                    run_dir=run_dir,
+                    namespace=NAMESPACE,
+                    store=corpus.store,
+                    tokenizer=corpus.tokenizer,
+                    encoder=ENCODER,
+                    index=index,
+                    refresh=refresh,
+                    placement=plan(ClusterConfig(), refresh, index, nodes_of_cluster()),
+                )
+                try:
+                    soak = Soak(service, corpus, arguments.seed)
+                    soak.run(60 * arguments.minutes)
+                    result = soak.report()
+                finally:
+                    service.stop()
         finally:
             connection.stop()
     print(json.dumps(result))

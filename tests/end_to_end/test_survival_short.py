@@ -43,8 +43,7 @@ def test_trainer_and_driver_die_and_the_same_command_goes_on(tmp_path: Path) -> 
     events = folder / "events.jsonl"
     with Command("train", str(config), log=log) as command:
         command.until(lambda: rows(events, "checkpoint"), 150, "first checkpoint")
-        (trainer,) = command.until(lambda: command.descendants("ray::RayTrainWorker"), 60, "trainer")
-        kill(trainer)
+        kill(command.until(lambda: command.descendants("ray::RayTrainWorker"), 60, "trainer")[0])
         command.until(lambda: rows(events, "resumed"), 90, "resumed training")
         assert len(command.marked()) > 5
         command.process.kill()  # the driver

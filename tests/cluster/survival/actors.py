@@ -1,4 +1,4 @@
-"""The actors of a running service as a test sees them: their processes and states, and a hand on a shard's lock."""
+"""The actors of a running service as a test sees them: their processes and states, and a hand on a shard's steps."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError as ActorError
 
 from cluster.search import IndexClient
 from cluster.service import IndexServiceHandle
@@ -23,14 +24,26 @@ def actor(name: str) -> Any:
     return ray.get_actor(name, namespace="tests")
 
 
+def patiently(submit: Callable[[], Any], timeout_s: float) -> Any:
+    """What a call of an actor returns, which may just be starting again."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.get(submit(), timeout=max(0.1, deadline - time.monotonic()))
+        except ActorError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def inside(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(actor's object, *arguments)`, run in the process of an actor."""
-    return ray.get(actor(name).__ray_call__.remote(function, *arguments), timeout=60)
+    return patiently(lambda: actor(name).__ray_call__.remote(function, *arguments), 60)
 
 
 def process_of(name: str, timeout_s: float = 60.0) -> int:
     """Process id of an actor that works."""
-    return ray.get(actor(name).__ray_call__.remote(_pid), timeout=timeout_s)
+    return patiently(lambda: actor(name).__ray_call__.remote(_pid), timeout_s)
 
 
 def kill(name: str) -> int:
@@ -42,7 +55,7 @@ def kill(name: str) -> int:
 
 def status_of(name: str) -> ShardStatus:
     """Status of a shard actor that answers."""
-    return ray.get(actor(name).status.remote(), timeout=60)
+    return patiently(lambda: actor(name).status.remote(), 60)
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
@@ -70,15 +83,15 @@ def stopped(*processes: int) -> Iterator[None]:
 
 
 class Held:
-    """A shard whose staging lock is taken at a known state, so that the refresh cannot go on there."""
+    """A shard whose next step of a refresh waits until it is let go on: a real one, slow at a known place."""
 
-    def __init__(self, name: str, state: str) -> None:
-        """`state`: staged (all rows, not built yet) or prepared (built, not committed yet)."""
+    def __init__(self, name: str, step: str) -> None:
+        """`step`: prepare (all rows are staged then, on all shards) or commit (all are prepared then)."""
         self._name = name
-        inside(name, _hold, state)
+        inside(name, _hold, step)
 
     def reached(self) -> bool:
-        """Whether the shard is in that state, and stays there."""
+        """Whether the shard is there, and waits."""
         return inside(self._name, _is_held)
 
     def release(self) -> None:
@@ -99,23 +112,17 @@ def _pid(_: Any) -> int:
     return os.getpid()
 
 
-def _hold(actor: Any, state: str) -> None:
-    shard, rows = actor._shard, actor._shard.stop - actor._shard.start
-    actor.test_held, actor.test_release = threading.Event(), threading.Event()
-    held, release = actor.test_held, actor.test_release
+def _hold(actor: Any, step: str) -> None:
+    shard, method = actor._shard, getattr(actor._shard, step)
+    actor.test_held, actor.test_release = held, release = threading.Event(), threading.Event()
 
-    def hold() -> None:
-        while not release.is_set():
-            with shard._staging_lock:  # the one that stage, prepare and commit take turns on
-                status = shard.status()
-                staged = status.staged_rows == rows and not status.prepared
-                if status.prepared if state == "prepared" else staged:
-                    held.set()
-                    release.wait(60)
-                    return
-            time.sleep(0.0005)
+    def hold(*arguments: Any) -> Any:
+        setattr(shard, step, method)
+        held.set()
+        release.wait(60)
+        return method(*arguments)
 
-    threading.Thread(target=hold, daemon=True).start()
+    setattr(shard, step, hold)
 
 
 def _is_held(actor: Any) -> bool:

@@ -22,6 +22,7 @@ def await_restored(victim: Victim, before: int, shard: int) -> dict[str, Any]:
 
 def test_a_shard_dies_while_idle(victim: Victim) -> None:
     generation, before = answer(victim), len(victim.events("shard_restored"))
+    victim.client.save_generation(generation, 30.0)
     with victim.checker():
         kill(victim.shards[1])
         assert answer(victim) == generation
@@ -62,7 +63,7 @@ def test_a_shard_dies_while_it_stages(victim: Victim) -> None:
 def test_a_shard_dies_between_prepare_and_commit(victim: Victim) -> None:
     """One shard is held before it prepares: the others are prepared and nothing may be committed."""
     generation = answer(victim)
-    held = Held(victim.shards[0], "staged")
+    held = Held(victim.shards[0], "prepare")
     with victim.checker():
         version = victim.publish()
         wait_until(held.reached, "all rows staged")
@@ -81,10 +82,10 @@ def test_a_shard_dies_between_prepare_and_commit(victim: Victim) -> None:
 def test_a_shard_dies_when_the_others_have_committed(victim: Victim) -> None:
     """The commit is decided: the shard that died before it comes back empty and is given the new generation."""
     generation, before = answer(victim), len(victim.events("shard_restored"))
-    held = Held(victim.shards[0], "prepared")
+    held = Held(victim.shards[0], "commit")
     with victim.checker():
         version = victim.publish()
-        wait_until(held.reached, "prepared shard")
+        wait_until(held.reached, "prepared shards")
         wait_until(lambda: all(status_of(name).committed > generation for name in victim.shards[1:]), "commits")
         assert answer(victim) == generation  # until the last one has switched
         kill(victim.shards[0])
@@ -97,10 +98,10 @@ def test_a_shard_dies_when_the_others_have_committed(victim: Victim) -> None:
 def test_the_coordinator_dies_in_the_middle_of_a_commit(victim: Victim) -> None:
     """The one that follows drives it to its end."""
     generation, taken_over = answer(victim), len(victim.events("index_taken_over"))
-    held = Held(victim.shards[0], "prepared")
+    held = Held(victim.shards[0], "commit")
     with victim.checker():
         version = victim.publish()
-        wait_until(held.reached, "prepared shard")
+        wait_until(held.reached, "prepared shards")
         wait_until(lambda: all(status_of(name).committed > generation for name in victim.shards[1:]), "commits")
         kill(victim.service.address.coordinator)
         assert answer(victim) == generation
@@ -157,8 +158,9 @@ def test_a_stopped_coordinator_and_a_stopped_shard_are_replaced(
 ) -> None:
     """The shard is the coordinator's to see to, and the coordinator that of the client that publishes, however often it
     does."""
-    monkeypatch.setattr("cluster.search.HUNG_S", 5.0)
+    monkeypatch.setattr("cluster.search.HUNG_S", 3.0)
     generation, killed = answer(victim), len(victim.events("shard_killed"))
+    victim.client.save_generation(generation, 30.0)
     frozen = [process_of(victim.service.address.coordinator), process_of(victim.shards[1])]
     with victim.checker(), stopped(*frozen):
         deadline = time.monotonic() + 20

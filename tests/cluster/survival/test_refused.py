@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cluster.service import IndexServiceHandle
-from indexing.shard import INDEX_FILE
+from indexing.shard_files import INDEX_FILE
 from indexing.snapshot import TornSnapshot, verify
 from indexing.store import Store
 from tests.cluster.corpus import ENCODER, NUM_PASSAGES
@@ -63,7 +63,7 @@ def test_no_service_starts_from_a_damaged_snapshot(
     path = Path(victim.client.save_generation(answer(victim), 30.0))
     chance = np.random.default_rng(3)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    assert len(files) == 7  # manifests of the generation and of three shards, three indexes
+    assert sum(file.name == INDEX_FILE for file in files) == 3
     for file in files:
         for _ in range(NUM_OFFSETS // (1 if file.name == INDEX_FILE else 4)):
             undo = damage(file, chance)
@@ -113,7 +113,7 @@ def test_a_snapshot_without_room_leaves_everything_else_as_it_is(victim: Victim,
             generation = answer(victim)
             wait_until(lambda: len(victim.events("snapshot_failed")) > failed, "snapshot_failed")
             with pytest.raises(OSError, match=f"index generation {generation} could not be saved") as error:
-                wait_until(lambda: victim.client.save_generation(generation, 30.0), "error")
+                victim.client.save_generation(generation, 30.0)
             assert ("No space left" if how == "full disk" else "too large") in str(error.value)
             verify(before)
             assert not list(victim.index_folder.glob(f"generation-{generation}"))

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.cluster.survival.actors import Held, actor, kill, process_of, serve, 
 from tests.cluster.survival.checker import K, Versions
 from tests.cluster.survival.conftest import QUERIES, Victim, answer, start
 
-INDEX = IndexConfig(num_shards=2, search_timeout_s=36.0, replicas=2, slow_after_s=0.5, on_slow="hedge")
+INDEX = IndexConfig(num_shards=2, search_timeout_s=36.0, replicas=2, slow_after_s=1.0, on_slow="hedge")
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +47,17 @@ def with_slowness(victim: Victim, after_s: float, action: str) -> IndexClient:
 
 def test_a_slow_shard_is_hedged(pairs: Victim) -> None:
     """The replica answers, from the same generation; it is counted, told, and asked first from then on."""
-    client, generation = with_slowness(pairs, 0.5, "hedge"), answer(pairs)
+    client, generation = with_slowness(pairs, 1.0, "hedge"), answer(pairs)
     told = len(pairs.events("shard_slow"))
     first, other = replicas_of(pairs, client, 0)
     with stopped(process_of(first)):
         begin = time.monotonic()
         hits = client.submit(QUERIES, K).result()
-        assert 0.5 <= time.monotonic() - begin < 4.0
+        assert 1.0 <= time.monotonic() - begin < 5.0
         assert hits.generation == generation
         begin = time.monotonic()
         client.submit(QUERIES, K).result()
-        assert time.monotonic() - begin < 0.5
+        assert time.monotonic() - begin < 1.0
         assert replicas_of(pairs, client, 0) == (other, first)
     status = client.status()
     assert (status.slow, status.hedged, status.refused) == (1, 1, 0)
@@ -74,7 +75,7 @@ def test_a_slow_shard_is_refused(pairs: Victim) -> None:
         assert time.monotonic() - begin < 2.0
     wait_until(lambda: refused_or_none(client) is None, "answer")
     status = client.status()
-    assert status.refused == status.slow >= 1
+    assert status.slow >= status.refused >= 1
     assert status.hedged == 0
 
 
@@ -90,11 +91,12 @@ def refused_or_none(client: IndexClient) -> SearchRefused | None:
 def test_a_slow_shard_is_waited_for(pairs: Victim) -> None:
     """And still counted."""
     client = with_slowness(pairs, 0.2, "wait")
-    with stopped(process_of(replicas_of(pairs, client, 0)[0])):
-        search = client.submit(QUERIES, K)
-        with pytest.raises(TimeoutError):
-            search._question.answers(time.monotonic() + 1.0)
-    assert search.result().generation == answer(pairs)
+    with ThreadPoolExecutor(1) as threads:
+        with stopped(process_of(replicas_of(pairs, client, 0)[0])):
+            hits = threads.submit(client.submit(QUERIES, K).result)
+            wait_until(lambda: client.status().slow, "slow search")
+            assert not hits.done()
+        assert hits.result(30).generation == answer(pairs)
     status = client.status()
     assert (status.slow, status.hedged, status.refused) == (1, 0, 0)
 
@@ -109,20 +111,20 @@ def test_a_replica_dies_and_nobody_waits(pairs: Victim) -> None:
         assert client.submit(QUERIES, K).result().generation == generation
         assert time.monotonic() - begin < 3.0
         wait_until(lambda: process_of(first) != process, "another process")
-        wait_until(lambda: status_of(first).generations == status_of(other).generations, "the same generations")
-    assert "replica" in pairs.events("shard_lost")[-1]["why"]
+        wait_until(lambda: status_of(first).committed == status_of(other).committed, "the same generation")
+    assert "shard 0, replica" in pairs.events("shard_lost")[-1]["why"]
 
 
-@pytest.mark.parametrize("state", ["staged", "prepared"])
-def test_all_replicas_commit_or_none(pairs: Victim, state: str) -> None:
+@pytest.mark.parametrize("step", ["prepare", "commit"])
+def test_all_replicas_commit_or_none(pairs: Victim, step: str) -> None:
     """One replica is held before it prepares, or before it commits, and another one dies: nothing is mixed, and in the
     end all have the same generation with the same answers."""
     generation, names = answer(pairs), pairs.service.address.by_shard()
-    held = Held(names[0][1], state)
+    held = Held(names[0][1], step)
     with pairs.checker():
         version = pairs.publish()
-        wait_until(held.reached, f"{state} replica")
-        if state == "staged":
+        wait_until(held.reached, f"a replica before its {step}")
+        if step == "prepare":
             wait_until(lambda: all(status_of(name).prepared for name in (names[0][0], *names[1])), "prepared")
             assert all(status_of(name).committed == generation for name in pairs.shards)
         else:
@@ -132,10 +134,7 @@ def test_all_replicas_commit_or_none(pairs: Victim, state: str) -> None:
         pairs.await_version(version)
         assert answer(pairs) > generation
 
-        def alike() -> bool:
-            return len({tuple(status_of(name).generations.items())[-1:] for name in pairs.shards}) == 1
-
-        wait_until(alike, "the same generation everywhere")
+        wait_until(lambda: len({status_of(name).committed for name in pairs.shards}) == 1, "one generation everywhere")
     newest = status_of(pairs.shards[0]).committed
     for first, second in names:
         one, two = (ray.get(actor(name).search.remote(QUERIES, K, newest, 0), timeout=30) for name in (first, second))

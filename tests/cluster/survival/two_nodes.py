@@ -59,22 +59,23 @@ def lose(cluster: Cluster, second: Any, folder: Path) -> dict[str, Any]:
     try:
         client = serve(service, 1, corpus.weights(1))
         before = places(service)
+        sockets = {node["RayletSocketName"]: node["NodeID"] for node in ray.nodes()}
+        lost = sockets[second.raylet_socket_name]
         checker = Checker(service.connect(), Versions(corpus.vectors), INDEX.search_timeout_s)
         checker.start()
         cluster.remove_node(second, allow_graceful=False)
         client.publish(2, corpus.weights(2))
         client.wait_for_version(2, 90.0)
-        hits = client.submit(corpus.vectors(2)[:3], 1).result()
+        hits = client.submit(corpus.vectors(2)[:3], 9).result()
         checker.finish()
         return {
             "before": before,
             "after": places(service),
-            "lost": second.node_id,
+            "lost": lost,
             "violations": checker.violations,
             "searches": checker.searches,
             "longest_s": checker.longest_s,
             "weights_version": hits.weights_version,
-            "found_themselves": hits.ids[:, 0].tolist(),
             "restored": [row["shard"] for row in events_of(service.address.events_path, "shard_restored")],
         }
     finally:
