@@ -22,12 +22,13 @@ import ray
 
 from cluster.chunks import EncodePool
 from cluster.events import EventLog
-from cluster.handles import NamedActor, RayShard, RayWorker, keep_weights, read_weights, write_weights
+from cluster.handles import NamedActor, RayWorker, keep_weights, ray_shard, read_weights, write_weights
 from cluster.ports import Weights
 from cluster.processes import Place, here
 from cluster.refresh import CoordinatorStatus, RefreshCoordinator, RefreshSettings
 from cluster.shards import ShardGroup
 from cluster.snapshots import IndexIdentity, Snapshots, Wish
+from indexing.build import bad_rows
 from indexing.changes import ChangeLog
 from indexing.encode import encode_numbers
 from indexing.live import LiveStore
@@ -165,7 +166,19 @@ class RefreshWorkerActor:
             rows = np.arange(start, stop) if numbers is None else numbers
             table.know(rows)
             vectors = encode_numbers(table, rows, self._encode, self._settings.batch_tokens, pad)
+            self._check_finite(rows, vectors, weights.version)
         return vectors, len(vectors)
+
+    def _check_finite(self, numbers: np.ndarray, vectors: np.ndarray, weights_version: int) -> None:
+        """Raise ValueError that names a passage whose vector is not finite, before any shard takes it."""
+        bad = bad_rows(vectors)
+        if len(bad):
+            first = int(numbers[bad[0]])
+            name = LiveStore.open_with(self._settings.store, self._settings.corpus).ids([first])[0]
+            raise ValueError(
+                f"the encoder of weights version {weights_version} gives passage {name!r} (number {first}) a vector "
+                f"that is not finite, as {len(bad)} of {len(vectors)} passages from {numbers[0]} to {numbers[-1]}"
+            )
 
     def _load(self) -> Any:
         if self._settings.device == "cpu":
@@ -207,7 +220,7 @@ class CoordinatorSettings:
     """Names, paths and numbers: what a restarted coordinator starts from."""
 
     namespace: str
-    shards: tuple[str, ...]  # actor names, in the order of identity.ranges
+    shards: tuple[tuple[str, ...], ...]  # names of each shard's replicas, in the order of identity.ranges
     workers: tuple[str, ...]
     run_dir: str
     identity: IndexIdentity
@@ -229,8 +242,8 @@ class CoordinatorActor:
         self._events = EventLog(Path(settings.run_dir) / "events.jsonl")
         shards = ShardGroup(
             [
-                RayShard(number, *settings.identity.ranges[number], NamedActor(name, settings.namespace), limit)
-                for number, name in enumerate(settings.shards)
+                ray_shard(number, *settings.identity.ranges[number], names, settings.namespace, limit)
+                for number, names in enumerate(settings.shards)
             ]
         )
         log = ChangeLog(settings.corpus, settings.identity.corpus_fingerprint, settings.num_base)

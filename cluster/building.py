@@ -87,10 +87,11 @@ class Builder:
         generation, lost = plan.generation, set[int]()
         for attempt in range(self._max_failures + 1):
             plan.before()
-            missing = self._shards.pick(self._shards.lacking(has_prepared, generation))
-            if not missing:
+            unprepared = self._shards.lacking(has_prepared, generation)
+            if not unprepared:
                 return
-            if attempt:
+            missing = self._shards.pick(unprepared & self._unstaged(plan))
+            if attempt and missing:
                 self._events("shards_filled_again", generation=generation, shards=[one.number for one in missing])
             self._shards.wait(self._wait_s, self._in_order, missing)
             lost = self._begin(plan, missing)

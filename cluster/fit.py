@@ -31,7 +31,7 @@ from cluster.placement import PlacementPlan
 from cluster.prepare import Prepared
 from cluster.service import IndexServiceHandle, await_ready, index_identity, start_index_service
 from cluster.settings import Settings
-from indexing.snapshot import is_complete
+from indexing.snapshot import TornSnapshot, is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
 from training.job import StageJob
@@ -71,19 +71,12 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
                 if snapshot is None and newest_checkpoint(run_dir, lambda _: None) is None:
                     identity = index_identity(passages, settings.encoder, settings.index)
                     snapshot = inherit_index(settings, init_from, run_dir, identity, log)
-                service = start_index_service(
-                    run_dir=run_dir,
-                    namespace=namespace,
-                    store=prepared.passages,
-                    tokenizer=prepared.tokenizers / "retriever",
-                    encoder=settings.encoder,
-                    index=settings.index,
-                    refresh=settings.refresh,
-                    placement=placement,
-                    snapshot=snapshot,
-                    start_timeout_s=settings.cluster.start_timeout_s,
-                    wait=snapshot is not None,
-                )
+                try:
+                    service = _start_index(settings, prepared, placement, run_dir, namespace, snapshot)
+                except TornSnapshot as torn:  # the checkpoint's weights make the index anew
+                    events("snapshot_refused", why=str(torn))
+                    print(f"{torn}; the index is encoded again", flush=True)
+                    service = _start_index(settings, prepared, placement, run_dir, namespace, snapshot := None)
                 job.index_from_snapshot = snapshot is not None
             with _started(service, placement, settings.cluster.start_timeout_s):
                 _fit(job, service, settings, placement)
@@ -115,6 +108,29 @@ def _started(service: IndexServiceHandle | None, placement: PlacementPlan, timeo
         if failures:
             raise failures[0] from error
         raise
+
+
+def _start_index(
+    settings: Settings,
+    prepared: Prepared,
+    placement: PlacementPlan,
+    run_dir: Path,
+    namespace: str,
+    snapshot: Path | None,
+) -> IndexServiceHandle:
+    return start_index_service(
+        run_dir=run_dir,
+        namespace=namespace,
+        store=prepared.passages,
+        tokenizer=prepared.tokenizers / "retriever",
+        encoder=settings.encoder,
+        index=settings.index,
+        refresh=settings.refresh,
+        placement=placement,
+        snapshot=snapshot,
+        start_timeout_s=settings.cluster.start_timeout_s,
+        wait=snapshot is not None,
+    )
 
 
 def is_finished(settings: Settings) -> bool:

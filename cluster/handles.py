@@ -4,6 +4,7 @@ A call to an actor that died ends with an error within seconds; one to an actor 
 why each has a timeout. Errors that the called method raised itself arrive as what they were.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from cluster.ports import Chunk, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost
 from cluster.processes import Place, end
+from cluster.replicas import ReplicatedShard
 from indexing.shard import ShardStatus
 from indexing.snapshot import named_errors
 
@@ -67,9 +69,12 @@ def own_error(error: RayTaskError) -> Exception:
 class RayShard:
     """A `ShardPort`."""
 
-    def __init__(self, number: int, start: int, stop: int, actor: NamedActor, step_timeout_s: float) -> None:
-        """`step_timeout_s` bounds what builds, reads or writes an index."""
+    def __init__(
+        self, number: int, start: int, stop: int, actor: NamedActor, step_timeout_s: float, name: str = ""
+    ) -> None:
+        """`step_timeout_s` bounds what builds, reads or writes an index; `name` is for messages."""
         self.number, self.start, self.stop = number, start, stop
+        self._name = name or f"shard {number}"
         self.actor = actor
         self._step_timeout_s = step_timeout_s
 
@@ -113,19 +118,31 @@ class RayShard:
         try:
             self.actor.kill()
         except (RayError, ValueError) as error:
-            raise ShardLost(f"shard {self.number} cannot be killed: {error}") from error
+            raise ShardLost(f"{self._name} cannot be killed: {error}") from error
 
     def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
         try:
             self.actor.find_place()
             return get(self.actor.submit(method, *arguments), timeout_s)
         except GetTimeoutError:
-            raise ShardLost(f"shard {self.number} did not answer {method} in {timeout_s:g} s", silent=True) from None
+            raise ShardLost(f"{self._name} did not answer {method} in {timeout_s:g} s", silent=True) from None
         except RayTaskError as error:
             raise own_error(error) from error
         except RayError as error:
             self.actor.place = None
-            raise ShardLost(f"shard {self.number}: {type(error).__name__} in {method}") from error
+            raise ShardLost(f"{self._name}: {type(error).__name__} in {method}") from error
+
+
+def ray_shard(
+    number: int, start: int, stop: int, names: Sequence[str], namespace: str, step_timeout_s: float
+) -> RayShard | ReplicatedShard:
+    """The port of a shard whose replicas have these names."""
+    labels = [f"shard {number}, replica {replica}" for replica in range(len(names))] if len(names) > 1 else [""]
+    replicas = [
+        RayShard(number, start, stop, NamedActor(name, namespace), step_timeout_s, label)
+        for name, label in zip(names, labels, strict=True)
+    ]
+    return ReplicatedShard(replicas) if len(replicas) > 1 else replicas[0]
 
 
 class RayWorker:
@@ -137,7 +154,7 @@ class RayWorker:
         self._chunk_timeout_s = chunk_timeout_s
 
     def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
-        assert isinstance(shard, RayShard)
+        assert isinstance(shard, RayShard | ReplicatedShard)
         limit = self._chunk_timeout_s
         try:
             self._actor.find_place()

@@ -84,7 +84,8 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
     cpus, gpus = _sum(nodes, "cpus"), _sum(nodes, "gpus")
     trainer_gpus = cluster.trainer_gpus if cluster.trainer_gpus >= 0 else float(gpus > 0)
     shard_gpus = cluster.shard_gpus if cluster.shard_gpus >= 0 else float(index.device == "gpu")
-    left_gpus = gpus - cluster.num_trainers * trainer_gpus - index.num_shards * shard_gpus
+    num_shards = index.num_shards * index.replicas
+    left_gpus = gpus - cluster.num_trainers * trainer_gpus - num_shards * shard_gpus
     worker_gpus = cluster.refresh_gpus if cluster.refresh_gpus >= 0 else _share(left_gpus, refresh.num_workers)
     wanted = {"trainer_gpus": trainer_gpus, "shard_gpus": shard_gpus, "refresh_gpus": worker_gpus}
     _check_gpus(wanted, index.device)
@@ -96,7 +97,7 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
     def seated(helper_cpus: float) -> PlacementPlan:
         return PlacementPlan(
             Seat("trainer", cluster.num_trainers, trainer_cpus, trainer_gpus, trainer_threads),
-            Seat("index shard", index.num_shards, helper_cpus, shard_gpus, shard_threads),
+            Seat("index shard", num_shards, helper_cpus, shard_gpus, shard_threads),
             Seat(
                 "refresh worker", refresh.num_workers, helper_cpus, worker_gpus, 0 if worker_gpus else refresh.threads
             ),
@@ -104,7 +105,7 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
         )
 
     generous = seated(1.0)
-    if left_cpus >= index.num_shards + refresh.num_workers and _without_room(generous) is None:
+    if left_cpus >= num_shards + refresh.num_workers and _without_room(generous) is None:
         return generous
     modest = seated(0.0)
     if (refused := _without_room(modest)) is not None:
@@ -121,7 +122,7 @@ def _share(left_gpus: float, num_workers: int) -> float:
 def _shard_threads(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> int:
     """FAISS threads of a shard: an even share of the cores that trainers and workers leave."""
     used = cluster.num_trainers * cluster.threads_per_trainer + refresh.num_workers * refresh.threads
-    return max(1, int((_sum(nodes, "cpus") - used) // index.num_shards))
+    return max(1, int((_sum(nodes, "cpus") - used) // (index.num_shards * index.replicas)))
 
 
 def _check_gpus(wanted: dict[str, float], device: str) -> None:
@@ -151,8 +152,8 @@ def _refusal(plan: PlacementPlan, seat: Seat, seated: int) -> str:
     return (
         f"the cluster cannot hold this run: it wants {cpus:g} CPU and {gpus:g} GPU, and no node has room for "
         f"{seat.name} {seated + 1} of {seat.number} ({seat.cpus:g} CPU, {seat.gpus:g} GPU).\n{plan}\n"
-        "Lower cluster.num_trainers, index.num_shards, refresh.num_workers, cluster.trainer_gpus, cluster.shard_gpus, "
-        "cluster.refresh_gpus or cluster.threads_per_trainer, or add machines"
+        "Lower cluster.num_trainers, index.num_shards, index.replicas, refresh.num_workers, cluster.trainer_gpus, "
+        "cluster.shard_gpus, cluster.refresh_gpus or cluster.threads_per_trainer, or add machines"
     )
 
 

@@ -367,8 +367,8 @@ class RefreshCoordinator:
         """Find out what serves (`cluster/takeover.py`). Raises RefreshFailed when a shard does not answer."""
         self.snapshots.tidy()
         first = self.settings.first_generation
-        hide = self._builder.hide
-        serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s, hide)
+        hung_s, hide = self.settings.search_timeout_s / 4, self._builder.hide
+        serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s, hung_s, hide)
         with self._changed:
             self._serving, self._next_generation = serving, number
         self.live.hidden = self.log.version  # the shards that answered hide it, the others will when they come back

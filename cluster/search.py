@@ -3,9 +3,11 @@
 A search goes from this process to every shard at once and back, without anything in between. The client pins a
 generation: all shards are asked for it, and a query whose answers are not all of it is asked again as a whole. Every
 answer tells which generation its shard committed last; when all shards have a newer one, that is pinned next.
+`cluster/fanout.py` asks them, and looks after replicas and slow shards.
 
 Who waits for whom: `submit`, `publish` and `status` return at once. `result` waits for the shards; a shard that died is
-asked again until the repair has brought it back, bounded by index.search_timeout_s. `wait_for_version` and
+asked again until the repair has brought it back, bounded by index.search_timeout_s, or by index.slow_after_s where
+index.on_slow is refuse. `wait_for_version` and
 `save_generation` poll the coordinator until their own deadline. A coordinator that died comes back without the weights
 it was given; the client that published them keeps them, and hands them in again when a status shows that they are
 missing.
@@ -22,8 +24,8 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from cluster.actors import Gone
 from cluster.events import EventLog
+from cluster.fanout import WAIT, Answer, Fanout, Question, SearchRefused, Slowness
 from cluster.handles import NamedActor, get, own_error
 from cluster.ports import Weights
 from cluster.processes import Place
@@ -35,7 +37,7 @@ INLINE_BYTES = 100_000  # larger queries are put into the object store once inst
 POLL_S = (0.02, 0.5)  # between attempts: the first pause, and the longest
 ASK_S = 5.0  # for one status
 STATUS_AGE_S = 0.05  # a status younger than this is not asked for again
-HUNG_S = 60.0  # a coordinator silent for so long is killed, and starts again
+HUNG_S = 40.0  # a coordinator silent for so long is killed, and starts again: it never waits for anything
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,17 @@ class IndexAddress:
 
     namespace: str
     coordinator: str
-    shards: tuple[str, ...]
+    shards: tuple[str, ...]  # names of the actors: every shard's first replica, then every shard's second, ...
     num_passages: int
     search_timeout_s: float
     events_path: str
+    replicas: int = 1
+    slowness: Slowness = WAIT
+
+    def by_shard(self) -> list[tuple[str, ...]]:
+        """The names of each shard's replicas."""
+        num_shards = len(self.shards) // self.replicas
+        return [self.shards[number::num_shards] for number in range(num_shards)]
 
 
 def new_publish_id() -> int:
@@ -63,26 +72,26 @@ class Search:
         self._k, self._num_vectors = k, num_vectors
         self._queries: Any = queries if queries.nbytes < INLINE_BYTES else ray.put(queries)
         self._deadline = 0.0
-        self._answers: list[Any] = self._ask()
+        self._question = self._ask()
         self._hits: Hits | None = None
 
     def result(self) -> Hits:
-        """Wait for the hits. Raises TimeoutError, and ValueError for queries that the index refuses."""
+        """Wait for the hits. Raises TimeoutError (SearchRefused where index.on_slow says so), and ValueError for
+        queries that the index refuses."""
         if self._hits is None:
             self._hits = self._wait()
             self._queries = None
         return self._hits
 
     def _wait(self) -> Hits:
-        self._deadline = (
-            time.monotonic() + self._client.address.search_timeout_s
-        )  # of waiting, not of training meanwhile
+        self._deadline = time.monotonic() + self._client.patience_s  # of waiting, not of training meanwhile
         pause_s, why = POLL_S[0], ""
         while True:
             try:
-                answers = get(self._answers, max(0.0, self._deadline - time.monotonic()))
+                answers = self._question.answers(self._deadline)
             except GetTimeoutError:
-                raise TimeoutError(self._too_late(why or "a shard does not answer")) from None
+                silent = ", ".join(map(str, self._question.silent()))
+                raise self._client.too_late(why or f"no answer of shard {silent}") from None
             except RayTaskError as error:
                 raise own_error(error) from error
             except RayError as error:
@@ -94,21 +103,17 @@ class Search:
                     return merge(hits, self._k)
                 why = "no generation is served by every shard"
                 if again_at_once:
-                    self._answers = self._ask(pinned)
+                    self._question = self._ask(pinned)
                     continue
             if time.monotonic() + pause_s > self._deadline:
-                raise TimeoutError(self._too_late(why))
+                raise self._client.too_late(why)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S[1])
             self._client.hand_in_again()
-            self._answers = self._ask()
+            self._question = self._ask()
 
-    def _ask(self, generation: int | None = None) -> list[Any]:
+    def _ask(self, generation: int | None = None) -> Question:
         return self._client.ask_shards(self._queries, self._k, generation, self._num_vectors)
-
-    def _too_late(self, why: str) -> str:
-        limit = self._client.address.search_timeout_s
-        return f"search found no complete index for {limit:g} s (index.search_timeout_s): {why}"
 
 
 class IndexClient:
@@ -118,8 +123,9 @@ class IndexClient:
         self.address = address
         self.num_passages = address.num_passages
         self._coordinator = NamedActor(address.coordinator, address.namespace)
-        self._shards = [NamedActor(name, address.namespace) for name in address.shards]
         self._events = EventLog(address.events_path)
+        replicas = [[NamedActor(name, address.namespace) for name in names] for names in address.by_shard()]
+        self._fanout = Fanout(replicas, address.slowness, self._events)
         self._lock = threading.Lock()
         self._pinned: int | None = None
         self._published: Weights | None = None
@@ -128,7 +134,7 @@ class IndexClient:
         self._status = CoordinatorStatus()
         self._status_at = 0.0
         self._asked: Any = None  # the status call under way
-        self._asked_at = 0.0
+        self._silent_since: float | None = None  # since when no status has come that was asked for
         self._publish_failures = 0
 
     def __reduce__(self) -> tuple[type["IndexClient"], tuple[IndexAddress]]:
@@ -142,12 +148,27 @@ class IndexClient:
         check_k(k, self.num_passages)
         return Search(self, np.ascontiguousarray(queries, np.float32), k, num_vectors)
 
-    def ask_shards(self, queries: Any, k: int, generation: int | None, num_vectors: int) -> list[Any]:
-        """References to every shard's answer, from the pinned generation unless another one is named."""
+    def ask_shards(self, queries: Any, k: int, generation: int | None, num_vectors: int) -> Question:
+        """Ask every shard, for the pinned generation unless another one is named."""
         pinned = self._pinned if generation is None else generation
-        return [shard.submit("search", queries, k, pinned, num_vectors) for shard in self._shards]
+        return self._fanout.ask(queries, k, pinned, num_vectors)
 
-    def learn(self, answers: list[ShardHits | Gone]) -> tuple[int | None, bool]:
+    @property
+    def patience_s(self) -> float:
+        """How long a search waits before it is an error."""
+        refuses = self.address.slowness.action == "refuse"
+        return self.address.slowness.after_s if refuses else self.address.search_timeout_s
+
+    def too_late(self, why: str) -> TimeoutError:
+        """The error of a search that has waited so long; one that is refused is counted."""
+        if self.address.slowness.action == "refuse":
+            self._fanout.count("refused")
+            limit = self.address.slowness.after_s
+            return SearchRefused(f"search refused after {limit:g} s (index.slow_after_s, index.on_slow=refuse): {why}")
+        limit = self.address.search_timeout_s
+        return TimeoutError(f"search found no complete index for {limit:g} s (index.search_timeout_s): {why}")
+
+    def learn(self, answers: list[Answer]) -> tuple[int | None, bool]:
         """Pin the newest generation that all shards have committed.
 
         Returns it, and whether the same query would be answered by it at once.
@@ -237,8 +258,8 @@ class IndexClient:
             self._collect()
             if self._asked is None and time.monotonic() - self._status_at > STATUS_AGE_S:
                 self._asked = self._coordinator.submit("status")
-                self._asked_at = time.monotonic()
-            status = self._status
+                self._silent_since = self._silent_since or time.monotonic()
+            status, counts = self._status, self._fanout.counts
         return IndexStatus(
             generation=status.generation,
             weights_version=status.weights_version,
@@ -246,6 +267,9 @@ class IndexClient:
             refresh_seconds=status.refresh_seconds,
             refresh_passages_per_s=status.refresh_passages_per_s,
             failures=status.failures + self._publish_failures,
+            slow=counts["slow"],
+            hedged=counts["hedged"],
+            refused=counts["refused"],
         )
 
     def hand_in_again(self) -> None:
@@ -265,12 +289,13 @@ class IndexClient:
         if self._asked is None:
             return time.monotonic() - self._status_at <= STATUS_AGE_S
         if not ray.wait([self._asked], timeout=0)[0]:
-            if self._published is not None and time.monotonic() - self._asked_at > HUNG_S:  # one client sees to it
-                self._events("coordinator_killed", why=f"silent for {HUNG_S:g} s")
+            silent_s = time.monotonic() - (self._silent_since or time.monotonic())
+            if self._published is not None and silent_s > HUNG_S:  # one client sees to it
+                self._events("coordinator_killed", why=f"silent for {silent_s:.0f} s")
                 self._coordinator.kill()
-                self._asked = None
+                self._asked = self._silent_since = None
             return False
-        asked, self._asked = self._asked, None
+        asked, self._asked, self._silent_since = self._asked, None, None
         try:
             self._status, self._coordinator.place = get(asked)
         except RayError:  # it is being restarted
@@ -288,6 +313,8 @@ class IndexClient:
     def _hand_in(self) -> None:
         """Send the published weights to the coordinator. Call with the lock held."""
         self._handed_in, self._taken_by = self._coordinator.submit("publish", self._published), None
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            self._silent_since = None  # otherwise it is as silent as before, however often is published
         self._asked = None  # a status from before would seem to have forgotten them
 
     def _forgotten(self) -> bool:

@@ -26,6 +26,7 @@ from cluster.actors import (
     ShardActor,
     WorkerSettings,
 )
+from cluster.fanout import Slowness
 from cluster.handles import NamedActor
 from cluster.placement import PlacementPlan, Seat
 from cluster.refresh import RefreshSettings
@@ -109,10 +110,16 @@ def start_index_service(
     address = IndexAddress(
         namespace=namespace,
         coordinator=f"{prefix}-coordinator",
-        shards=tuple(f"{prefix}-shard-{number}" for number in range(index.num_shards)),
+        shards=tuple(
+            f"{prefix}-shard-{number}" + (f"-replica-{replica}" if index.replicas > 1 else "")
+            for replica in range(index.replicas)
+            for number in range(index.num_shards)
+        ),
         num_passages=log.num_living(),
         search_timeout_s=index.search_timeout_s,
         events_path=str(run_dir / "events.jsonl"),
+        replicas=index.replicas,
+        slowness=Slowness(index.slow_after_s, index.on_slow),
     )
     handle = IndexServiceHandle(address, tuple(f"{prefix}-worker-{number}" for number in range(refresh.num_workers)))
     worker = WorkerSettings(
@@ -128,7 +135,7 @@ def start_index_service(
     )
     coordinator = CoordinatorSettings(
         namespace=namespace,
-        shards=address.shards,
+        shards=tuple(address.by_shard()),
         workers=handle.workers,
         run_dir=str(run_dir),
         identity=identity,
@@ -217,7 +224,8 @@ def _start(
         shard_class.options(**_options(name, handle, seats[0], placement)).remote(
             number, start, stop, index, seats[0].threads
         )
-        for number, (name, (start, stop)) in enumerate(zip(handle.address.shards, ranges, strict=True))
+        for number, (names, (start, stop)) in enumerate(zip(handle.address.by_shard(), ranges, strict=True))
+        for name in names
     ]
     workers = [
         worker_class.options(**_options(name, handle, seats[1], placement)).remote(worker) for name in handle.workers

@@ -1,10 +1,11 @@
 """All shards of an index, as the refresh talks to them: at the same time, each answer with its error."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from cluster.ports import RefreshFailed, ShardLost, ShardPort
+from cluster.ports import Events, RefreshFailed, ShardLost, ShardPort
 from indexing.shard import ShardStatus
 
 POLL_S = 0.2  # while a shard is awaited
@@ -55,12 +56,23 @@ class ShardGroup:
         timeout_s: float,
         in_order: Callable[[ShardStatus], bool] = lambda status: True,
         shards: Sequence[ShardPort] | None = None,
+        hung_s: float = math.inf,
+        events: Events | None = None,
     ) -> list[ShardStatus]:
-        """Wait until `shards` (all of them) answer and are `in_order`. Raises RefreshFailed."""
+        """Wait until `shards` (all of them) answer and are `in_order`; one that stays silent for `hung_s` is killed,
+        which `events` are told. Raises RefreshFailed."""
         deadline = time.monotonic() + timeout_s
         statuses = []
         for shard in self._shards if shards is None else shards:
-            while (status := status_or_none(shard)) is None or not in_order(status):
+            silent_since = time.monotonic()
+            while isinstance(status := _status_or_loss(shard), ShardLost) or not in_order(status):
+                if not isinstance(status, ShardLost) or not status.silent:
+                    silent_since = time.monotonic()
+                elif (silent_s := time.monotonic() - silent_since) > hung_s:
+                    if events is not None:
+                        events("shard_killed", shard=shard.number, why=f"silent for {silent_s:.0f} s")
+                    shard.restart()
+                    silent_since = time.monotonic()
                 if time.monotonic() > deadline:
                     raise RefreshFailed(f"index shard {shard.number} did not come back within {timeout_s:.0f} s")
                 time.sleep(POLL_S)
@@ -70,7 +82,12 @@ class ShardGroup:
 
 def status_or_none(shard: ShardPort) -> ShardStatus | None:
     """The shard's status, None while it is lost."""
+    status = _status_or_loss(shard)
+    return None if isinstance(status, ShardLost) else status
+
+
+def _status_or_loss(shard: ShardPort) -> ShardStatus | ShardLost:
     try:
         return shard.status()
-    except ShardLost:
-        return None
+    except ShardLost as lost:
+        return lost

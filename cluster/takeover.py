@@ -27,14 +27,16 @@ def take_over(
     first_generation: int,
     initial: tuple[Wish, str] | None,
     timeout_s: float,
+    hung_s: float,
     hide: Callable[[ShardPort, ShardStatus], None],
 ) -> tuple[Serving | None, int]:
     """The serving generation, which all living shards have when this returns, and the number of the next one.
 
-    `initial` is a snapshot and its directory; `hide` makes sure that a shard returns nothing that was deleted. Raises
+    `initial` is a snapshot and its directory; `hide` makes sure that a shard returns nothing that was deleted. A shard
+    that is silent for `hung_s` is killed: the one who would do that in a run, the repair, starts after this. Raises
     RefreshFailed when a shard does not answer, and what a shard raised that could not load.
     """
-    statuses = group.wait(timeout_s)
+    statuses = group.wait(timeout_s, hung_s=hung_s, events=events)
     for shard, status in zip(group, statuses, strict=True):
         with suppress(ShardLost):  # it comes back empty, and is told by the repair
             hide(shard, status)

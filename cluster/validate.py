@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from cluster.settings import Settings
+from indexing.settings import IndexConfig
 from training.mixture import contrasted, mixture, pretrains
 from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
 from training.settings import FRESH_CONTEXT, ObjectiveConfig
@@ -44,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.null_score": ("learned", "fixed"),
     "retrieval.source": ("index", "fixed", "gold", "long", "none"),
     "index.device": ("cpu", "gpu"),
+    "index.on_slow": ("wait", "hedge", "refuse"),
     "refresh.precision": ("float32", "bfloat16"),
     "training.train": ("both", "query_only", "retriever_only", "generator_only", "none"),
     "training.schedule": ("linear", "constant"),
@@ -68,6 +70,7 @@ POSITIVE = {
     *("pretraining.mean_span_words", "pretraining.duplicate_threshold", "pretraining.contrast_passages"),
     *("retrieval.k", "index.num_shards", "index.nprobe", "index.training_sample", "index.keep_generations"),
     *("index.search_timeout_s", "refresh.num_workers", "refresh.chunk_passages", "refresh.batch_tokens"),
+    "index.replicas",
     *("refresh.threads", "refresh.chunk_timeout_s", "training.batch_size", "training.log_every"),
     *("training.stop_after_nonfinite", "engine.gradient_accumulation", "engine.epsilon", "engine.timeout_s"),
     *("checkpoint.keep", "evaluation.batch_size", "evaluation.k", "evaluation.decoding.num_beams"),
@@ -135,6 +138,7 @@ def validate(settings: Settings) -> None:
     _check_context(settings)
     _check_alignment(settings)
     _check_refresh(settings)
+    _check_slow(settings.index)
     _check_questions(settings)
     _check_pretraining(settings)
 
@@ -326,6 +330,17 @@ def _check_refresh(settings: Settings) -> None:
     if bound and moves and (every == 0 or bound < every):
         allowed = f"must be 0 (no bound) or at least refresh.every_steps={every}, which must not be 0 then"
         raise refuse("refresh.max_staleness_steps", bound, f"{allowed}; training would wait for ever")
+
+
+def _check_slow(index: IndexConfig) -> None:
+    """What a search does about a slow shard must be possible."""
+    if index.on_slow != "wait" and not index.slow_after_s:
+        raise refuse("index.slow_after_s", 0, f"must be above 0 with index.on_slow={index.on_slow}")
+    if index.on_slow == "hedge" and index.replicas < 2:
+        raise refuse("index.replicas", index.replicas, "must be 2 or more with index.on_slow=hedge")
+    if index.slow_after_s >= index.search_timeout_s:
+        allowed = f"must be below index.search_timeout_s={index.search_timeout_s:g}"
+        raise refuse("index.slow_after_s", index.slow_after_s, allowed)
 
 
 def _check_questions(settings: Settings) -> None:

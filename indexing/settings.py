@@ -71,3 +71,8 @@ class IndexConfig:
     training_sample: int = 100_000  # vectors that an IVF index is trained on
     keep_generations: int = 2  # snapshots kept on disk beside those that checkpoints name
     search_timeout_s: float = 120.0  # a search that finds no complete generation for so long is an error
+    replicas: int = 1  # actors that serve each shard with the same vectors; 1: none to spare
+    slow_after_s: float = 0.0  # a shard that has not answered a search by then is slow, and counted; 0: none is
+    # wait (up to search_timeout_s) | hedge (ask a replica too) | refuse (the search is an error: for answering, since
+    # training ends with it)
+    on_slow: str = "wait"

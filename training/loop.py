@@ -226,6 +226,9 @@ def step_metrics(
             "index/generations_committed": status.generations_committed,
             "index/refresh_s": status.refresh_seconds,
             "index/refresh_failures": status.failures,
+            "index/slow": status.slow,
+            "index/hedged": status.hedged,
+            "index/refused": status.refused,
             "perf/refresh_passages_per_s": status.refresh_passages_per_s,
         }
     return metrics

@@ -26,6 +26,9 @@ class IndexStatus:
     refresh_seconds: float  # of the newest committed generation
     refresh_passages_per_s: float
     failures: int
+    slow: int = 0  # searches of this process that met a slow shard (index.slow_after_s)
+    hedged: int = 0  # of them, those for which a replica was asked
+    refused: int = 0  # of them, those that were refused
 
 
 class PendingHits(Protocol):

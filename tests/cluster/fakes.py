@@ -11,6 +11,7 @@ import numpy as np
 from cluster.chunks import EncodePool
 from cluster.ports import Chunk, ShardLost, ShardPort, Weights, WorkerLost
 from cluster.refresh import RefreshCoordinator, RefreshSettings
+from cluster.replicas import ReplicatedShard
 from cluster.shards import ShardGroup
 from cluster.snapshots import IndexIdentity, Snapshots
 from indexing.changes import ChangeLog
@@ -110,7 +111,7 @@ class FakeWorker:
 
     def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
         self.before(chunk, weights)
-        assert isinstance(shard, FakeShard)
+        assert isinstance(shard, FakeShard | ReplicatedShard)
         vectors = vectors_of(weights.version, chunk.start, chunk.stop)
         if chunk.numbers is None:
             shard.stage(generation, weights.version, chunk.start, vectors)
@@ -143,6 +144,7 @@ class World:
         self.events: list[dict[str, Any]] = []
         ranges = shard_ranges(NUM_PASSAGES, num_shards)
         self.shards = [FakeShard(number, *pair, self.log) for number, pair in enumerate(ranges)]
+        self.ports: list[ShardPort] = list(self.shards)  # what the coordinator talks to
         self.workers = [FakeWorker(f"worker-{number}") for number in range(num_workers)]
         self.identity = IndexIdentity("encoder", "corpus", "Flat", tuple(ranges))
 
@@ -168,7 +170,7 @@ class World:
         numbers: dict[str, Any] = {"chunk_passages": 3, "max_failures": 2, "chunk_timeout_s": 20.0}
         numbers |= {"search_timeout_s": 20.0, "first_generation": 1, **changes}
         settings = RefreshSettings(**numbers)
-        group = ShardGroup(self.shards)
+        group = ShardGroup(self.ports)
         pool = EncodePool(self.workers, group, self.note, settings.max_failures, settings.chunk_timeout_s)
         log = self.changes()
         snapshots = Snapshots(

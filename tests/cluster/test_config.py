@@ -169,6 +169,10 @@ def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
         ("evaluation.also=[fussed]", "stage pretrain: evaluation.also=fussed: must be one of"),
         ("training.train=boht", "Did you mean both?"),
         ("index.num_shards=0", "index.num_shards=0: must be at least 1"),
+        ("index.replicas=0", "index.replicas=0: must be at least 1"),
+        ("index.on_slow=hegde", "index.on_slow=hegde: must be one of wait, hedge, refuse. Did you mean index.on_slow"),
+        ("index.on_slow=refuse", "index.slow_after_s=0: must be above 0 with index.on_slow=refuse"),
+        ("index.slow_after_s=120", "index.slow_after_s=120.0: must be below index.search_timeout_s=120"),
         ("retrieval.k=0", "retrieval.k=0: must be at least 1"),
         ("encoder.temperature=0", "encoder.temperature=0.0: must be above 0"),
         ("training.lr_generator=nan", "training.lr_generator=nan: must be a finite number"),
@@ -207,6 +211,12 @@ def test_settings_that_contradict_each_other(write) -> None:
             assert expected in refusal([path], *flash)
     assert "objective.null_score=zero: must be one of learned, fixed" in refusal([path], "objective.null_score=zero")
     assert "training.on_collapse=wrn: must be one of" in refusal([path], "training.on_collapse=wrn")
+
+
+def test_a_search_is_hedged_only_where_there_are_replicas(write) -> None:
+    hedge = ["index.on_slow=hedge", "index.slow_after_s=0.5"]
+    assert "index.replicas=1: must be 2 or more with index.on_slow=hedge" in refusal([write("")], *hedge)
+    assert load([write("")], [*hedge, "index.replicas=2"]).settings.index.replicas == 2
 
 
 def test_a_generator_without_attention_is_refused_before_it_is_loaded(write, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ def test_tickets_where_enough_are_left() -> None:
     seats = plan(CLUSTER, REFRESH, INDEX, [Node(16, 0)])
     assert (seats.shards.cpus, seats.workers.cpus) == (1, 1)
     assert seats.shards.threads == 7  # (16 - trainer - worker) over two shards
+    seats = plan(CLUSTER, REFRESH, replace(INDEX, replicas=3), [Node(16, 0)])
+    assert (seats.shards.number, seats.shards.threads) == (6, 2)
 
 
 def test_helpers_go_without_a_ticket_where_one_would_keep_the_trainers_out() -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ class Command:
         """`log` gets what it prints."""
         self.log, self.began = log, time.monotonic()
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("TANDEM_", "RAY_"))}
+        self._mark = variables["STARTED_BY_TEST"] = uuid.uuid4().hex  # every process that it starts inherits it
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "cluster.cli", *arguments],
@@ -86,6 +88,10 @@ class Command:
                     self._known |= set(orphan.children(recursive=True))
         return [process for process in self.left() if _title(process).startswith(title)]
 
+    def marked(self) -> list[psutil.Process]:
+        """Living processes of this command, whoever their parent is by now."""
+        return [process for process in psutil.process_iter() if _lives(process) and self._mark in _variables(process)]
+
     def left(self) -> list[psutil.Process]:
         """Those of them that have been seen and still live, also after the command itself has ended."""
         return [process for process in self._known if _lives(process)]
@@ -112,6 +118,13 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _variables(process: psutil.Process) -> list[str]:
+    try:
+        return [value for name, value in process.environ().items() if name == "STARTED_BY_TEST"]
+    except psutil.Error:  # it has ended, or is another user's
+        return []
 
 
 def _title(process: psutil.Process) -> str:

@@ -26,6 +26,7 @@ METRICS = {
     *("loss/total", "loss/generator", "retrieval/entropy", "retrieval/gold_in_k", "optim/lr_retriever"),
     *("optim/lr_generator", "optim/grad_norm_retriever", "optim/grad_norm_generator", "optim/skipped_steps"),
     *("index/generation", "index/staleness_steps", "index/generations_committed", "index/refresh_s"),
+    *("index/slow", "index/hedged", "index/refused"),
     *("index/blocked_steps", "perf/refresh_passages_per_s", "perf/tokens_per_s", "perf/questions_per_s"),
     *("perf/memory_rss_gib", "time/step_s", "time/search_wait_s", "time/search_wait_share", "time/fetch_s"),
     *("time/forward_s", "time/backward_s", "time/optimizer_s", "time/publish_s", "time/evaluate_s", "time/save_s"),

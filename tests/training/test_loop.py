@@ -54,7 +54,7 @@ def test_metrics_of_a_step_with_two_micro_batches():
             contrast_batch(), 2, wait_s, generation=version // 2, weights_version=version, gold_in_k=found
         )
         window.add(fetched, {"loss/total": torch.tensor(loss)})
-    status = IndexStatus(4, 8, 5, 1.5, 120.0, 1)
+    status = IndexStatus(4, 8, 5, 1.5, 120.0, 1, slow=7, hedged=6, refused=2)
     metrics = step_metrics(window, LoopState(step=9, skipped_steps=2, blocked_steps=3), {"time/step_s": 0.5}, status)
     expected = {
         "loss/total": 3.0,
@@ -68,6 +68,9 @@ def test_metrics_of_a_step_with_two_micro_batches():
         "index/blocked_steps": 3,
         "index/generations_committed": 5,
         "index/refresh_failures": 1,
+        "index/slow": 7,
+        "index/hedged": 6,
+        "index/refused": 2,
         "optim/skipped_steps": 2,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)

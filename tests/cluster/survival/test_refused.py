@@ -1,0 +1,145 @@
+"""What must never be served: numbers that are not finite, a snapshot with a wrong bit, an index of another encoder; and
+a snapshot for which there is no room."""
+
+import resource
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cluster.service import IndexServiceHandle
+from indexing.shard_files import INDEX_FILE
+from indexing.snapshot import TornSnapshot, verify
+from indexing.store import Store
+from tests.cluster.corpus import ENCODER, NUM_PASSAGES
+from tests.cluster.survival.actors import inside, kill, process_of, status_of, wait_until
+from tests.cluster.survival.conftest import Victim, answer
+
+NUM_OFFSETS = 40  # of each file that is damaged
+FILE_LIMIT_BYTES = 4096  # less than a shard's index
+
+
+def test_a_vector_that_is_not_finite_is_refused_by_name(victim: Victim) -> None:
+    """One word of the vocabulary gets NaN: the first passage that has it is named, and the old generation serves."""
+    generation, store = answer(victim), Store.open(victim.corpus.store)
+    rows = [set(row.tolist()) for row in store.tokens("retriever").rows(range(NUM_PASSAGES))]
+    word = min(set().union(*rows), key=lambda word: (sum(word in row for row in rows), word))
+    first = next(number for number, row in enumerate(rows) if word in row)
+    version = next(victim.versions)
+    weights = victim.corpus.weights(version)
+    (name,) = (name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name] = weights[name].copy()
+    weights[name][word] = np.nan
+    named = rf"passage {store.ids([first])[0]!r} \(number {first}\) a vector that is not finite"
+    with victim.checker(bound_s=10.0):
+        victim.client.publish(version, weights)
+        with pytest.raises(RuntimeError, match=named):
+            victim.client.wait_for_version(version, 60.0)
+        assert answer(victim) == generation
+        assert victim.events("refresh_failed")[-1]["given_up"]
+        assert all(status_of(shard).staged == -1 for shard in victim.shards)
+        victim.await_version(victim.publish())
+        assert answer(victim) > generation
+
+
+def damage(path: Path, chance: np.random.Generator) -> Callable[[], None]:
+    """Flip one bit, or cut the file; returns what undoes it."""
+    whole = path.read_bytes()
+    offset = int(chance.integers(len(whole)))
+    broken = bytearray(whole)
+    broken[offset] ^= 1 << int(chance.integers(8))
+    path.write_bytes(whole[:offset] if chance.random() < 0.25 else bytes(broken))
+    return lambda: path.write_bytes(whole) and None
+
+
+def test_no_service_starts_from_a_damaged_snapshot(
+    victim: Victim, launch: Callable[..., IndexServiceHandle], tmp_path: Path
+) -> None:
+    """A bit or a cut anywhere in any file is found before an actor starts."""
+    path = Path(victim.client.save_generation(answer(victim), 30.0))
+    chance = np.random.default_rng(3)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    assert sum(file.name == INDEX_FILE for file in files) == 3
+    for file in files:
+        for _ in range(NUM_OFFSETS // (1 if file.name == INDEX_FILE else 4)):
+            undo = damage(file, chance)
+            with pytest.raises(TornSnapshot, match="incomplete or damaged"):
+                launch(tmp_path / "run", snapshot=path)
+            undo()
+    verify(path)
+
+
+def test_an_index_of_another_encoder_is_refused(
+    victim: Victim, launch: Callable[..., IndexServiceHandle], tmp_path: Path
+) -> None:
+    path = victim.client.save_generation(answer(victim), 30.0)
+    with pytest.raises(ValueError, match="another encoder or tokeniser: it cannot serve this run"):
+        launch(tmp_path / "run", snapshot=path, encoder=replace(ENCODER, pooling="cls"))
+
+
+def test_a_shard_does_not_come_back_from_a_damaged_snapshot(victim: Victim) -> None:
+    """It is encoded again from the weights instead."""
+    victim.await_version(victim.publish())  # a generation whose weights the coordinator has
+    generation, restored = answer(victim), len(victim.events("shard_restored"))
+    path = Path(victim.client.save_generation(generation, 30.0))
+    undo = damage(path / "shard-0001" / INDEX_FILE, np.random.default_rng(4))
+    try:
+        with victim.checker():
+            kill(victim.shards[1])
+            assert answer(victim) == generation
+            wait_until(lambda: len(victim.events("shard_restored")) > restored, "shard_restored")
+        assert victim.events("shard_restored")[-1]["source"] == "weights"
+        assert "shard-0001" in victim.events("snapshot_refused")[-1]["why"]
+    finally:
+        undo()
+
+
+@pytest.mark.parametrize("how", ["full disk", "file size limit"])
+def test_a_snapshot_without_room_leaves_everything_else_as_it_is(victim: Victim, how: str) -> None:
+    """The generation before it stays whole on disk, the refresh goes on, the error is clear, and what comes later is
+    saved again."""
+    if how == "full disk" and not victim.disk_is_small:
+        pytest.skip("waits for the right to mount a small file system; the limit of a file's size is tested instead")
+    before = Path(victim.client.save_generation(answer(victim), 30.0))
+    failed = len(victim.events("snapshot_failed"))
+    give_room = fill_disk(victim) if how == "full disk" else limit_files(victim)
+    try:
+        with victim.checker(bound_s=10.0):
+            victim.await_version(victim.publish())
+            generation = answer(victim)
+            wait_until(lambda: len(victim.events("snapshot_failed")) > failed, "snapshot_failed")
+            with pytest.raises(OSError, match=f"index generation {generation} could not be saved") as error:
+                victim.client.save_generation(generation, 30.0)
+            assert ("No space left" if how == "full disk" else "too large") in str(error.value)
+            verify(before)
+            assert not list(victim.index_folder.glob(f"generation-{generation}"))
+            victim.await_version(victim.publish())
+            assert answer(victim) > generation
+    finally:
+        give_room()
+    victim.await_version(victim.publish())
+    verify(victim.client.save_generation(answer(victim), 30.0))
+
+
+def fill_disk(victim: Victim) -> Callable[[], None]:
+    """Leave no room where the snapshots go; returns what undoes it."""
+    filler = victim.index_folder / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(victim.index_folder).free))
+    return lambda: filler.unlink()
+
+
+def limit_files(victim: Victim) -> Callable[[], None]:
+    """Let one shard's process write small files only; returns what undoes it."""
+    name = victim.shards[1]
+    old = resource.prlimit(process_of(name), resource.RLIMIT_FSIZE)
+    inside(name, set_limit, (FILE_LIMIT_BYTES, old[1]))
+    return lambda: inside(name, set_limit, old)
+
+
+def set_limit(_: Any, limits: tuple[int, int]) -> None:
+    """In the process of an actor; what it has written before stays."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
