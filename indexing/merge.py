@@ -31,6 +31,8 @@ class Hits:
     generation: int
     weights_version: int
     vectors: np.ndarray | None = None  # float32 [batch, columns, dim]: the indexed vectors of the leading ids
+    # int64 [batch, k]: weights versions of the hits' own vectors where a generation mixes them; None: `weights_version`
+    versions: np.ndarray | None = None
 
 
 def best_first(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -58,11 +58,17 @@ class RetrievedBatches:
             generation=searched.hits.generation,
             weights_version=searched.hits.weights_version,
             gold_in_k=float(np.mean(found)),
+            rescore_s=searched.rescore_s,
+            rescore_overlap=searched.rescore_overlap,
+            passages=np.concatenate(passages),
+            hit_versions=None if searched.hits.versions is None else searched.hits.versions[:, : self.config.k],
         )
 
     def state(self) -> dict[str, Any]:
         """Number of the next batch, and the hits of those already searched."""
-        ahead = [(h.ids, h.scores, h.generation, h.weights_version, h.vectors) for h in self.prefetcher.state()]
+        ahead = [
+            (h.ids, h.scores, h.generation, h.weights_version, h.vectors, h.versions) for h in self.prefetcher.state()
+        ]
         return {"number": self._trained, "ahead": ahead}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from indexing.encode import encode_range
+from indexing.encode import encode_range, encode_rows
 from indexing.merge import Hits, merge
 from indexing.settings import IndexConfig
 from indexing.shard import Shard, shard_ranges
@@ -18,6 +18,7 @@ from training.retrieve import IndexStatus
 from training.settings import EncoderConfig
 
 BATCH_TOKENS = 8192
+OWN_FILE = "local.npz"  # of a saved generation: vectors and weights versions by passage
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class LocalIndex:
     """An IndexService. A generation is committed inside `publish`; with `manual`, inside `refresh` or a wait for it.
 
     `max_generations`: later weights are taken and forgotten, and every wait is content: an index that is never
-    refreshed. `delay_s`: how long every search takes at least. `folder`: where generations are saved.
+    refreshed. `delay_s`: how long every search takes at least. `folder`: where generations are saved. `keeps_vectors`
+    False: hits come without vectors, as from kinds of index that have none.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class LocalIndex:
         max_generations: int = 0,
         delay_s: float = 0.0,
         folder: Path | None = None,
+        keeps_vectors: bool = True,
     ) -> None:
         self.num_passages = len(store)
         self.manual, self.max_generations, self.delay_s, self.folder = manual, max_generations, delay_s, folder
@@ -57,25 +60,36 @@ class LocalIndex:
         self.generations_committed = 0
         self.published: list[int] = []  # weights versions, in the order in which they came
         self.waited_for: list[int] = []
+        self.keeps_vectors, self.passages_encoded = keeps_vectors, 0
+        self.partial: list[np.ndarray | None] = []  # passages of each publish; None: all
+        self._vectors = np.empty((0, 0), np.float32)
+        self._versions = np.empty(0, np.int64)  # of each passage
         self._table = store.tokens("retriever")
         with torch.random.fork_rng():
             self._encoder = build_encoder(encoder, vocab_size).eval().requires_grad_(False)
         ranges = shard_ranges(len(store), num_shards)
         self._shards = [Shard(number, *bounds, IndexConfig()) for number, bounds in enumerate(ranges)]
-        self._waiting: tuple[int, dict[str, np.ndarray]] | None = None
+        self._waiting: tuple[int, dict[str, np.ndarray], np.ndarray | None] | None = None
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> LocalHits:
         """Search the generation that serves now."""
         assert self.generation >= 0, "a search before the first generation"
+        num_vectors = num_vectors if self.keeps_vectors else 0
         hits = merge([shard.search(queries, k, self.generation, num_vectors) for shard in self._shards], k)
+        if self.status().oldest < self.weights_version:
+            hits = replace(hits, versions=self._versions[hits.ids])
         return LocalHits(hits, time.monotonic() + self.delay_s)
 
-    def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
-        """Take weights; encode at once unless refreshed by hand."""
+    def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
+        """Take weights; encode at once unless refreshed by hand. Passages of a publish that still waits are encoded
+        with the newer weights."""
         self.published.append(weights_version)
+        self.partial.append(only)
         if self._is_complete:
             return
-        self._waiting = (weights_version, weights)
+        if self._waiting is not None and only is not None:
+            only = None if self._waiting[2] is None else np.union1d(only, self._waiting[2])
+        self._waiting = (weights_version, weights, only)
         if not self.manual:
             self.refresh()
 
@@ -83,18 +97,30 @@ class LocalIndex:
         """Encode, stage, prepare and commit the newest published weights, if they do not serve already."""
         if self._waiting is None:
             return
-        (version, weights), self._waiting = self._waiting, None
+        (version, weights, only), self._waiting = self._waiting, None
         load_passage_weights(self._encoder, weights)
         generation = self.generation + 1
+        self._encode_again(version, only)
         for shard in self._shards:
-            vectors = encode_range(self._table, shard.start, shard.stop, self._encode, BATCH_TOKENS)
-            shard.stage(generation, version, shard.start, vectors)
+            shard.stage(generation, version, shard.start, self._vectors[shard.start : shard.stop])
             shard.prepare(generation)
         for shard in self._shards:
             shard.commit(generation)
             shard.release(generation - 1)
         self.generation, self.weights_version = generation, version
         self.generations_committed += 1
+
+    def _encode_again(self, version: int, only: np.ndarray | None) -> None:
+        """All passages, or `only` these."""
+        if only is None:
+            self._vectors = encode_range(self._table, 0, self.num_passages, self._encode, BATCH_TOKENS)
+            self._versions = np.full(self.num_passages, version, np.int64)
+            self.passages_encoded += self.num_passages
+            return
+        self._vectors, self._versions = self._vectors.copy(), self._versions.copy()
+        for rows, vectors in encode_rows(self._table, only, self._encode, BATCH_TOKENS):
+            self._vectors[rows], self._versions[rows] = vectors, version
+        self.passages_encoded += len(only)
 
     def wait_for_version(
         self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
@@ -112,6 +138,7 @@ class LocalIndex:
         directory = self.folder / f"generation-{generation}"
         for shard in self._shards:
             shard.save(generation, directory)
+        np.savez(directory / OWN_FILE, vectors=self._vectors, versions=self._versions)
         return str(directory)
 
     def load(self, generation: int) -> None:
@@ -120,10 +147,13 @@ class LocalIndex:
         for shard in self._shards:
             self.weights_version = shard.load(generation, self.folder / f"generation-{generation}")
         self.generation = generation
+        own = np.load(self.folder / f"generation-{generation}" / OWN_FILE)
+        self._vectors, self._versions = own["vectors"], own["versions"]
 
     def status(self) -> IndexStatus:
         """What serves."""
-        return IndexStatus(self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0)
+        oldest = int(self._versions.min(initial=self.weights_version))
+        return IndexStatus(self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0, oldest)
 
     @property
     def _is_complete(self) -> bool:
