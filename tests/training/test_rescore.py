@@ -1,4 +1,4 @@
-"""Candidates of a stale index scored again: exact where all passages are candidates, by the newest weights, also of hits
+"""Candidates of a stale index scored again: exact where all passages are candidates, by the newest weights, also those
 that bring their vectors, and on several ranks."""
 
 import json
