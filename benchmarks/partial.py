@@ -3,8 +3,8 @@
     python -m benchmarks.partial [--seeds 3] [--people 300] [--steps 200] [--arms NAME ...]
 
 The quickstart's stage `joint` in this process, on a smaller world and from one warm start a seed, with an index of real
-shards that commits a refresh as soon as it is asked for. Every arm but the last two encodes a fiftieth of the corpus per
-optimiser step. `whole 10` encodes five times as many and is what more budget would bring; `rescore 4` encodes no more
+shards that commits a refresh as soon as it is asked for. Every arm but the last two encodes a fiftieth of the corpus a
+step. `whole 10` encodes five times as many and is what more budget would bring; `rescore 4` encodes no more
 for the index, but 16 candidates a question in the trainer.
 
 In service: recall@1 of held-out questions in the index as it serves, mean of the evaluations while training (every 29
