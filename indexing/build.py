@@ -44,8 +44,11 @@ class Index:
         if lists is not None:
             lists.nprobe = min(config.nprobe, lists.nlist)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` best rows for each of float32 `queries` [batch, dim].
+    def search(
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The `k` best rows for each of float32 `queries` [batch, dim], of those that `allowed` bool [num_vectors]
+        marks (None: all).
 
         Returns scores float32 [batch, k], falling, and rows int64 [batch, k], equal scores by row. Where k > n the
         last columns are row -1 with score -inf. Raises ValueError for a wrong shape and numbers that are not finite.
@@ -56,7 +59,9 @@ class Index:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
         if not len(queries):
             return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-        if self._stored is None:
+        if allowed is not None:
+            scores, rows = self._search_some(queries, columns, allowed)
+        elif self._stored is None:
             scores, rows = self._search_faiss(queries, columns)
         else:
             scores, rows = self._search_exhaustively(queries, columns, self._stored)
@@ -82,6 +87,30 @@ class Index:
         if len(unsure):
             scores[unsure], rows[unsure] = search_exactly(stored, queries[unsure], k)
         return scores, rows
+
+    def _search_some(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        chosen = np.flatnonzero(allowed)
+        if not len(chosen):
+            return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        if self._stored is not None:
+            columns = min(k, len(chosen))
+            scores, places = search_exactly(self._stored[chosen], queries, columns)
+            missing = ((0, 0), (0, k - columns))
+            return (
+                np.pad(scores, missing, constant_values=-np.inf),
+                np.pad(chosen[places], missing, constant_values=-1),
+            )
+        faiss = load_faiss()
+        selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        lists = hasattr(self._index, "nprobe")
+        kind = faiss.SearchParametersIVF if lists else faiss.SearchParameters
+        arguments = {"nprobe": self._index.nprobe} if lists else {}
+        scores, rows = self._index.search(queries, k, params=kind(sel=selector, **arguments))
+        short = np.flatnonzero(rows.min(axis=1) < 0)
+        if len(short) and lists:
+            everywhere = kind(sel=selector, nprobe=self._index.nlist)
+            scores[short], rows[short] = self._index.search(queries[short], k, params=everywhere)
+        return best_first(scores, rows, k)
 
     def _search_faiss(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         if self._config.device == "gpu":

@@ -20,6 +20,8 @@ class ShardHits:
     weights_version: int
     committed: int  # newest generation that this shard has committed
     vectors: np.ndarray | None = None  # float32 [batch, columns, dim] of the leading ids, where they were asked for
+    versions: np.ndarray | None = None  # int64, as `ids`: weights version of each hit; None: all `weights_version`
+    num_living: int = -1  # passages of this shard that may be returned; -1: not told
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,7 @@ class Hits:
     generation: int
     weights_version: int
     vectors: np.ndarray | None = None  # float32 [batch, columns, dim]: the indexed vectors of the leading ids
-    # int64 [batch, k]: weights versions of the hits' own vectors where a generation mixes them; None: `weights_version`
-    versions: np.ndarray | None = None
+    versions: np.ndarray | None = None  # int64 [batch, k]: weights version of each hit; None: all `weights_version`
 
 
 def best_first(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +72,15 @@ def merge(shard_hits: Sequence[ShardHits], k: int) -> Hits:
     scores, ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
     if ids.size and ids.min() < 0:
         raise ValueError(f"retrieval.k is {k}, but the index found fewer hits for a query: raise index.nprobe")
-    return Hits(ids, scores, generations[0], versions[0], _leading_vectors(shard_hits, order))
+    return Hits(ids, scores, generations[0], versions[0], _leading_vectors(shard_hits, order), _each(shard_hits, order))
+
+
+def _each(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.ndarray | None:
+    """Weights versions of the columns of `order`; None where every hit is of its generation's."""
+    if all(hits.versions is None for hits in shard_hits):
+        return None
+    parts = [np.full(h.ids.shape, h.weights_version) if h.versions is None else h.versions for h in shard_hits]
+    return np.take_along_axis(np.concatenate(parts, axis=1), order, axis=1)
 
 
 def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.ndarray | None:
@@ -80,6 +89,8 @@ def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.n
     parts = [hits.vectors for hits in shard_hits if hits.vectors is not None]
     if len(parts) < len(shard_hits):
         return None
+    dim = max(part.shape[2] for part in parts)  # 0 of a shard without passages
+    parts = [part if part.shape[2] else np.empty((*part.shape[:2], dim), np.float32) for part in parts]
     slots, first = [], 0
     for hits, part in zip(shard_hits, parts, strict=True):
         slots.append(np.pad(np.arange(first, first + part.shape[1]), (0, hits.ids.shape[1] - part.shape[1])))

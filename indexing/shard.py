@@ -1,33 +1,43 @@
-"""One contiguous range of passages with its own FAISS index, in at most two committed generations and one staged.
+"""One shard of the passages with its own FAISS index: a few committed generations, and what is staged of the next.
+
+A shard owns a contiguous range of the base corpus, and every so many-th of the passages added to it later. A generation
+is either built (`begin`, all its rows are staged, `prepare` builds a new big index) or derived from another one
+(`derive`, only the rows in which it differs are staged; it shares the big index, see `indexing/generation.py`). One of
+each may be staged at the same time. Either is then prepared, committed or aborted, and released, by its number.
 
 Who produces: refresh workers call `stage` with vectors of chunks, in any order, some twice. The coordinator calls
-`prepare` when all rows are there (this builds the index), `commit` when every shard has prepared, and `release` when
-no request names the previous generation any more. Who consumes: clients call `search`.
+`begin` or `derive`, `prepare` when all rows are there, `commit` when every shard has prepared, `release` when no request
+names the generation before any more, and `hide` when passages were deleted: no generation returns them from then on,
+be it old or new. Who consumes: clients call `search`.
 
-What waits on what: `stage`, `prepare`, `abort` and `commit` take turns on the staging lock, which `prepare` holds
-while it builds. `search` never takes it: it takes the table lock twice, for the moment of pinning a generation and of
-unpinning it, and holds no lock inside FAISS. `release` takes a generation off the table at once and waits, with a
-bound, until the last search that pinned it is done; that search's end unblocks it.
+What waits on what: what concerns a generation that is built takes turns on the staging lock, which `prepare` holds
+while it builds; what concerns one that is derived, on the delta lock. `search` takes neither: it takes the table lock
+twice, for the moment of pinning a generation and of unpinning it, and holds no lock inside FAISS. `release` takes a
+generation off the table at once and waits, with a bound, until the last search that pinned it is done; `hide` waits
+likewise for the searches that began before it. That search's end unblocks them.
 """
 
 import itertools
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from indexing.build import Index
+from indexing.generation import Generation
 from indexing.merge import ShardHits
 from indexing.settings import IndexConfig
-from indexing.snapshot import is_complete, verify, write_once
+from indexing.shard_files import KIND, read_generation, write_generation
+from indexing.snapshot import is_complete, verify
 from indexing.staging import Staging
 
-MAX_COMMITTED = 2
-INDEX_FILE = "index.faiss"
+MAX_COMMITTED = 2  # big indexes that are served
+MAX_OPEN = 16  # generations that are served; those derived from one another share their big index
 
 
 class GenerationGone(Exception):
@@ -41,105 +51,194 @@ class GenerationGone(Exception):
         return f"generation {self.generation} is not served, the newest is {self.committed}"
 
 
+class NotBegun(Exception):
+    """Rows of a generation whose passages this shard was not told: it came back empty since."""
+
+
 @dataclass(frozen=True)
 class ShardStatus:
     """A view of one shard. -1 stands for no generation."""
 
     shard_number: int
     start: int  # first passage number
-    stop: int  # after the last
+    stop: int  # after the last; of the base corpus
     committed: int  # newest committed generation
     generations: dict[int, int]  # served generation -> weights version
-    staged: int  # generation that is being staged
+    staged: int  # generation that is being staged to be built
     staged_weights_version: int
     staged_rows: int
     prepared: bool  # the staged generation could be committed
     in_flight: int  # searches and saves under way
+    staged_wanted: int = 0  # rows that it will have
+    staged_corpus: int = 0  # its corpus version
+    derived: int = -1  # generation that is being staged to be derived
+    derived_weights_version: int = -1
+    derived_rows: int = 0
+    derived_wanted: int = 0
+    derived_corpus: int = 0
+    derived_prepared: bool = False
+    corpora: dict[int, int] = field(default_factory=dict)  # served generation -> corpus version
+    hidden: int = 0  # corpus version up to which deleted passages are not returned
+    num_living: int = 0  # passages of the newest generation that may be returned
 
 
 @dataclass
 class _Served:
-    index: Index
-    weights_version: int
+    generation: Generation
     users: int = 0
     released: bool = False
 
 
 class Shard:
-    """Passages `start` to `stop` - 1. Every method may be called from any thread."""
+    """Passages `start` to `stop` - 1 of the base corpus, and some added ones. Every method may be called from any
+    thread."""
 
     def __init__(self, shard_number: int, start: int, stop: int, config: IndexConfig, seed: int = 0) -> None:
         if not 0 <= start < stop:
             raise ValueError(f"shard {shard_number} cannot hold passages {start} to {stop - 1}")
         self.shard_number, self.start, self.stop = shard_number, start, stop
         self._config, self._seed = config, seed + shard_number
-        self._staging_lock = threading.Lock()
+        self._staging_lock, self._delta_lock = threading.Lock(), threading.Lock()
         self._table = threading.Condition()
         self._served: dict[int, _Served] = {}  # guarded by _table
-        self._staging: Staging | None = None  # replaced under both locks, filled under _staging_lock
+        self._staging: Staging | None = None  # replaced under _table and, to be filled, under _staging_lock
+        self._deriving: Staging | None = None  # likewise, under _delta_lock
+        self._hidden, self._hidden_version = np.empty(0, np.int64), 0  # guarded by _table
+        self._era = 0  # grows with every `hide`
+        self._searching: Counter[int] = Counter()  # searches under way, by the era that they began in
 
-    def stage(self, generation: int, weights_version: int, start: int, vectors: np.ndarray) -> None:
-        """Take the vectors of passages `start`, `start` + 1, ...: float32 [n, dim].
+    def begin(
+        self, generation: int, weights_version: int, numbers: np.ndarray | None = None, corpus_version: int = 0
+    ) -> None:
+        """Say which passages a generation that is to be built will have: int64, sorted; None: `start` to `stop` - 1.
+
+        Harmless when repeated. Without this call a generation is one of all passages of the base. Raises ValueError for
+        a generation that was overtaken.
+        """
+        with self._staging_lock:
+            self._open_staging(generation, weights_version, 0, (numbers, corpus_version))
+
+    def derive(
+        self,
+        generation: int,
+        origin: int,
+        numbers: np.ndarray,
+        weights_version: int | None = None,
+        corpus_version: int | None = None,
+    ) -> None:
+        """Begin a generation that is `origin` (served, or staged and prepared) but for the passages `numbers` (int64,
+        sorted; may be none): new ones are added, others replace what they were. What `stage` then brings, each with its
+        own weights version, is put into the delta; the big index is shared.
+
+        `weights_version` and `corpus_version` are those that the generation as a whole goes by; None: the origin's.
+        Takes the place of an older one that was not committed. Raises GenerationGone where the origin is not here, and
+        ValueError for a generation that is not newer than what serves.
+        """
+        with self._delta_lock, self._table:
+            if generation in self._served:
+                return
+            newest = self._newest()
+            if generation <= newest:
+                raise ValueError(f"generation {generation} is not newer than {newest}")
+            found = self._find(origin)
+            if found is None:
+                raise GenerationGone(origin, newest)
+            weights = found.weights_version if weights_version is None else weights_version
+            corpus = found.corpus_version if corpus_version is None else corpus_version
+            self._deriving = Staging(generation, weights, corpus, self.start, numbers, found.dim, found, origin)
+
+    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
+        """Take the vectors of passages `start`, `start` + 1, ..., or of the passage numbers `start` (int64 [n]):
+        float32 [n, dim], encoded with weights of `weights_version`.
 
         Taking rows again is harmless. A newer generation, or the same one from newer weights, replaces one that was
         not prepared. Rows of a generation that is prepared or committed already are dropped. Raises ValueError for
-        rows outside the shard, a wrong dimension, and a generation that was overtaken.
+        rows outside the shard, a wrong dimension, and a generation that was overtaken, NotBegun for passages beyond the
+        base before `begin` or `derive` was called.
         """
         vectors = np.asarray(vectors, np.float32)
         if vectors.ndim != 2 or not vectors.shape[1]:
             raise ValueError(f"staged vectors have shape {vectors.shape}: needed is [n, dim]")
-        if start < self.start or start + len(vectors) > self.stop:
-            raise ValueError(
-                f"passages {start} to {start + len(vectors) - 1} are not in shard {self.shard_number}, "
-                f"which holds {self.start} to {self.stop - 1}"
-            )
+        numbers = np.arange(start, start + len(vectors)) if isinstance(start, int) else np.asarray(start, np.int64)
+        with self._delta_lock:
+            deriving = self._deriving
+            if deriving is not None and deriving.generation == generation:
+                if deriving.built is None:
+                    self._check_dim(deriving.dim, vectors)
+                    deriving.fill(numbers, vectors, weights_version)
+                return
         with self._staging_lock:
-            staging = self._staging_for(generation, weights_version, vectors.shape[1])
-            if staging is not None and staging.index is None:
-                staging.fill(start, vectors)
+            staging = self._staging
+            begun = staging is not None and staging.generation == generation
+            if not begun and not isinstance(start, int) and not self._is_served(generation):
+                raise NotBegun(f"shard {self.shard_number} was not told what generation {generation} has")
+            if isinstance(start, int) and (start < self.start or start + len(vectors) > self.stop):
+                raise ValueError(
+                    f"passages {start} to {start + len(vectors) - 1} are not in shard {self.shard_number}, "
+                    f"which holds {self.start} to {self.stop - 1}"
+                )
+            staging = self._open_staging(generation, weights_version, vectors.shape[1])
+            if staging is not None and staging.built is None:
+                staging.fill(numbers, vectors, weights_version)
 
     def staged_rows(self, generation: int) -> int:
         """How many different rows of `generation` are staged; all of them once it is prepared or committed."""
         with self._table:
-            if generation in self._served:
-                return self.stop - self.start
-            staging = self._staging
-            return staging.num_filled if staging is not None and staging.generation == generation else 0
+            served = self._served.get(generation)
+            if served is not None:
+                return served.generation.base.num_rows
+            for staging in (self._staging, self._deriving):
+                if staging is not None and staging.generation == generation:
+                    return staging.num_filled
+            return 0
 
     def prepare(self, generation: int) -> None:
         """Build the index of a generation whose rows are all staged. Does nothing the second time.
 
         Raises ValueError when rows are missing, or hold NaN or infinity, naming counts and the first passage number.
         """
+        if self._is_served(generation):
+            return
+        with self._delta_lock:
+            deriving = self._deriving
+            if deriving is not None and deriving.generation == generation:
+                if deriving.built is None:
+                    deriving.build(self._config, self._seed)
+                return
         with self._staging_lock:
             staging = self._staging
-            if self._is_served(generation) or (staging and staging.generation == generation and staging.index):
-                return
             if staging is None or staging.generation != generation:
                 raise ValueError(f"generation {generation} is not staged on shard {self.shard_number}")
-            staging.build(self._config, self._seed)
+            if staging.built is None:
+                staging.build(self._config, self._seed)
 
     def commit(self, generation: int) -> None:
         """Serve a prepared generation as the newest. Does nothing the second time.
 
-        Raises ValueError when it is not prepared, not newer than what serves, or when two generations serve already.
+        Raises ValueError when it is not prepared, not newer than what serves, or when two big indexes serve already.
         """
-        with self._staging_lock, self._table:
-            if generation in self._served and not self._served[generation].released:
+        with self._table:
+            if self._is_open(generation):
                 return
-            staging = self._staging
-            if staging is None or staging.generation != generation or staging.index is None:
+            ready = [one for one in (self._staging, self._deriving) if one is not None and one.generation == generation]
+            if not ready or ready[0].built is None:
                 raise ValueError(f"generation {generation} is not prepared on shard {self.shard_number}")
             if generation <= self._newest():
                 raise ValueError(f"generation {generation} is not newer than {self._newest()}")
-            self._add(generation, _Served(staging.index, staging.weights_version))
-            self._staging = None
+            self._add(generation, ready[0].built)
+            source = ready[0].source
+            if self._staging is not None and self._staging.generation in (generation, source):
+                self._staging = None  # committed, or what was committed was derived from it
+            if self._deriving is not None and self._deriving.generation == generation:
+                self._deriving = None
 
     def abort(self, generation: int) -> None:
         """Drop what is staged of `generation`; nothing happens to one that is committed."""
-        with self._staging_lock, self._table:
+        with self._table:
             if self._staging is not None and self._staging.generation == generation:
                 self._staging = None
+            if self._deriving is not None and self._deriving.generation == generation:
+                self._deriving = None
 
     def release(self, generation: int, timeout_s: float = 60.0) -> None:
         """Stop serving `generation` and free it when the searches under way are done.
@@ -158,6 +257,27 @@ class Shard:
             if not self._table.wait_for(lambda: self._served.get(generation) is not served, timeout_s):
                 raise TimeoutError(f"generation {generation} still has {served.users} users after {timeout_s:g} s")
 
+    def hide(self, corpus_version: int, numbers: np.ndarray, timeout_s: float = 60.0) -> None:
+        """Return none of `numbers` (int64, sorted: everything that was deleted up to this version) any more, from
+        whichever generation; searches that began before are over when this returns.
+
+        An older version than one that is known changes nothing. Raises TimeoutError when a search under way takes
+        longer than `timeout_s`; it is the last that may return them.
+        """
+        with self._table:
+            if corpus_version > self._hidden_version:
+                self._hidden, self._hidden_version = np.asarray(numbers, np.int64), corpus_version
+                for served in self._served.values():
+                    served.generation.hide(self._hidden)
+                self._era += 1
+            now = self._era
+
+            def earlier() -> bool:
+                return any(count for era, count in self._searching.items() if era < now)
+
+            if not self._table.wait_for(lambda: not earlier(), timeout_s):
+                raise TimeoutError(f"searches that began before {corpus_version} was hidden last {timeout_s:g} s")
+
     def search(self, queries: np.ndarray, k: int, generation: int | None = None, num_vectors: int = 0) -> ShardHits:
         """The best `k` passages of this shard, or all where it has fewer, from `generation` (None: the newest); with
         the indexed vectors of the first `num_vectors`, where the kind of index keeps them.
@@ -166,36 +286,32 @@ class Shard:
         """
         if k < 1:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
-        with self._pinned(generation) as (number, served):
-            scores, rows = served.index.search(queries, min(k, served.index.num_vectors))
-            vectors = served.index.vectors(rows[:, :num_vectors]) if num_vectors else None
-        ids = np.where(rows < 0, -1, rows + self.start)
+        with self._pinned(generation) as (number, served), self._counted():
+            found = served.generation
+            scores, ids, vectors, versions = found.search(queries, k, num_vectors)
         with self._table:
-            return ShardHits(ids, scores, number, served.weights_version, self._newest(), vectors)
+            return ShardHits(
+                ids, scores, number, found.weights_version, self._newest(), vectors, versions, found.num_living
+            )
 
-    def save(self, generation: int, directory: str | Path) -> Path:
+    def save(self, generation: int, directory: str | Path, earlier: str | Path | None = None) -> Path:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.
 
-        Raises GenerationGone, OSError with the path where the disk is full, ValueError where another one is there.
+        `earlier`: the directory of another generation on disk; where that shares its big index with this one, it is
+        linked instead of written again. Raises GenerationGone, OSError with the path where the disk is full, ValueError
+        where another one is there.
         """
-        path = Path(directory) / f"shard-{self.shard_number:04d}"
+        name = f"shard-{self.shard_number:04d}"
+        path = Path(directory) / name
         with self._pinned(generation) as (number, served):
-            extra = {
-                "kind": "index shard",
-                "generation": number,
-                "weights_version": served.weights_version,
-                "start": self.start,
-                "stop": self.stop,
-                "factory": self._config.factory,
-                "dim": served.index.dim,
-            }
             if path.exists():
                 if is_complete(path):
                     self._check_saved(path, verify(path, contents=False), number)
                     return path
                 shutil.rmtree(path)
-            with write_once(path, extra) as temporary:
-                served.index.write(temporary / INDEX_FILE)
+            place = {"start": self.start, "stop": self.stop, "factory": self._config.factory}
+            other = None if earlier is None else Path(earlier) / name
+            write_generation(path, number, served.generation, place, other)
         return path
 
     def load(self, generation: int, directory: str | Path) -> int:
@@ -205,33 +321,42 @@ class Shard:
         """
         path = Path(directory) / f"shard-{self.shard_number:04d}"
         with self._table:
-            if generation in self._served and not self._served[generation].released:
-                return self._served[generation].weights_version
-        extra = verify(path)
-        self._check_saved(path, extra, generation)
-        index = Index.read(path / INDEX_FILE, self._config)
-        if (index.num_vectors, index.dim) != (self.stop - self.start, extra["dim"]):
-            raise ValueError(f"{path} holds {index.num_vectors} vectors: needed are {self.stop - self.start}")
+            if self._is_open(generation):
+                return self._served[generation].generation.weights_version
+        self._check_saved(path, verify(path, contents=False), generation)
+        found, _ = read_generation(path, self._config)
         with self._table:
             if generation not in self._served:
-                self._add(generation, _Served(index, extra["weights_version"]))
-        return extra["weights_version"]
+                self._add(generation, found)
+        return found.weights_version
 
     def status(self) -> ShardStatus:
         """What is served and staged now; never waits for a search, a save or a build."""
         with self._table:
-            staging = self._staging
+            staging, deriving, newest = self._staging, self._deriving, self._newest()
+            open_ones = {number: one.generation for number, one in self._served.items() if not one.released}
             return ShardStatus(
                 shard_number=self.shard_number,
                 start=self.start,
                 stop=self.stop,
-                committed=self._newest(),
-                generations={number: one.weights_version for number, one in self._served.items() if not one.released},
+                committed=newest,
+                generations={number: one.weights_version for number, one in open_ones.items()},
                 staged=-1 if staging is None else staging.generation,
                 staged_weights_version=-1 if staging is None else staging.weights_version,
                 staged_rows=0 if staging is None else staging.num_filled,
-                prepared=staging is not None and staging.index is not None,
+                prepared=staging is not None and staging.built is not None,
                 in_flight=sum(one.users for one in self._served.values()),
+                staged_wanted=0 if staging is None else staging.num_rows,
+                staged_corpus=0 if staging is None else staging.corpus_version,
+                derived=-1 if deriving is None else deriving.generation,
+                derived_weights_version=-1 if deriving is None else deriving.weights_version,
+                derived_rows=0 if deriving is None else deriving.num_filled,
+                derived_wanted=0 if deriving is None else deriving.num_rows,
+                derived_corpus=0 if deriving is None else deriving.corpus_version,
+                derived_prepared=deriving is not None and deriving.built is not None,
+                corpora={number: one.corpus_version for number, one in open_ones.items()},
+                hidden=self._hidden_version,
+                num_living=open_ones[newest].num_living if newest in open_ones else 0,
             )
 
     @contextmanager
@@ -251,6 +376,21 @@ class Shard:
                 if served.released:
                     self._free(number)
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Let `hide` know of a search that began before it."""
+        with self._table:
+            era = self._era
+            self._searching[era] += 1
+        try:
+            yield
+        finally:
+            with self._table:
+                self._searching[era] -= 1
+                if era < self._era and not self._searching[era]:
+                    del self._searching[era]
+                    self._table.notify_all()
+
     def _free(self, generation: int) -> None:
         """Forget a released generation without users. Call with the table lock held."""
         served = self._served.get(generation)
@@ -258,63 +398,93 @@ class Shard:
             del self._served[generation]
             self._table.notify_all()
 
-    def _add(self, generation: int, served: _Served) -> None:
-        """Put a generation on the table. Call with the table lock held."""
-        if len(self._served) >= MAX_COMMITTED:
+    def _add(self, number: int, generation: Generation) -> None:
+        """Put a generation on the table, without what was deleted. Call with the table lock held."""
+        indexes = {one.generation.base.key for one in self._served.values()} | {generation.base.key}
+        if len(indexes) > MAX_COMMITTED or len(self._served) >= MAX_OPEN:
             raise ValueError(
                 f"shard {self.shard_number} serves generations {sorted(self._served)}: release the older one before "
-                f"{generation} comes"
+                f"{number} comes"
             )
-        for number, other in self._served.items():
-            if other.index.dim != served.index.dim:
+        for other_number, other in self._served.items():
+            dims = {other.generation.dim, generation.dim} - {0}
+            if len(dims) > 1:
                 raise ValueError(
-                    f"generation {number} has {other.index.dim} dimensions, {generation} {served.index.dim}"
+                    f"generation {other_number} has {other.generation.dim} dimensions, {number} {generation.dim}"
                 )
-        self._served[generation] = served
+        if len(self._hidden):
+            generation.hide(self._hidden)
+        self._served[number] = _Served(generation)
         self._table.notify_all()
 
     def _newest(self) -> int:
         """The newest committed generation, -1 without one. Call with the table lock held."""
         return max((number for number, served in self._served.items() if not served.released), default=-1)
 
+    def _is_open(self, generation: int) -> bool:
+        """Call with the table lock held."""
+        return generation in self._served and not self._served[generation].released
+
     def _is_served(self, generation: int) -> bool:
         with self._table:
-            return generation in self._served and not self._served[generation].released
+            return self._is_open(generation)
 
-    def _staging_for(self, generation: int, weights_version: int, dim: int) -> Staging | None:
-        """Where rows of this generation go, None where they come too late. Call with the staging lock held."""
+    def _find(self, generation: int) -> Generation | None:
+        """A generation that is served, or staged and prepared. Call with the table lock held."""
+        if self._is_open(generation):
+            return self._served[generation].generation
+        staging = self._staging
+        return staging.built if staging is not None and staging.generation == generation else None
+
+    def _check_dim(self, dim: int, vectors: np.ndarray) -> None:
+        if dim not in (0, vectors.shape[1]):
+            raise ValueError(f"staged vectors have {vectors.shape[1]} dimensions: needed are {dim}")
+
+    def _open_staging(
+        self,
+        generation: int,
+        weights_version: int,
+        dim: int,
+        wanted: tuple[np.ndarray | None, int] | None = None,
+    ) -> Staging | None:
+        """Where rows of a generation that is built go, None where they come too late. `dim`: of the rows that are
+        there, 0 for none; `wanted`: passages and corpus version, where they are told. Call with the staging lock
+        held."""
         with self._table:
-            newest, staging = self._newest(), self._staging
-            dims = {served.index.dim for served in self._served.values()}
-            committed = self._served.get(generation)
-        if committed is not None and committed.weights_version == weights_version:
+            staging, committed = self._staging, self._served.get(generation)
+            served = [one.generation for one in self._served.values() if not one.released]
+            dims = {one.dim for one in served} - {0}
+            built = max((one.base.generation for one in served), default=-1)
+        if committed is not None and committed.generation.weights_version == weights_version:
             return None
-        if generation <= newest:
+        if generation <= built:
             raise ValueError(
-                f"generation {generation} is not newer than {newest}, which shard {self.shard_number} serves"
+                f"generation {generation} is not newer than {built}, which shard {self.shard_number} serves"
             )
         key = (generation, weights_version)
         if staging is not None and key <= staging.key:
             if key < staging.key:
                 raise ValueError(f"generation, weights version {key} was overtaken by {staging.key}")
-            if staging.index is not None:
+            if staging.built is not None:
                 return staging
-            dims = {staging.dim}
-        elif staging is not None and staging.index is not None:
+            dims = {staging.dim} - {0}
+        elif staging is not None and staging.built is not None:
             raise ValueError(
                 f"generation {staging.generation} is prepared: commit or abort it before {generation} is staged"
             )
-        if dims - {dim}:
+        if dim and dims - {dim}:
             raise ValueError(f"staged vectors have {dim} dimensions: needed are {dims.pop()}")
-        if staging is None or key != staging.key:
-            staging = Staging(generation, weights_version, self.start, self.stop - self.start, dim)
+        if staging is None or key != staging.key or (wanted is not None and staging.corpus_version != wanted[1]):
+            numbers, corpus_version = wanted if wanted is not None else (None, 0)
+            rows = self.stop - self.start if numbers is None else numbers
+            staging = Staging(generation, weights_version, corpus_version, self.start, rows, dim)
             with self._table:
                 self._staging = staging
         return staging
 
-    def _check_saved(self, path: Path, extra: dict, generation: int) -> None:
+    def _check_saved(self, path: Path, extra: dict[str, Any], generation: int) -> None:
         wanted = {
-            "kind": "index shard",
+            "kind": KIND,
             "generation": generation,
             "start": self.start,
             "stop": self.stop,

@@ -2,47 +2,88 @@
 
 import numpy as np
 
-from indexing.build import Index, bad_rows, build_index
+from indexing.build import bad_rows
+from indexing.generation import Generation, build_base
 from indexing.settings import IndexConfig
 
 
 class Staging:
-    """Vectors of passages `start` to `start` + `num_rows` - 1 of one generation, and exactly which have arrived."""
+    """Vectors of the passages of one generation, or of those in which it differs from another one (`origin`), and
+    exactly which have arrived."""
 
-    def __init__(self, generation: int, weights_version: int, start: int, num_rows: int, dim: int) -> None:
-        self.generation, self.weights_version = generation, weights_version
-        self.start, self.num_rows, self.dim = start, num_rows, dim
+    def __init__(
+        self,
+        generation: int,
+        weights_version: int,
+        corpus_version: int,
+        start: int,
+        numbers: np.ndarray | int,
+        dim: int = 0,
+        origin: Generation | None = None,
+        source: int = -1,
+    ) -> None:
+        """`numbers`: the passages, sorted, or how many from `start` on. `dim`: 0 where it is not known yet. `source`:
+        number of the generation that `origin` is."""
+        self.generation, self.weights_version, self.corpus_version = generation, weights_version, corpus_version
+        self.start, self.numbers = start, None if isinstance(numbers, int) else numbers
+        self.num_rows = numbers if isinstance(numbers, int) else len(numbers)
+        self.dim, self.origin, self.source = dim, origin, source
         self.num_filled = 0  # different rows that have arrived
-        self.index: Index | None = None  # once `build` has run
-        self._vectors = np.empty((num_rows, dim), np.float32)
-        self._filled = np.zeros(num_rows, bool)
-        self._broken = np.zeros(num_rows, bool)  # arrived with NaN or infinity
+        self.built: Generation | None = None  # once `build` has run
+        self._vectors = np.empty((self.num_rows if dim else 0, dim), np.float32)
+        self._versions = np.zeros(0 if origin is None else self.num_rows, np.int64)
+        self._filled = np.zeros(self.num_rows, bool)
+        self._broken = np.zeros(self.num_rows, bool)  # arrived with NaN or infinity
 
     @property
     def key(self) -> tuple[int, int]:
         """What orders attempts: the generation, then the weights version."""
         return self.generation, self.weights_version
 
-    def fill(self, start: int, vectors: np.ndarray) -> None:
-        """Take vectors of the passages from `start` on; rows that came before are replaced."""
-        rows = slice(start - self.start, start - self.start + len(vectors))
+    def fill(self, numbers: np.ndarray, vectors: np.ndarray, version: int) -> None:
+        """Take vectors of passages; rows that came before are replaced, and passages that do not belong here dropped."""
+        if not self.dim:
+            self.dim = vectors.shape[1]
+            self._vectors = np.empty((self.num_rows, self.dim), np.float32)
+        if not self.num_rows:
+            return
+        if self.numbers is None:
+            rows = numbers - self.start
+            here = (rows >= 0) & (rows < self.num_rows)
+        else:
+            rows = np.minimum(np.searchsorted(self.numbers, numbers), self.num_rows - 1)
+            here = self.numbers[rows] == numbers
+        if not here.all():
+            rows, vectors = rows[here], vectors[here]
         self._vectors[rows] = vectors
         self._broken[rows] = False
-        self._broken[rows][bad_rows(vectors)] = True
+        self._broken[rows[bad_rows(vectors)]] = True
         self._filled[rows] = True
+        if self.origin is not None:
+            self._versions[rows] = version
         self.num_filled = int(np.count_nonzero(self._filled))
 
     def build(self, config: IndexConfig, seed: int) -> None:
-        """Build `index` and let the vectors go. Raises ValueError for missing rows and numbers that are not finite."""
+        """Build the generation and let the vectors go. Raises ValueError for missing rows and numbers that are not
+        finite."""
         if missing := self.num_rows - self.num_filled:
             raise ValueError(
                 f"generation {self.generation} has {self.num_filled} of {self.num_rows} rows, {missing} are missing: "
-                f"first passage {self.start + int(self._filled.argmin())}"
+                f"first passage {self._number(int(self._filled.argmin()))}"
             )
         if self._broken.any():
             raise ValueError(
                 f"generation {self.generation} has {int(self._broken.sum())} vectors that are not finite, "
-                f"first passage {self.start + int(self._broken.argmax())}"
+                f"first passage {self._number(int(self._broken.argmax()))}"
             )
-        self.index = build_index(self._vectors, config, seed)
+        version, corpus = self.weights_version, self.corpus_version
+        if self.origin is None:
+            base = build_base(self._vectors, self.start, self.numbers, self.generation, version, corpus, config, seed)
+            self.built = Generation(base, None, version, corpus)
+        else:
+            assert self.numbers is not None
+            self.built = self.origin.derive(self.numbers, self._vectors, self._versions, version, corpus, config)
         self._vectors = np.empty((0, self.dim), np.float32)
+
+    def _number(self, row: int) -> int:
+        return self.start + row if self.numbers is None else int(self.numbers[row])
