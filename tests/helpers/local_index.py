@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from indexing.encode import encode_range, encode_rows
+from indexing.encode import encode_rows
 from indexing.merge import Hits, merge
 from indexing.settings import IndexConfig
 from indexing.shard import Shard, shard_ranges
@@ -18,7 +18,6 @@ from training.retrieve import IndexStatus
 from training.settings import EncoderConfig
 
 BATCH_TOKENS = 8192
-OWN_FILE = "local.npz"  # of a saved generation: vectors and weights versions by passage
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,6 @@ class LocalIndex:
         self.waited_for: list[int] = []
         self.keeps_vectors, self.passages_encoded = keeps_vectors, 0
         self.partial: list[np.ndarray | None] = []  # passages of each publish; None: all
-        self._vectors = np.empty((0, 0), np.float32)
-        self._versions = np.empty(0, np.int64)  # of each passage
         self._table = store.tokens("retriever")
         with torch.random.fork_rng():
             self._encoder = build_encoder(encoder, vocab_size).eval().requires_grad_(False)
@@ -76,8 +73,6 @@ class LocalIndex:
         assert self.generation >= 0, "a search before the first generation"
         num_vectors = num_vectors if self.keeps_vectors else 0
         hits = merge([shard.search(queries, k, self.generation, num_vectors) for shard in self._shards], k)
-        if self.status().oldest < self.weights_version:
-            hits = replace(hits, versions=self._versions[hits.ids])
         return LocalHits(hits, time.monotonic() + self.delay_s)
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
@@ -100,27 +95,22 @@ class LocalIndex:
         (version, weights, only), self._waiting = self._waiting, None
         load_passage_weights(self._encoder, weights)
         generation = self.generation + 1
-        self._encode_again(version, only)
         for shard in self._shards:
-            shard.stage(generation, version, shard.start, self._vectors[shard.start : shard.stop])
+            rows = np.arange(shard.start, shard.stop)
+            if only is not None:
+                rows = rows[np.isin(rows, only)]
+                shard.derive(generation, self.generation, rows, version)
+            else:
+                shard.begin(generation, version)
+            for numbers, vectors in encode_rows(self._table, rows, self._encode, BATCH_TOKENS):
+                shard.stage(generation, version, numbers, vectors)
             shard.prepare(generation)
+            self.passages_encoded += len(rows)
         for shard in self._shards:
             shard.commit(generation)
             shard.release(generation - 1)
         self.generation, self.weights_version = generation, version
         self.generations_committed += 1
-
-    def _encode_again(self, version: int, only: np.ndarray | None) -> None:
-        """All passages, or `only` these."""
-        if only is None:
-            self._vectors = encode_range(self._table, 0, self.num_passages, self._encode, BATCH_TOKENS)
-            self._versions = np.full(self.num_passages, version, np.int64)
-            self.passages_encoded += self.num_passages
-            return
-        self._vectors, self._versions = self._vectors.copy(), self._versions.copy()
-        for rows, vectors in encode_rows(self._table, only, self._encode, BATCH_TOKENS):
-            self._vectors[rows], self._versions[rows] = vectors, version
-        self.passages_encoded += len(only)
 
     def wait_for_version(
         self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
@@ -138,7 +128,6 @@ class LocalIndex:
         directory = self.folder / f"generation-{generation}"
         for shard in self._shards:
             shard.save(generation, directory)
-        np.savez(directory / OWN_FILE, vectors=self._vectors, versions=self._versions)
         return str(directory)
 
     def load(self, generation: int) -> None:
@@ -147,12 +136,10 @@ class LocalIndex:
         for shard in self._shards:
             self.weights_version = shard.load(generation, self.folder / f"generation-{generation}")
         self.generation = generation
-        own = np.load(self.folder / f"generation-{generation}" / OWN_FILE)
-        self._vectors, self._versions = own["vectors"], own["versions"]
 
     def status(self) -> IndexStatus:
         """What serves."""
-        oldest = int(self._versions.min(initial=self.weights_version))
+        oldest = min(shard.status().oldest_version for shard in self._shards)
         return IndexStatus(self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0, oldest)
 
     @property

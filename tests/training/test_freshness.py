@@ -11,6 +11,9 @@ import pytest
 
 from tests.helpers.local_index import LocalIndex
 from tests.training.test_stage import Failure, failing, final_weights, resumable, rows_by_step, run_stage, same
+from training.loop import LoopState, Window, step_metrics
+from training.models.encoder import passage_state
+from training.models.weights import to_numpy
 from training.policy import RefreshPlan
 from training.retrieve import IndexStatus
 from training.settings import CheckpointConfig, RetrievalConfig, TrainingConfig
@@ -180,10 +183,23 @@ def test_staleness_is_that_of_each_hits_own_vector(world, tmp_path):
     run_stage(job, index)
     rows = metrics(tmp_path)
     # Step 3 searches the index of step 2, in which a fifth is of step 2 and the rest of step 0.
-    assert rows[3]["index/staleness_max_steps"] in (0, 2)
-    assert 0 < rows[3]["index/staleness_steps"] < 2
+    assert 0 <= rows[3]["index/staleness_steps"] <= rows[3]["index/staleness_max_steps"] <= 2
     assert rows[7]["index/staleness_steps"] == rows[7]["index/staleness_max_steps"] == 0  # the whole one of step 6
     assert all(row["index/staleness_steps"] <= row["index/staleness_max_steps"] for row in rows.values())
+    # Any batch with all passages as hits: 36 of the newest weights, the others of the whole refresh before.
+    job = job_of(world, tmp_path / "all", PARTIAL, retrieval=RetrievalConfig(k=180, prefetch_depth=0))
+    stage = Stage(job, fresh := world.index())
+    stage.serve_index(fresh=True)
+    only = np.arange(0, 180, 5)
+    fresh.publish(2, to_numpy(passage_state(stage.system.retriever)), only)
+    fetched = stage.make_source(None).next()
+    assert fetched.hit_versions is not None
+    assert fetched.passages is not None
+    assert np.array_equal(fetched.hit_versions.reshape(-1) == 2, np.isin(fetched.passages, only))
+    window = Window(fetched=[fetched])
+    measured = step_metrics(window, LoopState(step=4), {"time/step_s": 1.0}, None)
+    assert measured["index/staleness_steps"] == pytest.approx((36 * 1 + 144 * 3) / 180)
+    assert measured["index/staleness_max_steps"] == 3
 
 
 def test_the_last_measurement_has_a_whole_index(world, tmp_path):
