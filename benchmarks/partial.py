@@ -84,14 +84,17 @@ class World:
         folder = self.folder / f"warm-{seed}"
         if self.prepared is None:
             self.prepared = prepare_data(self.settings("joint", seed, []), self.folder / "data", lambda _: None)
-        if not folder.exists():
+        if newest_checkpoint(folder, print) is None:
             Stage(make_job(self.settings("warm_start", seed, []), self.prepared, "", folder), None).run()
         found = newest_checkpoint(folder, print)
         assert found is not None
         return found
 
     def run(self, arm: str, seed: int) -> Run:
-        """Train one arm."""
+        """Train one arm, unless its numbers are there."""
+        known = self.folder / f"{arm}-{self.people}-{self.steps}-{seed}.json"
+        if known.exists():
+            return Run(arm, seed, json.loads(known.read_text()))
         start, folder = self.start(seed), self.folder / f"{arm.replace(' ', '-')}-{seed}"
         assert self.prepared is not None
         settings = self.settings("joint", seed, ARMS[arm])
@@ -118,6 +121,7 @@ class World:
             "corpus/step": stage.state.refreshed_share / self.steps,
             "seconds": seconds,
         }
+        known.write_text(json.dumps(values))
         return Run(arm, seed, values)
 
 
@@ -142,7 +146,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=300)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--folder", default="", help="keep everything here, and take up what is there")
+    parser.add_argument("--folder", default="", help="keep everything here, and do not run again what was run")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)

@@ -68,14 +68,10 @@ class DriftProbe:
         scores = pair_scores(queries, vectors, hits.ids)
         order = np.lexsort((hits.ids, -scores), axis=-1)[:, : self.k]
         best = np.take_along_axis(hits.ids, order, axis=1)
-        columns = np.stack(
-            [
-                overlap_of(hits.ids[:, : self.k], best),
-                np.array([spearman(*each) for each in zip(hits.scores, scores, hits.ids >= 0, strict=True)]),
-                self._query_shift(queries),
-            ],
-            axis=1,
-        )
+        known = hits.ids >= 0
+        correlations = [spearman(hits.scores[row], scores[row], known[row]) for row in range(len(scores))]
+        overlaps = overlap_of(hits.ids[:, : self.k], best)
+        columns = np.stack([overlaps, np.array(correlations), self._query_shift(queries)], axis=1)
         self._now = _Vectors(queries, _by_number(hits.ids, vectors))
         stale = hits.vectors if hits.vectors is not None and hits.vectors.shape[1] == self.depth else None
         shifts = self._passage_shifts(stale, vectors, hits.ids)
@@ -84,7 +80,7 @@ class DriftProbe:
         by_number = {number: row for rows, _, _ in everyone for number, row in rows.items()}
         means = _mean(np.stack(list(by_number.values())))
         passage_shift = _mean(np.concatenate([found for _, found, _ in everyone])[:, None])[0]
-        return Drift(*means[:2], passage_shift, means[2], everyone[0][2])
+        return Drift(means[0], means[1], passage_shift, means[2], everyone[0][2])
 
     def remember(self) -> None:
         """What `measure` has just seen is what the shifts are measured from: the weights were published."""

@@ -60,7 +60,7 @@ def test_the_numbers_are_those_of_a_recount(world, tmp_path):
         best = mine[np.argsort(-new[mine])][:K]
         overlaps.append(len(set(mine[:K]) & set(best)) / K)
         ranks = [np.argsort(np.argsort(values[mine])) for values in (old, new)]
-        correlations.append(np.corrcoef(*ranks)[0, 1])
+        correlations.append(np.corrcoef(ranks[0], ranks[1])[0, 1])
     assert measured.overlap == pytest.approx(np.mean(overlaps))
     assert measured.overlap < 1
     assert measured.rank_correlation == pytest.approx(np.mean(correlations), abs=1e-4)
@@ -117,11 +117,10 @@ def test_the_probe_asks_for_as_many_candidates_as_are_scored_again(world, tmp_pa
     ],
 )
 def test_rank_correlation_by_hand(first, second, expected):
-    lines = np.array(first, float), np.array(second, float)
-    found = spearman(*lines, np.ones(len(first), bool))
-    assert found == pytest.approx(expected, nan_ok=True)
-    longer = [np.append(line, 99.0) for line in lines]  # a column that no passage stands in
-    assert spearman(*longer, np.arange(len(first) + 1) < len(first)) == pytest.approx(expected, nan_ok=True)
+    a, b = np.array(first, float), np.array(second, float)
+    assert spearman(a, b, np.ones(len(a), bool)) == pytest.approx(expected, nan_ok=True)
+    a, b = np.append(a, 99.0), np.append(b, 99.0)  # a column that no passage stands in
+    assert spearman(a, b, np.arange(len(a)) < len(first)) == pytest.approx(expected, nan_ok=True)
 
 
 def test_shift_by_hand():

@@ -29,7 +29,8 @@ class OfTwo:
 
 
 def heat(num_passages: int = 6, ranks: Any = None) -> Heat:
-    return Heat(num_passages, ranks or Alone())
+    one: Any = ranks or Alone()
+    return Heat(num_passages, one)
 
 
 def test_the_most_read_come_first_and_numbers_rise():
