@@ -44,9 +44,11 @@ class Heat:
         everyone = self.ranks.gather_objects(mine) if self.ranks.world_size > 1 else [mine]
         if self.ranks.rank:
             return
+        read = np.bincount(np.concatenate(everyone), minlength=self.num_passages)
+        self._grow(len(read), serving_version)
         self._confirm(serving_version)
         self.hits *= 0.5 ** (1 / HALF_LIFE)
-        self.hits += np.bincount(np.concatenate(everyone), minlength=self.num_passages).astype(np.float32)
+        self.hits += read.astype(np.float32)
 
     def choose(self, share: float, step: int) -> np.ndarray:
         """Numbers of the most urgent passages, rising, int64; rank 0. At least one; equal ones by number."""
@@ -68,9 +70,18 @@ class Heat:
         """Go on where `state` was taken; `step`: all passages were encoded anew with the weights of this step."""
         self._read = [state["read"]]
         self.hits, self.encoded_at, self._asked = state["hits"], state["encoded_at"], state["asked"]
+        self.num_passages = max(self.num_passages, len(self.hits))
         if step is not None:
             self.encoded_at = np.full_like(self.encoded_at, step)
             self._asked = None
+
+    def _grow(self, num_passages: int, version: int) -> None:
+        """Make room for passages that came after the beginning: they were encoded with the weights that served."""
+        more = num_passages - self.num_passages
+        if more > 0:
+            self.hits = np.pad(self.hits, (0, more))
+            self.encoded_at = np.pad(self.encoded_at, (0, more), constant_values=version)
+            self.num_passages = num_passages
 
     def _confirm(self, serving_version: int) -> None:
         """Take note of a refresh that has been committed."""

@@ -103,6 +103,17 @@ def test_all_ranks_hits_are_counted_by_the_first():
     assert len(second.hits) == 0
 
 
+def test_passages_that_came_later_are_counted_too():
+    found = heat(3)
+    found.ask(10, None)
+    found.read(np.array([4, 4, 1]))
+    found.gather(10)
+    assert found.num_passages == 5
+    assert found.hits.tolist() == [0, 1, 0, 0, 2]
+    assert found.encoded_at.tolist() == [10] * 5
+    assert found.choose(0.4, step=20).tolist() == [1, 4]
+
+
 def test_a_restored_one_goes_on_with_the_same_choice():
     found = heat()
     found.read(np.array([4, 1, 4]))
