@@ -23,6 +23,7 @@ from training.models.encoder import passage_state
 from training.models.sides import generator_passage_side, retriever_passage_side
 from training.models.system import RetrievalBatch
 from training.models.weights import to_numpy
+from training.policy import RefreshPlan
 from training.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
 from training.retrieve import Prefetcher
 from training.settings import (
@@ -340,6 +341,28 @@ def test_a_resumed_pretraining_equals_an_uninterrupted_one(world, tmp_path, dept
     assert second is not None
     left, right = load_weights(first), load_weights(second)
     assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_the_source_is_not_read_where_candidates_are_scored_again(world, tmp_path):
+    """Nor does the probe of the drift, whose questions are examples, touch training."""
+    plan = RefreshPlan(probe_questions=5, partial=0.1, whole_every=0)
+    retrieval = RetrievalConfig(k=3, rescore=60)
+    job = pretrain_job(world, tmp_path, evaluate_questions="", retrieval=retrieval, plan=plan, publish_every=2)
+    stage = Stage(job, index := world.index())
+    stage.run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss/total" in row]
+    assert [row["step"] for row in rows if "drift/overlap" in row] == [2, 4]
+    assert all("retrieval/rescore_overlap" in row for row in rows)
+    assert [None if only is None else len(only) for only in index.partial] == [None, 18, 18, None]
+    assert stage.corpus is not None
+    source = stage.make_source(None)
+    for number in range(6):
+        fetched = source.next()
+        examples = np.arange(number * 4, number * 4 + 4)
+        own = stage.corpus.groups[stage.corpus.training.sources(examples)]
+        assert fetched.passages is not None
+        assert not (stage.corpus.groups[fetched.passages.reshape(4, -1)] == own[:, None]).any()
 
 
 def test_closed_book_pretraining_reads_no_passage(world, tmp_path):
