@@ -57,6 +57,7 @@ class DriftProbe:
         share = -(-len(numbers) // engine.world_size)
         padded = np.resize(numbers, share * engine.world_size)  # repeats from the front: equal shares
         self._mine = padded[engine.rank :: engine.world_size]
+        self._repeated = (np.arange(len(padded)) >= len(numbers))[engine.rank :: engine.world_size]
         self._now: _Vectors | None = None
         self._published: _Vectors | None = None
 
@@ -74,7 +75,7 @@ class DriftProbe:
         columns = np.stack([overlaps, np.array(correlations), self._query_shift(queries)], axis=1)
         self._now = _Vectors(queries, _by_number(hits.ids, vectors))
         stale = hits.vectors if hits.vectors is not None and hits.vectors.shape[1] == self.depth else None
-        shifts = self._passage_shifts(stale, vectors, hits.ids)
+        shifts = self._passage_shifts(stale, vectors, np.where(self._repeated[:, None], -1, hits.ids))
         own = (dict(zip(self._mine.tolist(), columns, strict=True)), shifts, hits.weights_version)
         everyone = self.fresh.engine.gather_objects(own)
         by_number = {number: row for rows, _, _ in everyone for number, row in rows.items()}
