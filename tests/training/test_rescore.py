@@ -207,10 +207,11 @@ def measure(rank: int, world_size: int, folder: Path, world: TinyWorld) -> dict[
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)
 def test_ranks_with_unequal_numbers_of_passages_have_the_vectors_and_the_drift_of_one_process(world):
     plain = replace(world, tokenizer=None)  # tokenisers are read again by each process
-    one = spawn(measure, 1, world.folder, plain)[0]
-    two = spawn(measure, 2, world.folder, plain)
+    one = spawn(measure, 1, world.folder, plain, timeout_s=250.0)[0]
+    two = spawn(measure, 2, world.folder, plain, timeout_s=250.0)
     for stage in STAGES:
         np.testing.assert_allclose(two[0][stage][0], one[0][0], atol=1e-5)
         assert two[0][stage][1] == two[1][stage][1]
