@@ -4,9 +4,10 @@ Ray restarts each of them with the same constructor arguments (max_restarts=-1),
 or anything large, and constructors never wait. All belong to the driver, not to the coordinator: a coordinator that
 dies leaves shards and workers as they are.
 
-Threads of the coordinator: Ray's own answer `publish`, `status` and `save_generation`; four of ours run for ever, and
-report an unexpected error as an event instead of ending: the starter (takes over what the shards serve, then starts the
-others), the refresh, the repair and the snapshots. See `cluster/refresh.py` for what each waits on.
+Threads of the coordinator: Ray's own answer `publish`, `status` and `save_generation` (and carry out `encode_again`);
+five of ours run for ever, and report an unexpected error as an event instead of ending: the starter (takes over what the
+shards serve, then starts the others), the refresh, the corpus, the repair and the snapshots. See `cluster/refresh.py` for
+what each waits on.
 """
 
 import os
@@ -22,23 +23,26 @@ import ray
 
 from cluster.chunks import EncodePool
 from cluster.events import EventLog
-from cluster.handles import NamedActor, RayShard, RayWorker, keep_weights
+from cluster.handles import NamedActor, RayShard, RayWorker, keep_weights, read_weights, write_weights
 from cluster.ports import Weights
 from cluster.processes import Place, here
 from cluster.refresh import CoordinatorStatus, RefreshCoordinator, RefreshSettings
 from cluster.shards import ShardGroup
 from cluster.snapshots import IndexIdentity, Snapshots, Wish
-from indexing.encode import encode_range
+from indexing.changes import ChangeLog
+from indexing.encode import encode_numbers
+from indexing.live import LiveStore
 from indexing.merge import ShardHits
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, Shard, ShardStatus
-from indexing.store import Store
 from training.jsonl import read_rows
 from training.settings import EncoderConfig
 
 TICK_S = 1.0
+CORPUS_S = 0.1  # between looks for a change of the corpus
 RETRY_S = 2.0  # after an unexpected error
-SHARD_THREADS = {"search": 4, "build": 4, "status": 2}  # a search never queues behind a build, a status behind nothing
+# A search never queues behind a build, a status behind nothing; nor does what makes a change visible.
+SHARD_THREADS = {"search": 4, "build": 6, "change": 2, "status": 2}
 NICENESS = 10  # of a refresh worker on CPU, so that training keeps its cores
 
 
@@ -72,7 +76,21 @@ class ShardActor:
         return here()
 
     @ray.method(concurrency_group="build")
-    def stage(self, generation: int, weights_version: int, start: int, vectors: np.ndarray) -> None:
+    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
+        self._shard.begin(generation, weights_version, numbers, corpus_version)
+
+    @ray.method(concurrency_group="change")
+    def derive(
+        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
+    ) -> None:
+        self._shard.derive(generation, origin, numbers, weights_version, corpus_version)
+
+    @ray.method(concurrency_group="change")
+    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
+        self._shard.hide(corpus_version, numbers)
+
+    @ray.method(concurrency_group="build")
+    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
         self._shard.stage(generation, weights_version, start, vectors)
 
     @ray.method(concurrency_group="build")
@@ -92,8 +110,8 @@ class ShardActor:
         self._shard.release(generation)
 
     @ray.method(concurrency_group="build")
-    def save(self, generation: int, directory: str) -> None:
-        self._shard.save(generation, directory)
+    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
+        self._shard.save(generation, directory, earlier)
 
     @ray.method(concurrency_group="build")
     def load(self, generation: int, directory: str) -> None:
@@ -112,6 +130,7 @@ class WorkerSettings:
     precision: str
     threads: int
     device: str  # cpu | cuda
+    corpus: str  # folder of the changes to the store
 
 
 class RefreshWorkerActor:
@@ -132,8 +151,11 @@ class RefreshWorkerActor:
             self._load()
 
     @ray.method(num_returns=2)
-    def encode(self, start: int, stop: int, weights: Weights) -> tuple[np.ndarray, int]:
-        """Vectors float32 [stop - start, dim] of these passages, and their number, which says that they are done."""
+    def encode(
+        self, start: int, stop: int, weights: Weights, numbers: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int]:
+        """Vectors float32 [n, dim] of the passages `start` to `stop` - 1, or of `numbers`, and how many there are, which
+        says that they are done."""
         with self._lock:
             encoder, table, pad = self._load()
             if weights.publish_id != self._publish_id:
@@ -141,7 +163,9 @@ class RefreshWorkerActor:
 
                 load_passage_weights(encoder, ray.get(weights.reference[0], timeout=600))
                 self._publish_id = weights.publish_id
-            vectors = encode_range(table, start, stop, self._encode, self._settings.batch_tokens, pad)
+            rows = np.arange(start, stop) if numbers is None else numbers
+            table.know(rows)
+            vectors = encode_numbers(table, rows, self._encode, self._settings.batch_tokens, pad)
         return vectors, len(vectors)
 
     def _load(self) -> Any:
@@ -156,7 +180,7 @@ class RefreshWorkerActor:
             encoder = build_encoder(replace(settings.encoder, gradient_checkpointing=False), len(tokenizer))
             encoder.length_groups = 1  # batches come sorted by length
             encoder.requires_grad_(False).eval().to(settings.device)
-            table = Store.open(settings.store, verify=False).tokens(settings.side)
+            table = LiveStore.open_with(settings.store, settings.corpus).tokens(settings.side)
             self._loaded = encoder, table, pad_id(tokenizer)
         return self._loaded
 
@@ -193,6 +217,8 @@ class CoordinatorSettings:
     keep_protected: int
     start_timeout_s: float
     initial: tuple[Wish, str] | None  # snapshot to start from, and its directory
+    corpus: str  # folder of the changes to the corpus
+    num_base: int  # passages of the store that they are made to
 
 
 class CoordinatorActor:
@@ -208,6 +234,7 @@ class CoordinatorActor:
                 for number, name in enumerate(settings.shards)
             ]
         )
+        log = ChangeLog(settings.corpus, settings.identity.corpus_fingerprint, settings.num_base)
         workers = [RayWorker(NamedActor(name, settings.namespace), limit) for name in settings.workers]
         self._coordinator = RefreshCoordinator(
             refresh,
@@ -220,9 +247,13 @@ class CoordinatorActor:
                 self._events,
                 settings.keep_generations,
                 settings.keep_protected,
+                log,
+                lambda weights, path: write_weights(weights, path, limit),
+                read_weights,
             ),
             lambda weights: keep_weights(weights, limit),
             self._events,
+            log,
         )
         self._place = here()
         self._start_error = ""
@@ -236,6 +267,9 @@ class CoordinatorActor:
     def status(self) -> tuple[CoordinatorStatus, Place]:
         status = self._coordinator.status()
         return (replace(status, given_up=self._start_error) if self._start_error else status), self._place
+
+    def encode_again(self, numbers: np.ndarray, weights: Weights, adopt: bool = False) -> int:
+        return self._coordinator.encode_again(numbers, weights, adopt)
 
     def save_generation(self, generation: int) -> str | None:
         return self._coordinator.save_generation(generation) if self._started else None
@@ -253,8 +287,13 @@ class CoordinatorActor:
             return
         self._started = True
         self._thread("refresh", lambda: self._for_ever(lambda: coordinator.wait_and_refresh(TICK_S), 0.0))
+        self._thread("corpus", lambda: self._for_ever(self._follow, CORPUS_S))
         self._thread("repair", lambda: self._for_ever(coordinator.tick, TICK_S))
         self._thread("snapshots", lambda: self._for_ever(coordinator.snapshots.work, TICK_S / 4))
+
+    def _follow(self) -> None:
+        self._coordinator.follow_corpus()
+        self._coordinator.live.note(Path(self._settings.corpus))
 
     def _thread(self, name: str, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=name, daemon=True).start()

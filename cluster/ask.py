@@ -10,13 +10,13 @@ import torch
 
 from cluster.prepare import prepare_data
 from cluster.settings import Settings
+from cluster.snapshots import fits_changes
 from indexing.corpus import Question
-from indexing.encode import Encode, encode_range
+from indexing.encode import Encode, encode_numbers
+from indexing.live import LiveStore
 from indexing.merge import Hits, merge
 from indexing.questions import write_questions
 from indexing.shard import Shard, shard_ranges
-from indexing.snapshot import is_complete
-from indexing.store import Store
 from training.checkpoint import load_weights
 from training.data import Collator
 from training.models.build import build_system, fit_weights
@@ -45,7 +45,7 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, question: s
         load_tokenizer(folder / "tokenizers" / "generator"),
     )
     prepared = prepare_data(settings, root, lambda _: None, splits=[])
-    store = Store.open(prepared.passages, verify=False)
+    store = LiveStore.open_with(prepared.passages, folder.parent.parent / "corpus")
     system = build_system(settings.encoder, settings.generator, "none", tokenizers, settings.run.seed).eval()
     load_weights_into(system, fit_weights(load_weights(folder), system))
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,25 +94,34 @@ def _answer(settings: Settings, system: System, collator: Collator, hits: np.nda
     return system("answer", batch, settings.evaluation.decoding, settings.objective.temperature, bias)
 
 
-def _search(settings: Settings, store: Store, encoder: TextEncoder, checkpoint: Path, queries: np.ndarray) -> Hits:
-    """Search the generation that the checkpoint names, or encode the corpus where it is not on disk."""
+def _search(settings: Settings, store: LiveStore, encoder: TextEncoder, checkpoint: Path, queries: np.ndarray) -> Hits:
+    """Search the generation that the checkpoint names, brought up to the corpus as it is now; where it is not on disk, the
+    whole corpus is encoded."""
     config = replace(settings.index, device="cpu")
     generation = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
     directory = checkpoint.parent.parent / "index" / f"generation-{generation}"
-    saved = generation >= 0 and is_complete(directory)
-    found = []
-    for number, (start, stop) in enumerate(shard_ranges(len(store), config.num_shards)):
-        shard = Shard(number, start, stop, config)
+    saved = generation >= 0 and fits_changes(directory, store.log)
+    table, encode, log = store.tokens("retriever"), encode_function(encoder), store.log
+    tokens = settings.refresh.batch_tokens
+    shards = [
+        Shard(number, *range_, config) for number, range_ in enumerate(shard_ranges(log.num_base, config.num_shards))
+    ]
+    for number, shard in enumerate(shards):
+        shard.hide(log.version, log.deleted_at())
+        owned = log.owned(number, len(shards), shard.start, shard.stop, log.version)
         if saved:
             shard.load(generation, directory)
+            origin, known = generation, log.num_numbers(shard.status().corpora[generation])
+            mine = np.empty(0, np.int64) if owned is None else owned[owned >= known]
+            shard.derive(generation + 1, origin, mine, corpus_version=log.version)
         else:
-            generation = 0
-            table, encode = store.tokens("retriever"), encode_function(encoder)
-            shard.stage(0, 0, start, encode_range(table, start, stop, encode, settings.refresh.batch_tokens))
-            shard.prepare(generation)
-            shard.commit(generation)
-        found.append(shard.search(queries, min(settings.retrieval.k, stop - start), generation))
-    return merge(found, settings.retrieval.k)
+            mine = np.arange(shard.start, shard.stop) if owned is None else owned
+            shard.begin(generation + 1, 0, owned, log.version)
+        if len(mine):
+            shard.stage(generation + 1, 0, mine, encode_numbers(table, mine, encode, tokens))
+        shard.prepare(generation + 1)
+        shard.commit(generation + 1)
+    return merge([shard.search(queries, settings.retrieval.k) for shard in shards], settings.retrieval.k)
 
 
 def encode_function(encoder: TextEncoder) -> Encode:

@@ -18,7 +18,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from cluster.ports import Chunk, Events, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost, WorkerPort
+from indexing.shard import NotBegun
 
 RETRY_S = 0.5  # between attempts to reach a worker that was lost
 STALL_FACTOR = 3.0  # of refresh.chunk_timeout_s without any chunk done: the job is given up
@@ -31,6 +34,17 @@ def split(shards: Iterable[ShardPort], chunk_passages: int) -> list[Chunk]:
         for shard in shards
         for start in range(shard.start, shard.stop, chunk_passages)
     ]
+
+
+def split_numbers(shard: int, numbers: np.ndarray, chunk_passages: int, as_ranges: bool = False) -> list[Chunk]:
+    """Sorted passage numbers of one shard in chunks; with `as_ranges`, those without a gap do not list them."""
+    chunks: list[Chunk] = []
+    for first in range(0, len(numbers), chunk_passages):
+        part = numbers[first : first + chunk_passages]
+        start, stop = int(part[0]), int(part[-1]) + 1
+        listed = None if as_ranges and stop - start == len(part) else tuple(part.tolist())
+        chunks.append(Chunk(shard, start, stop, listed))
+    return chunks
 
 
 class Job:
@@ -133,7 +147,7 @@ class EncodePool:
             except WorkerLost as lost:
                 self._return(job, chunk, lost)
                 self._recover(worker, lost)
-            except ShardLost:
+            except (ShardLost, NotBegun):
                 self._finish(job, chunk, None, shard_lost=True)
             except Exception as error:  # the edge of a thread: what the encoder raised belongs to `run`
                 self._finish(job, chunk, error)
@@ -157,7 +171,7 @@ class EncodePool:
             job.underway.discard(chunk)
             job.error = job.error or error
             if error is None and not shard_lost:
-                self.passages_encoded += chunk.stop - chunk.start
+                self.passages_encoded += chunk.num_passages
             for running in self._jobs:  # urgent chunks hold the others up
                 running.progress = time.monotonic()
             if shard_lost:

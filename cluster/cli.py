@@ -23,6 +23,7 @@ VERBS = {
     "index": "encode the corpus with a trained encoder and build the index",
     "evaluate": "measure a trained system on the evaluation questions; with update.as_of=DATE after that update too",
     "compare": "run the matrix of the file's compare section, cell by cell, and write one table",
+    "corpus": "add, delete or update passages of a run, while it trains or afterwards: corpus add RUN new.jsonl",
     "ask": 'answer one question: ask "question" [config.yaml ...]',
     "show": "print the resolved configuration of every stage and where its run lies",
     "test": "run every check: lint, format, types, import rules, tests; what follows goes to pytest",
@@ -44,6 +45,8 @@ examples:
   tandem evaluate runs/quickstart/joint update.as_of=end evaluation.also=[gold,closed_book]
   tandem compare configs/compare_quickstart.yaml compare.seeds=[0]
   tandem show configs/quickstart.yaml
+  tandem corpus add runs/quickstart/joint new.jsonl
+  tandem corpus delete runs/quickstart/joint some-id another-id
   tandem ask "Who wrote it?" configs/quickstart.yaml"""
 
 
@@ -77,7 +80,25 @@ def _command(arguments: list[str]) -> int:
     if any(argument in ("--help", "-h") for argument in rest):
         print(_help())
         return 0
+    if verb == "corpus":
+        return _corpus(rest)
     return _work(verb, rest)
+
+
+def _corpus(rest: list[str]) -> int:
+    """The verb that names a run and what to change in it."""
+    from cluster import corpus
+
+    try:
+        command = corpus.parse(rest)
+        folder = Path(command.run)
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"corpus {command.action}: {folder} is no run folder (it has no config.yaml)")
+        experiment = read_experiment([command.run])
+    except ValueError as error:
+        return _mistake(str(error))
+    settings = list(experiment.stages.values())[-1]
+    return guarded(lambda: corpus.run(command, settings, experiment.directory, folder), folder)
 
 
 def _work(verb: str, rest: list[str]) -> int:

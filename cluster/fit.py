@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.beforehand import uses_index, with_absolute_models
 from cluster.config import to_yaml
+from cluster.corpus import open_to_changes
 from cluster.events import EventLog
-from cluster.inherit import inherit_index
+from cluster.inherit import inherit_corpus, inherit_index
 from cluster.placement import PlacementPlan
 from cluster.prepare import Prepared
 from cluster.service import IndexServiceHandle, index_identity, start_index_service
@@ -57,16 +58,18 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
     job = make_job(settings, prepared, init_from, run_dir)
+    passages = Store.open(prepared.passages, verify=False)
+    log = inherit_corpus(init_from, run_dir, passages)
     events = EventLog(run_dir / "events.jsonl")
     events("stage_started", step=_resumed_step(run_dir))
     service = None
-    with _console(run_dir / CONSOLE):
+    with open_to_changes(log.folder, prepared), _console(run_dir / CONSOLE):
         try:
             if uses_index(settings):
                 snapshot = snapshot_to_resume(run_dir)
                 if snapshot is None and newest_checkpoint(run_dir, lambda _: None) is None:
-                    identity = index_identity(Store.open(prepared.passages, False), settings.encoder, settings.index)
-                    snapshot = inherit_index(settings, init_from, run_dir, identity)
+                    identity = index_identity(passages, settings.encoder, settings.index)
+                    snapshot = inherit_index(settings, init_from, run_dir, identity, log)
                 service = start_index_service(
                     run_dir=run_dir,
                     namespace=namespace,
@@ -141,6 +144,7 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         plan=refresh_plan(settings.refresh),
         max_staleness_steps=settings.refresh.max_staleness_steps,
         config=asdict(settings),
+        corpus=str(run_dir.resolve() / "corpus"),
     )
 
 

@@ -4,8 +4,10 @@ A call to an actor that died ends with an error within seconds; one to an actor 
 why each has a timeout. Errors that the called method raised itself arrive as what they were.
 """
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
@@ -14,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from cluster.ports import Chunk, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost
 from cluster.processes import Place, end
 from indexing.shard import ShardStatus
+from indexing.snapshot import named_errors
 
 STATUS_S = 10.0  # a status never waits for anything; a loaded machine is slow
 QUICK_S = 90.0  # calls that wait for a search or a lock at most (release: 60 s)
@@ -73,6 +76,17 @@ class RayShard:
     def status(self) -> ShardStatus:
         return self._call("status", timeout_s=STATUS_S)
 
+    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
+        self._call("begin", generation, weights_version, numbers, corpus_version, timeout_s=QUICK_S)
+
+    def derive(
+        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
+    ) -> None:
+        self._call("derive", generation, origin, numbers, weights_version, corpus_version, timeout_s=QUICK_S)
+
+    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
+        self._call("hide", corpus_version, numbers, timeout_s=QUICK_S)
+
     def prepare(self, generation: int) -> None:
         self._call("prepare", generation, timeout_s=self._step_timeout_s)
 
@@ -85,13 +99,13 @@ class RayShard:
     def release(self, generation: int) -> None:
         self._call("release", generation, timeout_s=QUICK_S)
 
-    def save(self, generation: int, directory: str) -> None:
-        self._call("save", generation, directory, timeout_s=self._step_timeout_s)
+    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
+        self._call("save", generation, directory, earlier, timeout_s=self._step_timeout_s)
 
     def load(self, generation: int, directory: str) -> None:
         self._call("load", generation, directory, timeout_s=self._step_timeout_s)
 
-    def stage(self, generation: int, weights_version: int, start: int, vectors: "ObjectRef[Any]") -> None:
+    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: "ObjectRef[Any]") -> None:
         """Have the shard fetch `vectors` from where they are, and stage them."""
         self._call("stage", generation, weights_version, start, vectors, timeout_s=QUICK_S)
 
@@ -127,7 +141,8 @@ class RayWorker:
         limit = self._chunk_timeout_s
         try:
             self._actor.find_place()
-            vectors, done = self._actor.submit("encode", chunk.start, chunk.stop, weights)
+            numbers = None if chunk.numbers is None else np.array(chunk.numbers, np.int64)
+            vectors, done = self._actor.submit("encode", chunk.start, chunk.stop, weights, numbers)
             ray.get(done, timeout=limit)
         except GetTimeoutError:
             self._actor.kill()
@@ -138,7 +153,7 @@ class RayWorker:
             self._actor.place = None
             raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
         try:
-            shard.stage(generation, weights.version, chunk.start, vectors)
+            shard.stage(generation, weights.version, chunk.start if numbers is None else numbers, vectors)
         except RayError as error:  # the vectors were lost with the worker's machine
             raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
 
@@ -151,6 +166,22 @@ class RayWorker:
             raise WorkerLost(f"{self.name} is silent") from None
         except (RayError, ValueError) as error:
             raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
+
+
+def write_weights(weights: Weights, path: Path, timeout_s: float) -> None:
+    """Write published weights to one file. Raises OSError, where they are gone too."""
+    try:
+        arrays = ray.get(weights.reference[0], timeout=timeout_s)
+    except RayError as error:
+        raise OSError(f"weights of version {weights.version} are lost: {type(error).__name__}") from error
+    with named_errors(path), path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_weights(version: int, publish_id: int, path: Path) -> Weights:
+    """What `write_weights` wrote, as this process's own. Raises OSError."""
+    with named_errors(path), np.load(path, allow_pickle=False) as arrays:
+        return Weights(version, publish_id, [ray.put({name: arrays[name] for name in arrays})])
 
 
 def keep_weights(weights: Weights, timeout_s: float) -> Weights:

@@ -1,4 +1,5 @@
-"""The index that a stage takes over from the run that it starts from, instead of encoding the same passages again."""
+"""What a stage takes over from the run that it starts from: the changes of its corpus, and its index, instead of encoding
+the same passages again."""
 
 import json
 import os
@@ -7,16 +8,52 @@ from pathlib import Path
 
 from cluster.settings import Settings
 from cluster.snapshots import PREFIX, IndexIdentity, check_snapshot
-from indexing.snapshot import TornSnapshot
+from indexing.changes import ChangeLog
+from indexing.live import LOCK_S
+from indexing.snapshot import TornSnapshot, write_file
+from indexing.store import Store
+from training.checkpoint import newest_checkpoint
 
 PASSAGES_FIXED = ("query_only", "generator_only", "none")  # training.train that leaves the passage encoder alone
 
 
-def inherit_index(settings: Settings, init_from: str, run_dir: Path, identity: IndexIdentity) -> Path | None:
+def inherit_corpus(init_from: str, run_dir: Path, passages: Store) -> ChangeLog:
+    """The changes of this run's corpus. A run that has no checkpoint yet goes on with those of the run that it starts
+    from, where that is over the same base; its own changes stay its own from then on."""
+    own = ChangeLog(run_dir / "corpus", passages.fingerprint, len(passages))
+    folder = Path(init_from).parents[1] / "corpus" if init_from else own.folder
+    if folder.resolve() == own.folder.resolve() or newest_checkpoint(run_dir, lambda _: None) is not None:
+        return own
+    try:
+        theirs = ChangeLog(folder, passages.fingerprint, len(passages))
+    except ValueError:  # another corpus, of another date say
+        return own
+    shared = min(own.version, theirs.version)
+    if own.version == theirs.version or [c.checksum for c in own.changes] != [
+        c.checksum for c in theirs.changes[:shared]
+    ]:
+        return own
+    with own.locked(LOCK_S):
+        for change in theirs.changes[own.version :]:
+            if change.num_added and not own.segment_path(change).exists():
+                partial = own.segment_path(change).with_name(f".{change.segment}.tmp")
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(theirs.segment_path(change), partial, copy_function=_link)
+                partial.rename(own.segment_path(change))
+            own.path(change.version).parent.mkdir(parents=True, exist_ok=True)
+            write_file(own.path(change.version), [theirs.path(change.version).read_bytes()])
+            own.refresh()
+    return own
+
+
+def inherit_index(
+    settings: Settings, init_from: str, run_dir: Path, identity: IndexIdentity, log: ChangeLog | None = None
+) -> Path | None:
     """The generation that the checkpoint `init_from` names, linked into `run_dir/index`; None where it cannot serve.
 
     It serves where it was built from the checkpoint's own passage encoder, which this stage does not train, and where
-    corpus, tokeniser, kind of index and shards are the same (`identity`).
+    corpus, tokeniser, kind of index and shards are the same (`identity`); what changed in the corpus since it was built
+    (`log`) is encoded when it serves.
     """
     if not init_from or settings.training.train not in PASSAGES_FIXED or settings.refresh.precision != "float32":
         return None
@@ -30,13 +67,13 @@ def inherit_index(settings: Settings, init_from: str, run_dir: Path, identity: I
     if not state.get("index_is_current") or not source.is_dir():
         return None
     try:
-        check_snapshot(source, identity, contents=False)
+        check_snapshot(source, identity, contents=False, log=log)
         if not target.exists():
             partial = target.with_name(f".{name}.tmp")
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial, copy_function=_link)
             partial.rename(target)
-        check_snapshot(target, identity)
+        check_snapshot(target, identity, log=log)
     except (TornSnapshot, ValueError, OSError):
         return None
     return target

@@ -7,17 +7,24 @@ bounded: it returns, or raises `ShardLost` or `WorkerLost` when the process died
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from indexing.shard import ShardStatus
 
 
 def has_prepared(status: ShardStatus, generation: int) -> bool:
     """Whether the shard could commit `generation` at once."""
-    return status.prepared and status.staged == generation
+    built = status.prepared and status.staged == generation
+    return built or (status.derived_prepared and status.derived == generation)
 
 
-def has_staged_all(status: ShardStatus, generation: int) -> bool:
-    """Whether every row of `generation` is staged."""
-    return status.staged == generation and status.staged_rows == status.stop - status.start
+def has_staged_all(status: ShardStatus, generation: int, corpus_version: int = 0) -> bool:
+    """Whether every row that `generation` has at `corpus_version` is staged. (A shard that came back empty may have been
+    sent rows before it was told again what the generation has.)"""
+    if status.derived == generation:
+        return (status.derived_rows, status.derived_corpus) == (status.derived_wanted, corpus_version)
+    rows, corpus = (status.staged_rows, status.staged_corpus), (status.staged_wanted, corpus_version)
+    return status.staged == generation and rows == corpus
 
 
 class ShardLost(Exception):
@@ -50,12 +57,29 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """The generation that answers searches. `weights` is None when a restarted coordinator no longer has them."""
+
+    generation: int
+    weights_version: int
+    publish_id: int
+    weights: Weights | None
+    corpus_version: int = 0  # it has every passage that was living then
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """Passage numbers start to stop - 1, all of one shard."""
+    """Passage numbers start to stop - 1, or those of them that `numbers` names; all of one shard."""
 
     shard: int
     start: int
     stop: int
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def num_passages(self) -> int:
+        """How many there are."""
+        return self.stop - self.start if self.numbers is None else len(self.numbers)
 
 
 class Events(Protocol):
@@ -67,13 +91,21 @@ class Events(Protocol):
 
 
 class ShardPort(Protocol):
-    """One shard: passage numbers start to stop - 1. See `indexing.shard.Shard` for what the calls do."""
+    """One shard: passage numbers start to stop - 1 of the base. See `indexing.shard.Shard` for what the calls do."""
 
     number: int
     start: int
     stop: int
 
     def status(self) -> ShardStatus: ...
+
+    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None: ...
+
+    def derive(
+        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
+    ) -> None: ...
+
+    def hide(self, corpus_version: int, numbers: np.ndarray) -> None: ...
 
     def prepare(self, generation: int) -> None: ...
 
@@ -83,7 +115,7 @@ class ShardPort(Protocol):
 
     def release(self, generation: int) -> None: ...
 
-    def save(self, generation: int, directory: str) -> None: ...
+    def save(self, generation: int, directory: str, earlier: str | None = None) -> None: ...
 
     def load(self, generation: int, directory: str) -> None: ...
 

@@ -20,6 +20,7 @@ by g-1, which every living shard still has. Before the decision any failure abor
 Who waits for whom (`cluster/actors.py` starts the threads):
 - `publish`, `status` and `save_generation` are called by Ray; they take the lock for a moment and never wait.
 - The refresh thread waits for a publish, then for workers and shards, each bounded by its port.
+- The corpus thread (`cluster/live.py`) follows the changes of the corpus and commits them beside a refresh.
 - The repair thread ticks about once a second; it may wait for chunks, which it queues before those of a refresh.
 - The snapshot thread waits for a commit or a wish, then for the shards' disks.
 """
@@ -27,14 +28,19 @@ Who waits for whom (`cluster/actors.py` starts the threads):
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cluster.chunks import EncodePool, split
-from cluster.ports import Events, RefreshFailed, ShardLost, ShardPort, Weights, has_prepared, has_staged_all
-from cluster.repair import Repair, Serving
+import numpy as np
+
+from cluster.building import Builder
+from cluster.chunks import EncodePool
+from cluster.live import LiveCorpus
+from cluster.ports import Events, RefreshFailed, Serving, ShardPort, Weights
+from cluster.repair import Repair
 from cluster.shards import ShardGroup
 from cluster.snapshots import Snapshots, Wish
 from cluster.takeover import take_over
+from indexing.changes import ChangeLog
 from indexing.shard import ShardStatus
 
 GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
@@ -67,6 +73,8 @@ class CoordinatorStatus:
     given_up: str = ""  # why the newest publish will not become a generation
     needs_weights: bool = False  # the serving generation cannot be completed without a new publish
     passages_encoded: int = 0  # by this coordinator so far: grows while a generation is built
+    corpus_version: int = 0  # of the live corpus, that is served
+    num_passages: int = 0  # living ones
 
 
 class RefreshCoordinator:
@@ -80,20 +88,40 @@ class RefreshCoordinator:
         snapshots: Snapshots,
         keep_weights: Callable[[Weights], Weights],
         events: Events,
+        log: ChangeLog,
     ) -> None:
-        """`keep_weights` makes a copy that outlives the trainer; it raises RefreshFailed when the original is gone."""
+        """`keep_weights` makes a copy that outlives the trainer; it raises RefreshFailed when the original is gone.
+        `log`: the changes of the corpus, which other processes write."""
         self.settings = settings
         self.shards = shards
         self.pool = pool
         self.snapshots = snapshots
-        self.repair = Repair(
+        self.log = log
+        self.changing = (
+            threading.RLock()
+        )  # held by a change of the corpus, and by a refresh from its last look at it on
+        self._builder = Builder(
             shards,
             pool,
-            snapshots,
-            lambda: self._serving,
+            log,
             events,
+            self._in_order,
             settings.chunk_passages,
-            settings.search_timeout_s / 4,
+            settings.max_failures,
+            settings.search_timeout_s,
+        )
+        self.repair = Repair(
+            shards, pool, snapshots, lambda: self._serving, events, self._builder, settings.search_timeout_s / 4
+        )
+        self.live = LiveCorpus(
+            self._builder,
+            shards,
+            lambda: self._serving,
+            self._commit_derived,
+            lambda generation: self._abort(generation),
+            self._number,
+            self._weights_of,
+            events,
         )
         self._keep_weights = keep_weights
         self._events = events
@@ -125,6 +153,7 @@ class RefreshCoordinator:
 
     def status(self) -> CoordinatorStatus:
         """The newest state."""
+        served = self.live.served
         with self._changed:
             serving = self._serving
             return CoordinatorStatus(
@@ -136,8 +165,10 @@ class RefreshCoordinator:
                 refresh_passages_per_s=self._passages_per_s,
                 failures=self._failures,
                 given_up=self._given_up,
-                needs_weights=self.repair.beyond_repair,
+                needs_weights=self.repair.beyond_repair or self.live.needs_weights,
                 passages_encoded=self.pool.passages_encoded,
+                corpus_version=served.version,
+                num_passages=served.num_passages,
             )
 
     def save_generation(self, generation: int) -> str | None:
@@ -150,13 +181,14 @@ class RefreshCoordinator:
             snapshots.protect(generation)
             return str(snapshots.path(generation))
         if generation in snapshots.pending():
+            snapshots.keep_wish(generation)
             return None
         if (failure := snapshots.failure(generation)) is not None:
             raise OSError(f"index generation {generation} could not be saved: {failure}")
         if serving is None or serving.generation != generation:
             now = serving.generation if serving else "none"
             raise OSError(f"index generation {generation} is neither on disk nor serving (serving: {now})")
-        snapshots.want(generation, serving.weights_version)
+        snapshots.want(serving, asked=True)
         return None
 
     # The refresh thread.
@@ -195,49 +227,24 @@ class RefreshCoordinator:
 
     def _attempt(self, weights: Weights) -> None:
         """Build and commit one generation, or raise RefreshFailed with nothing left of it."""
-        with self._changed:
-            generation, self._next_generation = self._next_generation, self._next_generation + 1
+        self.log.refresh()
+        generation, corpus_version = self._number(), self.log.version
         self._events("refresh_started", generation=generation, weights_version=weights.version)
         begin = time.monotonic()
         self._clear(keep=self.snapshots.pending(), abort=True)
+        plan = self._builder.whole(generation, weights, corpus_version)
         try:
-            self._build(generation, weights)
+            self._builder.build(plan)
             self._make_room()
+            with self.changing:
+                built = Serving(generation, weights.version, weights.publish_id, weights, corpus_version)
+                new = self.live.caught_up(built, lambda: self._builder.build(plan))
+                self._commit(new, begin)
         except Exception as error:  # whatever it was, nothing of the generation may stay
             self.shards.call(lambda shard: shard.abort(generation))
             if isinstance(error, RefreshFailed):
                 raise
             raise RefreshFailed(f"{type(error).__name__}: {error}") from error
-        self._commit(Serving(generation, weights.version, weights.publish_id, weights), begin)
-
-    def _build(self, generation: int, weights: Weights) -> None:
-        """Stage and prepare on every shard; a shard that is lost on the way is filled again."""
-        missing, lost = list(self.shards), set()
-        for _ in range(self.settings.max_failures + 1):
-            self.shards.wait(self.settings.search_timeout_s, self._in_order, missing)
-            lost = self.pool.run(generation, weights, split(missing, self.settings.chunk_passages))
-            lost |= self.shards.lacking(has_staged_all, generation)
-            if not lost:  # contract 3: only when every shard has staged all its rows
-                unprepared = self.shards.lacking(has_prepared, generation)
-                lost = self._prepare(generation, self.shards.pick(unprepared))
-                lost |= self.shards.lacking(has_prepared, generation)
-            if not lost:
-                return
-            missing = self.shards.pick(lost)
-            self._events("shards_filled_again", generation=generation, shards=sorted(lost))
-        raise RefreshFailed(f"index shards {sorted(lost)} were lost again and again (refresh.max_failures)")
-
-    def _prepare(self, generation: int, shards: list[ShardPort]) -> set[int]:
-        """Build the staged rows on `shards`; returns those that were lost. Raises RefreshFailed when one refuses."""
-        lost = set()
-        for number, error in self.shards.call(lambda shard: shard.prepare(generation), shards).items():
-            if error is None:
-                continue
-            if not isinstance(error, ShardLost) and number not in self.shards.lacking(has_staged_all, generation):
-                final = isinstance(error, ValueError)
-                raise RefreshFailed(f"shard {number} refuses generation {generation}: {error}", final) from error
-            lost.add(number)  # it died, or came back without its rows
-        return lost
 
     def _make_room(self) -> None:
         """Close the generation before the serving one: a shard holds two, and one being built."""
@@ -249,15 +256,14 @@ class RefreshCoordinator:
         self._clear(keep=set(), abort=False)
 
     def _commit(self, new: Serving, begin: float) -> None:
-        """Switch every shard. The decision is made: a shard that dies here is repaired, not waited for."""
-        self.shards.call(lambda shard: shard.commit(new.generation))
-        seconds, passages = time.monotonic() - begin, self.shards.num_passages
+        """Switch every shard to a whole generation. The decision is made: a shard that dies here is repaired, not waited
+        for."""
+        self._switch(new)
+        seconds, passages = time.monotonic() - begin, self.log.num_living(new.corpus_version)
         with self._changed:
-            self._serving = new
-            self._replaced_at = time.monotonic()
             self._committed += 1
             self._seconds, self._passages_per_s = seconds, passages / seconds
-        self.snapshots.want(new.generation, new.weights_version)
+        self.snapshots.want(new)
         self._events(
             "refresh_committed",
             generation=new.generation,
@@ -266,6 +272,24 @@ class RefreshCoordinator:
             passages=passages,
             passages_per_s=round(passages / seconds, 1),
         )
+
+    def _commit_derived(self, new: Serving, event: str, said: dict[str, object]) -> None:
+        """Switch every shard to a generation that shares the big indexes of the serving one, or take note that the
+        serving one is of a newer corpus."""
+        if self._serving is not None and new.generation != self._serving.generation:
+            self._clear(keep=self.snapshots.pending(), abort=False)
+            self._switch(new)
+            self.snapshots.want(new, derived=True)
+        else:
+            with self._changed:
+                self._serving = new
+        self._events(event, generation=new.generation, weights_version=new.weights_version, **said)
+
+    def _switch(self, new: Serving) -> None:
+        self.shards.call(lambda shard: shard.commit(new.generation))
+        with self._changed:
+            self._serving = new
+            self._replaced_at = time.monotonic()
 
     def _clear(self, keep: set[int], abort: bool) -> None:
         """Release what is older than the serving generation, but `keep`; with `abort` forget what else is staged."""
@@ -286,6 +310,45 @@ class RefreshCoordinator:
         serving = self._serving
         return serving is None or serving.generation in status.generations or self.repair.beyond_repair
 
+    def _number(self) -> int:
+        """The next generation's number."""
+        with self._changed:
+            number, self._next_generation = self._next_generation, self._next_generation + 1
+        return number
+
+    def _abort(self, generation: int) -> None:
+        self.shards.call(lambda shard: shard.abort(generation))
+
+    # The corpus thread, and whoever wants passages encoded again.
+
+    def follow_corpus(self) -> bool:
+        """Bring what is served up to the newest version of the corpus; returns whether there was something to do."""
+        if not self.live.is_behind():
+            return False
+        done = self.live.hide()
+        if done:
+            with self.changing:
+                done = self.live.add()
+        if not done:
+            time.sleep(RETRY_S)
+        return True
+
+    def encode_again(self, numbers: np.ndarray, weights: Weights, adopt: bool = False) -> int:
+        """Commit a generation in which the passages `numbers` alone are encoded anew, with `weights`; returns its number.
+        See `LiveCorpus.encode_again`. Waits for the encoding; raises RefreshFailed."""
+        with self.changing:
+            return self.live.encode_again(numbers, self._keep_weights(weights), adopt)
+
+    def _weights_of(self, serving: Serving) -> Weights | None:
+        """The weights of the serving generation, from its snapshot where this coordinator was not given them."""
+        if serving.weights is None:
+            found = self.snapshots.weights(serving.generation, serving.weights_version)
+            with self._changed:
+                if found is not None and self._serving is serving:
+                    self._serving = replace(serving, weights=found)
+            return found
+        return serving.weights
+
     # The repair thread.
 
     def tick(self) -> None:
@@ -300,9 +363,11 @@ class RefreshCoordinator:
         """Find out what serves (`cluster/takeover.py`). Raises RefreshFailed when a shard does not answer."""
         self.snapshots.tidy()
         first = self.settings.first_generation
-        serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s)
+        hide = self._builder.hide
+        serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s, hide)
         with self._changed:
             self._serving, self._next_generation = serving, number
+        self.live.hidden = self.log.version  # the shards that answered hide it, the others will when they come back
 
     def remember(self, committed: int, failures: int) -> None:
         """Counters of the coordinator that was here before."""

@@ -8,23 +8,13 @@ that stays silent for `hung_s` is killed, and then found empty.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
-from cluster.chunks import EncodePool, split
-from cluster.ports import Events, RefreshFailed, ShardLost, ShardPort, Weights, has_prepared
+from cluster.building import Builder
+from cluster.chunks import EncodePool
+from cluster.ports import Events, RefreshFailed, Serving, ShardLost, ShardPort, has_prepared
 from cluster.snapshots import Snapshots
 from indexing.shard import MAX_COMMITTED, ShardStatus
 from indexing.snapshot import TornSnapshot
-
-
-@dataclass(frozen=True)
-class Serving:
-    """The generation that answers searches. `weights` is None when a restarted coordinator no longer has them."""
-
-    generation: int
-    weights_version: int
-    publish_id: int
-    weights: Weights | None
 
 
 class Repair:
@@ -37,7 +27,7 @@ class Repair:
         snapshots: Snapshots,
         serving: Callable[[], Serving | None],
         events: Events,
-        chunk_passages: int,
+        builder: Builder,
         hung_s: float,
     ) -> None:
         self._shards = shards
@@ -45,7 +35,7 @@ class Repair:
         self._snapshots = snapshots
         self._serving = serving
         self._events = events
-        self._chunk_passages = chunk_passages
+        self._builder = builder
         self._hung_s = hung_s
         self._lost_since: dict[int, float] = {}
         self.beyond_repair = False  # a shard lacks the serving generation, and only new weights can help
@@ -82,6 +72,7 @@ class Repair:
     def _restore(self, shard: ShardPort, status: ShardStatus, serving: Serving) -> bool:
         """Give `shard` the serving generation. Returns False when there is nothing to make it from."""
         begin = time.monotonic()
+        self._builder.hide(shard, status)
         source = self._source(shard, status, serving)
         if source is None:
             if not self.beyond_repair:
@@ -116,8 +107,9 @@ class Repair:
             self._pool.claim(shard.number, self._hung_s)
             if (staged := shard.status().staged) not in (-1, generation):
                 shard.abort(staged)
-            lost = self._pool.run(generation, serving.weights, split([shard], self._chunk_passages), urgent=True)
-            if lost:
+            plan = self._builder.whole(generation, serving.weights, serving.corpus_version, urgent=True)
+            plan.begin(shard)
+            if self._pool.run(generation, serving.weights, plan.chunks(shard), urgent=True):
                 raise ShardLost(f"shard {shard.number} died again")
             shard.prepare(generation)
             shard.commit(generation)

@@ -152,6 +152,9 @@ class IndexClient:
 
         Returns it, and whether the same query would be answered by it at once.
         """
+        hits = [answer for answer in answers if isinstance(answer, ShardHits) and answer.num_living >= 0]
+        if len(hits) == len(answers):
+            self.num_passages = sum(answer.num_living for answer in hits)
         committed = min(answer.committed for answer in answers)
         if committed < 0:  # a shard came back empty
             return self._pinned, False
@@ -273,6 +276,8 @@ class IndexClient:
         except RayError:  # it is being restarted
             return False
         self._status_at = time.monotonic()
+        if self._status.num_passages:
+            self.num_passages = self._status.num_passages
         if self._forgotten():
             self._hand_in()
         elif self._status.needs_weights and self._published is not None and self._handed_in is None:

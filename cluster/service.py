@@ -31,6 +31,7 @@ from cluster.search import IndexAddress, IndexClient
 from cluster.settings import RefreshConfig
 from cluster.snapshots import PREFIX, IndexIdentity, Wish, check_snapshot
 from indexing.build import check_config
+from indexing.changes import ChangeLog
 from indexing.settings import IndexConfig
 from indexing.shard import shard_ranges
 from indexing.store import Store
@@ -80,29 +81,33 @@ def start_index_service(
     refresh: RefreshConfig,
     placement: PlacementPlan,
     snapshot: str | Path | None = None,
+    corpus: str | Path | None = None,
     start_timeout_s: float = 300.0,
     keep_protected: int = 4,
 ) -> IndexServiceHandle:
     """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish.
 
-    `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`.
+    `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`. `corpus` is
+    the folder of the changes made to the store, now and while the service runs (None: `corpus` in `run_dir`).
     `keep_protected` saved generations that checkpoints name outlive the pruning. Raises ValueError for settings or a
     snapshot that do not fit, TornSnapshot for a damaged one, TimeoutError when the actors do not start.
     """
     run_dir = Path(run_dir).resolve()
     (run_dir / "index").mkdir(parents=True, exist_ok=True)
+    corpus = run_dir / "corpus" if corpus is None else Path(corpus).resolve()
     passages = Store.open(store, verify=False)
+    log = ChangeLog(corpus, passages.fingerprint, len(passages))
     identity = index_identity(passages, encoder, index)
     ranges = identity.ranges
     check_config(index, min(stop - start for start, stop in ranges))
-    initial = None if snapshot is None else (check_snapshot(snapshot, identity), str(Path(snapshot).resolve()))
+    initial = None if snapshot is None else (check_snapshot(snapshot, identity, log=log), str(Path(snapshot).resolve()))
 
     prefix = f"index-{uuid.uuid4().hex[:8]}"
     address = IndexAddress(
         namespace=namespace,
         coordinator=f"{prefix}-coordinator",
         shards=tuple(f"{prefix}-shard-{number}" for number in range(index.num_shards)),
-        num_passages=len(passages),
+        num_passages=log.num_living(),
         search_timeout_s=index.search_timeout_s,
         events_path=str(run_dir / "events.jsonl"),
     )
@@ -116,6 +121,7 @@ def start_index_service(
         precision=refresh.precision,
         threads=refresh.threads,
         device=placement.workers.device,
+        corpus=str(corpus),
     )
     coordinator = CoordinatorSettings(
         namespace=namespace,
@@ -134,6 +140,8 @@ def start_index_service(
         keep_protected=keep_protected,
         start_timeout_s=start_timeout_s,
         initial=initial,
+        corpus=str(corpus),
+        num_base=len(passages),
     )
     try:
         _start(handle, ranges, index, worker, coordinator, placement, start_timeout_s)
@@ -163,7 +171,8 @@ def _next_number(run_dir: Path) -> int:
     """Numbers of generations only grow, also over resumes and torn directories."""
     names = [path.name.removeprefix(PREFIX) for path in (run_dir / "index").glob(f"{PREFIX}*")]
     numbers = [int(name) for name in names if name.isdigit()]
-    started = [row for row in read_rows(run_dir / "events.jsonl") if row.get("event") == "refresh_started"]
+    kinds = ("refresh_started", "derive_started")
+    started = [row for row in read_rows(run_dir / "events.jsonl") if row.get("event") in kinds]
     return max([*numbers, *(int(row["generation"]) for row in started)], default=FIRST_GENERATION - 1) + 1
 
 

@@ -20,6 +20,9 @@ class ShardGroup:
     def __iter__(self) -> Iterator[ShardPort]:
         return iter(self._shards)
 
+    def __len__(self) -> int:
+        return len(self._shards)
+
     def pick(self, numbers: Iterable[int]) -> list[ShardPort]:
         """The shards with these numbers."""
         return [self._shards[number] for number in sorted(numbers)]

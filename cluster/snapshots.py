@@ -7,19 +7,31 @@ restart of the coordinator (`index/protected.json`).
 """
 
 import json
+import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.ports import Events, ShardLost, ShardPort
+from cluster.ports import Events, Serving, ShardLost, ShardPort, Weights
+from indexing.changes import ChangeLog
 from indexing.shard import GenerationGone
-from indexing.snapshot import complete_directories, is_complete, prune, verify, write_file, write_once
+from indexing.snapshot import (
+    MANIFEST,
+    TornSnapshot,
+    complete_directories,
+    is_complete,
+    prune,
+    verify,
+    write_file,
+    write_once,
+)
 
 PREFIX = "generation-"
+WEIGHTS, WEIGHTS_FILE = "weights", "weights.npz"  # folder and file in it
 FAILURES = 3  # of one generation, before its snapshot is given up
 
 
@@ -39,10 +51,13 @@ class Wish:
 
     generation: int
     weights_version: int
+    corpus_version: int = 0
 
 
-def check_snapshot(directory: str | Path, identity: IndexIdentity, contents: bool = True) -> Wish:
-    """The generation and weights version of a snapshot that fits `identity`.
+def check_snapshot(
+    directory: str | Path, identity: IndexIdentity, contents: bool = True, log: ChangeLog | None = None
+) -> Wish:
+    """The generation and weights version of a snapshot that fits `identity` and the changes in `log` (None: none).
 
     `contents` False compares sizes only. Raises TornSnapshot for an incomplete one, ValueError for another index.
     """
@@ -63,7 +78,25 @@ def check_snapshot(directory: str | Path, identity: IndexIdentity, contents: boo
     for name, reason in reasons.items():
         if found[name] != wanted[name]:
             raise ValueError(f"index {directory} was built with {reason}: it cannot serve this run")
-    return Wish(int(extra["generation"]), int(extra["weights_version"]))
+    corpus_version = int(extra.get("corpus_version", 0))
+    if corpus_version and extra["corpus_checksum"] != checksum_of(log, corpus_version):
+        raise ValueError(f"index {directory} was built with changes of the corpus that this run does not have")
+    return Wish(int(extra["generation"]), int(extra["weights_version"]), corpus_version)
+
+
+def fits_changes(directory: Path, log: ChangeLog) -> bool:
+    """Whether a snapshot is whole, and all changes of the corpus that it was built with are in `log`."""
+    try:
+        extra = verify(directory, contents=False)
+    except TornSnapshot:
+        return False
+    version = int(extra.get("corpus_version", 0))
+    return not version or extra["corpus_checksum"] == checksum_of(log, version)
+
+
+def checksum_of(log: ChangeLog | None, version: int) -> str:
+    """What tells one sequence of changes from another; empty for version 0, and for one that is not in the log."""
+    return log.changes[version - 1].checksum if log is not None and 0 < version <= log.version else ""
 
 
 class Snapshots:
@@ -77,14 +110,23 @@ class Snapshots:
         events: Events,
         keep: int,
         keep_protected: int,
+        log: ChangeLog,
+        write_weights: Callable[[Weights, Path], None] | None = None,
+        read_weights: Callable[[int, int, Path], Weights] | None = None,
     ) -> None:
+        """`log`: the changes of the corpus. `write_weights` and `read_weights` (None: weights are not kept) write those
+        that a generation was encoded with to one file beside it, and read them back; they raise OSError."""
         self.directory = Path(directory)
         self._shards = tuple(shards)
         self._identity = identity
         self._events = events
         self._keep = keep
         self._keep_protected = keep_protected
+        self._log, self._write_weights, self._read_weights = log, write_weights, read_weights
         self._lock = threading.Lock()
+        self._weights: dict[int, Weights] = {}  # of generations that are still to be written
+        self._derived: set[int] = set()  # wishes that a newer generation makes needless
+        self._writing = -1
         self._wishes: dict[int, Wish] = {}
         self._attempts: Counter[int] = Counter()
         self._postponed: set[int] = set()
@@ -109,16 +151,45 @@ class Snapshots:
             if number < first:
                 break
             try:
-                return check_snapshot(path, self._identity, contents=False)
+                return check_snapshot(path, self._identity, contents=False, log=self._log)
             except ValueError as error:
                 warn(str(error))
         return None
 
-    def want(self, generation: int, weights_version: int) -> None:
-        """Ask for a snapshot; `work` writes it."""
+    def want(self, serving: Serving, derived: bool = False, asked: bool = False) -> None:
+        """Ask for a snapshot; `work` writes it. A `derived` one is not needed any more when the next one is wanted,
+        unless somebody asked for it by its number."""
+        generation = serving.generation
         with self._lock:
-            if not self.saved(generation):
-                self._wishes[generation] = Wish(generation, weights_version)
+            if self.saved(generation):
+                return
+            if derived:
+                for older in [g for g in self._derived if g < generation and g != self._writing]:
+                    self._wishes.pop(older, None)
+                    self._weights.pop(older, None)
+                    self._derived.discard(older)
+                self._derived.add(generation)
+            if asked:
+                self._derived.discard(generation)
+            self._wishes[generation] = Wish(generation, serving.weights_version, serving.corpus_version)
+            if serving.weights is not None:
+                self._weights[generation] = serving.weights
+
+    def keep_wish(self, generation: int) -> None:
+        """Somebody asked for this generation: it is written also when a newer one is wanted."""
+        with self._lock:
+            self._derived.discard(generation)
+
+    def weights(self, generation: int, version: int) -> Weights | None:
+        """What a generation was encoded with, from its snapshot; None where that has none."""
+        path = self.path(generation) / WEIGHTS
+        if self._read_weights is None or not self.saved(generation):
+            return None
+        try:
+            return self._read_weights(version, int(verify(path)["publish_id"]), path / WEIGHTS_FILE)
+        except (TornSnapshot, OSError) as error:
+            self._events("weights_refused", why=str(error))
+            return None
 
     def pending(self) -> set[int]:
         """Generations that are still to be written: shards keep them open."""
@@ -131,6 +202,8 @@ class Snapshots:
             late = [generation for generation in self._wishes if generation < before]
             for generation in late:
                 del self._wishes[generation]
+                self._weights.pop(generation, None)
+                self._derived.discard(generation)
                 self._failures[generation] = "it was replaced before it was on disk"
         for generation in late:
             self._events("snapshot_failed", generation=generation, why=self._failures[generation])
@@ -156,6 +229,7 @@ class Snapshots:
             if not self._wishes:
                 return False
             wish = self._wishes[min(self._wishes)]
+            self._writing = wish.generation
         try:
             self._write(wish)
         except (ShardLost, GenerationGone) as lost:
@@ -169,9 +243,13 @@ class Snapshots:
         else:
             with self._lock:
                 self._wishes.pop(wish.generation, None)
+                self._weights.pop(wish.generation, None)
+                self._derived.discard(wish.generation)
                 self._failures.pop(wish.generation, None)
                 protected = tuple(self._protected)
             prune(self.directory, PREFIX, self._keep, protected)
+        finally:
+            self._writing = -1
         return True
 
     def tidy(self) -> None:
@@ -185,8 +263,30 @@ class Snapshots:
         target = self.path(wish.generation)
         shutil.rmtree(target, ignore_errors=True)  # torn: it would have been found complete
         extra = {**asdict(self._identity), "generation": wish.generation, "weights_version": wish.weights_version}
+        version = wish.corpus_version
+        extra |= {"corpus_version": version, "corpus_checksum": checksum_of(self._log, version)}
+        earlier = self._newest_on_disk()  # where it shares its big indexes with this one, they are linked
         with write_once(target, extra) as directory, ThreadPoolExecutor(len(self._shards)) as threads:
-            list(threads.map(lambda shard: shard.save(wish.generation, str(directory)), self._shards))
+            list(threads.map(lambda shard: shard.save(wish.generation, str(directory), earlier), self._shards))
+            self._save_weights(wish, directory, earlier)
+
+    def _newest_on_disk(self) -> str | None:
+        """The newest generation that seems to be there."""
+        paths = [path for path in self.directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+        paths = [path for path in paths if (path / MANIFEST).is_file()]
+        return str(max(paths, key=lambda path: int(path.name.removeprefix(PREFIX)))) if paths else None
+
+    def _save_weights(self, wish: Wish, directory: Path, earlier: str | None) -> None:
+        """What the generation was encoded with, so that a service that starts from it can encode further passages."""
+        with self._lock:
+            weights = self._weights.get(wish.generation)
+        target = directory / WEIGHTS
+        if earlier is not None and _link_weights(Path(earlier) / WEIGHTS, target, wish, weights):
+            return
+        if weights is not None and self._write_weights is not None and weights.version == wish.weights_version:
+            extra = {"weights_version": weights.version, "publish_id": weights.publish_id}
+            with write_once(target, extra) as temporary:
+                self._write_weights(weights, temporary / WEIGHTS_FILE)
 
     def _count_failure(self, wish: Wish, why: str) -> None:
         with self._lock:
@@ -194,8 +294,27 @@ class Snapshots:
             self._failures[wish.generation] = why
             if self._attempts[wish.generation] >= FAILURES:
                 self._wishes.pop(wish.generation, None)
+                self._weights.pop(wish.generation, None)
         self._events("snapshot_failed", generation=wish.generation, why=why)
 
     def _read_protected(self) -> list[int]:
         path = self.directory / "protected.json"
         return [int(number) for number in json.loads(path.read_text())] if path.exists() else []
+
+
+def _link_weights(source: Path, target: Path, wish: Wish, weights: Weights | None) -> bool:
+    """Give the weights of another generation a second name, if they are those of `wish`; whether they are."""
+    try:
+        found = verify(source, contents=False)
+        if weights is None or (found["weights_version"], found["publish_id"]) != (
+            wish.weights_version,
+            weights.publish_id,
+        ):
+            return False
+        target.mkdir()
+        for file in source.iterdir():
+            os.link(file, target / file.name)
+    except (TornSnapshot, OSError):
+        shutil.rmtree(target, ignore_errors=True)
+        return False
+    return True

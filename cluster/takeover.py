@@ -11,10 +11,10 @@ In this order:
 What was staged and not prepared is aborted by the next refresh.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
-from cluster.ports import Events, ShardLost
-from cluster.repair import Serving
+from cluster.ports import Events, Serving, ShardLost, ShardPort
 from cluster.shards import ShardGroup
 from cluster.snapshots import Snapshots, Wish
 from indexing.shard import ShardStatus
@@ -27,35 +27,43 @@ def take_over(
     first_generation: int,
     initial: tuple[Wish, str] | None,
     timeout_s: float,
+    hide: Callable[[ShardPort, ShardStatus], None],
 ) -> tuple[Serving | None, int]:
     """The serving generation, which all living shards have when this returns, and the number of the next one.
 
-    `initial` is a snapshot and its directory. Raises RefreshFailed when a shard does not answer, and what a shard
+    `initial` is a snapshot and its directory; `hide` makes sure that a shard returns nothing that was deleted. Raises RefreshFailed when a shard does not answer, and what a shard
     raised that could not load.
     """
     statuses = group.wait(timeout_s)
+    for shard, status in zip(group, statuses, strict=True):
+        with suppress(ShardLost):  # it comes back empty, and is told by the repair
+            hide(shard, status)
     served = [set(status.generations) for status in statuses]
-    ready = [s | ({t.staged} if t.prepared else set()) for s, t in zip(served, statuses, strict=True)]
-    seen = max(max(status.staged, status.committed) for status in statuses)
+    ready = [
+        s | ({t.staged} if t.prepared else set()) | ({t.derived} if t.derived_prepared else set())
+        for s, t in zip(served, statuses, strict=True)
+    ]
+    seen = max(max(status.staged, status.derived, status.committed) for status in statuses)
     directory = None
     if (common := max(set.intersection(*ready), default=None)) is not None:
         group.call(lambda shard: shard.commit(common))
-        wish = Wish(common, _weights_version(statuses, common))
+        wish = _wish(statuses, common)
     elif (wish := snapshots.newest(first_generation)) is not None:
         directory = str(snapshots.path(wish.generation))
     elif any(served):
         newest = max(set[int]().union(*served))
-        wish = Wish(newest, _weights_version(statuses, newest))
+        wish = _wish(statuses, newest)
     elif initial is not None:
         wish, directory = initial
     else:
         return None, first_generation
+    serving = Serving(wish.generation, wish.weights_version, 0, None, wish.corpus_version)
     if directory is not None:
         _load(group, statuses, wish.generation, directory, timeout_s)
     else:
-        snapshots.want(wish.generation, wish.weights_version)
+        snapshots.want(serving)
     events("index_taken_over", generation=wish.generation, weights_version=wish.weights_version, directory=directory)
-    return Serving(wish.generation, wish.weights_version, 0, None), max(first_generation, seen + 1, wish.generation + 1)
+    return serving, max(first_generation, seen + 1, wish.generation + 1)
 
 
 def _load(
@@ -71,9 +79,13 @@ def _load(
             raise error
 
 
-def _weights_version(statuses: Sequence[ShardStatus], generation: int) -> int:
-    """Weights version of a generation that some shard serves, or has prepared."""
+def _wish(statuses: Sequence[ShardStatus], generation: int) -> Wish:
+    """A generation that some shard serves, or has prepared."""
     for status in statuses:
         if generation in status.generations:
-            return status.generations[generation]
-    return next(status.staged_weights_version for status in statuses if status.staged == generation)
+            return Wish(generation, status.generations[generation], status.corpora[generation])
+        if status.staged == generation and status.prepared:
+            return Wish(generation, status.staged_weights_version, status.staged_corpus)
+        if status.derived == generation and status.derived_prepared:
+            return Wish(generation, status.derived_weights_version, status.derived_corpus)
+    raise AssertionError(f"no shard has generation {generation}")

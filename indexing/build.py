@@ -44,9 +44,7 @@ class Index:
         if lists is not None:
             lists.nprobe = min(config.nprobe, lists.nlist)
 
-    def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The `k` best rows for each of float32 `queries` [batch, dim], of those that `allowed` bool [num_vectors]
         marks (None: all).
 

@@ -91,6 +91,19 @@ def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusRepor
     return stream(), report
 
 
+def read_passages(path: Path, max_characters: int) -> list[Passage]:
+    """The passages of one .jsonl[.gz] or .parquet file. Raises ValueError that names the first bad line, and how many
+    there are."""
+    report = CorpusReport()
+    passages = list(_good(path, report, lambda fields: _passage(fields, max_characters), set()))
+    if report.bad:
+        more = sum(report.bad.values()) - 1
+        raise ValueError(f"{report.examples[0]}{f' (and {more} more bad lines)' if more else ''}; nothing was changed")
+    if not passages:
+        raise ValueError(f"{path} has no passages")
+    return passages
+
+
 def validate(config: CorpusConfig) -> CorpusReport:
     """Read everything, keep nothing, refuse no line: the report."""
     report = CorpusReport()

@@ -35,11 +35,18 @@ def encode_range(
 ) -> np.ndarray:
     """Vectors float32 [stop - start, dim] of the passages `start` to `stop` - 1, in their order."""
     assert start < stop
+    return encode_numbers(table, np.arange(start, stop), encode, batch_tokens, pad_id)
+
+
+def encode_numbers(
+    table: TokenTable, numbers: np.ndarray, encode: Encode, batch_tokens: int, pad_id: int = 0
+) -> np.ndarray:
+    """Vectors float32 [n, dim] of the passages `numbers` (int64 [n], sorted, none twice), in their order."""
     vectors = np.empty((0, 0), np.float32)
-    for rows, block in encode_rows(table, np.arange(start, stop), encode, batch_tokens, pad_id):
+    for rows, block in encode_rows(table, numbers, encode, batch_tokens, pad_id):
         if not vectors.size:
-            vectors = np.empty((stop - start, block.shape[1]), np.float32)
-        vectors[rows - start] = block
+            vectors = np.empty((len(numbers), block.shape[1]), np.float32)
+        vectors[np.searchsorted(numbers, rows)] = block
     return vectors
 
 

@@ -80,7 +80,8 @@ class LiveStore(Store):
         return self._tables[side]
 
     def is_living(self, numbers: np.ndarray) -> np.ndarray:
-        """bool, as `numbers`."""
+        """bool, as `numbers`: whether each passage is in the corpus now; looks for changes first."""
+        self.refresh()
         return self.log.is_living(numbers)
 
     def current(self, numbers: np.ndarray) -> np.ndarray:

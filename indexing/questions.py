@@ -29,8 +29,8 @@ Render = Callable[[str, Question], tuple[str, str]]
 class QuestionStore:
     """Questions by number 0..n-1, in the order in which they were written."""
 
-    def __init__(self, path: Path, extra: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, extra: dict[str, Any], corpus: Store | None = None) -> None:
+        self.path, self.corpus = path, corpus
         self.corpus_fingerprint: str = extra["corpus_fingerprint"]  # of the store whose passage numbers are meant
         self.num_without_gold: int = extra["num_without_gold"]  # questions none of whose passages is in the store
         self.num_without_answer: int = extra["num_without_answer"]  # nor a refusal to train on
@@ -50,9 +50,9 @@ class QuestionStore:
         self.labels: np.ndarray | None = map_array(path / "labels", "int64") if labelled else None  # [questions]
 
     @staticmethod
-    def open(path: str | Path, verify: bool = True) -> "QuestionStore":
-        """Open a question store; see `Store.open`."""
-        return QuestionStore(Path(path), open_extra(path, KIND, verify))
+    def open(path: str | Path, verify: bool = True, corpus: Store | None = None) -> "QuestionStore":
+        """Open a question store; see `Store.open`. `corpus`: follows the passages that are meant, where it changes."""
+        return QuestionStore(Path(path), open_extra(path, KIND, verify), corpus)
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -79,8 +79,9 @@ class QuestionStore:
         return self._options.rows(np.arange(self._option_starts[number], self._option_starts[number + 1]))
 
     def gold_rows(self, number: int) -> np.ndarray:
-        """int64 [any]: numbers of the relevant passages that are in the store."""
-        return np.array(self._gold.row(number))
+        """int64 [any]: numbers of the relevant passages that are in the store, as they stand now."""
+        rows = np.array(self._gold.row(number))
+        return rows if self.corpus is None else self.corpus.current(rows)
 
     def target(self, number: int) -> int:
         """The answer to train on: the first whose text stands in a relevant passage, otherwise 0."""

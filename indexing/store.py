@@ -79,6 +79,24 @@ class Store:
         """The ids of passage numbers."""
         return [self._ids.text(int(row)) for row in rows]
 
+    # What differs in a corpus that changes (`indexing/live.py`): here every passage stays as it is.
+
+    def refresh(self) -> bool:
+        """Take note of changes made since; returns whether there were any."""
+        return False
+
+    def is_living(self, numbers: np.ndarray) -> np.ndarray:
+        """bool, as `numbers`: whether each passage is in the corpus now."""
+        return np.ones(np.shape(numbers), bool)
+
+    def current(self, numbers: np.ndarray) -> np.ndarray:
+        """Where passages stand now, int64; those that are gone are left out."""
+        return np.asarray(numbers, np.int64)
+
+    def origin(self, numbers: np.ndarray) -> np.ndarray:
+        """The first number that each passage had, int64 as `numbers`."""
+        return np.asarray(numbers, np.int64)
+
     def tokens(self, side: str) -> TokenTable:
         """Token rows of one side by passage number. Raises ValueError that names the sides."""
         self.side_fingerprint(side)

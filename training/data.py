@@ -90,7 +90,7 @@ class Collator:
     """Token rows of questions and passages to the tensors of a batch; stored ones are not tokenised again."""
 
     def __init__(self, store: Store, questions: Questions, generator: Generator, pad_id: int) -> None:
-        self.questions, self.generator, self.pad_id = questions, generator, pad_id
+        self.store, self.questions, self.generator, self.pad_id = store, questions, generator, pad_id
         self.passages_for_retriever = store.tokens("retriever")
         self.passages_for_generator = store.tokens("generator")
         self.questions_for_retriever = questions.tokens("retriever")

@@ -74,7 +74,7 @@ def make_source(
         collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
         search = corpus.search(questions) if parts.service is not None else None
     else:
-        questions = QuestionStore.open(job.train_questions, verify=False)
+        questions = QuestionStore.open(job.train_questions, verify=False, corpus=parts.store)
         stream = Stream(len(questions), job.training.batch_size, *place)
         judged = job.objective.name in PREFERENCE or samples_answers(job.objective)
         answers, batch_of = None if judged else _training_answers(parts, questions, stream), stream.batch
@@ -97,7 +97,8 @@ def make_source(
         rescore = Rescorer(FreshVectors(engine, collator), k, parts.index_is_fresh, keep_vectors)
     prefetcher = Prefetcher(
         parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), candidates, depth, start,
-        with_vectors=parts.index_is_fresh and (as_they_came or rescore is not None), search=search, rescore=rescore,
+        with_vectors=parts.index_is_fresh and (as_they_came or rescore is not None), search=search,
+        is_living=parts.store.is_living, rescore=rescore,
     )  # fmt: skip
     source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
     if loader_state:

@@ -67,6 +67,7 @@ class StageJob:
     config: dict[str, Any] = field(default_factory=dict)  # resolved settings, for the monitor
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     evaluate_preferences: str = ""  # store of pairs, or "" where none are measured
+    corpus: str = ""  # folder of the changes made to the passages, now and while the stage runs; "": they stay
 
 
 class Parts:

@@ -45,6 +45,7 @@ class LongContext:
         room, each = self._room(self._tokens(question))
         shortest = each + int(self.passages.lengths.min())
         order = rng.choice(len(self.passages), size=min(len(self.passages), max(0, room) // shortest), replace=False)
+        order = order[self.collator.store.is_living(order)]
         ends = np.cumsum(self.passages.lengths[order].astype(np.int64) + each)
         return order[: int(np.searchsorted(ends, room, side="right"))].astype(np.int64)
 

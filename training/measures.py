@@ -96,7 +96,7 @@ class Measures:
 
     def _make_evaluator(self) -> Evaluator:
         parts, job = self.parts, self.parts.job
-        questions = QuestionStore.open(job.evaluate_questions, verify=False)
+        questions = QuestionStore.open(job.evaluate_questions, verify=False, corpus=parts.store)
         collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
         evaluator = Evaluator(
             parts.engine, collator, parts.store, parts.service, parts.to_text, job.evaluation, job.retrieval,
@@ -117,7 +117,7 @@ class Measures:
 
     def _make_preferences(self) -> PreferenceEvaluator:
         parts, job = self.parts, self.parts.job
-        pairs = QuestionStore.open(job.evaluate_preferences, verify=False)
+        pairs = QuestionStore.open(job.evaluate_preferences, verify=False, corpus=parts.store)
         collator = PairCollator(parts.store, pairs, parts.system.generator, parts.pad_id)
         return PreferenceEvaluator(
             parts.engine, collator, parts.service, job.retrieval, job.evaluation.batch_size, job.objective.temperature,

@@ -115,6 +115,8 @@ class CorpusQuestions:
         task = list(self.shares)[int(random.choice(len(self.shares), p=list(self.shares.values())))]
         for _ in range(ATTEMPTS):
             source = int(self.candidates[int(random.integers(len(self.candidates)))])
+            if not self.store.is_living(np.array([source]))[0]:
+                continue
             made = self._cut(task, source, int(random.integers(2**62)))
             if made is not None:
                 return made
@@ -193,9 +195,16 @@ class FairSearch:
 
     def __call__(self, numbers: np.ndarray, queries: np.ndarray, k: int) -> "FairHits":
         """Start the search of examples `numbers` with float32 `queries` [batch, dim]."""
-        own = self.groups[self.questions.sources(numbers)]
+        own = self.group_of(self.questions.sources(numbers))
         depth = min(k + self.margin, self.service.num_passages)
         return FairHits(self, own, queries, k, self.service.submit(queries, depth))
+
+    def group_of(self, numbers: np.ndarray) -> np.ndarray:
+        """The group of near-duplicates of each passage; a text that replaced another one is in that one's, a passage that
+        was added later in one of its own."""
+        first = self.questions.store.origin(numbers)
+        known = (first >= 0) & (first < len(self.groups))
+        return np.where(known, self.groups[np.where(known, first, 0)], first)
 
 
 class FairHits:
@@ -228,7 +237,7 @@ class FairHits:
         return Hits(ids, scores.astype(np.float32), hits.generation, hits.weights_version, versions=versions)
 
     def _fair(self, hits: Hits) -> np.ndarray:
-        return (hits.ids >= 0) & (self.search.groups[hits.ids] != self.own[:, None])
+        return (hits.ids >= 0) & (self.search.group_of(hits.ids) != self.own[:, None])
 
 
 def _row(side: TokenSide, text: str) -> np.ndarray:

@@ -138,12 +138,16 @@ class Prefetcher:
         start: int = 0,
         with_vectors: bool = False,
         search: Callable[[np.ndarray, np.ndarray, int], PendingHits] | None = None,
+        is_living: Callable[[np.ndarray], np.ndarray] | None = None,
         rescore: Rescore | None = None,
     ) -> None:
         """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
-        numbers are. `rescore` chooses among the k candidates when a batch is handed out; it may be collective."""
+        numbers are. `is_living` tells which passage numbers are still in the corpus: hits that were found before one of
+        them was deleted are not handed out, the batch is searched again. `rescore` chooses among the k candidates when a
+        batch is handed out; it may be collective."""
         num_vectors = k if with_vectors else 0
         self.search = search or (lambda _, queries, k: service.submit(queries, k, num_vectors))
+        self.is_living = is_living
         self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
         self.k, self.depth, self.rescore = k, depth, rescore
         self.position = start  # number of the next batch to search
@@ -156,6 +160,9 @@ class Prefetcher:
         first = self._queue.popleft()
         begin = time.perf_counter()
         hits = first.pending.result()
+        if self.is_living is not None and not self.is_living(hits.ids[hits.ids >= 0]).all():
+            queries = self.encode_questions(first.questions)
+            hits = self.search(first.questions, queries, self._depth()).result()
         wait_s = time.perf_counter() - begin
         while len(self._queue) < self.depth:
             self._submit()
@@ -166,9 +173,13 @@ class Prefetcher:
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)
-        pending = self.search(questions, self.encode_questions(questions), self.k)
+        pending = self.search(questions, self.encode_questions(questions), self._depth())
         self._queue.append(_InFlight(self.position, questions, pending))
         self.position += 1
+
+    def _depth(self) -> int:
+        """`k`, or all passages where so many were deleted that fewer are left."""
+        return min(self.k, self.service.num_passages)
 
     def state(self) -> list[Hits]:
         """Hits of the batches searched ahead, in order; waits for them."""

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
+from indexing.live import LiveStore
 from indexing.store import Store
 from training.checkpoint import (
     load_checkpoint,
@@ -49,6 +50,8 @@ class Stage:
         folder = Path(job.tokenizers)
         self.tokenizers = (load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator"))
         self.store = Store.open(job.passages, verify=False)
+        if job.corpus:
+            self.store = LiveStore.open_with(job.passages, job.corpus)
         self.system = build_system(
             job.encoder, job.generator, job.training.train, self.tokenizers, job.seed, job.objective
         )

@@ -1,6 +1,7 @@
 """Ports that are plain objects: real shards and a real queue in one process, deaths on demand, and a log of calls."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ from cluster.ports import Chunk, ShardLost, ShardPort, Weights, WorkerLost
 from cluster.refresh import RefreshCoordinator, RefreshSettings
 from cluster.shards import ShardGroup
 from cluster.snapshots import IndexIdentity, Snapshots
+from indexing.changes import ChangeLog
+from indexing.exact import search_exactly
+from indexing.merge import merge
 from indexing.settings import IndexConfig
 from indexing.shard import Shard, ShardStatus, shard_ranges
 
 NUM_PASSAGES, DIM = 23, 4
+MAX_PASSAGES = 200  # with those that are added
 
 
 def vectors_of(version: int, start: int, stop: int) -> np.ndarray:
     """What an encoder of this version makes of these passages: float32 [stop - start, DIM]."""
-    return np.random.default_rng(version).normal(size=(NUM_PASSAGES, DIM)).astype(np.float32)[start:stop]
+    return np.random.default_rng(version).normal(size=(MAX_PASSAGES, DIM)).astype(np.float32)[start:stop]
 
 
 class FakeShard:
@@ -59,7 +64,16 @@ class FakeShard:
         self.before("status", -1)
         return self.shard.status()
 
-    def stage(self, generation: int, version: int, start: int, vectors: np.ndarray) -> None:
+    def begin(self, generation: int, version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
+        self._do("begin", generation, version, numbers, corpus_version)
+
+    def derive(self, generation: int, origin: int, numbers: np.ndarray, version: int, corpus_version: int) -> None:
+        self._do("derive", generation, origin, numbers, version, corpus_version)
+
+    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
+        self._do("hide", corpus_version, numbers)
+
+    def stage(self, generation: int, version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
         self._do("stage", generation, version, start, vectors)
 
     def prepare(self, generation: int) -> None:
@@ -74,8 +88,8 @@ class FakeShard:
     def release(self, generation: int) -> None:
         self._do("release", generation)
 
-    def save(self, generation: int, directory: str) -> None:
-        self._do("save", generation, directory)
+    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
+        self._do("save", generation, directory, earlier)
 
     def load(self, generation: int, directory: str) -> None:
         self._do("load", generation, directory)
@@ -96,7 +110,12 @@ class FakeWorker:
     def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
         self.before(chunk, weights)
         assert isinstance(shard, FakeShard)
-        shard.stage(generation, weights.version, chunk.start, vectors_of(weights.version, chunk.start, chunk.stop))
+        vectors = vectors_of(weights.version, chunk.start, chunk.stop)
+        if chunk.numbers is None:
+            shard.stage(generation, weights.version, chunk.start, vectors)
+        else:
+            numbers = np.array(chunk.numbers)
+            shard.stage(generation, weights.version, numbers, vectors[numbers - chunk.start])
         self.chunks.append(chunk)
 
     def recover(self) -> None:
@@ -126,6 +145,16 @@ class World:
         self.workers = [FakeWorker(f"worker-{number}") for number in range(num_workers)]
         self.identity = IndexIdentity("encoder", "corpus", "Flat", tuple(ranges))
 
+    def changes(self) -> ChangeLog:
+        """The changes of the corpus, as a process sees them."""
+        return ChangeLog(self.directory / "corpus", "corpus", NUM_PASSAGES)
+
+    def change(self, added: int = 0, deleted: Sequence[int] = ()) -> int:
+        """Another process adds passages to the corpus and deletes some; returns the version."""
+        log = self.changes()
+        with log.locked(1.0):
+            return log.append(added, np.array(deleted, np.int64), np.full(added, -1)).version
+
     def note(self, event: str, **fields: Any) -> None:
         self.events.append({"event": event, **fields})
 
@@ -140,8 +169,11 @@ class World:
         settings = RefreshSettings(**numbers)
         group = ShardGroup(self.shards)
         pool = EncodePool(self.workers, group, self.note, settings.max_failures, settings.chunk_timeout_s)
-        snapshots = Snapshots(self.directory / "index", group, self.identity, self.note, keep, 2)
-        coordinator = RefreshCoordinator(settings, group, pool, snapshots, lambda weights: weights, self.note)
+        log = self.changes()
+        snapshots = Snapshots(
+            self.directory / "index", group, self.identity, self.note, keep, 2, log, write_weights, read_weights
+        )
+        coordinator = RefreshCoordinator(settings, group, pool, snapshots, lambda weights: weights, self.note, log)
         if recover:
             coordinator.recover(5.0)
         return coordinator
@@ -153,6 +185,19 @@ class World:
     def served(self) -> list[dict[int, int]]:
         """Generation and weights version that each shard serves."""
         return [shard.shard.status().generations for shard in self.shards]
+
+    def check_corpus(self, generation: int, versions: int | np.ndarray) -> None:
+        """All shards together have exactly the living passages in `generation`, each with the vector of its version."""
+        log = self.changes()
+        living = np.arange(log.num_numbers())[log.is_living(np.arange(log.num_numbers()))]
+        versions = np.broadcast_to(np.asarray(versions), log.num_numbers())
+        vectors = np.stack([vectors_of(int(v), n, n + 1)[0] for n, v in enumerate(versions.tolist())])
+        hits = merge([shard.shard.search(vectors, len(living), generation) for shard in self.shards], len(living))
+        scores, rows = search_exactly(vectors[living], vectors, len(living))
+        assert hits.ids.tolist() == living[rows].tolist()
+        np.testing.assert_array_equal(hits.scores, scores)
+        found = np.full(hits.ids.shape, hits.weights_version) if hits.versions is None else hits.versions
+        np.testing.assert_array_equal(found, versions[hits.ids])
 
     def check_contents(self, generation: int, version: int) -> None:
         """Every shard serves `generation`, and its vectors are those of `version`."""
@@ -167,3 +212,14 @@ class World:
 def weights(version: int, publish_id: int | None = None) -> Weights:
     """Published weights; the publish id follows the version unless it is given."""
     return Weights(version, version + 1 if publish_id is None else publish_id, None)
+
+
+def write_weights(weights: Weights, path: Path) -> None:
+    """As `cluster.handles.write_weights`; a fake encoder needs the version alone."""
+    path.write_text(json.dumps(weights.version), encoding="utf-8")
+
+
+def read_weights(version: int, publish_id: int, path: Path) -> Weights:
+    """What `write_weights` wrote."""
+    assert json.loads(path.read_text(encoding="utf-8")) == version
+    return Weights(version, publish_id, None)
