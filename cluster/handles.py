@@ -4,6 +4,7 @@ A call to an actor that died ends with an error within seconds; one to an actor 
 why each has a timeout. Errors that the called method raised itself arrive as what they were.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def keep_weights(weights: Weights, timeout_s: float) -> Weights:
     """A copy of published weights that this process owns: the trainer may die while they are used."""
     try:
         arrays = ray.get(weights.reference[0], timeout=timeout_s)
-        return Weights(weights.version, weights.publish_id, [ray.put(arrays)])
+        return replace(weights, reference=[ray.put(arrays)])
     except RayError as error:
         why = f"weights of version {weights.version} are lost: {type(error).__name__}"
         raise RefreshFailed(why, final=True) from error

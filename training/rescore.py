@@ -39,6 +39,7 @@ class FreshVectors:
     def passages(self, numbers: np.ndarray) -> np.ndarray:
         """float32 [n, dim] of passage numbers int64 [n], n >= 1, in their order; batched by length."""
         table, engine = self.collator.passages_for_retriever, self.engine
+        table.rows(numbers.max(keepdims=True))  # a passage that came only now is taken note of
         order: list[np.ndarray] = list(length_batches(table, numbers, self.batch_tokens))
         num_forwards = len(order)
         if engine.world_size > 1:

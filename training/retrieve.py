@@ -143,8 +143,8 @@ class Prefetcher:
     ) -> None:
         """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
         numbers are. `is_living` tells which passage numbers are still in the corpus: hits that were found before one of
-        them was deleted are not handed out, the batch is searched again. `rescore` chooses among the k candidates when a
-        batch is handed out; it may be collective."""
+        them was deleted are not handed out, the batch is searched again. `rescore` chooses among the k candidates when
+        a batch is handed out; it may be collective."""
         num_vectors = k if with_vectors else 0
         self.search = search or (lambda _, queries, k: service.submit(queries, k, num_vectors))
         self.is_living = is_living
