@@ -84,6 +84,10 @@ def check_index(settings: Settings, num_passages: int) -> None:
     if not uses_index(settings):
         return
     check_k(settings.retrieval.k, num_passages)
+    k, factor = settings.retrieval.k, settings.retrieval.rescore
+    if k * factor > num_passages:
+        allowed = f"must be at most {num_passages // k}: so many times retrieval.k={k} passages of {num_passages}"
+        raise refuse("retrieval.rescore", factor, f"{allowed} are scored again")
     ranges = shard_ranges(num_passages, settings.index.num_shards)
     on_cpu = replace(settings.index, device="cpu")  # whether shards see a GPU is not known here
     check_config(on_cpu, min(stop - start for start, stop in ranges))

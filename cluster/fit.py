@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -30,7 +30,7 @@ from cluster.inherit import inherit_corpus, inherit_index
 from cluster.placement import PlacementPlan
 from cluster.prepare import Prepared
 from cluster.service import IndexServiceHandle, await_ready, index_identity, start_index_service
-from cluster.settings import Settings
+from cluster.settings import RefreshConfig, Settings
 from indexing.snapshot import TornSnapshot, is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
@@ -38,6 +38,7 @@ from training.job import StageJob
 from training.mixture import pretrains
 from training.objectives.check import PREFERENCE
 from training.objectives.choose import needs
+from training.policy import RefreshPlan
 from training.stage import EVALUATION_FILE
 
 if TYPE_CHECKING:
@@ -184,10 +185,16 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         questions=questions,
         publish_every=settings.refresh.every_steps,
         publish_precision=settings.refresh.precision,
+        plan=refresh_plan(settings.refresh),
         max_staleness_steps=settings.refresh.max_staleness_steps,
         config=asdict(settings),
         corpus=str(run_dir.resolve() / "corpus"),
     )
+
+
+def refresh_plan(refresh: RefreshConfig) -> RefreshPlan:
+    """What the trainers read of the section `refresh`."""
+    return RefreshPlan(**{entry.name: vars(refresh)[entry.name] for entry in fields(RefreshPlan)})
 
 
 def snapshot_to_resume(run_dir: Path) -> Path | None:

@@ -5,6 +5,7 @@ why each has a timeout. Errors that the called method raised itself arrive as wh
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def keep_weights(weights: Weights, timeout_s: float) -> Weights:
     """A copy of published weights that this process owns: the trainer may die while they are used."""
     try:
         arrays = ray.get(weights.reference[0], timeout=timeout_s)
-        return Weights(weights.version, weights.publish_id, [ray.put(arrays)])
+        return replace(weights, reference=[ray.put(arrays)])
     except RayError as error:
         why = f"weights of version {weights.version} are lost: {type(error).__name__}"
         raise RefreshFailed(why, final=True) from error

@@ -4,7 +4,7 @@ In a run the ports are Ray handles (`cluster/handles.py`); a test may put plain 
 bounded: it returns, or raises `ShardLost` or `WorkerLost` when the process died, is being restarted, or stays silent.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,11 +49,14 @@ class RefreshFailed(Exception):
 
 @dataclass(frozen=True)
 class Weights:
-    """Published encoder weights. `publish_id` is never 0 and tells two publishes of one version apart."""
+    """Published encoder weights, and what is to be encoded with them. `publish_id` is never 0 and tells two publishes
+    of one version apart."""
 
     version: int  # optimiser step
     publish_id: int
     reference: Any  # how a worker gets at the arrays; the refresh only hands it on
+    # int64, sorted: passages to encode, where the others are to keep their vectors; None: all
+    only: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

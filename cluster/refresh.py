@@ -8,8 +8,11 @@
 5. Training never waits for a refresh, unless refresh.max_staleness_steps is set, and then says so.
 6. A failed refresh leaves the old generation serving, is retried, is an event in the metrics, and ends the run only
    when the staleness bound is passed. Nothing hangs: every wait has a bound and a message.
-7. When to refresh: every N steps (the training loop decides, by publishing).
-8. A newer version that arrives while one is being built is kept, older waiting ones are dropped.
+7. When to refresh: every N steps, or when measured drift passes a threshold (the training loop decides, by publishing;
+   `training/policy.py`). It may name the passages to encode: the generation then has their new vectors beside all
+   others' old ones, goes by the new version, and each hit tells its own.
+8. A newer version that arrives while one is being built is kept, older waiting ones are dropped. What a dropped or
+   failed one was to encode is encoded with the next weights.
 9. The corpus may change at any time (`cluster/live.py`). A deleted passage is in no answer from the moment that its
    change is served, whichever generation answers; an added one is committed in a generation that is derived from the
    serving one and shares its big indexes. A refresh that was under way is brought up to the newest version before it
@@ -41,7 +44,7 @@ from cluster.chunks import EncodePool
 from cluster.live import LiveCorpus
 from cluster.ports import Events, RefreshFailed, Serving, ShardPort, Weights
 from cluster.repair import Repair
-from cluster.shards import ShardGroup
+from cluster.shards import ShardGroup, status_or_none
 from cluster.snapshots import Snapshots, Wish
 from cluster.takeover import take_over
 from indexing.changes import ChangeLog
@@ -79,6 +82,7 @@ class CoordinatorStatus:
     passages_encoded: int = 0  # by this coordinator so far: grows while a generation is built
     corpus_version: int = 0  # of the live corpus, that is served
     num_passages: int = 0  # living ones
+    oldest_version: int = -1  # weights version of the passage of the serving generation that was encoded longest ago
 
 
 class RefreshCoordinator:
@@ -135,6 +139,8 @@ class RefreshCoordinator:
         self._replaced_at = 0.0
         self._next_generation = settings.first_generation
         self._newest_publish_id = 0
+        self._oldest_version = -1
+        self._owed: Weights | None = None  # given up: the next publish does its part
         self._given_up = ""
         self._committed = 0
         self._failures = 0
@@ -148,7 +154,10 @@ class RefreshCoordinator:
         with self._changed:
             if weights.publish_id == self._newest_publish_id:
                 return  # sent again by a client that was not sure
-            dropped, self._waiting = self._waiting, weights
+            dropped = self._waiting
+            for older in (dropped, self._owed):
+                weights = weights if older is None else with_those_of(older, weights)
+            self._waiting, self._owed = weights, None
             self._newest_publish_id = weights.publish_id
             self._given_up = ""
             self._changed.notify_all()
@@ -173,6 +182,7 @@ class RefreshCoordinator:
                 passages_encoded=self.pool.passages_encoded,
                 corpus_version=served.version,
                 num_passages=served.num_passages,
+                oldest_version=self._oldest_version,
             )
 
     def save_generation(self, generation: int) -> str | None:
@@ -219,6 +229,10 @@ class RefreshCoordinator:
                 with self._changed:
                     self._failures += 1
                     overtaken = self._waiting is not None
+                    if self._waiting is not None:
+                        self._waiting = with_those_of(weights, self._waiting)
+                    elif last:
+                        self._owed = replace(weights, reference=None)
                     self._given_up = str(failed) if last and not overtaken else ""
                 self._events(
                     "refresh_failed", weights_version=weights.version, why=str(failed), given_up=last or overtaken
@@ -231,6 +245,9 @@ class RefreshCoordinator:
 
     def _attempt(self, weights: Weights) -> None:
         """Build and commit one generation, or raise RefreshFailed with nothing left of it."""
+        if weights.only is not None and self._serving is not None:
+            self._renew(weights, weights.only)
+            return
         self.log.refresh()
         generation, corpus_version = self._number(), self.log.version
         self._events("refresh_started", generation=generation, weights_version=weights.version)
@@ -250,6 +267,18 @@ class RefreshCoordinator:
                 raise
             raise RefreshFailed(f"{type(error).__name__}: {error}") from error
 
+    def _renew(self, weights: Weights, numbers: np.ndarray) -> None:
+        """Commit a generation in which the passages `numbers` alone are encoded anew. Raises RefreshFailed."""
+        begin = time.monotonic()
+        try:
+            with self.changing:
+                generation = self.live.encode_again(numbers, weights, adopt=True)
+        except RefreshFailed:
+            raise
+        except Exception as error:
+            raise RefreshFailed(f"{type(error).__name__}: {error}") from error
+        self._note_committed(generation, weights.version, time.monotonic() - begin, len(numbers), partial=True)
+
     def _make_room(self) -> None:
         """Close the generation before the serving one: a shard holds two, and one being built."""
         deadline = time.monotonic() + DISK_S
@@ -263,18 +292,22 @@ class RefreshCoordinator:
         """Switch every shard to a whole generation. The decision is made: a shard that dies here is repaired, not
         waited for."""
         self._switch(new)
-        seconds, passages = time.monotonic() - begin, self.log.num_living(new.corpus_version)
+        passages = self.log.num_living(new.corpus_version)
+        self.snapshots.want(new)
+        self._note_committed(new.generation, new.weights_version, time.monotonic() - begin, passages)
+
+    def _note_committed(self, generation: int, version: int, seconds: float, passages: int, **said: object) -> None:
         with self._changed:
             self._committed += 1
             self._seconds, self._passages_per_s = seconds, passages / seconds
-        self.snapshots.want(new)
         self._events(
             "refresh_committed",
-            generation=new.generation,
-            weights_version=new.weights_version,
+            generation=generation,
+            weights_version=version,
             seconds=round(seconds, 3),
             passages=passages,
             passages_per_s=round(passages / seconds, 1),
+            **said,
         )
 
     def _commit_derived(self, new: Serving, event: str, said: dict[str, object]) -> None:
@@ -291,9 +324,17 @@ class RefreshCoordinator:
 
     def _switch(self, new: Serving) -> None:
         self.shards.call(lambda shard: shard.commit(new.generation))
+        oldest = self._oldest(new)
         with self._changed:
-            self._serving = new
+            self._serving, self._oldest_version = new, oldest
             self._replaced_at = time.monotonic()
+
+    def _oldest(self, serving: Serving) -> int:
+        """Weights version of the passage of a generation that was encoded longest ago. A shard that was lost is given
+        all its passages from the snapshot, or anew from newer weights."""
+        statuses = [status_or_none(shard) for shard in self.shards]
+        there = [s.oldest_version for s in statuses if s is not None and s.committed == serving.generation]
+        return min(there, default=serving.weights_version)
 
     def _clear(self, keep: set[int], abort: bool) -> None:
         """Release what is older than the serving generation, but `keep`; with `abort` forget what else is staged."""
@@ -369,10 +410,18 @@ class RefreshCoordinator:
         first = self.settings.first_generation
         hung_s, hide = self.settings.search_timeout_s / 4, self._builder.hide
         serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s, hung_s, hide)
+        oldest = -1 if serving is None else self._oldest(serving)
         with self._changed:
-            self._serving, self._next_generation = serving, number
+            self._serving, self._next_generation, self._oldest_version = serving, number, oldest
         self.live.hidden = self.log.version  # the shards that answered hide it, the others will when they come back
 
     def remember(self, committed: int, failures: int) -> None:
         """Counters of the coordinator that was here before."""
         self._committed, self._failures = committed, failures
+
+
+def with_those_of(older: Weights, newer: Weights) -> Weights:
+    """`newer`, with which also the passages of `older` are to be encoded, that is dropped."""
+    if older.only is None or newer.only is None:
+        return replace(newer, only=None)
+    return replace(newer, only=np.union1d(older.only, newer.only))

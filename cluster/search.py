@@ -185,15 +185,16 @@ class IndexClient:
 
     # Weights and generations.
 
-    def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
-        """Hand out weights; returns at once. A failure is an event, and the next publish tries again."""
+    def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
+        """Hand out weights, for all passages or for the sorted numbers `only`; returns at once. A failure is an event,
+        and the next publish tries again."""
         try:
             reference = ray.put(weights)
         except RayError as error:
             self._note_failure(weights_version, error)
             return
         with self._lock:
-            self._published = Weights(weights_version, new_publish_id(), [reference])
+            self._published = Weights(weights_version, new_publish_id(), [reference], only)
             self._hand_in()
 
     def wait_for_version(
@@ -270,6 +271,7 @@ class IndexClient:
             slow=counts["slow"],
             hedged=counts["hedged"],
             refused=counts["refused"],
+            oldest_version=status.oldest_version,
         )
 
     def hand_in_again(self) -> None:
@@ -306,7 +308,7 @@ class IndexClient:
         if self._forgotten():
             self._hand_in()
         elif self._status.needs_weights and self._published is not None and self._handed_in is None:
-            self._published = replace(self._published, publish_id=new_publish_id())
+            self._published = replace(self._published, publish_id=new_publish_id(), only=None)
             self._hand_in()
         return True
 

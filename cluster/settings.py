@@ -33,8 +33,20 @@ class RunConfig:
 class RefreshConfig:
     """When and how the index follows the encoder; the contract stands in `cluster/refresh.py`."""
 
-    every_steps: int = 50  # publish the encoder every so many steps; 0: never
-    max_staleness_steps: int = 0  # training waits when hits are staler; 0: it never waits
+    every_steps: int = 50  # publish the encoder every so many steps; 0: never; not read with policy on_drift
+    # Training waits when a passage of the index is staler (after partial refreshes: the one encoded longest ago); 0: it
+    # never waits
+    max_staleness_steps: int = 0
+    policy: str = "every_steps"  # every_steps | on_drift | both: what asks for a refresh (training/policy.py)
+    # Share of the k best that fresh scores keep among the k best, on the probe; below it, drift asks for a refresh
+    drift_threshold: float = 0.0
+    check_every_steps: int = 0  # drift is looked at every so many steps; every_steps looks at every publish
+    # Share of the corpus that refreshes may encode per optimiser step, averaged over the stage (0.02: a whole refresh
+    # in 50 steps); those that drift asks for wait beyond it. 0: no budget
+    max_share: float = 0.0
+    probe_questions: int = 32  # on which drift is measured, a fixed sample of the training questions; 0: it is not
+    partial: float = 0.0  # share of the corpus that a partial refresh encodes, the most read and oldest first; 0: off
+    whole_every: int = 5  # with partial: one of so many refreshes is whole; 0: none
     num_workers: int = 1
     chunk_passages: int = 2048  # passages that a worker encodes at a time
     batch_tokens: int = 4096  # padded tokens of one encoder call; a GPU wants more

@@ -13,6 +13,7 @@ from cluster.settings import Settings
 from indexing.settings import IndexConfig
 from training.mixture import contrasted, mixture, pretrains
 from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
+from training.policy import POLICIES
 from training.settings import FRESH_CONTEXT, ObjectiveConfig
 
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a generator
@@ -47,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "index.device": ("cpu", "gpu"),
     "index.on_slow": ("wait", "hedge", "refuse"),
     "refresh.precision": ("float32", "bfloat16"),
+    "refresh.policy": POLICIES,
     "training.train": ("both", "query_only", "retriever_only", "generator_only", "none"),
     "training.schedule": ("linear", "constant"),
     "training.on_collapse": ("warn", "stop", "ignore"),
@@ -85,6 +87,7 @@ SHARES = {
     *("objective.keep_probability", "objective.title_probability", "objective.drop_probability"),
     *("engine.beta1", "engine.beta2"),
     *("questions.refusal_share", "pretraining.held_out"),
+    *("refresh.drift_threshold", "refresh.max_share", "refresh.partial"),
 }
 GPUS = {"cluster.trainer_gpus", "cluster.refresh_gpus", "cluster.shard_gpus"}
 
@@ -325,10 +328,34 @@ def _check_alignment(settings: Settings) -> None:
 
 
 def _check_refresh(settings: Settings) -> None:
-    bound, every = settings.refresh.max_staleness_steps, settings.refresh.every_steps
+    """When the index follows: a policy that can decide, and a bound that some refresh can keep."""
+    refresh = settings.refresh
+    if refresh.policy != "every_steps":
+        for setting, value in (
+            ("drift_threshold", refresh.drift_threshold),
+            ("check_every_steps", refresh.check_every_steps),
+            ("probe_questions", refresh.probe_questions),
+        ):
+            if not value:
+                raise refuse(f"refresh.{setting}", value, f"must be above 0 with refresh.policy={refresh.policy}")
+    if refresh.policy == "both" and not refresh.every_steps:
+        raise refuse("refresh.every_steps", 0, "must be above 0 with refresh.policy=both; on_drift needs none")
+    if refresh.partial == 1:
+        raise refuse("refresh.partial", refresh.partial, "must be below 1; 0 makes every refresh a whole one")
+    bound, every = refresh.max_staleness_steps, refresh.every_steps if refresh.policy != "on_drift" else 0
     moves = settings.training.train in ("both", "retriever_only") and settings.objective.name not in CONTRASTIVE
-    if bound and moves and (every == 0 or bound < every):
+    if not (bound and moves):
+        return
+    if every == 0 or bound < every:
         allowed = f"must be 0 (no bound) or at least refresh.every_steps={every}, which must not be 0 then"
+        if refresh.policy == "on_drift":
+            allowed = "must be 0 (no bound) with refresh.policy=on_drift, which promises no refresh"
+        raise refuse("refresh.max_staleness_steps", bound, f"{allowed}; training would wait for ever")
+    whole = every * refresh.whole_every
+    if refresh.partial and (whole == 0 or bound < whole):
+        allowed = f"must be 0 (no bound) or at least {whole} steps, from one whole refresh to the next"
+        if whole == 0:
+            allowed = "must be 0 (no bound) where refresh.partial is set and refresh.whole_every=0"
         raise refuse("refresh.max_staleness_steps", bound, f"{allowed}; training would wait for ever")
 
 

@@ -104,6 +104,14 @@ class Generation:
         view = self._view
         return view.num_base + view.num_delta
 
+    @property
+    def oldest_version(self) -> int:
+        """Weights version of the passage that was encoded longest ago, of those that may be returned."""
+        versions = [self.base.weights_version] if self._view.num_base else []
+        if self.delta is not None and self._view.num_delta:
+            versions.append(int(self.delta.versions.min()))
+        return min(versions, default=self.weights_version)
+
     def hide(self, numbers: np.ndarray) -> None:
         """Never return these sorted passage numbers from now on; a search under way may still."""
         self.hidden = numbers

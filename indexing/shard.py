@@ -80,6 +80,7 @@ class ShardStatus:
     corpora: dict[int, int] = field(default_factory=dict)  # served generation -> corpus version
     hidden: int = 0  # corpus version up to which deleted passages are not returned
     num_living: int = 0  # passages of the newest generation that may be returned
+    oldest_version: int = -1  # weights version of the passage of the newest generation that was encoded longest ago
 
 
 @dataclass
@@ -357,6 +358,7 @@ class Shard:
                 corpora={number: one.corpus_version for number, one in open_ones.items()},
                 hidden=self._hidden_version,
                 num_living=open_ones[newest].num_living if newest in open_ones else 0,
+                oldest_version=open_ones[newest].oldest_version if newest in open_ones else -1,
             )
 
     @contextmanager

@@ -132,7 +132,7 @@ class SampledBatches:
         """The next micro-batch on the device: new samples, or those of the last one again."""
         if self._kept is not None and self._uses < self.updates_per_sample:
             self._uses += 1
-            return replace(self._kept, search_wait_s=0.0)
+            return replace(self._kept, search_wait_s=0.0, rescore_s=0.0, passages=None)
         fetched = self.source.next()
         assert isinstance(fetched.batch, AskedBatch)
         with torch.no_grad(), evaluating(self.engine.module):

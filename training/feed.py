@@ -10,6 +10,7 @@ from indexing.questions import QuestionStore
 from training.alignment import aligned, make_collator
 from training.answers import MORE_FOR_REFUSALS, TrainingAnswers
 from training.data import ClozeSource, Collator, Stream
+from training.drift import PROBE_FACTOR, DriftProbe
 from training.evaluate import encode_questions
 from training.job import Parts
 from training.long_context import LongContext, LongContextBatches
@@ -28,8 +29,11 @@ from training.pretraining import (
     split_passages,
 )
 from training.reference import Reference
+from training.rescore import FreshVectors, Rescorer
 from training.retrieve import Prefetcher
 from training.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches, WithPairs
+
+PROBE = 21  # purpose of the random generator that draws the probe
 
 
 class CorpusExamples:
@@ -84,10 +88,16 @@ def make_source(
     # A labelled passage takes one place: search one more, so that k - 1 others are left.
     k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
     k = min(k, parts.service.num_passages)
+    as_they_came = job.retrieval.source != "gold" and not job.questions.refusal_share
+    candidates, rescore = k, None
+    if job.retrieval.rescore > 1:
+        candidates = min(k * job.retrieval.rescore, parts.service.num_passages)
+        keep_vectors = parts.index_is_fresh and as_they_came
+        rescore = Rescorer(FreshVectors(engine, collator), k, parts.index_is_fresh, keep_vectors)
     prefetcher = Prefetcher(
-        parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start,
-        with_vectors=parts.index_is_fresh and job.retrieval.source != "gold" and not job.questions.refusal_share,
-        search=search, is_living=parts.store.is_living,
+        parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), candidates, depth, start,
+        with_vectors=parts.index_is_fresh and (as_they_came or rescore is not None), search=search,
+        is_living=parts.store.is_living, rescore=rescore,
     )  # fmt: skip
     source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
     if loader_state:
@@ -114,6 +124,22 @@ def _with_pairs(
     passages = corpus.training.candidates
     stream = Stream(len(passages), config.contrast_passages, *place)
     return WithPairs(source, {task: _pairs(parts, stream, task, passages) for task in shares}, shares, place[0], start)
+
+
+def make_probe(parts: Parts, corpus: CorpusExamples | None) -> DriftProbe:
+    """What measures the drift of the index: a seeded sample of the questions, or the first examples, trained on."""
+    job, service = parts.job, parts.service
+    assert service is not None
+    if corpus is not None:
+        questions, numbers = corpus.training, np.arange(job.plan.probe_questions)
+    else:
+        questions = QuestionStore.open(job.train_questions, verify=False)
+        shuffled = np.random.default_rng([job.seed, PROBE]).permutation(len(questions))
+        numbers = np.sort(shuffled[: job.plan.probe_questions])
+    collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
+    k = min(job.retrieval.k, service.num_passages)
+    depth = min(k * max(job.retrieval.rescore, PROBE_FACTOR), service.num_passages)
+    return DriftProbe(FreshVectors(parts.engine, collator), service, numbers, k, depth)
 
 
 def _aligned(

@@ -14,6 +14,7 @@ from training.engine import Engine
 from training.models.system import System
 from training.models.tokenizers import pad_id, to_text
 from training.monitor import Monitor
+from training.policy import RefreshPlan
 from training.retrieve import IndexService
 from training.settings import (
     AlignmentConfig,
@@ -59,6 +60,7 @@ class StageJob:
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)  # which answers are trained on
     publish_every: int = 0
     publish_precision: str = "float32"
+    plan: RefreshPlan = field(default_factory=RefreshPlan)  # the rest of the refresh policy
     max_staleness_steps: int = 0
     wait_timeout_s: float = 1800.0  # for a generation, at the start and at the end
     index_from_snapshot: bool = False  # the service was started with the generation that the checkpoint names

@@ -5,10 +5,11 @@ index later), a source of batches and a monitor; it knows none of their machiner
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from training.engine import Engine
@@ -30,6 +31,11 @@ class Fetched:
     generation: int | None = None
     weights_version: int = 0
     gold_in_k: float = 0.0  # share of questions with a labelled passage among the K
+    rescore_s: float = 0.0
+    rescore_overlap: float | None = None  # see training/rescore.py
+    passages: np.ndarray | None = None  # int64 [any]: numbers of the passages that are read, -1 for none
+    # Weights version of each hit's own vector where a generation mixes them; None: all are of `weights_version`
+    hit_versions: np.ndarray | None = None
 
 
 class Source(Protocol):
@@ -50,6 +56,9 @@ class LoopState:
 
     step: int = 0  # optimiser steps done
     published: int = -1  # newest weights version handed out
+    published_whole: int = -1  # newest of them that all passages were to be encoded with
+    refreshed_share: float = 0.0  # of the corpus, that this stage's refreshes were asked to encode, all together
+    partial_refreshes: int = 0  # since the last whole one
     skipped_steps: int = 0  # updates left out because something was not finite
     seconds: float = 0.0  # of training, over all attempts
     blocked_steps: int = 0  # steps that waited because of refresh.max_staleness_steps
@@ -64,8 +73,8 @@ class Hooks:
     evaluate_every: int = 0
     save: Callable[[LoopState], None] | None = None
     save_every: int = 0
-    publish_every: int = 0
-    publish_precision: str = "float32"
+    # Sees every step and its batches, asks for refreshes of the index, says what it measured (training/freshness.py)
+    refresh: Callable[[LoopState, Sequence[Fetched], Timer], dict[str, float]] | None = None
     max_staleness_steps: int = 0
     passages_fixed: bool = False  # the passage encoder does not train: hits are never stale
     wait_timeout_s: float = 600.0
@@ -134,10 +143,8 @@ def train(
         state.step += 1
         state.skipped_steps += not result.updated
 
-        # Hand out the encoder; the index follows by itself.
-        if service is not None and hooks.publish_every and state.step % hooks.publish_every == 0:
-            with timer.measure("publish"):
-                publish(engine, service, state, hooks.publish_precision)
+        # Hand out the encoder where it is time; the index follows by itself.
+        drift = hooks.refresh(state, window.fetched, timer) if hooks.refresh is not None else {}
         if service is not None and hooks.max_staleness_steps:
             _wait_if_stale(service, state, hooks, monitor)
 
@@ -145,8 +152,9 @@ def train(
         metrics = step_metrics(
             window, state, step_times(timer, begin), service.status() if service is not None else None
         )
+        metrics |= drift
         if hooks.passages_fixed and "index/staleness_steps" in metrics:
-            metrics["index/staleness_steps"] = 0
+            metrics |= {"index/staleness_steps": 0, "index/staleness_max_steps": 0}
         state.seconds += metrics["time/step_s"]
         if state.step % config.log_every == 0 or state.step == config.steps or not result.updated:
             metrics |= {f"optim/grad_norm_{name}": norm for name, norm in result.grad_norm.items()}
@@ -164,12 +172,22 @@ def train(
     return state
 
 
-def publish(engine: Engine, service: IndexService, state: LoopState, precision: str) -> None:
-    """Gather the passage encoder (collective), hand it out from rank 0, and go on."""
+def publish(
+    engine: Engine,
+    service: IndexService,
+    state: LoopState,
+    precision: str,
+    whole: bool = True,
+    only: np.ndarray | None = None,
+) -> None:
+    """Gather the passage encoder (collective), hand it out from rank 0, and go on. Not `whole`: to encode the passages
+    `only`, which rank 0 names."""
     weights = engine.consolidated_state("retriever.passage_encoder")
     if engine.rank == 0:
-        service.publish(state.step, to_numpy(weights, precision))
+        service.publish(state.step, to_numpy(weights, precision), only)
     state.published = state.step
+    if whole:
+        state.published_whole = state.step
 
 
 def _between_steps(state: LoopState, hooks: Hooks, timer: Timer) -> None:
@@ -182,13 +200,16 @@ def _between_steps(state: LoopState, hooks: Hooks, timer: Timer) -> None:
 
 
 def _wait_if_stale(service: IndexService, state: LoopState, hooks: Hooks, monitor: Monitor) -> None:
-    """Training waits for a refresh here and nowhere else."""
+    """Training waits for a refresh here and nowhere else. Every passage's own vector counts: after partial refreshes
+    it is the one encoded longest ago, and a whole refresh that is waited for."""
     oldest = state.step - hooks.max_staleness_steps
-    if oldest <= 0 or service.status().weights_version >= oldest:
+    if oldest <= 0 or service.status().oldest >= oldest:
         return
     monitor.message(f"step {state.step}: waits for an index of step {oldest} or newer (refresh.max_staleness_steps)")
     state.blocked_steps += 1
     service.wait_for_version(oldest, hooks.wait_timeout_s)
+    if service.status().oldest < oldest:  # what came was a partial refresh
+        service.wait_for_version(state.published_whole, hooks.wait_timeout_s)
 
 
 def step_times(timer: Timer, begin: float) -> dict[str, float]:
@@ -212,13 +233,21 @@ def step_metrics(
         **memory_metrics(),
     }
     used = [f for f in fetched if f.generation is not None]
+    rescored = [f for f in used if f.rescore_overlap is not None]
+    if rescored:
+        metrics |= {
+            "retrieval/rescore_s": sum(f.rescore_s for f in rescored),
+            "retrieval/rescore_overlap": sum(f.rescore_overlap or 0.0 for f in rescored) / len(rescored),
+        }
     if used:
+        mean_version, oldest_version = _versions(used)
         metrics |= {
             "time/search_wait_s": waited,
             "time/search_wait_share": waited / seconds,
             "retrieval/gold_in_k": sum(f.gold_in_k for f in used) / len(used),
             "index/generation": max(f.generation or 0 for f in used),
-            "index/staleness_steps": state.step - 1 - min(f.weights_version for f in used),
+            "index/staleness_steps": state.step - 1 - mean_version,
+            "index/staleness_max_steps": state.step - 1 - oldest_version,
             "index/blocked_steps": state.blocked_steps,
         }
     if status is not None:
@@ -232,6 +261,13 @@ def step_metrics(
             "perf/refresh_passages_per_s": status.refresh_passages_per_s,
         }
     return metrics
+
+
+def _versions(used: Sequence[Fetched]) -> tuple[float, int]:
+    """Mean and oldest weights version over the hits, each hit's own."""
+    versions = [np.array([f.weights_version]) if f.hit_versions is None else f.hit_versions for f in used]
+    means, oldest = [float(np.mean(v)) for v in versions], [int(np.min(v)) for v in versions]
+    return sum(means) / len(means), min(oldest)
 
 
 def learning_rates(config: TrainingConfig, step: int) -> dict[str, float]:

@@ -227,11 +227,14 @@ class FairHits:
         kept = np.take_along_axis(fair, order, axis=1)
         ids = np.where(kept, np.take_along_axis(hits.ids, order, axis=1), -1)
         scores = np.where(kept, np.take_along_axis(hits.scores, order, axis=1), np.float32("-inf"))
+        versions = None if hits.versions is None else np.take_along_axis(hits.versions, order, axis=1)
         missing = self.k - ids.shape[1]
         if missing > 0:
+            if versions is not None:
+                versions = np.pad(versions, ((0, 0), (0, missing)), constant_values=hits.weights_version)
             ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
             scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=np.float32("-inf"))
-        return Hits(ids, scores.astype(np.float32), hits.generation, hits.weights_version)
+        return Hits(ids, scores.astype(np.float32), hits.generation, hits.weights_version, versions=versions)
 
     def _fair(self, hits: Hits) -> np.ndarray:
         return (hits.ids >= 0) & (self.search.group_of(hits.ids) != self.own[:, None])

@@ -150,6 +150,7 @@ def choose_plots(metrics: Mapping[str, Metrics]) -> list[Plot]:
         Plot("gold passage among the k of the step", curves("retrieval/gold_in_k"), marks, smooth=True, bounds=unit),
         *evaluated("exact_match"),
         Plot("staleness of the index (steps)", curves("index/staleness_steps"), marks, steps=True),
+        Plot("overlap of the index's best with those by fresh scores", curves("drift/overlap"), marks, bounds=unit),
         Plot("loss/generator", curves("loss/generator"), marks, smooth=True),
         Plot("loss/retriever", curves("loss/retriever"), marks, smooth=True),
         Plot("entropy of p(z|q)", curves("retrieval/entropy"), marks, smooth=True),

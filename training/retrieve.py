@@ -3,6 +3,11 @@
 The loop produces query vectors and encoder weights; the service (Ray actors in a run, a plain object in a test)
 answers searches and rebuilds itself. `submit` and `publish` return at once; the only calls that wait are
 `PendingHits.result`, `wait_for_version` and `save_generation`, and each wait is bounded.
+
+With `retrieval.rescore` the prefetcher has the candidates of a search scored again when it hands the batch out, not
+when it submits the search: these weights are the newest that there are and those of the step that trains on the batch,
+so that the passages stand in the order that the loss gives them. The search still runs ahead of the training; only the
+encoding of its candidates does not.
 """
 
 import time
@@ -29,6 +34,13 @@ class IndexStatus:
     slow: int = 0  # searches of this process that met a slow shard (index.slow_after_s)
     hedged: int = 0  # of them, those for which a replica was asked
     refused: int = 0  # of them, those that were refused
+    # Weights version of the passage that was encoded longest ago; None: that of all is `weights_version`.
+    oldest_version: int | None = None
+
+    @property
+    def oldest(self) -> int:
+        """Weights version of the passage that was encoded longest ago."""
+        return self.weights_version if self.oldest_version is None else self.oldest_version
 
 
 class PendingHits(Protocol):
@@ -49,8 +61,9 @@ class IndexService(Protocol):
         `num_vectors` hits come with their vectors, where the kind of index keeps them."""
         ...
 
-    def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
-        """Hand out the passage encoder's weights of optimiser step `weights_version`; returns at once."""
+    def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
+        """Hand out the passage encoder's weights of optimiser step `weights_version`; returns at once. `only`:
+        numbers of the passages to encode with them, rising, where the others are to keep their vectors; None: all."""
         ...
 
     def wait_for_version(
@@ -77,6 +90,20 @@ class Searched:
     questions: np.ndarray  # int64 [batch]: question numbers
     hits: Hits
     wait_s: float  # that training stood still for the search
+    rescore_s: float = 0.0  # that training stood still for scoring candidates again
+    rescore_overlap: float | None = None  # share of the index's k best that are still among the k best
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """The best hits of a batch after their candidates were scored again."""
+
+    hits: Hits
+    overlap: float  # share of the k best before that are among the k best after, mean over the batch
+    seconds: float
+
+
+Rescore = Callable[[np.ndarray, Hits], Rescored]  # question numbers and their candidates
 
 
 @dataclass
@@ -116,15 +143,17 @@ class Prefetcher:
         with_vectors: bool = False,
         search: Callable[[np.ndarray, np.ndarray, int], PendingHits] | None = None,
         is_living: Callable[[np.ndarray], np.ndarray] | None = None,
+        rescore: Rescore | None = None,
     ) -> None:
         """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
         numbers are. `is_living` tells which passage numbers are still in the corpus: hits that were found before one of
-        them was deleted are not handed out, the batch is searched again."""
+        them was deleted are not handed out, the batch is searched again. `rescore` chooses among the k candidates when
+        a batch is handed out; it may be collective."""
         num_vectors = k if with_vectors else 0
         self.search = search or (lambda _, queries, k: service.submit(queries, k, num_vectors))
         self.is_living = is_living
         self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
-        self.k, self.depth = k, depth
+        self.k, self.depth, self.rescore = k, depth, rescore
         self.position = start  # number of the next batch to search
         self._queue: deque[_InFlight] = deque()
 
@@ -140,7 +169,10 @@ class Prefetcher:
         wait_s = time.perf_counter() - begin
         while len(self._queue) < self.depth:
             self._submit()
-        return Searched(first.number, first.questions, hits, wait_s)
+        if self.rescore is None:
+            return Searched(first.number, first.questions, hits, wait_s)
+        again = self.rescore(first.questions, hits)  # the shards search the next batches meanwhile
+        return Searched(first.number, first.questions, again.hits, wait_s, again.seconds, again.overlap)
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)

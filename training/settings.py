@@ -179,6 +179,10 @@ class RetrievalConfig:
     k: int = 4
     max_context_tokens: int = 0  # long: of a prompt and its answer; 0: what the generator takes (causal only)
     prefetch_depth: int = 1  # batches searched ahead while one trains
+    # Candidates are searched so many times k, scored again by the encoders as they are now, and the best k read
+    # (training/rescore.py); 0, 1: off. In training only: an evaluation measures the index as it answers, so that runs
+    # with and without are compared by one measure, and a stage's last evaluation has a fresh index anyway.
+    rescore: int = 0
 
 
 @dataclass

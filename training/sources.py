@@ -64,6 +64,10 @@ class RetrievedBatches:
             generation=searched.hits.generation,
             weights_version=searched.hits.weights_version,
             gold_in_k=float(np.mean(found)),
+            rescore_s=searched.rescore_s,
+            rescore_overlap=searched.rescore_overlap,
+            passages=np.concatenate(passages),
+            hit_versions=None if searched.hits.versions is None else searched.hits.versions[:, : self.config.k],
         )
 
     def state(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ service is handed in, so that the same code runs under Ray and, in tests, withou
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +23,8 @@ from training.checkpoint import (
     set_rng_state,
 )
 from training.engine import Engine
-from training.feed import CorpusExamples, make_source
+from training.feed import CorpusExamples, make_probe, make_source
+from training.freshness import Freshness
 from training.job import Parts, StageJob
 from training.jsonl import plain
 from training.loop import Hooks, LoopState, Source, publish, train
@@ -65,6 +66,7 @@ class Stage:
         self.parts = Parts(job, self.store, self.system, self.tokenizers, self.engine, service, self.monitor)
         self.corpus = CorpusExamples(self.parts) if pretrains(job.pretraining) else None
         self.measures = Measures(self.parts, self.corpus)
+        self.freshness: Freshness | None = None
 
     # ---------------------------------------------------------------- the stage, in order
 
@@ -77,6 +79,7 @@ class Stage:
             self.serve_index(fresh=not job.index_from_snapshot)
             if job.training.steps > self.state.step:
                 self.source = self.make_source(loader_state)
+                self.freshness = self.make_freshness(loader_state)
                 begin = time.monotonic()
                 train(
                     job.training,
@@ -90,7 +93,7 @@ class Stage:
                 )
                 self.monitor.message(f"trained to step {self.state.step} in {time.monotonic() - begin:.0f} s")
             if self.parts.retriever_trains and self.state.step:
-                self.serve_index(fresh=self.state.published != self.state.step)
+                self.serve_index(fresh=self.state.published_whole != self.state.step)
             result = self.finish()
         return result
 
@@ -101,7 +104,8 @@ class Stage:
         found = self.engine.broadcast_object(self._newest() if self.engine.rank == 0 else None)
         if found is not None and job.training.train != "none":
             state, rank_state = load_checkpoint(Path(found), self.engine)
-            self.state = LoopState(**state["loop"] | {"published": -1})  # this index service knows of no weights yet
+            # This index service knows of no weights yet.
+            self.state = LoopState(**state["loop"] | {"published": -1, "published_whole": -1})
             set_rng_state(rank_state["rng"])
             self.monitor.message(f"resumes from {found} at step {self.state.step}")
             self.monitor.event("resumed", checkpoint=found, step=self.state.step)
@@ -142,6 +146,16 @@ class Stage:
         """Micro-batches from where the checkpoint stood."""
         return make_source(self.parts, self.corpus, self.reference, loader_state)
 
+    def make_freshness(self, loader_state: dict[str, Any] | None) -> Freshness | None:
+        """What keeps the index fresh while this stage trains, where the passage encoder trains. Collective."""
+        if self.service is None or not self.parts.retriever_trains:
+            return None
+        plan = replace(self.job.plan, every_steps=self.job.publish_every, precision=self.job.publish_precision)
+        probe = make_probe(self.parts, self.corpus) if plan.probe_questions else None
+        freshness = Freshness(plan, self.engine, self.service, self.monitor, probe)
+        freshness.begin(self.state, (loader_state or {}).get("freshness"))
+        return freshness
+
     def hooks(self) -> Hooks:
         """What the loop does between steps."""
         job, trains = self.job, self.parts.retriever_trains
@@ -151,8 +165,7 @@ class Stage:
             evaluate_every=job.evaluation.every_steps,
             save=self.save,
             save_every=job.checkpoint.every_steps,
-            publish_every=job.publish_every if trains else 0,
-            publish_precision=job.publish_precision,
+            refresh=self.freshness.after_step if self.freshness is not None else None,
             max_staleness_steps=job.max_staleness_steps if trains else 0,
             passages_fixed=not trains,
             wait_timeout_s=job.wait_timeout_s,
@@ -195,11 +208,15 @@ class Stage:
                 "index_is_current": current,
                 "fingerprint": self.job.fingerprint,
             },
-            rank_state={"source": self.source.state(), "rng": rng_state()},
+            rank_state={"source": self.source.state() | self._freshness_state(), "rng": rng_state()},
             keep=self.job.checkpoint.keep,
             files={"tokenizers": Path(self.job.tokenizers)},
         )
         self.monitor.event("checkpoint", step=state.step, generation=generation)
+
+    def _freshness_state(self) -> dict[str, Any]:
+        state = self.freshness.state() if self.freshness is not None else None
+        return {} if state is None else {"freshness": state}
 
     def _save_index(self) -> tuple[int, bool]:
         """Number of the generation on disk, and whether the passage encoder as it is now made it; -1 where there is
@@ -214,7 +231,7 @@ class Stage:
             self.monitor.message(f"index generation {generation} was not saved, a resume will encode again: {error}")
             self.monitor.event("index_save_failed", generation=generation, message=str(error))
             return -1, False
-        current = not self.parts.retriever_trains or status.weights_version == self.state.step
+        current = not self.parts.retriever_trains or status.oldest == self.state.step
         return generation, current and self.job.publish_precision == "float32"
 
     def _newest(self) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.beforehand import check_models
+from cluster.beforehand import check_index, check_models
 from cluster.config import ROOT, Experiment, experiment_to_yaml, load, to_yaml
 from cluster.settings import Settings
 from cluster.validate import CHOICES, GPUS, POSITIVE, SHARES, values_of
@@ -193,6 +193,16 @@ def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
             "stage joint: refresh.max_staleness_steps=10: must be 0 (no bound) or at least",
         ),
         ("run.name=../up", "run.name=../up/pretrain: must be letters"),
+        ("retrieval.rescore=-1", "retrieval.rescore=-1: must not be negative"),
+        ("retrieval.rescore=2.5", "retrieval.rescore: value '2.5' must be a whole number"),
+        ("refresh.policy=drift", "refresh.policy=drift: must be one of every_steps, on_drift, both."),
+        ("refresh.policy=on_drit", "Did you mean on_drift?"),
+        ("refresh.drift_threshold=1.5", "refresh.drift_threshold=1.5: must be between 0 and 1"),
+        ("refresh.max_share=2", "refresh.max_share=2.0: must be between 0 and 1"),
+        ("refresh.partial=1.1", "refresh.partial=1.1: must be between 0 and 1"),
+        ("refresh.partial=1", "refresh.partial=1.0: must be below 1; 0 makes every refresh a whole one"),
+        ("refresh.whole_every=-2", "refresh.whole_every=-2: must not be negative"),
+        ("refresh.policy=on_drift", "refresh.drift_threshold=0.0: must be above 0 with refresh.policy=on_drift"),
     ],
 )
 def test_mistakes_on_the_command_line(write, override: str, expected: str) -> None:
@@ -217,6 +227,43 @@ def test_a_search_is_hedged_only_where_there_are_replicas(write) -> None:
     hedge = ["index.on_slow=hedge", "index.slow_after_s=0.5"]
     assert "index.replicas=1: must be 2 or more with index.on_slow=hedge" in refusal([write("")], *hedge)
     assert load([write("")], [*hedge, "index.replicas=2"]).settings.index.replicas == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["refresh.check_every_steps=0"], "refresh.check_every_steps=0: must be above 0 with refresh.policy=on_drift"),
+        (["refresh.probe_questions=0"], "refresh.probe_questions=0: must be above 0 with refresh.policy=on_drift"),
+        (
+            ["refresh.policy=both", "refresh.every_steps=0"],
+            "refresh.every_steps=0: must be above 0 with refresh.policy",
+        ),
+        (
+            ["refresh.max_staleness_steps=90"],
+            "refresh.max_staleness_steps=90: must be 0 (no bound) with refresh",
+        ),
+        (
+            ["refresh.policy=both", "refresh.max_staleness_steps=90", "refresh.partial=0.2"],
+            "refresh.max_staleness_steps=90: must be 0 (no bound) or at least 250 steps, from one whole refresh to",
+        ),
+        (
+            ["refresh.policy=both", "refresh.max_staleness_steps=90", "refresh.partial=0.2", "refresh.whole_every=0"],
+            "refresh.max_staleness_steps=90: must be 0 (no bound) where refresh.partial is set and refresh.whole_every",
+        ),
+    ],
+)
+def test_refresh_policies_that_cannot_decide_or_keep_a_bound(write, overrides: list[str], expected: str) -> None:
+    path = write("refresh: {policy: on_drift, drift_threshold: 0.8, check_every_steps: 10}")
+    assert load([path], []).settings.refresh.policy == "on_drift"
+    assert expected in refusal([path], *overrides)
+
+
+def test_more_candidates_than_passages_are_refused() -> None:
+    settings = Settings()
+    settings.retrieval.k, settings.retrieval.rescore = 4, 5
+    check_index(settings, 20)
+    with pytest.raises(ValueError, match=r"retrieval\.rescore=5: must be at most 4: so many times retrieval\.k=4"):
+        check_index(settings, 19)
 
 
 def test_a_generator_without_attention_is_refused_before_it_is_loaded(write, tmp_path: Path) -> None:

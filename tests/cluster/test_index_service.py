@@ -132,6 +132,34 @@ def test_queries_that_the_index_refuses(client: IndexClient) -> None:
         client.submit(np.zeros((1, 15), np.float32), 3).result()
 
 
+def test_some_passages_are_encoded_with_newer_weights(launch: Launch, corpus: Corpus) -> None:
+    """Every hit is that of brute force over vectors of two versions, and tells its own."""
+    service = launch()
+    client = service.connect()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    only = np.arange(3, NUM_PASSAGES, 7)
+    client.publish(2, corpus.weights(2), only)
+    client.wait_for_version(2, WAIT_S)
+    vectors = corpus.vectors(1)
+    vectors[only] = corpus.vectors(2)[only]
+    hits = client.submit(QUERIES, NUM_PASSAGES, num_vectors=4).result()
+    assert (hits.generation, hits.weights_version) == (2, 2)
+    check(hits, {2: vectors})
+    assert hits.versions is not None
+    assert np.array_equal(hits.versions == 2, np.isin(hits.ids, only))
+    assert hits.vectors is not None
+    np.testing.assert_allclose(hits.vectors, vectors[hits.ids[:, :4]], rtol=1e-4, atol=1e-5)
+    status = client.status()
+    assert (status.weights_version, status.oldest) == (2, 1)
+    (_, event) = events(service, "refresh_committed")
+    assert (event["partial"], event["passages"]) == (True, len(only))
+    client.publish(3, corpus.weights(3))
+    client.wait_for_version(3, WAIT_S)
+    assert client.status().oldest == 3
+    check(client.submit(QUERIES, 9).result(), {3: corpus.vectors(3)})
+
+
 def test_unchanged_weights_give_identical_hits_in_a_new_generation(client: IndexClient, corpus: Corpus) -> None:
     first = client.submit(QUERIES, 20).result()
     client.publish(1, corpus.weights(1))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from indexing.encode import encode_range
+from indexing.encode import encode_rows
 from indexing.merge import Hits, merge
 from indexing.settings import IndexConfig
 from indexing.shard import Shard, shard_ranges
@@ -37,7 +37,8 @@ class LocalIndex:
     """An IndexService. A generation is committed inside `publish`; with `manual`, inside `refresh` or a wait for it.
 
     `max_generations`: later weights are taken and forgotten, and every wait is content: an index that is never
-    refreshed. `delay_s`: how long every search takes at least. `folder`: where generations are saved.
+    refreshed. `delay_s`: how long every search takes at least. `folder`: where generations are saved. `keeps_vectors`
+    False: hits come without vectors, as from kinds of index that have none.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LocalIndex:
         max_generations: int = 0,
         delay_s: float = 0.0,
         folder: Path | None = None,
+        keeps_vectors: bool = True,
     ) -> None:
         self.num_passages = len(store)
         self.manual, self.max_generations, self.delay_s, self.folder = manual, max_generations, delay_s, folder
@@ -57,25 +59,32 @@ class LocalIndex:
         self.generations_committed = 0
         self.published: list[int] = []  # weights versions, in the order in which they came
         self.waited_for: list[int] = []
+        self.keeps_vectors, self.passages_encoded = keeps_vectors, 0
+        self.partial: list[np.ndarray | None] = []  # passages of each publish; None: all
         self._table = store.tokens("retriever")
         with torch.random.fork_rng():
             self._encoder = build_encoder(encoder, vocab_size).eval().requires_grad_(False)
         ranges = shard_ranges(len(store), num_shards)
         self._shards = [Shard(number, *bounds, IndexConfig()) for number, bounds in enumerate(ranges)]
-        self._waiting: tuple[int, dict[str, np.ndarray]] | None = None
+        self._waiting: tuple[int, dict[str, np.ndarray], np.ndarray | None] | None = None
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> LocalHits:
         """Search the generation that serves now."""
         assert self.generation >= 0, "a search before the first generation"
+        num_vectors = num_vectors if self.keeps_vectors else 0
         hits = merge([shard.search(queries, k, self.generation, num_vectors) for shard in self._shards], k)
         return LocalHits(hits, time.monotonic() + self.delay_s)
 
-    def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
-        """Take weights; encode at once unless refreshed by hand."""
+    def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
+        """Take weights; encode at once unless refreshed by hand. Passages of a publish that still waits are encoded
+        with the newer weights."""
         self.published.append(weights_version)
+        self.partial.append(only)
         if self._is_complete:
             return
-        self._waiting = (weights_version, weights)
+        if self._waiting is not None and only is not None:
+            only = None if self._waiting[2] is None else np.union1d(only, self._waiting[2])
+        self._waiting = (weights_version, weights, only)
         if not self.manual:
             self.refresh()
 
@@ -83,13 +92,20 @@ class LocalIndex:
         """Encode, stage, prepare and commit the newest published weights, if they do not serve already."""
         if self._waiting is None:
             return
-        (version, weights), self._waiting = self._waiting, None
+        (version, weights, only), self._waiting = self._waiting, None
         load_passage_weights(self._encoder, weights)
         generation = self.generation + 1
         for shard in self._shards:
-            vectors = encode_range(self._table, shard.start, shard.stop, self._encode, BATCH_TOKENS)
-            shard.stage(generation, version, shard.start, vectors)
+            rows = np.arange(shard.start, shard.stop)
+            if only is not None:
+                rows = rows[np.isin(rows, only)]
+                shard.derive(generation, self.generation, rows, version)
+            else:
+                shard.begin(generation, version)
+            for numbers, vectors in encode_rows(self._table, rows, self._encode, BATCH_TOKENS):
+                shard.stage(generation, version, numbers, vectors)
             shard.prepare(generation)
+            self.passages_encoded += len(rows)
         for shard in self._shards:
             shard.commit(generation)
             shard.release(generation - 1)
@@ -123,7 +139,8 @@ class LocalIndex:
 
     def status(self) -> IndexStatus:
         """What serves."""
-        return IndexStatus(self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0)
+        oldest = min(shard.status().oldest_version for shard in self._shards)
+        return IndexStatus(self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0, oldest)
 
     @property
     def _is_complete(self) -> bool:

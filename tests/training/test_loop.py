@@ -14,10 +14,12 @@ import torch
 
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
+from training.freshness import Freshness
 from training.loop import Fetched, Hooks, LoopState, Source, Window, learning_rates, step_metrics, train
 from training.models.encoder import passage_state
 from training.models.system import ContrastBatch
 from training.models.weights import from_numpy, to_numpy
+from training.policy import RefreshPlan
 from training.retrieve import IndexStatus
 from training.settings import EngineConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 from training.stage import Stage
@@ -64,7 +66,8 @@ def test_metrics_of_a_step_with_two_micro_batches():
         "time/search_wait_share": 0.6,
         "retrieval/gold_in_k": 0.75,
         "index/generation": 2,
-        "index/staleness_steps": 5,  # step 9 computed with weights of step 8, on hits of step 3
+        "index/staleness_steps": 4,  # step 9 computed with weights of step 8, on hits of steps 5 and 3
+        "index/staleness_max_steps": 5,
         "index/blocked_steps": 3,
         "index/generations_committed": 5,
         "index/refresh_failures": 1,
@@ -93,6 +96,11 @@ class Run:
     stage: Stage
     index: LocalIndex
     log: list[str] = field(default_factory=list)
+
+    def every(self, steps: int, precision: str = "float32") -> Callable[..., dict[str, float]]:
+        """A refresh every so many steps."""
+        plan = RefreshPlan(every_steps=steps, precision=precision)
+        return Freshness(plan, self.stage.engine, self.index, self.stage.monitor).after_step
 
     def train(self, hooks: Hooks, source: Source | None = None) -> LoopState:
         stage, job = self.stage, self.stage.job
@@ -167,7 +175,7 @@ def test_what_was_done_before_an_interruption_is_not_done_again(make_run):
 @pytest.mark.parametrize(("depth", "staleness"), [(0, [0, 1, 0, 1, 0, 1]), (1, [0, 1, 2, 1, 2, 1])])
 def test_staleness_is_that_of_the_hits_in_use(make_run, depth, staleness):
     run = make_run(retrieval=RetrievalConfig(k=3, prefetch_depth=depth))
-    run.train(Hooks(publish_every=2))
+    run.train(Hooks(refresh=run.every(2)))
     rows = run.rows()
     assert [row["index/staleness_steps"] for row in rows] == staleness
     assert [row["index/generations_committed"] for row in rows] == [1, 2, 2, 3, 3, 4]
@@ -179,7 +187,7 @@ def test_staleness_is_that_of_the_hits_in_use(make_run, depth, staleness):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_weights_handed_out_are_those_after_the_step(make_run, precision):
     run = make_run({"manual": True}, training=TrainingConfig(steps=2, batch_size=2))
-    run.train(Hooks(publish_every=2, publish_precision=precision))
+    run.train(Hooks(refresh=run.every(2, precision)))
     run.index.refresh()
     wanted = from_numpy(to_numpy(passage_state(run.stage.system.retriever), precision))
     found = run.index._encoder.state_dict()
@@ -191,12 +199,12 @@ def test_the_weights_handed_out_are_those_after_the_step(make_run, precision):
 def test_training_waits_for_a_refresh_only_when_staleness_is_bounded(make_run):
     steps = TrainingConfig(steps=8, batch_size=2)
     free = make_run({"manual": True}, training=steps)
-    free.train(Hooks(publish_every=2))
+    free.train(Hooks(refresh=free.every(2)))
     assert (free.index.waited_for, free.stage.state.blocked_steps) == ([], 0)
     assert free.rows()[-1]["index/staleness_steps"] == 7
     bounded = make_run({"manual": True}, training=steps)
     (bounded.stage.run_dir / "metrics.jsonl").unlink()
-    bounded.train(Hooks(publish_every=2, max_staleness_steps=3))
+    bounded.train(Hooks(refresh=bounded.every(2), max_staleness_steps=3))
     # After step 4 the index of step 0 is too old: the one of step 4 is built. It lasts until step 8.
     assert bounded.index.waited_for == [1, 5]
     assert bounded.stage.state.blocked_steps == 2
@@ -208,7 +216,7 @@ def test_training_waits_for_a_refresh_only_when_staleness_is_bounded(make_run):
 def test_a_wait_that_cannot_end_is_an_error(make_run):
     run = make_run({"manual": True}, training=TrainingConfig(steps=8, batch_size=2))
     with pytest.raises(TimeoutError, match="version 1"):
-        run.train(Hooks(publish_every=0, max_staleness_steps=3, wait_timeout_s=0.1))
+        run.train(Hooks(max_staleness_steps=3, wait_timeout_s=0.1))
 
 
 # ---------------------------------------------------------------- not finite
@@ -277,7 +285,7 @@ def test_one_micro_batch_that_is_not_finite_spoils_its_whole_step(make_run):
 
 def test_times_add_up(make_run):
     run = make_run()
-    state = run.train(Hooks(publish_every=3))
+    state = run.train(Hooks(refresh=run.every(3)))
     rows = run.rows()
     for row in rows:
         parts = [value for name, value in row.items() if name.startswith("time/") and name.endswith("_s")]

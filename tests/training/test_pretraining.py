@@ -26,6 +26,7 @@ from training.models.system import RetrievalBatch
 from training.models.weights import to_numpy
 from training.objectives.choose import compute, needs
 from training.objectives.contrastive import info_nce
+from training.policy import RefreshPlan
 from training.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
 from training.retrieve import Prefetcher
 from training.settings import (
@@ -388,6 +389,28 @@ def test_pairs_are_cut_from_training_passages_alone_and_weigh_their_share(world,
     together = compute(stage.job.objective, outputs)[0]
     apart = 0.5 * float(compute(stage.job.objective, alone)[0]) + 0.5 * float(pairs)
     assert float(together) == pytest.approx(apart, rel=1e-5)
+
+
+def test_the_source_is_not_read_where_candidates_are_scored_again(world, tmp_path):
+    """Nor does the probe of the drift, whose questions are examples, touch training."""
+    plan = RefreshPlan(probe_questions=5, partial=0.1, whole_every=0)
+    retrieval = RetrievalConfig(k=3, rescore=60)
+    job = pretrain_job(world, tmp_path, evaluate_questions="", retrieval=retrieval, plan=plan, publish_every=2)
+    stage = Stage(job, index := world.index())
+    stage.run()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss/total" in row]
+    assert [row["step"] for row in rows if "drift/overlap" in row] == [2, 4]
+    assert all("retrieval/rescore_overlap" in row for row in rows)
+    assert [None if only is None else len(only) for only in index.partial] == [None, 18, 18, None]
+    assert stage.corpus is not None
+    source = stage.make_source(None)
+    for number in range(6):
+        fetched = source.next()
+        examples = np.arange(number * 4, number * 4 + 4)
+        own = stage.corpus.groups[stage.corpus.training.sources(examples)]
+        assert fetched.passages is not None
+        assert not (stage.corpus.groups[fetched.passages.reshape(4, -1)] == own[:, None]).any()
 
 
 def test_closed_book_pretraining_reads_no_passage(world, tmp_path):

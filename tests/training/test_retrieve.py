@@ -107,7 +107,7 @@ class ToldService:
         self.log.append(f"submit {int(queries[0, 0])}")
         return ToldHits(self, int(queries[0, 0]))
 
-    def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
+    def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
         raise AssertionError("the prefetcher publishes nothing")
 
     def wait_for_version(

@@ -183,7 +183,9 @@ def reference(case: Case, tokenizer: Path) -> dict[str, Any]:
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = loss_of(case, system("likelihoods", collate(system, step, slice(None), case.pairs), needs(case.objective), 1.0))
+        loss = loss_of(
+            case, system("likelihoods", collate(system, step, slice(None), case.pairs), needs(case.objective), 1.0)
+        )
         loss.backward()
         clipped = {name: torch.nn.utils.clip_grad_norm_(group, ENGINE.clip_norm) for name, group in groups.items()}
         norms.append({name: float(norm) for name, norm in clipped.items()})

@@ -93,8 +93,8 @@ class System(nn.Module):
         self.generator = generator
 
     def forward(self, task: str, *arguments: Any) -> Any:
-        """One entrance for the engine: `likelihoods | contrast | encode_questions | answer | score`, and of
-        `training/models/candidates.py` `candidates | prior | sample`."""
+        """One entrance for the engine: `likelihoods | contrast | encode_questions | encode_passages | answer | score`,
+        and of `training/models/candidates.py` `candidates | prior | sample`."""
         match task:
             case "likelihoods":
                 return self.likelihoods(*arguments)
@@ -102,6 +102,8 @@ class System(nn.Module):
                 return self.contrast(*arguments)
             case "encode_questions":
                 return self.retriever.encode_queries(*arguments)
+            case "encode_passages":
+                return self.retriever.encode_passages(*arguments)
             case "answer":
                 return self.answer(*arguments)
             case "score":

@@ -1,0 +1,139 @@
+"""How far the encoders have moved away from the index that serves: measured on a fixed set of questions.
+
+The probe's questions are searched with today's query encoder; the candidates (more than are read, see PROBE_FACTOR)
+are scored again by today's passage encoder. What lies beyond the candidates is not seen: the overlap is an upper bound
+of what a ranking of the whole corpus would show, and equal to it once the candidates are all passages.
+
+    drift/overlap           share of the index's k best that are among the k best by fresh scores
+    drift/rank_correlation  Spearman's rho of both orders, over the candidates of a question
+    drift/passage_shift     mean 1 - cosine of a candidate's indexed and fresh vectors; where the kind of index keeps
+                            no vectors: of those at the newest publish and now, where it is a candidate again
+    drift/query_shift       mean 1 - cosine of a question's vectors at the newest publish and now
+
+Every method is collective; each rank probes its share, and all ranks have the same result.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.rescore import FreshVectors, candidate_vectors, overlap_of, pair_scores
+from training.retrieve import IndexService
+
+PROBE_FACTOR = 4  # candidates are so many times k, or retrieval.rescore times where that is more
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Means over the probe; NaN where there was nothing to compare with."""
+
+    overlap: float
+    rank_correlation: float
+    passage_shift: float
+    query_shift: float
+    weights_version: int  # of the generation that answered rank 0
+
+    def metrics(self) -> dict[str, float]:
+        """By metric key, without what is not known."""
+        names = ("overlap", "rank_correlation", "passage_shift", "query_shift")
+        return {f"drift/{name}": value for name in names if not np.isnan(value := getattr(self, name))}
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """This rank's, by the encoders of one moment."""
+
+    questions: np.ndarray  # float32 [questions of this rank, dim]
+    passages: dict[int, np.ndarray]
+
+
+class DriftProbe:
+    """Probes an index with the same questions each time."""
+
+    def __init__(self, fresh: FreshVectors, service: IndexService, numbers: np.ndarray, k: int, depth: int) -> None:
+        """`numbers` of the questions, the same on every rank; `depth` candidates for each, k of them read."""
+        self.fresh, self.service, self.numbers, self.k, self.depth = fresh, service, numbers, k, depth
+        engine = fresh.engine
+        share = -(-len(numbers) // engine.world_size)
+        padded = np.resize(numbers, share * engine.world_size)  # repeats from the front: equal shares
+        self._mine = padded[engine.rank :: engine.world_size]
+        self._repeated = (np.arange(len(padded)) >= len(numbers))[engine.rank :: engine.world_size]
+        self._now: _Vectors | None = None
+        self._published: _Vectors | None = None
+
+    def measure(self) -> Drift:
+        """Probe the generation that serves. Raises what a search raises."""
+        queries = self.fresh.questions(self._mine)
+        hits = self.service.submit(queries, self.depth, self.depth).result()
+        vectors = candidate_vectors(self.fresh, hits.ids)
+        scores = pair_scores(queries, vectors, hits.ids)
+        order = np.lexsort((hits.ids, -scores), axis=-1)[:, : self.k]
+        best = np.take_along_axis(hits.ids, order, axis=1)
+        known = hits.ids >= 0
+        correlations = [spearman(hits.scores[row], scores[row], known[row]) for row in range(len(scores))]
+        overlaps = overlap_of(hits.ids[:, : self.k], best)
+        columns = np.stack([overlaps, np.array(correlations), self._query_shift(queries)], axis=1)
+        self._now = _Vectors(queries, _by_number(hits.ids, vectors))
+        stale = hits.vectors if hits.vectors is not None and hits.vectors.shape[1] == self.depth else None
+        shifts = self._passage_shifts(stale, vectors, np.where(self._repeated[:, None], -1, hits.ids))
+        own = (dict(zip(self._mine.tolist(), columns, strict=True)), shifts, hits.weights_version)
+        everyone = self.fresh.engine.gather_objects(own)
+        by_number = {number: row for rows, _, _ in everyone for number, row in rows.items()}
+        means = _mean(np.stack(list(by_number.values())))
+        passage_shift = _mean(np.concatenate([found for _, found, _ in everyone])[:, None])[0]
+        return Drift(means[0], means[1], passage_shift, means[2], everyone[0][2])
+
+    def remember(self) -> None:
+        """What `measure` has just seen is what the shifts are measured from: the weights were published."""
+        self._published = self._now
+
+    def _query_shift(self, queries: np.ndarray) -> np.ndarray:
+        if self._published is None:
+            return np.full(len(queries), np.nan)
+        return shift(self._published.questions, queries)
+
+    def _passage_shifts(self, stale: np.ndarray | None, vectors: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """float64 [any]: of each candidate where its former vector is known."""
+        if stale is not None:
+            return shift(stale, vectors)[ids >= 0]
+        former = self._published.passages if self._published is not None else {}
+        now = _by_number(ids, vectors)
+        both = sorted(former.keys() & now.keys())
+        if not both:
+            return np.empty(0)
+        return shift(np.stack([former[number] for number in both]), np.stack([now[number] for number in both]))
+
+
+def shift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """float64 [...]: 1 - cosine of vectors [..., dim]; 0 where both are one direction, at most 2."""
+    before, after = before.astype(np.float64), after.astype(np.float64)
+    norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+    return 1 - (before * after).sum(axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
+
+
+def spearman(first: np.ndarray, second: np.ndarray, known: np.ndarray) -> float:
+    """Spearman's rank correlation of two score lines [n] where `known`, equal scores sharing their mean rank; NaN where
+    a line has fewer than two different scores."""
+    if known.sum() < 2:
+        return float("nan")
+    a, b = (_ranks(line[known]) for line in (first, second))
+    a, b = a - a.mean(), b - b.mean()
+    spread = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / spread) if spread else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
+def _mean(columns: np.ndarray) -> list[float]:
+    """Mean of each column [rows, columns] over the rows that have it; NaN where none has."""
+    there = ~np.isnan(columns)
+    totals = np.where(there, columns, 0.0).sum(axis=0)
+    return [float(t / n) if n else float("nan") for t, n in zip(totals, there.sum(axis=0), strict=True)]
+
+
+def _by_number(ids: np.ndarray, vectors: np.ndarray) -> dict[int, np.ndarray]:
+    found = zip(ids.reshape(-1).tolist(), vectors.reshape(-1, vectors.shape[-1]), strict=True)
+    return {number: vector for number, vector in found if number >= 0}
