@@ -170,7 +170,7 @@ def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
         ("training.train=boht", "Did you mean both?"),
         ("index.num_shards=0", "index.num_shards=0: must be at least 1"),
         ("index.replicas=0", "index.replicas=0: must be at least 1"),
-        ("index.on_slow=hegde", "index.on_slow=hegde: must be one of wait, hedge, refuse. Did you mean index.on_slow"),
+        ("index.on_slow=hegde", "index.on_slow=hegde: must be one of wait, hedge, refuse. Did you mean hedge?"),
         ("index.on_slow=refuse", "index.slow_after_s=0: must be above 0 with index.on_slow=refuse"),
         ("index.slow_after_s=120", "index.slow_after_s=120.0: must be below index.search_timeout_s=120"),
         ("retrieval.k=0", "retrieval.k=0: must be at least 1"),
