@@ -29,7 +29,9 @@ from cluster.refresh import CoordinatorStatus, RefreshCoordinator, RefreshSettin
 from cluster.shards import ShardGroup
 from cluster.snapshots import IndexIdentity, Snapshots, Wish
 from indexing.encode import encode_range
+from indexing.filters import Filter
 from indexing.merge import ShardHits
+from indexing.metadata import MetadataColumns
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, Shard, ShardStatus
 from indexing.store import Store
@@ -52,14 +54,25 @@ class Gone:
 class ShardActor:
     """`indexing.shard.Shard` in its own process."""
 
-    def __init__(self, number: int, start: int, stop: int, config: IndexConfig, threads: int) -> None:
+    def __init__(
+        self, number: int, start: int, stop: int, config: IndexConfig, threads: int, store: str | None = None
+    ) -> None:
+        """`store`: where the passages' metadata lie, for searches with a filter."""
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before FAISS is imported, which reads it once
-        self._shard = Shard(number, start, stop, config)
+        metadata = None if store is None else MetadataColumns(store, start, stop)
+        self._shard = Shard(number, start, stop, config, metadata=metadata)
 
     @ray.method(concurrency_group="search")
-    def search(self, queries: np.ndarray, k: int, generation: int | None, num_vectors: int) -> ShardHits | Gone:
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        generation: int | None,
+        num_vectors: int,
+        where: Filter | None = None,
+    ) -> ShardHits | Gone:
         try:
-            return self._shard.search(queries, k, generation, num_vectors)
+            return self._shard.search(queries, k, generation, num_vectors, where)
         except GenerationGone as gone:
             return Gone(gone.committed)
 

@@ -12,7 +12,9 @@ from cluster.prepare import prepare_data
 from cluster.settings import Settings
 from indexing.corpus import Question
 from indexing.encode import Encode, encode_range
+from indexing.filters import parse_filter
 from indexing.merge import Hits, merge
+from indexing.metadata import MetadataColumns
 from indexing.questions import write_questions
 from indexing.shard import Shard, shard_ranges
 from indexing.snapshot import is_complete
@@ -66,6 +68,8 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, question: s
         with torch.inference_mode():
             queries = system("encode_questions", *collator.question_tensors(numbers)).numpy()
             hits = _search(settings, store, system.retriever.passage_encoder, folder, queries)
+            if not hits.ids.size:
+                raise ValueError(f"no passage passes the filter retrieval.where={settings.retrieval.where}")
             answers = _answer(settings, system, collator, hits.ids)
     passages = [store.passage(int(row)) for row in hits.ids[0]]
     texts = [to_text(tokenizers[1], tokens) for tokens in answers.decoded.tokens]
@@ -96,13 +100,13 @@ def _answer(settings: Settings, system: System, collator: Collator, hits: np.nda
 
 def _search(settings: Settings, store: Store, encoder: TextEncoder, checkpoint: Path, queries: np.ndarray) -> Hits:
     """Search the generation that the checkpoint names, or encode the corpus where it is not on disk."""
-    config = replace(settings.index, device="cpu")
+    config, where = replace(settings.index, device="cpu"), parse_filter(settings.retrieval.where)
     generation = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
     directory = checkpoint.parent.parent / "index" / f"generation-{generation}"
     saved = generation >= 0 and is_complete(directory)
     found = []
     for number, (start, stop) in enumerate(shard_ranges(len(store), config.num_shards)):
-        shard = Shard(number, start, stop, config)
+        shard = Shard(number, start, stop, config, metadata=MetadataColumns(store.path, start, stop))
         if saved:
             shard.load(generation, directory)
         else:
@@ -111,8 +115,8 @@ def _search(settings: Settings, store: Store, encoder: TextEncoder, checkpoint: 
             shard.stage(0, 0, start, encode_range(table, start, stop, encode, settings.refresh.batch_tokens))
             shard.prepare(generation)
             shard.commit(generation)
-        found.append(shard.search(queries, min(settings.retrieval.k, stop - start), generation))
-    return merge(found, settings.retrieval.k)
+        found.append(shard.search(queries, min(settings.retrieval.k, stop - start), generation, where=where))
+    return merge(found, settings.retrieval.k, allow_fewer=where is not None)
 
 
 def encode_function(encoder: TextEncoder) -> Encode:

@@ -28,6 +28,7 @@ from cluster.placement import PlacementPlan
 from cluster.prepare import Prepared
 from cluster.service import IndexServiceHandle, index_identity, start_index_service
 from cluster.settings import Settings
+from indexing.filters import parse_filter
 from indexing.snapshot import is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
@@ -77,6 +78,7 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
                     placement=placement,
                     snapshot=snapshot,
                     start_timeout_s=settings.cluster.start_timeout_s,
+                    where=parse_filter(settings.retrieval.where),
                 )
                 job.index_from_snapshot = snapshot is not None
             _fit(job, service, settings, placement)

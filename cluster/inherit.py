@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.settings import Settings
 from cluster.snapshots import PREFIX, IndexIdentity, check_snapshot
+from indexing.build import HALVES
 from indexing.snapshot import TornSnapshot
 
 PASSAGES_FIXED = ("query_only", "generator_only", "none")  # training.train that leaves the passage encoder alone
@@ -16,7 +17,7 @@ def inherit_index(settings: Settings, init_from: str, run_dir: Path, identity: I
     """The generation that the checkpoint `init_from` names, linked into `run_dir/index`; None where it cannot serve.
 
     It serves where it was built from the checkpoint's own passage encoder, which this stage does not train, and where
-    corpus, tokeniser, kind of index and shards are the same (`identity`).
+    corpus, tokeniser and kind of index are the same (`identity`), on any number of shards that it can be spread over.
     """
     if not init_from or settings.training.train not in PASSAGES_FIXED or settings.refresh.precision != "float32":
         return None
@@ -28,6 +29,8 @@ def inherit_index(settings: Settings, init_from: str, run_dir: Path, identity: I
     name = f"{PREFIX}{state['generation']}"
     source, target = checkpoint.parents[1] / "index" / name, run_dir / "index" / name
     if not state.get("index_is_current") or not source.is_dir():
+        return None
+    if settings.index.rescore_candidates and not list(source.rglob(f"*{HALVES}")):
         return None
     try:
         check_snapshot(source, identity, contents=False)

@@ -35,6 +35,7 @@ from cluster.repair import Repair, Serving
 from cluster.shards import ShardGroup
 from cluster.snapshots import Snapshots, Wish
 from cluster.takeover import take_over
+from indexing.probe import UNKNOWN, Figures
 from indexing.shard import ShardStatus
 
 GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
@@ -67,6 +68,7 @@ class CoordinatorStatus:
     given_up: str = ""  # why the newest publish will not become a generation
     needs_weights: bool = False  # the serving generation cannot be completed without a new publish
     passages_encoded: int = 0  # by this coordinator so far: grows while a generation is built
+    figures: Figures = UNKNOWN  # of the newest generation that this coordinator committed
 
 
 class RefreshCoordinator:
@@ -108,6 +110,7 @@ class RefreshCoordinator:
         self._failures = 0
         self._seconds = 0.0
         self._passages_per_s = 0.0
+        self._figures = UNKNOWN
 
     # What clients ask. Never waits.
 
@@ -138,6 +141,7 @@ class RefreshCoordinator:
                 given_up=self._given_up,
                 needs_weights=self.repair.beyond_repair,
                 passages_encoded=self.pool.passages_encoded,
+                figures=self._figures,
             )
 
     def save_generation(self, generation: int) -> str | None:
@@ -252,11 +256,12 @@ class RefreshCoordinator:
         """Switch every shard. The decision is made: a shard that dies here is repaired, not waited for."""
         self.shards.call(lambda shard: shard.commit(new.generation))
         seconds, passages = time.monotonic() - begin, self.shards.num_passages
+        figures = self.shards.figures(new.generation)
         with self._changed:
             self._serving = new
             self._replaced_at = time.monotonic()
             self._committed += 1
-            self._seconds, self._passages_per_s = seconds, passages / seconds
+            self._seconds, self._passages_per_s, self._figures = seconds, passages / seconds, figures
         self.snapshots.want(new.generation, new.weights_version)
         self._events(
             "refresh_committed",
@@ -265,6 +270,9 @@ class RefreshCoordinator:
             seconds=round(seconds, 3),
             passages=passages,
             passages_per_s=round(passages / seconds, 1),
+            bytes_per_passage=round(figures.bytes_per_passage, 1),
+            build_s=round(figures.build_s, 3),
+            recall=None if figures.recall is None else round(figures.recall, 4),
         )
 
     def _clear(self, keep: set[int], abort: bool) -> None:

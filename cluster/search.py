@@ -28,6 +28,7 @@ from cluster.handles import NamedActor, get, own_error
 from cluster.ports import Weights
 from cluster.processes import Place
 from cluster.refresh import CoordinatorStatus
+from indexing.filters import Filter
 from indexing.merge import Hits, ShardHits, check_k, merge
 from training.retrieve import IndexStatus
 
@@ -48,6 +49,7 @@ class IndexAddress:
     num_passages: int
     search_timeout_s: float
     events_path: str
+    where: Filter | None = None  # of every search that names no other one; num_passages are those that pass it
 
 
 def new_publish_id() -> int:
@@ -58,9 +60,17 @@ def new_publish_id() -> int:
 class Search:
     """A search under way (`PendingHits`)."""
 
-    def __init__(self, client: "IndexClient", queries: np.ndarray, k: int, num_vectors: int) -> None:
+    def __init__(
+        self,
+        client: "IndexClient",
+        queries: np.ndarray,
+        k: int,
+        num_vectors: int,
+        where: Filter | None = None,
+        allow_fewer: bool = False,
+    ) -> None:
         self._client = client
-        self._k, self._num_vectors = k, num_vectors
+        self._k, self._num_vectors, self._where, self._allow_fewer = k, num_vectors, where, allow_fewer
         self._queries: Any = queries if queries.nbytes < INLINE_BYTES else ray.put(queries)
         self._deadline = 0.0
         self._answers: list[Any] = self._ask()
@@ -91,7 +101,7 @@ class Search:
                 hits = [answer for answer in answers if isinstance(answer, ShardHits)]
                 pinned, again_at_once = self._client.learn(answers)
                 if len(hits) == len(answers) and len({one.generation for one in hits}) == 1:
-                    return merge(hits, self._k)
+                    return merge(hits, self._k, self._allow_fewer)
                 why = "no generation is served by every shard"
                 if again_at_once:
                     self._answers = self._ask(pinned)
@@ -104,7 +114,7 @@ class Search:
             self._answers = self._ask()
 
     def _ask(self, generation: int | None = None) -> list[Any]:
-        return self._client.ask_shards(self._queries, self._k, generation, self._num_vectors)
+        return self._client.ask_shards(self._queries, self._k, generation, self._num_vectors, self._where)
 
     def _too_late(self, why: str) -> str:
         limit = self._client.address.search_timeout_s
@@ -136,16 +146,29 @@ class IndexClient:
 
     # Search.
 
-    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> Search:
+    def submit(
+        self,
+        queries: np.ndarray,
+        k: int,
+        num_vectors: int = 0,
+        where: Filter | None = None,
+        allow_fewer: bool = False,
+    ) -> Search:
         """Start a search of float32 `queries` [batch, dim]; the first `num_vectors` hits come with their vectors, where
-        the kind of index keeps them. Raises ValueError for a k that the corpus does not hold."""
-        check_k(k, self.num_passages)
-        return Search(self, np.ascontiguousarray(queries, np.float32), k, num_vectors)
+        the kind of index keeps them. `where`: among the passages alone that pass it (None: the address's filter, if it
+        has one). Raises ValueError for a k that the corpus does not hold; where fewer than k passages pass, `result`
+        raises it, or has fewer columns with `allow_fewer`."""
+        where = self.address.where if where is None else where
+        if where is None or not allow_fewer:
+            check_k(k, self.num_passages)
+        return Search(self, np.ascontiguousarray(queries, np.float32), k, num_vectors, where, allow_fewer)
 
-    def ask_shards(self, queries: Any, k: int, generation: int | None, num_vectors: int) -> list[Any]:
+    def ask_shards(
+        self, queries: Any, k: int, generation: int | None, num_vectors: int, where: Filter | None = None
+    ) -> list[Any]:
         """References to every shard's answer, from the pinned generation unless another one is named."""
         pinned = self._pinned if generation is None else generation
-        return [shard.submit("search", queries, k, pinned, num_vectors) for shard in self._shards]
+        return [shard.submit("search", queries, k, pinned, num_vectors, where) for shard in self._shards]
 
     def learn(self, answers: list[ShardHits | Gone]) -> tuple[int | None, bool]:
         """Pin the newest generation that all shards have committed.
@@ -243,6 +266,7 @@ class IndexClient:
             refresh_seconds=status.refresh_seconds,
             refresh_passages_per_s=status.refresh_passages_per_s,
             failures=status.failures + self._publish_failures,
+            figures=status.figures,
         )
 
     def hand_in_again(self) -> None:

@@ -31,6 +31,8 @@ from cluster.search import IndexAddress, IndexClient
 from cluster.settings import RefreshConfig
 from cluster.snapshots import PREFIX, IndexIdentity, Wish, check_snapshot
 from indexing.build import check_config
+from indexing.filters import Filter
+from indexing.metadata import count_passing
 from indexing.settings import IndexConfig
 from indexing.shard import shard_ranges
 from indexing.store import Store
@@ -53,7 +55,7 @@ class IndexServiceHandle:
 
     @property
     def num_passages(self) -> int:
-        """Passages in the index."""
+        """Passages that a search may return."""
         return self.address.num_passages
 
     def connect(self) -> IndexClient:
@@ -82,11 +84,13 @@ def start_index_service(
     snapshot: str | Path | None = None,
     start_timeout_s: float = 300.0,
     keep_protected: int = 4,
+    where: Filter | None = None,
 ) -> IndexServiceHandle:
     """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish.
 
     `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`.
-    `keep_protected` saved generations that checkpoints name outlive the pruning. Raises ValueError for settings or a
+    `keep_protected` saved generations that checkpoints name outlive the pruning. `where` is the filter of all searches
+    of its clients, unless they name another one. Raises ValueError for settings or a
     snapshot that do not fit, TornSnapshot for a damaged one, TimeoutError when the actors do not start.
     """
     run_dir = Path(run_dir).resolve()
@@ -102,9 +106,10 @@ def start_index_service(
         namespace=namespace,
         coordinator=f"{prefix}-coordinator",
         shards=tuple(f"{prefix}-shard-{number}" for number in range(index.num_shards)),
-        num_passages=len(passages),
+        num_passages=len(passages) if where is None else count_passing(store, where),
         search_timeout_s=index.search_timeout_s,
         events_path=str(run_dir / "events.jsonl"),
+        where=where,
     )
     handle = IndexServiceHandle(address, tuple(f"{prefix}-worker-{number}" for number in range(refresh.num_workers)))
     worker = WorkerSettings(
@@ -184,7 +189,7 @@ def _start(
     coordinator_class = remote(max_concurrency=COORDINATOR_THREADS)(CoordinatorActor)
     shards = [
         shard_class.options(**_options(name, handle, seats[0], placement)).remote(
-            number, start, stop, index, seats[0].threads
+            number, start, stop, index, seats[0].threads, worker.store
         )
         for number, (name, (start, stop)) in enumerate(zip(handle.address.shards, ranges, strict=True))
     ]

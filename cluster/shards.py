@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.ports import RefreshFailed, ShardLost, ShardPort
+from indexing.probe import Figures, combined
 from indexing.shard import ShardStatus
 
 POLL_S = 0.2  # while a shard is awaited
@@ -46,6 +47,13 @@ class ShardGroup:
         """Numbers of shards that do not answer, or of which `has(status, generation)` is not true."""
         statuses = [(shard.number, status_or_none(shard)) for shard in self._shards]
         return {number for number, status in statuses if status is None or not has(status, generation)}
+
+    def figures(self, generation: int) -> Figures:
+        """What `generation` costs and finds, over the shards that answer with it as their newest."""
+        statuses = [status_or_none(shard) for shard in self._shards]
+        return combined(
+            [(s.stop - s.start, s.figures) for s in statuses if s is not None and s.committed == generation]
+        )
 
     def wait(
         self,

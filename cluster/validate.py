@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from cluster.settings import Settings
+from indexing.filters import parse_filter
 from indexing.kinds import parse
 from training.mixture import mixture, pretrains
 from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
@@ -324,6 +325,7 @@ def _check_index(settings: Settings) -> None:
     """The kind of index, by itself; whether the corpus is large enough for it is seen when it is known."""
     index, k = settings.index, settings.retrieval.k
     parse(index.factory)
+    parse_filter(settings.retrieval.where)
     if 0 < index.rescore_candidates < k:
         allowed = f"must be 0 (off) or at least retrieval.k={k}: proposals are scored again and cut to k"
         raise refuse("index.rescore_candidates", index.rescore_candidates, allowed)

@@ -38,6 +38,7 @@ __all__ = ["Index", "bad_rows", "build_index", "check_config", "check_faiss_inst
 SPARE_CANDIDATES = 16  # that FAISS proposes beyond k
 WIDE_FILTER = 0.5  # share of rows: with more allowed, proposals that are not are dropped; with fewer FAISS skips them
 FLOAT16_MAX = 65504.0
+HALVES = ".f16"  # ending of the file with the float16 vectors beside an index
 OPQ_ITERATIONS = 20  # FAISS's own 50 train hardly better, and much longer
 
 
@@ -174,8 +175,12 @@ class Index:
             index = load_faiss().read_index(str(path))
         except RuntimeError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
-        halves = _read_halves(Path(path), index) if config.rescore_candidates else None
-        return Index(_to_gpu(index, config.factory) if config.device == "gpu" else index, config, halves)
+        return place(index, config, _read_halves(Path(path), index) if config.rescore_candidates else None)
+
+    @property
+    def faiss_index(self) -> Any:
+        """FAISS's own index; only for one that nobody searches."""
+        return self._index
 
 
 def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Index:
@@ -207,6 +212,11 @@ def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Inde
     except RuntimeError as error:
         raise ValueError(f"index.factory is {config.factory!r}, with {vectors.shape} vectors: {error}") from error
     halves = vectors.astype(np.float16) if config.rescore_candidates else None
+    return place(index, config, halves)
+
+
+def place(index: Any, config: IndexConfig, halves: np.ndarray | None) -> Index:
+    """A FAISS index on CPU as an `Index`, where `index.device` says."""
     return Index(_to_gpu(index, config.factory) if config.device == "gpu" else index, config, halves)
 
 
@@ -288,7 +298,7 @@ def _exhaustive_on_cpu(vectors: np.ndarray, factory: str) -> Any:
 
 def halves_path(path: Path) -> Path:
     """Where the float16 vectors beside the index file `path` lie."""
-    return path.with_suffix(".f16")
+    return path.with_suffix(HALVES)
 
 
 def _read_halves(path: Path, index: Any) -> np.ndarray:

@@ -21,13 +21,16 @@ from pathlib import Path
 import numpy as np
 
 from indexing.build import Index
+from indexing.filters import Filter
 from indexing.merge import ShardHits
+from indexing.metadata import MetadataColumns
+from indexing.probe import UNKNOWN, Figures, RecentQueries
+from indexing.reshard import INDEX_FILE, fits, load_range
 from indexing.settings import IndexConfig
 from indexing.snapshot import is_complete, verify, write_once
 from indexing.staging import Staging
 
 MAX_COMMITTED = 2
-INDEX_FILE = "index.faiss"
 
 
 class GenerationGone(Exception):
@@ -55,12 +58,14 @@ class ShardStatus:
     staged_rows: int
     prepared: bool  # the staged generation could be committed
     in_flight: int  # searches and saves under way
+    figures: Figures = UNKNOWN  # of the newest committed generation
 
 
 @dataclass
 class _Served:
     index: Index
     weights_version: int
+    figures: Figures
     users: int = 0
     released: bool = False
 
@@ -68,11 +73,21 @@ class _Served:
 class Shard:
     """Passages `start` to `stop` - 1. Every method may be called from any thread."""
 
-    def __init__(self, shard_number: int, start: int, stop: int, config: IndexConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shard_number: int,
+        start: int,
+        stop: int,
+        config: IndexConfig,
+        seed: int = 0,
+        metadata: MetadataColumns | None = None,
+    ) -> None:
+        """`metadata` of the shard's passages, for searches with a filter."""
         if not 0 <= start < stop:
             raise ValueError(f"shard {shard_number} cannot hold passages {start} to {stop - 1}")
         self.shard_number, self.start, self.stop = shard_number, start, stop
-        self._config, self._seed = config, seed + shard_number
+        self._config, self._seed, self._metadata = config, seed + shard_number, metadata
+        self._recent = RecentQueries(config.probe_queries)
         self._staging_lock = threading.Lock()
         self._table = threading.Condition()
         self._served: dict[int, _Served] = {}  # guarded by _table
@@ -117,7 +132,7 @@ class Shard:
                 return
             if staging is None or staging.generation != generation:
                 raise ValueError(f"generation {generation} is not staged on shard {self.shard_number}")
-            staging.build(self._config, self._seed)
+            staging.build(self._config, self._seed, self._recent.take(staging.dim))
 
     def commit(self, generation: int) -> None:
         """Serve a prepared generation as the newest. Does nothing the second time.
@@ -132,7 +147,7 @@ class Shard:
                 raise ValueError(f"generation {generation} is not prepared on shard {self.shard_number}")
             if generation <= self._newest():
                 raise ValueError(f"generation {generation} is not newer than {self._newest()}")
-            self._add(generation, _Served(staging.index, staging.weights_version))
+            self._add(generation, _Served(staging.index, staging.weights_version, staging.figures))
             self._staging = None
 
     def abort(self, generation: int) -> None:
@@ -158,20 +173,34 @@ class Shard:
             if not self._table.wait_for(lambda: self._served.get(generation) is not served, timeout_s):
                 raise TimeoutError(f"generation {generation} still has {served.users} users after {timeout_s:g} s")
 
-    def search(self, queries: np.ndarray, k: int, generation: int | None = None, num_vectors: int = 0) -> ShardHits:
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        generation: int | None = None,
+        num_vectors: int = 0,
+        where: Filter | None = None,
+    ) -> ShardHits:
         """The best `k` passages of this shard, or all where it has fewer, from `generation` (None: the newest); with
-        the indexed vectors of the first `num_vectors`, where the kind of index keeps them.
+        the indexed vectors of the first `num_vectors`, where the kind of index keeps them. `where`: of those passages
+        alone that pass the filter.
 
-        `queries` float32 [batch, dim]. Raises GenerationGone, and ValueError for a wrong shape, NaN or k < 1.
+        `queries` float32 [batch, dim]. Raises GenerationGone, and ValueError for a wrong shape, NaN, k < 1, or a filter
+        that asks for a field that no passage has.
         """
         if k < 1:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
+        allowed = None if where is None else self._allowed(where)
+        num_allowed = -1 if allowed is None else int(np.count_nonzero(allowed))
         with self._pinned(generation) as (number, served):
-            scores, rows = served.index.search(queries, min(k, served.index.num_vectors))
+            columns = min(k, served.index.num_vectors if allowed is None else num_allowed)
+            scores, rows = served.index.search(queries, max(columns, 1), allowed)
+            scores, rows = scores[:, :columns], rows[:, :columns]
             vectors = served.index.vectors(rows[:, :num_vectors]) if num_vectors else None
+        self._recent.add(queries)
         ids = np.where(rows < 0, -1, rows + self.start)
         with self._table:
-            return ShardHits(ids, scores, number, served.weights_version, self._newest(), vectors)
+            return ShardHits(ids, scores, number, served.weights_version, self._newest(), vectors, num_allowed)
 
     def save(self, generation: int, directory: str | Path) -> Path:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.
@@ -199,23 +228,24 @@ class Shard:
         return path
 
     def load(self, generation: int, directory: str | Path) -> int:
-        """Serve what `save` wrote to `directory`; returns its weights version. Does nothing for one that serves.
+        """Serve what `save` wrote to `directory`, also that of another number of shards (`indexing/reshard.py`);
+        returns its weights version. Does nothing for one that serves.
 
-        Raises TornSnapshot where a bit is wrong, ValueError where it is another shard, range, factory or generation.
+        Raises TornSnapshot where a bit is wrong, ValueError where it is another range, factory or generation.
         """
         path = Path(directory) / f"shard-{self.shard_number:04d}"
         with self._table:
             if generation in self._served and not self._served[generation].released:
                 return self._served[generation].weights_version
+        if not fits(directory, self.shard_number, self.start, self.stop):
+            index, version = load_range(directory, self.start, self.stop, generation, self._config, self._seed)
+            return self._serve_loaded(generation, index, version)
         extra = verify(path)
         self._check_saved(path, extra, generation)
         index = Index.read(path / INDEX_FILE, self._config)
         if (index.num_vectors, index.dim) != (self.stop - self.start, extra["dim"]):
             raise ValueError(f"{path} holds {index.num_vectors} vectors: needed are {self.stop - self.start}")
-        with self._table:
-            if generation not in self._served:
-                self._add(generation, _Served(index, extra["weights_version"]))
-        return extra["weights_version"]
+        return self._serve_loaded(generation, index, extra["weights_version"])
 
     def status(self) -> ShardStatus:
         """What is served and staged now; never waits for a search, a save or a build."""
@@ -232,7 +262,14 @@ class Shard:
                 staged_rows=0 if staging is None else staging.num_filled,
                 prepared=staging is not None and staging.index is not None,
                 in_flight=sum(one.users for one in self._served.values()),
+                figures=self._served[self._newest()].figures if self._newest() >= 0 else UNKNOWN,
             )
+
+    def _allowed(self, where: Filter) -> np.ndarray:
+        """bool [rows]: which of them pass."""
+        if self._metadata is None:
+            raise ValueError(f"retrieval.where is {where}, but shard {self.shard_number} knows no metadata")
+        return self._metadata.mask(where)
 
     @contextmanager
     def _pinned(self, generation: int | None) -> Iterator[tuple[int, _Served]]:
@@ -250,6 +287,13 @@ class Shard:
                 served.users -= 1
                 if served.released:
                     self._free(number)
+
+    def _serve_loaded(self, generation: int, index: Index, weights_version: int) -> int:
+        """Put an index that was read from disk on the table; returns its weights version."""
+        with self._table:
+            if generation not in self._served:
+                self._add(generation, _Served(index, weights_version, Figures(index.num_bytes / index.num_vectors)))
+        return weights_version
 
     def _free(self, generation: int) -> None:
         """Forget a released generation without users. Call with the table lock held."""

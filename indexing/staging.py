@@ -1,8 +1,11 @@
 """The next generation of one shard while its rows arrive. No locks: `indexing/shard.py` holds one around every call."""
 
+import time
+
 import numpy as np
 
 from indexing.build import Index, bad_rows, build_index
+from indexing.probe import UNKNOWN, Figures, probe_recall
 from indexing.settings import IndexConfig
 
 
@@ -14,6 +17,7 @@ class Staging:
         self.start, self.num_rows, self.dim = start, num_rows, dim
         self.num_filled = 0  # different rows that have arrived
         self.index: Index | None = None  # once `build` has run
+        self.figures = UNKNOWN  # of the index
         self._vectors = np.empty((num_rows, dim), np.float32)
         self._filled = np.zeros(num_rows, bool)
         self._broken = np.zeros(num_rows, bool)  # arrived with NaN or infinity
@@ -32,8 +36,9 @@ class Staging:
         self._filled[rows] = True
         self.num_filled = int(np.count_nonzero(self._filled))
 
-    def build(self, config: IndexConfig, seed: int) -> None:
-        """Build `index` and let the vectors go. Raises ValueError for missing rows and numbers that are not finite."""
+    def build(self, config: IndexConfig, seed: int, recent: np.ndarray | None = None) -> None:
+        """Build `index`, measure it with the `recent` queries [any, dim], and let the vectors go. Raises ValueError for
+        missing rows and numbers that are not finite."""
         if missing := self.num_rows - self.num_filled:
             raise ValueError(
                 f"generation {self.generation} has {self.num_filled} of {self.num_rows} rows, {missing} are missing: "
@@ -44,5 +49,10 @@ class Staging:
                 f"generation {self.generation} has {int(self._broken.sum())} vectors that are not finite, "
                 f"first passage {self.start + int(self._broken.argmax())}"
             )
-        self.index = build_index(self._vectors, config, seed)
+        begin = time.perf_counter()
+        index = build_index(self._vectors, config, seed)
+        seconds = time.perf_counter() - begin
+        found = probe_recall(index, self._vectors, config.probe_queries, recent, seed)
+        self.figures = Figures(index.num_bytes / self.num_rows, seconds, found)
+        self.index = index
         self._vectors = np.empty((0, self.dim), np.float32)

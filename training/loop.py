@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from indexing.probe import Figures
 from training.engine import Engine
 from training.models.system import ContrastBatch, RetrievalBatch
 from training.models.weights import to_numpy
@@ -227,8 +228,16 @@ def step_metrics(
             "index/refresh_s": status.refresh_seconds,
             "index/refresh_failures": status.failures,
             "perf/refresh_passages_per_s": status.refresh_passages_per_s,
+            **index_metrics(status.figures),
         }
     return metrics
+
+
+def index_metrics(figures: Figures) -> dict[str, float]:
+    """What the newest generation costs and finds, as far as it is known."""
+    known = {"index/bytes_per_passage": figures.bytes_per_passage, "index/build_s": figures.build_s}
+    metrics = {} if not figures.bytes_per_passage else known
+    return metrics if figures.recall is None else {**metrics, "index/recall": figures.recall}
 
 
 def learning_rates(config: TrainingConfig, step: int) -> dict[str, float]:

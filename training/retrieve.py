@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from indexing.merge import Hits
+from indexing.probe import UNKNOWN, Figures
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class IndexStatus:
     refresh_seconds: float  # of the newest committed generation
     refresh_passages_per_s: float
     failures: int
+    figures: Figures = UNKNOWN  # of the newest generation that was committed, as far as they are known
 
 
 class PendingHits(Protocol):

@@ -366,8 +366,6 @@ def test_resume_from_a_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -
     client.wait_for_version(12, WAIT_S)
     assert client.submit(QUERIES, 9).result().generation == first.generation + 4
 
-    with pytest.raises(ValueError, match=r"3 shards, this run has 2: set index\.num_shards=3"):
-        launch(snapshot=path, index=replace(INDEX, num_shards=2))
     with pytest.raises(ValueError, match="another encoder or tokeniser"):
         launch(snapshot=path, encoder=replace(ENCODER, pooling="cls"))
     with pytest.raises(ValueError, match=r"index\.factory=Flat instead of SQfp16"):
