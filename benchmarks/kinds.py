@@ -74,8 +74,8 @@ def main() -> None:
     queries = draw_vectors(QUERIES, arguments.dim, clusters, 1)
     expected = search_exactly(vectors, queries, K)[1]
     print(
-        f"{arguments.vectors:,} x {arguments.dim}, k {K}, {arguments.candidates} candidates, nprobe {arguments.nprobe}, "
-        f"ef_search {arguments.ef_search}, trained on {arguments.training_sample:,}"
+        f"{arguments.vectors:,} x {arguments.dim}, k {K}, {arguments.candidates} candidates, nprobe "
+        f"{arguments.nprobe}, ef_search {arguments.ef_search}, trained on {arguments.training_sample:,}"
     )
     print(
         f"{'kind':<24} {'bytes':>7} {'recall':>7} {'again':>7} {'+bytes':>7} {'build s':>8} {'ms':>8} {'ms again':>8}"

@@ -70,7 +70,7 @@ def checked(value: Any, kind: Any, key: str, source: str) -> Any:
             raise ValueError(f"{source}: {name}={value}: must map names to values, like {{name: value}}")
         return value
     if kind is Any:
-        return value
+        return "" if value is None else value
     if isinstance(value, (dict, list)):
         raise ValueError(f"{source}: {name}={value}: must be one value")
     if NoneType in get_args(kind) and value in (None, "", "null", "~"):

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 
 from cluster.settings import Settings
 from indexing.filters import parse_filter
-from indexing.kinds import parse
+from indexing.kinds import check_gpu_kind, parse
 from training.mixture import mixture, pretrains
 from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
 from training.settings import FRESH_CONTEXT, ObjectiveConfig
@@ -324,7 +324,9 @@ def _check_alignment(settings: Settings) -> None:
 def _check_index(settings: Settings) -> None:
     """The kind of index, by itself; whether the corpus is large enough for it is seen when it is known."""
     index, k = settings.index, settings.retrieval.k
-    parse(index.factory)
+    kind = parse(index.factory)
+    if index.device == "gpu":
+        check_gpu_kind(kind)
     parse_filter(settings.retrieval.where)
     if 0 < index.rescore_candidates < k:
         allowed = f"must be 0 (off) or at least retrieval.k={k}: proposals are scored again and cut to k"

@@ -88,7 +88,7 @@ def check_kind(kind: Kind, device: str, num_vectors: int, training_sample: int, 
     """Raise ValueError where `num_vectors` (of the smallest shard) or other settings do not fit the kind."""
     factory = kind.factory
     if device == "gpu":
-        _check_gpu_kind(kind)
+        check_gpu_kind(kind)
     if kind.lists > num_vectors:
         raise ValueError(
             f"index.factory is {factory!r}, which trains {kind.lists} lists, but a shard holds {num_vectors} "
@@ -120,7 +120,8 @@ def check_dim(kind: Kind, dim: int) -> None:
         )
 
 
-def _check_gpu_kind(kind: Kind) -> None:
+def check_gpu_kind(kind: Kind) -> None:
+    """Raise ValueError for a kind that FAISS has for CPU only."""
     if kind.links:
         raise ValueError(f"index.factory is {kind.factory!r}, which FAISS has for CPU only: set index.device=cpu")
     if not kind.lists and not kind.exhaustive:

@@ -22,6 +22,7 @@ from cluster.service import IndexServiceHandle, start_index_service
 from cluster.session import Session
 from cluster.settings import ClusterConfig, RefreshConfig
 from indexing.exact import search_exactly
+from indexing.filters import parse_filter
 from indexing.merge import Hits
 from indexing.settings import IndexConfig
 from indexing.snapshot import TornSnapshot
@@ -109,6 +110,26 @@ def check(hits: Hits, vectors: dict[int, np.ndarray], queries: np.ndarray = QUER
     scores, rows = search_exactly(vectors[hits.weights_version], queries, hits.ids.shape[1])
     np.testing.assert_allclose(hits.scores, scores, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(hits.ids, rows)
+
+
+def test_hits_under_a_filter(client: IndexClient, corpus: Corpus) -> None:
+    """Exactly the best that pass; too few are an error, unless fewer are wanted; a filter of all searches."""
+    allowed = np.arange(NUM_PASSAGES) % 3 == 1
+    where, few = parse_filter({"third": 1}), parse_filter({"number": {"<": 3}})
+    scores, rows = search_exactly(corpus.vectors(1), QUERIES, 20, allowed)
+    everywhere = IndexClient(replace(client.address, where=where, num_passages=int(allowed.sum())))
+    everywhere = pickle.loads(pickle.dumps(everywhere))
+    for hits in (client.submit(QUERIES, 20, where=where).result(), everywhere.submit(QUERIES, 20).result()):
+        np.testing.assert_array_equal(hits.ids, rows)
+        np.testing.assert_allclose(hits.scores, scores, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"retrieval\.k is 4, but 3 passages pass the filter retrieval\.where"):
+        client.submit(QUERIES, 4, where=few).result()
+    hits = client.submit(QUERIES, 4, num_vectors=2, where=few, allow_fewer=True).result()
+    assert np.sort(hits.ids).tolist() == [[0, 1, 2]] * len(QUERIES)
+    with pytest.raises(ValueError, match=rf"allowed are 1 to {allowed.sum()}"):
+        everywhere.submit(QUERIES, int(allowed.sum()) + 1)
+    with pytest.raises(ValueError, match=r"retrieval\.where\.lang: no passage has this field"):
+        client.submit(QUERIES, 4, where=parse_filter({"lang": "en"})).result()
 
 
 @pytest.mark.parametrize("k", [1, 7, 150, NUM_PASSAGES])
@@ -366,6 +387,12 @@ def test_resume_from_a_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -
     client.wait_for_version(12, WAIT_S)
     assert client.submit(QUERIES, 9).result().generation == first.generation + 4
 
+    again.stop()
+    split = launch(snapshot=path, index=replace(INDEX, num_shards=4), placement=placement(replace(INDEX, num_shards=4)))
+    hits = split.connect().submit(QUERIES, 9).result()
+    np.testing.assert_array_equal(hits.ids, first.ids)
+    np.testing.assert_array_equal(hits.scores, first.scores)
+    split.stop()
     with pytest.raises(ValueError, match="another encoder or tokeniser"):
         launch(snapshot=path, encoder=replace(ENCODER, pooling="cls"))
     with pytest.raises(ValueError, match=r"index\.factory=Flat instead of SQfp16"):
