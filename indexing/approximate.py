@@ -4,7 +4,7 @@ What FAISS leaves short is searched again wider, so that a row of -1 never leave
 graph by its vectors one by one. Under a filter lists and graphs are searched wider from the start, by as much as the
 filter leaves out: about as many allowed vectors are compared as without one. Where FAISS takes no filter (PQ codes),
 the codes of the allowed rows are searched alone; a GPU index proposes more and drops what is not allowed, and what
-stays short is searched in a copy in the CPU's memory, made when it is first needed.
+stays short there is searched in a copy in the CPU's memory, made when it is first needed.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from indexing.kinds import Kind
 from indexing.library import codes_of, inner_of, load_faiss, selector, tune_blas
 
-GPU_MAX_K = 2048
+GPU_MAX_K = GPU_MAX_NPROBE = 2048
 GPU_SPARE = 16  # proposed beyond what a filter leaves
 GRAPH_SHARE = 0.25  # of all vectors: a graph search that would visit more compares the allowed ones one by one
 
@@ -51,7 +51,7 @@ class Approximate:
         return self._inner.search(queries, k, params=_parameters(only))
 
     def _search_lists(self, queries: np.ndarray, k: int, only: Any, share: float) -> tuple[np.ndarray, np.ndarray]:
-        faiss, lists = load_faiss(), self._kind.lists
+        faiss, lists = load_faiss(), min(self._kind.lists, GPU_MAX_NPROBE if self._gpu else self._kind.lists)
         nprobe = min(lists, math.ceil(self._nprobe / share))
         scores, rows = self._inner.search(queries, k, params=faiss.SearchParametersIVF(sel=only, nprobe=nprobe))
         short = np.flatnonzero(rows.min(axis=1) < 0)
@@ -88,11 +88,11 @@ class Approximate:
             raise ValueError(f"retrieval.k is {k}: allowed are 1 to {GPU_MAX_K} with index.device gpu")
         with self.lock:
             scores, rows = self._propose_gpu(queries, wide)
-            if allowed is None:
-                return scores, rows
-            kept = (rows >= 0) & allowed[rows]
-            order = np.argsort(~kept, axis=1, kind="stable")[:, :k]  # the allowed ones first, in their order
-            scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+            kept = rows >= 0
+            if allowed is not None:
+                kept &= allowed[rows]
+                order = np.argsort(~kept, axis=1, kind="stable")[:, :k]  # the allowed ones first, in their order
+                scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
             short = np.flatnonzero(kept.sum(axis=1) < k)
             if len(short) and self._twin is None:
                 on_cpu = load_faiss().index_gpu_to_cpu(self._index)

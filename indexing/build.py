@@ -18,18 +18,10 @@ import numpy as np
 
 from indexing.approximate import Approximate
 from indexing.exact import score_pairs, search_exactly
-from indexing.kinds import EXHAUSTIVE, Kind, check_dim, check_kind, parse
-from indexing.library import (
-    check_faiss_install,
-    check_gpu,
-    gpu_resources,
-    inner_of,
-    load_faiss,
-    selector,
-    tune_blas,
-    whole_vectors,
-)
+from indexing.kinds import Kind, check_dim, check_kind, parse
+from indexing.library import check_faiss_install, check_gpu, load_faiss, selector, tune_blas, whole_vectors
 from indexing.merge import best_first
+from indexing.raw import empty_index, exhaustive_on_cpu, exhaustive_on_gpu, to_gpu
 from indexing.settings import IndexConfig
 from indexing.snapshot import sync_directory, write_file
 
@@ -39,7 +31,6 @@ SPARE_CANDIDATES = 16  # that FAISS proposes beyond k
 WIDE_FILTER = 0.5  # share of rows: with more allowed, proposals that are not are dropped; with fewer FAISS skips them
 FLOAT16_MAX = 65504.0
 HALVES = ".f16"  # ending of the file with the float16 vectors beside an index
-OPQ_ITERATIONS = 20  # FAISS's own 50 train hardly better, and much longer
 
 
 class Index:
@@ -151,7 +142,7 @@ class Index:
             with self._approximate.lock:
                 index = faiss.index_gpu_to_cpu(index)
             if self._config.factory == "SQfp16":
-                index = _exhaustive_on_cpu(whole_vectors(index), "SQfp16")
+                index = exhaustive_on_cpu(whole_vectors(index), "SQfp16")
         if self.halves is not None:
             write_file(halves_path(path), [self.halves])
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -201,8 +192,8 @@ def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Inde
             raise ValueError(f"{setting}, but a vector has a number beyond {FLOAT16_MAX}: use Flat")
     if kind.exhaustive:
         if config.device == "gpu":
-            return Index(_exhaustive_on_gpu(vectors, config.factory), config)
-        return Index(_exhaustive_on_cpu(vectors, config.factory), config)
+            return Index(exhaustive_on_gpu(vectors, config.factory), config)
+        return Index(exhaustive_on_cpu(vectors, config.factory), config)
     index = empty_index(kind, vectors.shape[1], config, seed)
     try:
         if not index.is_trained:
@@ -217,30 +208,7 @@ def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Inde
 
 def place(index: Any, config: IndexConfig, halves: np.ndarray | None) -> Index:
     """A FAISS index on CPU as an `Index`, where `index.device` says."""
-    return Index(_to_gpu(index, config.factory) if config.device == "gpu" else index, config, halves)
-
-
-def empty_index(kind: Kind, dim: int, config: IndexConfig, seed: int) -> Any:
-    """A FAISS index on CPU that is neither trained nor filled; what it trains is drawn with `seed`."""
-    faiss = load_faiss()
-    index = _factory(dim, kind.factory)
-    inner = inner_of(index)
-    clusterings = [inner.cp] if kind.lists else []
-    if kind.rotated:
-        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
-        rotation.niter = OPQ_ITERATIONS
-        codec = faiss.ProductQuantizer(dim, kind.parts, kind.bits)
-        rotation.pq = codec
-        index.referenced_objects = [codec]  # the rotation has but its address
-        clusterings.append(codec.cp)
-    if kind.parts:
-        clusterings.append(inner.pq.cp)
-    for clustering in clusterings:
-        clustering.seed = seed + 1
-        clustering.min_points_per_centroid = 1  # no warning on the console
-    if kind.links:
-        index.hnsw.efConstruction = config.ef_construction
-    return index
+    return Index(to_gpu(index, config.factory) if config.device == "gpu" else index, config, halves)
 
 
 def check_config(config: IndexConfig, num_vectors: int) -> None:
@@ -278,24 +246,6 @@ def bad_rows(vectors: np.ndarray) -> np.ndarray:
     return np.flatnonzero(~np.isfinite(vectors).all(axis=1))
 
 
-def _factory(dim: int, factory: str) -> Any:
-    faiss = load_faiss()
-    try:
-        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(
-            f"index.factory is {factory!r}, which FAISS cannot make for {dim} dimensions: "
-            f"{str(error).splitlines()[0][:200]}"
-        ) from error
-
-
-def _exhaustive_on_cpu(vectors: np.ndarray, factory: str) -> Any:
-    index = _factory(vectors.shape[1], factory)
-    index.train(vectors)
-    index.add(np.ascontiguousarray(vectors, np.float32))
-    return index
-
-
 def halves_path(path: Path) -> Path:
     """Where the float16 vectors beside the index file `path` lie."""
     return path.with_suffix(HALVES)
@@ -321,21 +271,3 @@ def _stored(index: Any, kind: Kind) -> np.ndarray | None:
 def _largest_norm(vectors: np.ndarray) -> float:
     blocks = (vectors[start : start + 65536].astype(np.float32) for start in range(0, len(vectors), 65536))
     return float(np.sqrt(max(np.einsum("nd,nd->n", block, block, dtype=np.float64).max() for block in blocks)))
-
-
-def _exhaustive_on_gpu(vectors: np.ndarray, factory: str) -> Any:
-    faiss = load_faiss()
-    options = faiss.GpuIndexFlatConfig()
-    options.device = 0  # the one that CUDA_VISIBLE_DEVICES leaves visible
-    options.useFloat16 = factory == "SQfp16"
-    index = faiss.GpuIndexFlatIP(gpu_resources(), vectors.shape[1], options)
-    index.add(np.ascontiguousarray(vectors, np.float32))
-    return index
-
-
-def _to_gpu(index: Any, factory: str) -> Any:
-    """The GPU twin of a CPU index."""
-    check_gpu()
-    if factory in EXHAUSTIVE:
-        return _exhaustive_on_gpu(whole_vectors(index), factory)
-    return load_faiss().index_cpu_to_gpu(gpu_resources(), 0, index)
