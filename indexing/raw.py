@@ -25,6 +25,7 @@ def empty_index(kind: Kind, dim: int, config: IndexConfig, seed: int) -> Any:
         index.referenced_objects = [codec]  # the rotation has but its address
         clusterings.append(codec.cp)
     if kind.parts:
+        inner.do_polysemous_training = False  # an order of the codes that no search here makes use of
         clusterings.append(inner.pq.cp)
     for clustering in clusterings:
         clustering.seed = seed + 1
