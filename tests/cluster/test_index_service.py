@@ -21,7 +21,7 @@ from cluster.search import IndexClient
 from cluster.service import IndexServiceHandle, start_index_service
 from cluster.session import Session
 from cluster.settings import ClusterConfig, RefreshConfig
-from indexing.exact import search_exactly
+from indexing.exact import recall, search_exactly
 from indexing.filters import parse_filter
 from indexing.merge import Hits
 from indexing.settings import IndexConfig
@@ -401,6 +401,32 @@ def test_resume_from_a_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(TornSnapshot, match=damaged.name):
         launch(snapshot=path)
+
+
+def test_a_compressed_index_under_a_filter_of_all_searches(launch: Launch, corpus: Corpus) -> None:
+    """Proposals are scored again, every generation is measured, and its snapshot serves on fewer shards."""
+    index = replace(INDEX, factory="PQ8x4", rescore_candidates=60, probe_queries=16)
+    where = parse_filter({"third": [0, 2]})
+    allowed = np.arange(NUM_PASSAGES) % 3 != 1
+    service = launch(index=index, where=where)
+    client = service.connect()
+    assert client.num_passages == allowed.sum()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    expected = search_exactly(corpus.vectors(1), QUERIES, 9, allowed)[1]
+    hits = client.submit(QUERIES, 9).result()
+    assert allowed[hits.ids].all()
+    assert recall(hits.ids, expected) > 0.9
+    (committed,) = events(service, "refresh_committed")
+    figures = client.status().figures
+    assert committed["recall"] == pytest.approx(figures.recall, abs=1e-3)
+    assert committed["recall"] > 0.9
+    assert committed["bytes_per_passage"] == pytest.approx(4 + 4 * 16 * 16 / (NUM_PASSAGES / 3) + 2 * 16, abs=0.1)
+    path = client.save_generation(hits.generation, WAIT_S)
+    service.stop()
+    fewer = replace(index, num_shards=2)
+    again = launch(index=fewer, where=where, snapshot=path, placement=placement(fewer)).connect()
+    assert recall(again.submit(QUERIES, 9).result().ids, expected) > 0.9
 
 
 def test_actors_that_cannot_be_placed_are_a_message_not_a_hang(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
