@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import session
-from cluster.beforehand import check_index
+from cluster.beforehand import check_index, check_where
 from cluster.placement import PlacementPlan, nodes_of_cluster, plan
 from cluster.prepare import Prepared, prepare_data
 from cluster.settings import Settings
@@ -28,6 +28,7 @@ def prepared_data(settings: Settings, root: Path, splits: list[str] | None = Non
     """The stores of a stage, with an index that fits them. Raises ValueError."""
     prepared = prepare_data(settings, root, say, splits)
     check_index(settings, len(Store.open(prepared.passages, verify=False)))
+    check_where(settings, prepared.passages)
     return prepared
 
 

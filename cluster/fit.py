@@ -31,6 +31,7 @@ from cluster.placement import PlacementPlan
 from cluster.prepare import Prepared
 from cluster.service import IndexServiceHandle, await_ready, index_identity, start_index_service
 from cluster.settings import RefreshConfig, Settings
+from indexing.filters import parse_filter
 from indexing.snapshot import TornSnapshot, is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
@@ -130,6 +131,7 @@ def _start_index(
         placement=placement,
         snapshot=snapshot,
         start_timeout_s=settings.cluster.start_timeout_s,
+        where=parse_filter(settings.retrieval.where),
         wait=snapshot is not None,
     )
 
