@@ -98,12 +98,13 @@ def check_index(settings: Settings, num_passages: int) -> None:
         check_dim(parse(settings.index.factory), settings.encoder.fresh.hidden)
 
 
-def check_where(settings: Settings, passages: Path) -> None:
-    """Refuse a filter that asks for a field that no passage of the store has, or that fewer than k passages pass."""
+def check_where(settings: Settings, passages: Path, corpus: Path | None = None) -> None:
+    """Refuse a filter that asks for a field that no passage of the store has, or that fewer than k passages pass.
+    `corpus`: the folder of its changes."""
     where, k = parse_filter(settings.retrieval.where), settings.retrieval.k
     if where is None or not uses_index(settings):
         return
-    passing = count_passing(passages, where)
+    passing = count_passing(passages, where, corpus)
     if passing < k:
         allowed = f"must let retrieval.k={k} passages pass, but of this corpus {passing} do"
         raise refuse("retrieval.where", str(where), allowed)

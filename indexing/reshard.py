@@ -121,8 +121,8 @@ def fits(directory: str | Path, number: int, start: int, stop: int, num_shards: 
         return not any(one.start < stop and start < one.stop for one in saved)
     if (mine[0].start, mine[0].stop) != (start, stop):
         return False
-    num_saved, num_base = len(list(Path(directory).glob(f"{SHARD_PREFIX}*"))), max(one.stop for one in saved)
-    return num_saved == num_shards or not any(one.has_added(num_base) for one in saved)
+    num_base = max(one.stop for one in saved)
+    return mine[0].extra.get("num_shards", len(saved)) == num_shards or not any(o.has_added(num_base) for o in saved)
 
 
 def load_range(

@@ -337,7 +337,8 @@ class Shard:
                     self._check_saved(path, verify(path, contents=False), number)
                     return path
                 shutil.rmtree(path)
-            place = {"start": self.start, "stop": self.stop, "factory": self._config.factory}
+            config = self._config
+            place = {"start": self.start, "stop": self.stop, "factory": config.factory, "num_shards": config.num_shards}
             other = None if earlier is None else Path(earlier) / name
             write_generation(path, number, served.generation, place, other)
         return path

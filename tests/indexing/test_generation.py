@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from indexing.build import EXHAUSTIVE, Index
+from indexing.build import Index
 from indexing.changes import contains
 from indexing.exact import search_exactly
+from indexing.kinds import EXHAUSTIVE
 from indexing.merge import merge
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, NotBegun, Shard, shard_ranges
