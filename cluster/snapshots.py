@@ -59,7 +59,8 @@ def check_snapshot(directory: str | Path, identity: IndexIdentity, contents: boo
         if found[name] != wanted[name]:
             raise ValueError(f"index {directory} was built with {reason}: it cannot serve this run")
     if found["ranges"] != wanted["ranges"]:  # each shard takes over what others saved
-        check_ranges([(start, stop) for start, stop in found["ranges"]], identity.ranges, identity.factory, directory)
+        ranges = [(int(start), int(stop)) for start, stop in found["ranges"] or ()]
+        check_ranges(ranges, identity.ranges, identity.factory, directory)
     return Wish(int(extra["generation"]), int(extra["weights_version"]))
 
 

@@ -40,6 +40,16 @@ def check_ranges(
     saved: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]], factory: str, directory: str | Path
 ) -> None:
     """Raise ValueError where shards of the passages `saved` cannot become shards of the passages `wanted`."""
+    covered = [min((a for a, _ in saved), default=0), max((b for _, b in saved), default=0)]
+    if covered != [min(a for a, _ in wanted), max(b for _, b in wanted)]:
+        raise ValueError(f"index {directory} holds the passages of {list(saved)}: it cannot serve {list(wanted)}")
+    check_codes(saved, wanted, factory, directory)
+
+
+def check_codes(
+    saved: Sequence[tuple[int, int]], wanted: Sequence[tuple[int, int]], factory: str, directory: str | Path
+) -> None:
+    """Raise ValueError where codes would have to be joined that cannot be."""
     joins = [bounds for bounds in wanted if not any(a <= bounds[0] and bounds[1] <= b for a, b in saved)]
     if joins and parse(factory).codec == "PQ" and not halves_path(_shard(directory, 0) / INDEX_FILE).is_file():
         raise ValueError(
@@ -89,7 +99,7 @@ def load_range(
     if len(parts) == 1 and not kind.links:
         index = _cut(parts[0], kind, config)
     else:
-        check_ranges([(p.extra["start"], p.extra["stop"]) for p in parts], [(start, stop)], config.factory, directory)
+        check_codes([(p.extra["start"], p.extra["stop"]) for p in parts], [(start, stop)], config.factory, directory)
         index = build_index(np.concatenate([_vectors(part, config) for part in parts]), config, seed)
     return index, versions.pop()
 
