@@ -74,7 +74,8 @@ def check_snapshot(
         if found[name] != wanted[name]:
             raise ValueError(f"index {directory} was built with {reason}: it cannot serve this run")
     if found["ranges"] != wanted["ranges"]:  # each shard takes over what others saved
-        check_ranges([(start, stop) for start, stop in found["ranges"]], identity.ranges, identity.factory, directory)
+        ranges = [(int(start), int(stop)) for start, stop in found["ranges"] or ()]
+        check_ranges(ranges, identity.ranges, identity.factory, directory)
     corpus_version = int(extra.get("corpus_version", 0))
     if corpus_version and extra["corpus_checksum"] != checksum_of(log, corpus_version):
         raise ValueError(f"index {directory} was built with changes of the corpus that this run does not have")

@@ -117,9 +117,9 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _within(value: Any, how: str, bound: float | str) -> bool:
+def _within(value: Any, how: str, bound: Any) -> bool:
     """Whether a value lies on the right side of a bound; one of another type does not."""
-    own = value if isinstance(bound, str) else _number(value)
+    own: Any = value if isinstance(bound, str) else _number(value)
     if own is None or (isinstance(bound, str) and not isinstance(own, str)):
         return False
     match how:

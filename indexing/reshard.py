@@ -97,13 +97,15 @@ def check_ranges(
 ) -> None:
     """Raise ValueError where shards of the passages `saved` cannot become shards of the passages `wanted`."""
     directory = Path(directory)
+    covered = [min((a for a, _ in saved), default=0), max((b for _, b in saved), default=0)]
+    if covered != [min(a for a, _ in wanted), max(b for _, b in wanted)]:
+        raise ValueError(f"index {directory} holds the passages of {list(saved)}: it cannot serve {list(wanted)}")
     if parse(factory).codec != "PQ" or any(directory.rglob(f"*{HALVES}")):
         return
     joins = any(not any(a <= start and stop <= b for a, b in saved) for start, stop in wanted)
-    num_base = max(stop for _, stop in saved)
     if not joins and len(saved) > 1:  # added passages are spread over all shards
         indexes = [one.base_numbers() for one in _read_saved(directory)]
-        joins = any(len(numbers) and numbers[-1] >= num_base for numbers in indexes)
+        joins = any(len(numbers) and numbers[-1] >= covered[1] for numbers in indexes)
     if joins:
         raise ValueError(
             f"index {directory} of kind {factory} has {len(saved)} shards and cannot become {len(wanted)}: codes of "
@@ -207,7 +209,7 @@ def _base(parts: list[_Part], owner: _Owner, config: IndexConfig, seed: int, dir
         index = build_index(np.concatenate([_vectors(part, config) for part in parts])[order], config, seed)
     whole = len(numbers) == owner.stop - owner.start and bool(np.all(numbers == np.arange(owner.start, owner.stop)))
     first = parts[0].extra if parts else {}
-    keys = [f"{part.extra.get('key')} {part.path}" for part in parts]
+    keys = [str(part.extra.get("key") or part.path) for part in parts]
     key = hashlib.sha256(f"{owner} {keys}".encode()).hexdigest()[:16]  # the same in every replica
     return Base(
         index,

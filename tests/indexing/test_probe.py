@@ -66,6 +66,8 @@ def test_a_shard_measures_every_generation() -> None:
 
 def test_combined() -> None:
     parts = [(100, Figures(10.0, 2.0, 0.9)), (300, Figures(20.0, 1.0, 0.5))]
-    assert combined(parts) == Figures(17.5, 2.0, pytest.approx(0.6))
+    both = combined(parts)
+    assert (both.bytes_per_passage, both.build_s) == (17.5, 2.0)
+    assert both.recall == pytest.approx(0.6)
     assert combined([*parts, (100, Figures(10.0, 9.0, None))]) == Figures(16.0, 9.0, None)
     assert combined([]) == UNKNOWN

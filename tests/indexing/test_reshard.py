@@ -93,6 +93,8 @@ def test_codes_of_different_shards_are_not_joined(tmp_path: Path) -> None:
         check_ranges(shard_ranges(NUM, 2), shard_ranges(NUM, 3), "PQ8x4", tmp_path)
     check_ranges(shard_ranges(NUM, 2), shard_ranges(NUM, 4), "PQ8x4", tmp_path)
     check_ranges(shard_ranges(NUM, 2), shard_ranges(NUM, 3), "SQ8", tmp_path)
+    with pytest.raises(ValueError, match=r"holds the passages of .*: it cannot serve"):
+        check_ranges(shard_ranges(NUM, 2), shard_ranges(NUM + 1, 2), "Flat", tmp_path)
     with pytest.raises(ValueError, match="cannot be joined"):
         Shard(1, *shard_ranges(NUM, 3)[1], config).load(4, tmp_path)
 
