@@ -31,8 +31,10 @@ from cluster.snapshots import IndexIdentity, Snapshots, Wish
 from indexing.build import bad_rows
 from indexing.changes import ChangeLog
 from indexing.encode import encode_numbers
+from indexing.filters import Filter
 from indexing.live import LiveStore
 from indexing.merge import ShardHits
+from indexing.metadata import MetadataColumns
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, Shard, ShardStatus
 from training.jsonl import read_rows
@@ -56,14 +58,33 @@ class Gone:
 class ShardActor:
     """`indexing.shard.Shard` in its own process."""
 
-    def __init__(self, number: int, start: int, stop: int, config: IndexConfig, threads: int) -> None:
+    def __init__(
+        self,
+        number: int,
+        start: int,
+        stop: int,
+        config: IndexConfig,
+        threads: int,
+        store: str | None = None,
+        corpus: str | None = None,
+    ) -> None:
+        """`store`, and `corpus`, the folder of its changes: where the passages' metadata lie, for searches with a
+        filter."""
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before FAISS is imported, which reads it once
-        self._shard = Shard(number, start, stop, config)
+        metadata = None if store is None else MetadataColumns(store, start, stop, number, config.num_shards, corpus)
+        self._shard = Shard(number, start, stop, config, metadata=metadata)
 
     @ray.method(concurrency_group="search")
-    def search(self, queries: np.ndarray, k: int, generation: int | None, num_vectors: int) -> ShardHits | Gone:
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        generation: int | None,
+        num_vectors: int,
+        where: Filter | None = None,
+    ) -> ShardHits | Gone:
         try:
-            return self._shard.search(queries, k, generation, num_vectors)
+            return self._shard.search(queries, k, generation, num_vectors, where)
         except GenerationGone as gone:
             return Gone(gone.committed)
 

@@ -13,8 +13,10 @@ from cluster.settings import Settings
 from cluster.snapshots import fits_changes
 from indexing.corpus import Question
 from indexing.encode import Encode, encode_numbers
+from indexing.filters import parse_filter
 from indexing.live import LiveStore
 from indexing.merge import Hits, merge
+from indexing.metadata import MetadataColumns
 from indexing.questions import write_questions
 from indexing.shard import Shard, shard_ranges
 from training.checkpoint import load_weights
@@ -66,6 +68,8 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, question: s
         with torch.inference_mode():
             queries = system("encode_questions", *collator.question_tensors(numbers)).numpy()
             hits = _search(settings, store, system.retriever.passage_encoder, folder, queries)
+            if not hits.ids.size:
+                raise ValueError(f"no passage passes the filter retrieval.where={settings.retrieval.where}")
             answers = _answer(settings, system, collator, hits.ids)
     passages = [store.passage(int(row)) for row in hits.ids[0]]
     texts = [to_text(tokenizers[1], tokens) for tokens in answers.decoded.tokens]
@@ -97,15 +101,15 @@ def _answer(settings: Settings, system: System, collator: Collator, hits: np.nda
 def _search(settings: Settings, store: LiveStore, encoder: TextEncoder, checkpoint: Path, queries: np.ndarray) -> Hits:
     """Search the generation that the checkpoint names, brought up to the corpus as it is now; where it is not on disk,
     the whole corpus is encoded."""
-    config = replace(settings.index, device="cpu")
+    config, where = replace(settings.index, device="cpu"), parse_filter(settings.retrieval.where)
     generation = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
     directory = checkpoint.parent.parent / "index" / f"generation-{generation}"
     saved = generation >= 0 and fits_changes(directory, store.log)
     table, encode, log = store.tokens("retriever"), encode_function(encoder), store.log
     tokens = settings.refresh.batch_tokens
-    shards = [
-        Shard(number, *range_, config) for number, range_ in enumerate(shard_ranges(log.num_base, config.num_shards))
-    ]
+    ranges = shard_ranges(log.num_base, config.num_shards)
+    metadata = [MetadataColumns(store, *bounds, number, len(ranges)) for number, bounds in enumerate(ranges)]
+    shards = [Shard(number, *bounds, config, metadata=metadata[number]) for number, bounds in enumerate(ranges)]
     for number, shard in enumerate(shards):
         shard.hide(log.version, log.deleted_at())
         owned = log.owned(number, len(shards), shard.start, shard.stop, log.version)
@@ -121,7 +125,8 @@ def _search(settings: Settings, store: LiveStore, encoder: TextEncoder, checkpoi
             shard.stage(generation + 1, 0, mine, encode_numbers(table, mine, encode, tokens))
         shard.prepare(generation + 1)
         shard.commit(generation + 1)
-    return merge([shard.search(queries, settings.retrieval.k) for shard in shards], settings.retrieval.k)
+    found = [shard.search(queries, settings.retrieval.k, where=where) for shard in shards]
+    return merge(found, settings.retrieval.k, allow_fewer=where is not None)
 
 
 def encode_function(encoder: TextEncoder) -> Encode:

@@ -8,7 +8,10 @@ from cluster.config import load
 from cluster.settings import Settings
 from cluster.validate import refuse, values_of
 from indexing.build import check_config
+from indexing.filters import parse_filter
+from indexing.kinds import check_dim, parse
 from indexing.merge import check_k
+from indexing.metadata import count_passing
 from indexing.shard import shard_ranges
 from training.checkpoint import newest_checkpoint
 from training.mixture import pretrains
@@ -80,7 +83,7 @@ def check_same_run(settings: Settings) -> None:
 
 
 def check_index(settings: Settings, num_passages: int) -> None:
-    """Refuse a k, a number of shards or an index kind for which the corpus is too small."""
+    """Refuse a k, a number of shards or an index kind for which the corpus, or a vector, is too small."""
     if not uses_index(settings):
         return
     check_k(settings.retrieval.k, num_passages)
@@ -91,6 +94,20 @@ def check_index(settings: Settings, num_passages: int) -> None:
     ranges = shard_ranges(num_passages, settings.index.num_shards)
     on_cpu = replace(settings.index, device="cpu")  # whether shards see a GPU is not known here
     check_config(on_cpu, min(stop - start for start, stop in ranges))
+    if not settings.encoder.name:  # what another encoder makes is known when it is read
+        check_dim(parse(settings.index.factory), settings.encoder.fresh.hidden)
+
+
+def check_where(settings: Settings, passages: Path, corpus: Path | None = None) -> None:
+    """Refuse a filter that asks for a field that no passage of the store has, or that fewer than k passages pass.
+    `corpus`: the folder of its changes."""
+    where, k = parse_filter(settings.retrieval.where), settings.retrieval.k
+    if where is None or not uses_index(settings):
+        return
+    passing = count_passing(passages, where, corpus)
+    if passing < k:
+        allowed = f"must let retrieval.k={k} passages pass, but of this corpus {passing} do"
+        raise refuse("retrieval.where", str(where), allowed)
 
 
 def uses_index(settings: Settings) -> bool:

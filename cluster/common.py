@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import session
-from cluster.beforehand import check_index
+from cluster.beforehand import check_index, check_where
 from cluster.placement import PlacementPlan, nodes_of_cluster, plan
 from cluster.prepare import Prepared, prepare_data
 from cluster.settings import Settings
@@ -28,7 +28,16 @@ def prepared_data(settings: Settings, root: Path, splits: list[str] | None = Non
     """The stores of a stage, with an index that fits them. Raises ValueError."""
     prepared = prepare_data(settings, root, say, splits)
     check_index(settings, len(Store.open(prepared.passages, verify=False)))
+    check_where(settings, prepared.passages, _changes(settings))
     return prepared
+
+
+def _changes(settings: Settings) -> Path | None:
+    """The folder with the changes of a stage's corpus: its own, or as far as it is known already that of the run that
+    it starts from. `run_stage` looks again."""
+    own, start = run_folder(settings), Path(settings.run.init_from)
+    places = [own, own.parent / start, start, *list(start.parents)[1:2]] if settings.run.init_from else [own]
+    return next((place / "corpus" for place in places if (place / "corpus" / "versions").is_dir()), None)
 
 
 def placement_of(settings: Settings) -> PlacementPlan:

@@ -22,7 +22,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cluster.beforehand import uses_index, with_absolute_models
+from cluster.beforehand import check_where, uses_index, with_absolute_models
 from cluster.config import to_yaml
 from cluster.corpus import open_to_changes
 from cluster.events import EventLog
@@ -31,6 +31,7 @@ from cluster.placement import PlacementPlan
 from cluster.prepare import Prepared
 from cluster.service import IndexServiceHandle, await_ready, index_identity, start_index_service
 from cluster.settings import RefreshConfig, Settings
+from indexing.filters import parse_filter
 from indexing.snapshot import TornSnapshot, is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
@@ -62,6 +63,7 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     job = make_job(settings, prepared, init_from, run_dir)
     passages = Store.open(prepared.passages, verify=False)
     log = inherit_corpus(init_from, run_dir, passages)
+    check_where(settings, prepared.passages, log.folder)
     events = EventLog(run_dir / "events.jsonl")
     events("stage_started", step=_resumed_step(run_dir))
     service = None
@@ -130,6 +132,7 @@ def _start_index(
         placement=placement,
         snapshot=snapshot,
         start_timeout_s=settings.cluster.start_timeout_s,
+        where=parse_filter(settings.retrieval.where),
         wait=snapshot is not None,
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.settings import Settings
 from cluster.snapshots import PREFIX, IndexIdentity, check_snapshot
+from indexing.build import HALVES
 from indexing.changes import ChangeLog
 from indexing.live import LOCK_S
 from indexing.snapshot import TornSnapshot, write_file
@@ -52,8 +53,8 @@ def inherit_index(
     """The generation that the checkpoint `init_from` names, linked into `run_dir/index`; None where it cannot serve.
 
     It serves where it was built from the checkpoint's own passage encoder, which this stage does not train, and where
-    corpus, tokeniser, kind of index and shards are the same (`identity`); what changed in the corpus since it was built
-    (`log`) is encoded when it serves.
+    corpus, tokeniser and kind of index are the same (`identity`), on any number of shards that it can be spread over;
+    what changed in the corpus since it was built (`log`) is encoded when it serves.
     """
     if not init_from or settings.training.train not in PASSAGES_FIXED or settings.refresh.precision != "float32":
         return None
@@ -65,6 +66,8 @@ def inherit_index(
     name = f"{PREFIX}{state['generation']}"
     source, target = checkpoint.parents[1] / "index" / name, run_dir / "index" / name
     if not state.get("index_is_current") or not source.is_dir():
+        return None
+    if settings.index.rescore_candidates and not list(source.rglob(f"*{HALVES}")):
         return None
     try:
         check_snapshot(source, identity, contents=False, log=log)

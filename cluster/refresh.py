@@ -48,6 +48,7 @@ from cluster.shards import ShardGroup, status_or_none
 from cluster.snapshots import Snapshots, Wish
 from cluster.takeover import take_over
 from indexing.changes import ChangeLog
+from indexing.probe import UNKNOWN, Figures
 from indexing.shard import ShardStatus
 
 GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
@@ -83,6 +84,7 @@ class CoordinatorStatus:
     corpus_version: int = 0  # of the live corpus, that is served
     num_passages: int = 0  # living ones
     oldest_version: int = -1  # weights version of the passage of the serving generation that was encoded longest ago
+    figures: Figures = UNKNOWN  # of the serving generation
 
 
 class RefreshCoordinator:
@@ -146,6 +148,7 @@ class RefreshCoordinator:
         self._failures = 0
         self._seconds = 0.0
         self._passages_per_s = 0.0
+        self._figures = UNKNOWN
 
     # What clients ask. Never waits.
 
@@ -183,6 +186,7 @@ class RefreshCoordinator:
                 corpus_version=served.version,
                 num_passages=served.num_passages,
                 oldest_version=self._oldest_version,
+                figures=self._figures,
             )
 
     def save_generation(self, generation: int) -> str | None:
@@ -297,6 +301,7 @@ class RefreshCoordinator:
         self._note_committed(new.generation, new.weights_version, time.monotonic() - begin, passages)
 
     def _note_committed(self, generation: int, version: int, seconds: float, passages: int, **said: object) -> None:
+        figures = self._figures
         with self._changed:
             self._committed += 1
             self._seconds, self._passages_per_s = seconds, passages / seconds
@@ -307,6 +312,9 @@ class RefreshCoordinator:
             seconds=round(seconds, 3),
             passages=passages,
             passages_per_s=round(passages / seconds, 1),
+            bytes_per_passage=round(figures.bytes_per_passage, 1),
+            build_s=round(figures.build_s, 3),
+            recall=None if figures.recall is None else round(figures.recall, 4),
             **said,
         )
 
@@ -324,9 +332,9 @@ class RefreshCoordinator:
 
     def _switch(self, new: Serving) -> None:
         self.shards.call(lambda shard: shard.commit(new.generation))
-        oldest = self._oldest(new)
+        oldest, figures = self._oldest(new), self.shards.figures(new.generation)
         with self._changed:
-            self._serving, self._oldest_version = new, oldest
+            self._serving, self._oldest_version, self._figures = new, oldest, figures
             self._replaced_at = time.monotonic()
 
     def _oldest(self, serving: Serving) -> int:
@@ -411,8 +419,10 @@ class RefreshCoordinator:
         hung_s, hide = self.settings.search_timeout_s / 4, self._builder.hide
         serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s, hung_s, hide)
         oldest = -1 if serving is None else self._oldest(serving)
+        figures = UNKNOWN if serving is None else self.shards.figures(serving.generation)
         with self._changed:
             self._serving, self._next_generation, self._oldest_version = serving, number, oldest
+            self._figures = figures
         self.live.hidden = self.log.version  # the shards that answered hide it, the others will when they come back
 
     def remember(self, committed: int, failures: int) -> None:

@@ -167,6 +167,7 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
         corpora={number: first.corpora.get(number, 0) for number in generations},
         hidden=min(status.hidden for status in statuses),
         num_living=min(status.num_living for status in statuses),
+        figures=next((s.figures for s in statuses if s.figures.recall is not None), first.figures),
     )
 
 

@@ -63,6 +63,14 @@ def checked(value: Any, kind: Any, key: str, source: str) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"{source}: {name}={value}: must be a list like [first, second]")
         return value
+    if get_origin(kind) is dict:
+        if value in ("", None):
+            return {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{source}: {name}={value}: must map names to values, like {{name: value}}")
+        return value
+    if kind is Any:
+        return "" if value is None else value
     if isinstance(value, (dict, list)):
         raise ValueError(f"{source}: {name}={value}: must be one value")
     if NoneType in get_args(kind) and value in (None, "", "null", "~"):
@@ -85,6 +93,8 @@ def kind_of(parts: list[str], kind: Any, prefix: str, known: list[str] | None = 
     """The type of the setting that `parts` name below `kind`; a number names an item of a list. `known`: what a refusal
     of the first part suggests, if not the fields of `kind`. Raises ValueError."""
     for position, part in enumerate(parts):
+        if get_origin(kind) is dict:
+            return Any
         if is_dataclass(kind):
             hints = get_type_hints(kind)
             if part not in hints:

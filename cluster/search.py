@@ -30,6 +30,7 @@ from cluster.handles import NamedActor, get, own_error
 from cluster.ports import Weights
 from cluster.processes import Place
 from cluster.refresh import CoordinatorStatus
+from indexing.filters import Filter
 from indexing.merge import Hits, ShardHits, check_k, merge
 from training.retrieve import IndexStatus
 
@@ -52,6 +53,7 @@ class IndexAddress:
     events_path: str
     replicas: int = 1
     slowness: Slowness = WAIT
+    where: Filter | None = None  # of every search that names no other one; num_passages are those that pass it
 
     def by_shard(self) -> list[tuple[str, ...]]:
         """The names of each shard's replicas."""
@@ -67,9 +69,17 @@ def new_publish_id() -> int:
 class Search:
     """A search under way (`PendingHits`)."""
 
-    def __init__(self, client: "IndexClient", queries: np.ndarray, k: int, num_vectors: int) -> None:
+    def __init__(
+        self,
+        client: "IndexClient",
+        queries: np.ndarray,
+        k: int,
+        num_vectors: int,
+        where: Filter | None = None,
+        allow_fewer: bool = False,
+    ) -> None:
         self._client = client
-        self._k, self._num_vectors = k, num_vectors
+        self._k, self._num_vectors, self._where, self._allow_fewer = k, num_vectors, where, allow_fewer
         self._queries: Any = queries if queries.nbytes < INLINE_BYTES else ray.put(queries)
         self._deadline = 0.0
         self._question = self._ask()
@@ -98,9 +108,9 @@ class Search:
                 why = f"a shard is not there ({type(error).__name__})"
             else:
                 hits = [answer for answer in answers if isinstance(answer, ShardHits)]
-                pinned, again_at_once = self._client.learn(answers)
+                pinned, again_at_once = self._client.learn(answers, self._where)
                 if len(hits) == len(answers) and len({one.generation for one in hits}) == 1:
-                    return merge(hits, self._k)
+                    return merge(hits, self._k, self._allow_fewer)
                 why = "no generation is served by every shard"
                 if again_at_once:
                     self._question = self._ask(pinned)
@@ -113,7 +123,7 @@ class Search:
             self._question = self._ask()
 
     def _ask(self, generation: int | None = None) -> Question:
-        return self._client.ask_shards(self._queries, self._k, generation, self._num_vectors)
+        return self._client.ask_shards(self._queries, self._k, generation, self._num_vectors, self._where)
 
 
 class IndexClient:
@@ -142,16 +152,29 @@ class IndexClient:
 
     # Search.
 
-    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> Search:
+    def submit(
+        self,
+        queries: np.ndarray,
+        k: int,
+        num_vectors: int = 0,
+        where: Filter | None = None,
+        allow_fewer: bool = False,
+    ) -> Search:
         """Start a search of float32 `queries` [batch, dim]; the first `num_vectors` hits come with their vectors, where
-        the kind of index keeps them. Raises ValueError for a k that the corpus does not hold."""
-        check_k(k, self.num_passages)
-        return Search(self, np.ascontiguousarray(queries, np.float32), k, num_vectors)
+        the kind of index keeps them. `where`: among the passages alone that pass it (None: the address's filter, if it
+        has one). Raises ValueError for a k that the corpus does not hold; where fewer than k passages pass, `result`
+        raises it, or has fewer columns with `allow_fewer`."""
+        where = self.address.where if where is None else where
+        if where == self.address.where and not (where is not None and allow_fewer):
+            check_k(k, self.num_passages)
+        return Search(self, np.ascontiguousarray(queries, np.float32), k, num_vectors, where, allow_fewer)
 
-    def ask_shards(self, queries: Any, k: int, generation: int | None, num_vectors: int) -> Question:
+    def ask_shards(
+        self, queries: Any, k: int, generation: int | None, num_vectors: int, where: Filter | None = None
+    ) -> Question:
         """Ask every shard, for the pinned generation unless another one is named."""
         pinned = self._pinned if generation is None else generation
-        return self._fanout.ask(queries, k, pinned, num_vectors)
+        return self._fanout.ask(queries, k, pinned, num_vectors, where)
 
     @property
     def patience_s(self) -> float:
@@ -168,14 +191,15 @@ class IndexClient:
         limit = self.address.search_timeout_s
         return TimeoutError(f"search found no complete index for {limit:g} s (index.search_timeout_s): {why}")
 
-    def learn(self, answers: list[Answer]) -> tuple[int | None, bool]:
-        """Pin the newest generation that all shards have committed.
+    def learn(self, answers: list[Answer], where: Filter | None = None) -> tuple[int | None, bool]:
+        """Pin the newest generation that all shards have committed; `where`: the filter of the search.
 
         Returns it, and whether the same query would be answered by it at once.
         """
-        hits = [answer for answer in answers if isinstance(answer, ShardHits) and answer.num_living >= 0]
-        if len(hits) == len(answers):
-            self.num_passages = sum(answer.num_living for answer in hits)
+        hits = [answer for answer in answers if isinstance(answer, ShardHits)]
+        counts = [answer.num_living if where is None else answer.num_allowed for answer in hits]
+        if len(hits) == len(answers) and min(counts) >= 0 and where == self.address.where:
+            self.num_passages = sum(counts)
         committed = min(answer.committed for answer in answers)
         if committed < 0:  # a shard came back empty
             return self._pinned, False
@@ -272,6 +296,7 @@ class IndexClient:
             hedged=counts["hedged"],
             refused=counts["refused"],
             oldest_version=status.oldest_version,
+            figures=status.figures,
         )
 
     def hand_in_again(self) -> None:

@@ -35,6 +35,8 @@ from cluster.settings import RefreshConfig
 from cluster.snapshots import PREFIX, IndexIdentity, Wish, check_snapshot
 from indexing.build import check_config
 from indexing.changes import ChangeLog
+from indexing.filters import Filter
+from indexing.metadata import count_passing
 from indexing.settings import IndexConfig
 from indexing.shard import shard_ranges
 from indexing.store import Store
@@ -57,7 +59,7 @@ class IndexServiceHandle:
 
     @property
     def num_passages(self) -> int:
-        """Passages in the index."""
+        """Passages that a search may return."""
         return self.address.num_passages
 
     def connect(self) -> IndexClient:
@@ -88,14 +90,16 @@ def start_index_service(
     start_timeout_s: float = 300.0,
     keep_protected: int = 4,
     wait: bool = True,
+    where: Filter | None = None,
 ) -> IndexServiceHandle:
     """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish. With `wait`
     it is ready on return; without, `await_ready` is the caller's to call.
 
     `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`. `corpus`
     is the folder of the changes made to the store, now and while the service runs (None: `corpus` in `run_dir`).
-    `keep_protected` saved generations that checkpoints name outlive the pruning. Raises ValueError for settings or a
-    snapshot that do not fit, TornSnapshot for a damaged one, TimeoutError when the actors do not start."""
+    `keep_protected` saved generations that checkpoints name outlive the pruning. `where` is the filter of all searches
+    of its clients, unless they name another one. Raises ValueError for settings or a snapshot that do not fit,
+    TornSnapshot for a damaged one, TimeoutError when the actors do not start."""
     run_dir = Path(run_dir).resolve()
     (run_dir / "index").mkdir(parents=True, exist_ok=True)
     corpus = run_dir / "corpus" if corpus is None else Path(corpus).resolve()
@@ -115,11 +119,12 @@ def start_index_service(
             for replica in range(index.replicas)
             for number in range(index.num_shards)
         ),
-        num_passages=log.num_living(),
+        num_passages=log.num_living() if where is None else count_passing(store, where, corpus),
         search_timeout_s=index.search_timeout_s,
         events_path=str(run_dir / "events.jsonl"),
         replicas=index.replicas,
         slowness=Slowness(index.slow_after_s, index.on_slow),
+        where=where,
     )
     handle = IndexServiceHandle(address, tuple(f"{prefix}-worker-{number}" for number in range(refresh.num_workers)))
     worker = WorkerSettings(
@@ -222,7 +227,7 @@ def _start(
     coordinator_class = remote(max_concurrency=COORDINATOR_THREADS)(CoordinatorActor)
     shards = [
         shard_class.options(**_options(name, handle, seats[0], placement)).remote(
-            number, start, stop, index, seats[0].threads
+            number, start, stop, index, seats[0].threads, worker.store, worker.corpus
         )
         for number, (names, (start, stop)) in enumerate(zip(handle.address.by_shard(), ranges, strict=True))
         for name in names

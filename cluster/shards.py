@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.ports import Events, RefreshFailed, ShardLost, ShardPort
+from indexing.probe import Figures, combined
 from indexing.shard import ShardStatus
 
 POLL_S = 0.2  # while a shard is awaited
@@ -50,6 +51,12 @@ class ShardGroup:
         """Numbers of shards that do not answer, or of which `has(status, generation)` is not true."""
         statuses = [(shard.number, status_or_none(shard)) for shard in self._shards]
         return {number for number, status in statuses if status is None or not has(status, generation)}
+
+    def figures(self, generation: int) -> Figures:
+        """What `generation` costs and finds, over the shards that answer with it as their newest."""
+        statuses = [status_or_none(shard) for shard in self._shards]
+        there = [status for status in statuses if status is not None and status.committed == generation]
+        return combined([(status.num_living, status.figures) for status in there if status.num_living])
 
     def wait(
         self,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cluster.ports import Events, Serving, ShardLost, ShardPort, Weights
 from indexing.changes import ChangeLog
+from indexing.reshard import check_ranges
 from indexing.shard import GenerationGone
 from indexing.snapshot import (
     MANIFEST,
@@ -42,7 +43,7 @@ class IndexIdentity:
     encoder_fingerprint: str  # of the encoder's settings and its tokeniser, without the weights
     corpus_fingerprint: str
     factory: str
-    ranges: tuple[tuple[int, int], ...]  # passage numbers of each shard
+    ranges: tuple[tuple[int, int], ...]  # passage numbers of each shard; another number of shards may be loaded
 
 
 @dataclass(frozen=True)
@@ -64,20 +65,17 @@ def check_snapshot(
     extra = verify(directory, contents)
     wanted = {**asdict(identity), "ranges": [list(pair) for pair in identity.ranges]}
     found = {name: extra.get(name) for name in wanted}
-    if found["ranges"] != wanted["ranges"] and len(found["ranges"] or []) != len(identity.ranges):
-        raise ValueError(
-            f"index {directory} has {len(found['ranges'] or [])} shards, this run has {len(identity.ranges)}: set "
-            f"index.num_shards={len(found['ranges'] or [])}, or let the index be built anew"
-        )
     reasons = {
         "encoder_fingerprint": "another encoder or tokeniser",
         "corpus_fingerprint": "another corpus",
         "factory": f"index.factory={found['factory']} instead of {identity.factory}",
-        "ranges": "other passages in its shards",
     }
     for name, reason in reasons.items():
         if found[name] != wanted[name]:
             raise ValueError(f"index {directory} was built with {reason}: it cannot serve this run")
+    if found["ranges"] != wanted["ranges"]:  # each shard takes over what others saved
+        ranges = [(int(start), int(stop)) for start, stop in found["ranges"] or ()]
+        check_ranges(ranges, identity.ranges, identity.factory, directory)
     corpus_version = int(extra.get("corpus_version", 0))
     if corpus_version and extra["corpus_checksum"] != checksum_of(log, corpus_version):
         raise ValueError(f"index {directory} was built with changes of the corpus that this run does not have")

@@ -10,6 +10,8 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from cluster.settings import Settings
+from indexing.filters import parse_filter
+from indexing.kinds import check_gpu_kind, parse
 from indexing.settings import IndexConfig
 from training.mixture import contrasted, mixture, pretrains
 from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
@@ -71,6 +73,7 @@ POSITIVE = {
     *("generator.max_context_tokens", "pretraining.context_words", "pretraining.mask_share"),
     *("pretraining.mean_span_words", "pretraining.duplicate_threshold", "pretraining.contrast_passages"),
     *("retrieval.k", "index.num_shards", "index.nprobe", "index.training_sample", "index.keep_generations"),
+    *("index.ef_search", "index.ef_construction"),
     *("index.search_timeout_s", "refresh.num_workers", "refresh.chunk_passages", "refresh.batch_tokens"),
     "index.replicas",
     *("refresh.threads", "refresh.chunk_timeout_s", "training.batch_size", "training.log_every"),
@@ -93,7 +96,6 @@ GPUS = {"cluster.trainer_gpus", "cluster.refresh_gpus", "cluster.shard_gpus"}
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _DATE = re.compile(r"(end|\d{4}-\d{2}-\d{2})?")
-_FACTORY = re.compile(r"Flat|SQfp16|IVF[1-9]\d*,Flat")
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 
 
@@ -140,6 +142,7 @@ def validate(settings: Settings) -> None:
     _check_objective(settings)
     _check_context(settings)
     _check_alignment(settings)
+    _check_index(settings)
     _check_refresh(settings)
     _check_slow(settings.index)
     _check_questions(settings)
@@ -174,8 +177,6 @@ def _check_texts(settings: Settings) -> None:
         raise refuse("run.name", settings.run.name, "must be letters, digits and ._- (the name of a folder)")
     if not settings.run.directory:
         raise refuse("run.directory", "", "must name a folder")
-    if not _FACTORY.fullmatch(settings.index.factory):
-        raise refuse("index.factory", settings.index.factory, "must be Flat, SQfp16 or IVFn,Flat (like IVF1024,Flat)")
     for setting, template, needed in (
         ("generator.template", settings.generator.template, ("{passages}", "{question}")),
         ("generator.passage_template", settings.generator.passage_template, ("{text}",)),
@@ -325,6 +326,18 @@ def _check_alignment(settings: Settings) -> None:
     if alignment.updates_per_sample > 1 and settings.engine.gradient_accumulation > 1:
         allowed = "must be 1 with engine.gradient_accumulation above 1: a batch would serve one step twice"
         raise refuse("alignment.updates_per_sample", alignment.updates_per_sample, allowed)
+
+
+def _check_index(settings: Settings) -> None:
+    """The kind of index, by itself; whether the corpus is large enough for it is seen when it is known."""
+    index, k = settings.index, settings.retrieval.k
+    kind = parse(index.factory)
+    if index.device == "gpu":
+        check_gpu_kind(kind)
+    parse_filter(settings.retrieval.where)
+    if 0 < index.rescore_candidates < k:
+        allowed = f"must be 0 (off) or at least retrieval.k={k}: proposals are scored again and cut to k"
+        raise refuse("index.rescore_candidates", index.rescore_candidates, allowed)
 
 
 def _check_refresh(settings: Settings) -> None:

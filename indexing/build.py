@@ -1,68 +1,82 @@
-"""Vectors to a FAISS index, from one factory string, on CPU or GPU: the only file that knows FAISS.
+"""Vectors to a FAISS index, from one factory string (`indexing/kinds.py`), on CPU or GPU.
 
-Scores are inner products. An exhaustive index (`Flat`, `SQfp16`) on CPU answers exactly, ties by row: FAISS proposes
-a few candidates more than asked for, they are scored again independently of batch and matrix shapes
-(`indexing/exact.py`), and where a rounding error could hide a better row the query is searched by brute force.
+Scores are inner products. An exhaustive index (`Flat`, `SQfp16`) on CPU answers exactly, ties by row, also under a
+filter: FAISS proposes a few candidates more than asked for, they are scored again independently of batch and matrix
+shapes (`indexing/exact.py`), and where a rounding error could hide a better row the query is searched by brute force.
+A compressed index proposes `index.rescore_candidates`, which are scored again the same way from float16 vectors beside
+it: 2 bytes a number in memory while the generation is new, a memory map once it was read from disk.
 """
 
 import errno
-import functools
-import importlib.metadata
+import math
 import os
-import re
 import secrets
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from indexing.approximate import Approximate
 from indexing.exact import score_pairs, search_exactly
+from indexing.kinds import Kind, check_dim, check_kind, parse
+from indexing.library import check_faiss_install, check_gpu, load_faiss, selector, tune_blas, whole_vectors
 from indexing.merge import best_first
+from indexing.raw import empty_index, exhaustive_on_cpu, exhaustive_on_gpu, to_gpu
 from indexing.settings import IndexConfig
-from indexing.snapshot import sync_directory
+from indexing.snapshot import sync_directory, write_file
 
-EXHAUSTIVE = ("Flat", "SQfp16")
+__all__ = ["Index", "bad_rows", "build_index", "check_config", "check_faiss_install", "check_vectors", "load_faiss"]
+
 SPARE_CANDIDATES = 16  # that FAISS proposes beyond k
-QUERIES_WITHOUT_BLAS = 3  # so few are quicker one by one than as a matrix product (measured, one thread)
-GPU_MAX_K = 2048
-GPU_SCRATCH_BYTES = 256 << 20
+WIDE_FILTER = 0.5  # share of rows: with more allowed, proposals that are not are dropped; with fewer FAISS skips them
 FLOAT16_MAX = 65504.0
+HALVES = ".f16"  # ending of the file with the float16 vectors beside an index
 
 
 class Index:
     """One FAISS index over rows 0..n-1. Searching is safe from several threads; nothing changes after it is built."""
 
-    def __init__(self, faiss_index: Any, config: IndexConfig) -> None:
+    def __init__(self, faiss_index: Any, config: IndexConfig, halves: np.ndarray | None = None) -> None:
+        """`halves`: float16 [n, dim], beside a compressed index whose proposals are scored again."""
         self._index, self._config = faiss_index, config
+        self.kind = parse(config.factory)
         self.num_vectors: int = faiss_index.ntotal
         self.dim: int = faiss_index.d
-        self._gpu_lock = threading.Lock()  # FAISS's GPU resources serve one thread at a time
-        self._stored = _stored(faiss_index) if config.device == "cpu" and config.factory in EXHAUSTIVE else None
-        self._largest_norm = 0.0 if self._stored is None else _largest_norm(self._stored)
-        lists = faiss_index if hasattr(faiss_index, "nprobe") else load_faiss().try_extract_index_ivf(faiss_index)
-        if lists is not None:
-            lists.nprobe = min(config.nprobe, lists.nlist)
+        self.halves = halves
+        self._approximate = Approximate(faiss_index, self.kind, config.device, config.nprobe, config.ef_search)
+        self._stored = None if config.device == "gpu" else _stored(faiss_index, self.kind)  # whole vectors, at hand
+        self._exhaustive = self._stored is not None and self.kind.exhaustive
+        self._largest_norm = _largest_norm(self._stored) if self._stored is not None and self._exhaustive else 0.0
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` best rows for each of float32 `queries` [batch, dim], of those that `allowed` bool [num_vectors]
-        marks (None: all).
+        """The `k` best rows for each of float32 `queries` [batch, dim], of those that are true in `allowed`, bool
+        [num_vectors] (None: of all).
 
-        Returns scores float32 [batch, k], falling, and rows int64 [batch, k], equal scores by row. Where k > n the
-        last columns are row -1 with score -inf. Raises ValueError for a wrong shape and numbers that are not finite.
+        Returns scores float32 [batch, k], falling, and rows int64 [batch, k], equal scores by row. Where k is more than
+        there are (allowed) rows, the last columns are row -1 with score -inf. Raises ValueError for a wrong shape and
+        numbers that are not finite.
         """
         queries = check_vectors(queries, "query", self.dim, first_number=0)
-        columns = min(k, self.num_vectors)
-        if columns < 1:
+        if k < 1:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
-        if not len(queries):
-            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+        count = self.num_vectors
         if allowed is not None:
-            scores, rows = self._search_some(queries, columns, allowed)
-        elif self._stored is None:
-            scores, rows = self._search_faiss(queries, columns)
+            allowed, count = self._check_allowed(allowed)
+        columns = min(k, count)
+        if not len(queries) or not columns:
+            return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        if count == self.num_vectors:
+            allowed = None
+        fine = self._stored if self.halves is None else self.halves
+        if self._exhaustive:
+            assert self._stored is not None
+            scores, rows = self._search_exhaustively(queries, columns, self._stored, allowed, count)
+        elif fine is not None:
+            candidates = min(max(columns, self._config.rescore_candidates), count)
+            _, rows = self._approximate.search(queries, candidates, allowed)
+            scores, rows = best_first(score_pairs(fine, queries, rows), rows, columns)
         else:
-            scores, rows = self._search_exhaustively(queries, columns, self._stored)
+            scores, rows = best_first(*self._approximate.search(queries, columns, allowed), columns)
         missing = ((0, 0), (0, k - columns))
         return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
 
@@ -70,75 +84,67 @@ class Index:
         """The vectors of `rows` int64 [...], float32 [..., dim]; None where the kind keeps others, or not at hand."""
         return self._stored[rows] if self._stored is not None and self._stored.dtype == np.float32 else None
 
-    def _search_exhaustively(self, queries: np.ndarray, k: int, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        num_candidates = min(k + SPARE_CANDIDATES, self.num_vectors)
-        _tune_blas(self.dim)
-        proposed, rows = self._index.search(queries, num_candidates)
+    @property
+    def num_bytes(self) -> int:
+        """Memory of vectors, lists and links, and of the float16 vectors beside them."""
+        kind, total = self.kind, self.num_vectors
+        size = kind.code_bytes(self.dim) * total + (0 if self.halves is None else self.halves.nbytes)
+        if kind.lists:
+            size += 8 * total + 4 * kind.lists * self.dim
+        if kind.links:
+            graph = self._index.hnsw
+            size += 4 * graph.neighbors.size() + 8 * graph.offsets.size() + 4 * graph.levels.size()
+        return size + (4 * 2**kind.bits * self.dim if kind.parts else 0) + (4 * self.dim**2 if kind.rotated else 0)
+
+    def _check_allowed(self, allowed: np.ndarray) -> tuple[np.ndarray, int]:
+        """`allowed`, and how many rows it holds. Raises ValueError for another shape or type."""
+        if allowed.shape != (self.num_vectors,) or allowed.dtype != bool:
+            raise ValueError(
+                f"allowed rows are {allowed.dtype} {allowed.shape}: needed is bool [{self.num_vectors}], one a vector"
+            )
+        return allowed, int(np.count_nonzero(allowed))
+
+    def _search_exhaustively(
+        self, queries: np.ndarray, k: int, stored: np.ndarray, allowed: np.ndarray | None, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        wanted, share = k + SPARE_CANDIDATES, count / self.num_vectors
+        parameters, reach = None, self.num_vectors  # what FAISS may propose
+        if allowed is not None and share >= WIDE_FILTER:
+            wanted = math.ceil(wanted / share) + SPARE_CANDIDATES
+        elif allowed is not None:
+            only, _bits = selector(allowed)
+            parameters, reach = load_faiss().SearchParameters(sel=only), count
+        num_candidates = min(wanted, reach)
+        tune_blas(self.dim)
+        proposed, rows = self._index.search(queries, num_candidates, params=parameters)
         if rows.min() < 0:  # scores that overflow float32
-            return search_exactly(stored, queries, k)
-        scores, rows = best_first(score_pairs(stored, queries, rows), rows, k)
-        if num_candidates == self.num_vectors:
+            return search_exactly(stored, queries, k, allowed)
+        scores = score_pairs(stored, queries, rows)
+        if allowed is not None and parameters is None:
+            dropped = ~allowed[rows]
+            scores[dropped], rows[dropped] = -np.inf, -1
+        scores, rows = best_first(scores, rows, k)
+        if num_candidates == reach:
             return scores, rows
         # A float32 inner product of dim terms is off by at most dim * 2^-24 * |q| |x| (Higham 2002, section 3.1).
         error = 1.01 * self.dim * 2.0**-24 * np.linalg.norm(queries, axis=1) * self._largest_norm
         unsure = np.flatnonzero(~(scores[:, -1] > proposed[:, -1] + 2 * error))
         if len(unsure):
-            scores[unsure], rows[unsure] = search_exactly(stored, queries[unsure], k)
-        return scores, rows
-
-    def _search_some(self, queries: np.ndarray, k: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        chosen = np.flatnonzero(allowed)
-        if not len(chosen):
-            return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-        if self._stored is not None:
-            columns = min(k, len(chosen))
-            scores, places = search_exactly(self._stored[chosen], queries, columns)
-            missing = ((0, 0), (0, k - columns))
-            return (
-                np.pad(scores, missing, constant_values=-np.inf),
-                np.pad(chosen[places], missing, constant_values=-1),
-            )
-        faiss = load_faiss()
-        selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        lists = hasattr(self._index, "nprobe")
-        kind = faiss.SearchParametersIVF if lists else faiss.SearchParameters
-        arguments = {"nprobe": self._index.nprobe} if lists else {}
-        scores, rows = self._index.search(queries, k, params=kind(sel=selector, **arguments))
-        short = np.flatnonzero(rows.min(axis=1) < 0)
-        if len(short) and lists:
-            everywhere = kind(sel=selector, nprobe=self._index.nlist)
-            scores[short], rows[short] = self._index.search(queries[short], k, params=everywhere)
-        return best_first(scores, rows, k)
-
-    def _search_faiss(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        if self._config.device == "gpu":
-            if k > GPU_MAX_K:
-                raise ValueError(f"retrieval.k is {k}: allowed are 1 to {GPU_MAX_K} with index.device gpu")
-            with self._gpu_lock:
-                scores, rows = self._search_lists(queries, k)
-        else:
-            _tune_blas(self.dim)
-            scores, rows = self._search_lists(queries, k)
-        return best_first(scores, rows, k)
-
-    def _search_lists(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """FAISS's own search; a query whose visited lists hold fewer than k vectors is searched in all lists."""
-        scores, rows = self._index.search(queries, k)
-        short = np.flatnonzero(rows.min(axis=1) < 0)
-        if len(short) and hasattr(self._index, "nprobe"):
-            everywhere = load_faiss().SearchParametersIVF(nprobe=self._index.nlist)
-            scores[short], rows[short] = self._index.search(queries[short], k, params=everywhere)
+            scores[unsure], rows[unsure] = search_exactly(stored, queries[unsure], k, allowed)
         return scores, rows
 
     def write(self, path: str | Path) -> None:
-        """Write the index as a FAISS file, atomically; a GPU index as its CPU twin. OSError names the path."""
+        """Write the index as a FAISS file, atomically; a GPU index as its CPU twin. float16 vectors beside it go into
+        a file of the same name that ends with .f16. OSError names the path."""
         path = Path(path)
         faiss, index = load_faiss(), self._index
         if self._config.device == "gpu":
-            with self._gpu_lock:
+            with self._approximate.lock:
                 index = faiss.index_gpu_to_cpu(index)
             if self._config.factory == "SQfp16":
-                index = _exhaustive_on_cpu(_stored(index), "SQfp16")
+                index = exhaustive_on_cpu(whole_vectors(index), "SQfp16")
+        if self.halves is not None:
+            write_file(halves_path(path), [self.halves])
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             try:
@@ -160,7 +166,12 @@ class Index:
             index = load_faiss().read_index(str(path))
         except RuntimeError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
-        return Index(_to_gpu(index, config.factory) if config.device == "gpu" else index, config)
+        return place(index, config, _read_halves(Path(path), index) if config.rescore_candidates else None)
+
+    @property
+    def faiss_index(self) -> Any:
+        """FAISS's own index; only for one that nobody searches."""
+        return self._index
 
 
 def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Index:
@@ -171,52 +182,50 @@ def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Inde
     """
     vectors = check_vectors(vectors, "vector", None, first_number=0)
     check_config(config, len(vectors))
-    if config.factory == "SQfp16" and max(vectors.max(), -vectors.min()) > FLOAT16_MAX:
-        raise ValueError(f"index.factory is SQfp16, but a vector has a number beyond {FLOAT16_MAX}: use Flat")
-    if config.factory in EXHAUSTIVE:
+    kind = parse(config.factory)
+    check_dim(kind, vectors.shape[1])
+    for needs_halves, setting in (
+        (kind.codec == "SQfp16", f"index.factory is {config.factory}"),
+        (config.rescore_candidates > 0, f"index.rescore_candidates is {config.rescore_candidates}"),
+    ):
+        if needs_halves and max(vectors.max(), -vectors.min()) > FLOAT16_MAX:
+            raise ValueError(f"{setting}, but a vector has a number beyond {FLOAT16_MAX}: use Flat")
+    if kind.exhaustive:
         if config.device == "gpu":
-            return Index(_exhaustive_on_gpu(vectors, config.factory), config)
-        return Index(_exhaustive_on_cpu(vectors, config.factory), config)
-    faiss = load_faiss()
-    index = _factory(vectors.shape[1], config.factory)
+            return Index(exhaustive_on_gpu(vectors, config.factory), config)
+        return Index(exhaustive_on_cpu(vectors, config.factory), config)
+    index = empty_index(kind, vectors.shape[1], config, seed)
     try:
         if not index.is_trained:
-            ivf = faiss.try_extract_index_ivf(index)
-            if ivf is not None:
-                ivf.cp.seed = seed + 1
-                ivf.cp.min_points_per_centroid = 1  # no warning on the console
             chosen = np.random.default_rng(seed).permutation(len(vectors))[: config.training_sample]
             index.train(vectors[np.sort(chosen)])
         index.add(vectors)
     except RuntimeError as error:
         raise ValueError(f"index.factory is {config.factory!r}, with {vectors.shape} vectors: {error}") from error
-    return Index(_to_gpu(index, config.factory) if config.device == "gpu" else index, config)
+    halves = vectors.astype(np.float16) if config.rescore_candidates else None
+    return place(index, config, halves)
+
+
+def place(index: Any, config: IndexConfig, halves: np.ndarray | None) -> Index:
+    """A FAISS index on CPU as an `Index`, where `index.device` says."""
+    return Index(to_gpu(index, config.factory) if config.device == "gpu" else index, config, halves)
 
 
 def check_config(config: IndexConfig, num_vectors: int) -> None:
     """Raise ValueError where the settings cannot give an index of `num_vectors` (the smallest shard's, say)."""
     if config.device not in ("cpu", "gpu"):
         raise ValueError(f"index.device is {config.device!r}: allowed are cpu, gpu")
-    if config.device == "gpu":
-        _check_gpu()
-    for name in ("nprobe", "training_sample", "num_shards"):
+    for name in ("nprobe", "ef_search", "ef_construction", "training_sample", "num_shards"):
         value = vars(config)[name]
         if value < 1:
             raise ValueError(f"index.{name} is {value}: allowed is 1 or more")
+    if config.rescore_candidates < 0:
+        raise ValueError(f"index.rescore_candidates is {config.rescore_candidates}: allowed is 0 or more")
     if num_vectors < 1:
         raise ValueError("an index needs at least one vector")
-    lists = re.search(r"IVF(\d+)", config.factory)
-    if lists is None:
-        return
-    if int(lists[1]) > num_vectors:
-        raise ValueError(
-            f"index.factory is {config.factory!r}, which trains {lists[1]} lists, but a shard holds {num_vectors} "
-            f"vectors: allowed are 1 to {num_vectors} lists"
-        )
-    if int(lists[1]) > config.training_sample:
-        raise ValueError(
-            f"index.training_sample is {config.training_sample}: {config.factory!r} needs {lists[1]} or more"
-        )
+    check_kind(parse(config.factory), config.device, num_vectors, config.training_sample, config.rescore_candidates)
+    if config.device == "gpu":
+        check_gpu()
 
 
 def check_vectors(vectors: np.ndarray, what: str, dim: int | None, first_number: int) -> np.ndarray:
@@ -237,110 +246,28 @@ def bad_rows(vectors: np.ndarray) -> np.ndarray:
     return np.flatnonzero(~np.isfinite(vectors).all(axis=1))
 
 
-@functools.cache
-def load_faiss() -> Any:
-    """The FAISS module, after `check_faiss_install`."""
-    check_faiss_install()
-    import faiss
-
-    return faiss
+def halves_path(path: Path) -> Path:
+    """Where the float16 vectors beside the index file `path` lie."""
+    return path.with_suffix(HALVES)
 
 
-def check_faiss_install() -> None:
-    """Raise ImportError, naming the extras, unless exactly one of faiss-cpu and faiss-gpu is installed.
-
-    The two wheels share one folder: the last one installed wins, and removing one breaks the other.
-    """
-    names = {str(package.metadata["Name"]).lower() for package in importlib.metadata.distributions()}
-    found = sorted(name for name in names if re.fullmatch(r"faiss-(cpu|gpu.*)", name))
-    if len(found) > 1:
-        raise ImportError(
-            f"{' and '.join(found)} are both installed and overwrite each other: "
-            f"run `pip uninstall {' '.join(found)}`, then install tandem-rag[cpu] or tandem-rag[gpu]"
-        )
-    try:
-        import faiss  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"FAISS is missing ({error}): install tandem-rag[cpu] or tandem-rag[gpu]") from error
-
-
-def _factory(dim: int, factory: str) -> Any:
-    faiss = load_faiss()
-    try:
-        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
+def _read_halves(path: Path, index: Any) -> np.ndarray:
+    file = halves_path(path)
+    if not file.is_file():
         raise ValueError(
-            f"index.factory is {factory!r}, which FAISS cannot make for {dim} dimensions: "
-            f"try Flat, SQfp16 or IVFn,Flat ({str(error).splitlines()[0][:200]})"
-        ) from error
+            f"{path} was saved without the vectors that index.rescore_candidates scores again: set it to 0, or let the "
+            "index be built anew"
+        )
+    return np.memmap(file, np.float16, mode="r", shape=(index.ntotal, index.d))
 
 
-def _exhaustive_on_cpu(vectors: np.ndarray, factory: str) -> Any:
-    index = _factory(vectors.shape[1], factory)
-    index.train(vectors)
-    index.add(np.ascontiguousarray(vectors, np.float32))
-    return index
-
-
-def _stored(index: Any) -> np.ndarray:
-    """The vectors of a CPU Flat (float32) or SQfp16 (float16) index: [n, dim], a view that lives as long as it."""
-    faiss = load_faiss()
-    codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.code_size)
-    return codes.view(np.float16 if index.code_size == 2 * index.d else np.float32).reshape(index.ntotal, index.d)
+def _stored(index: Any, kind: Kind) -> np.ndarray | None:
+    """Whole vectors that a CPU index keeps in the order of their rows: [n, dim], float32 or float16; else None."""
+    if kind.compressed or kind.lists:
+        return None
+    return whole_vectors(load_faiss().downcast_index(index.storage) if kind.links else index)
 
 
 def _largest_norm(vectors: np.ndarray) -> float:
     blocks = (vectors[start : start + 65536].astype(np.float32) for start in range(0, len(vectors), 65536))
     return float(np.sqrt(max(np.einsum("nd,nd->n", block, block, dtype=np.float64).max() for block in blocks)))
-
-
-def _tune_blas(dim: int) -> None:
-    """Have FAISS compute batches by matrix product; its default does so only above about 128,000 numbers.
-
-    The threshold is one number per process: in queries before FAISS 1.15, in queries times dimensions since.
-    """
-    faiss = load_faiss()
-    unit = dim if _threshold_counts_numbers() else 1
-    faiss.cvar.distance_compute_blas_threshold = (QUERIES_WITHOUT_BLAS + 1) * unit
-
-
-@functools.cache
-def _threshold_counts_numbers() -> bool:
-    """Whether the threshold, as it is before the first `_tune_blas`, counts numbers (128,000) or queries (20)."""
-    return load_faiss().cvar.distance_compute_blas_threshold > 1000
-
-
-def _check_gpu() -> None:
-    faiss = load_faiss()
-    if not hasattr(faiss, "StandardGpuResources"):
-        raise ValueError(
-            "index.device is gpu, but FAISS is installed for CPU: install tandem-rag[gpu] instead of [cpu]"
-        )
-    if faiss.get_num_gpus() < 1:
-        raise ValueError("index.device is gpu, but FAISS sees no GPU: use cpu")
-
-
-@functools.cache
-def _gpu_resources() -> Any:
-    """One per process; FAISS keeps its scratch memory here."""
-    resources = load_faiss().StandardGpuResources()
-    resources.setTempMemory(GPU_SCRATCH_BYTES)
-    return resources
-
-
-def _exhaustive_on_gpu(vectors: np.ndarray, factory: str) -> Any:
-    faiss = load_faiss()
-    options = faiss.GpuIndexFlatConfig()
-    options.device = 0  # the one that CUDA_VISIBLE_DEVICES leaves visible
-    options.useFloat16 = factory == "SQfp16"
-    index = faiss.GpuIndexFlatIP(_gpu_resources(), vectors.shape[1], options)
-    index.add(np.ascontiguousarray(vectors, np.float32))
-    return index
-
-
-def _to_gpu(index: Any, factory: str) -> Any:
-    """The GPU twin of a CPU index."""
-    _check_gpu()
-    if factory in EXHAUSTIVE:
-        return _exhaustive_on_gpu(_stored(index), factory)
-    return load_faiss().index_cpu_to_gpu(_gpu_resources(), 0, index)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from indexing.formats import Question, parse_question
-from indexing.lines import BadLine, find_file, id_field, read_lines, text_field
+from indexing.lines import BadLine, find_file, id_field, metadata_field, read_lines, text_field
 from indexing.settings import CorpusConfig, QuestionsConfig
 
 BAD_KINDS = (
@@ -40,6 +40,7 @@ class Passage:
     id: str
     title: str
     text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # by field; what filters ask for
 
 
 @dataclass
@@ -209,7 +210,8 @@ def _good(
 
 
 def _passage(fields: dict[str, Any], max_characters: int) -> Passage:
-    passage = Passage(id_field(fields), text_field(fields, "title", default=""), text_field(fields, "text"))
+    title, text = text_field(fields, "title", default=""), text_field(fields, "text")
+    passage = Passage(id_field(fields), title, text, metadata_field(fields))
     if not passage.text.strip():
         raise BadLine("empty_text", f"passage {passage.id!r} has no text")
     length = len(passage.title) + len(passage.text)

@@ -9,21 +9,28 @@ import numpy as np
 BLOCK_NUMBERS = 1 << 23  # float64 numbers converted at a time
 
 
-def search_exactly(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` rows of `vectors` [n, dim] with the largest inner product for each of `queries` [batch, dim].
+def search_exactly(
+    vectors: np.ndarray, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` rows of `vectors` [n, dim] with the largest inner product for each of `queries` [batch, dim], of those
+    that are true in `allowed`, bool [n] (None: of all).
 
-    Returns float32 scores [batch, k], falling, and int64 rows [batch, k]; equal scores by row. Needs 1 <= k <= n.
+    Returns float32 scores [batch, k], falling, and int64 rows [batch, k]; equal scores by row. Needs 1 <= k <= n, or as
+    many as are allowed.
     """
-    assert 1 <= k <= len(vectors)
+    assert 1 <= k <= (len(vectors) if allowed is None else np.count_nonzero(allowed))
     queries = queries.astype(np.float64)
     scores = np.empty((len(queries), 0), np.float32)
     rows = np.empty((len(queries), 0), np.int64)
     block = max(k, BLOCK_NUMBERS // max(vectors.shape[1], len(queries)))
     for start in range(0, len(vectors), block):
-        part = vectors[start : start + block].astype(np.float64)
+        part, numbers = vectors[start : start + block], np.arange(start, min(start + block, len(vectors)))
+        if allowed is not None:
+            chosen = allowed[start : start + block]
+            part, numbers = part[chosen], numbers[chosen]
         with np.errstate(over="ignore"):  # infinity ranks as it should
-            part_scores = (queries @ part.T).astype(np.float32)
-        part_rows = np.broadcast_to(np.arange(start, start + len(part)), part_scores.shape)
+            part_scores = (queries @ part.astype(np.float64).T).astype(np.float32)
+        part_rows = np.broadcast_to(numbers, part_scores.shape)
         scores, rows = top_k(np.hstack([scores, part_scores]), np.hstack([rows, part_rows]), k)
     return scores, rows
 

@@ -4,22 +4,28 @@
     delta    further passages, and passages of the base encoded again: sorted numbers, vectors, weights versions
     hidden   passages that were deleted; they are never returned
 
-A search asks base and delta, each exactly as its kind of index is, and merges. A row of the base whose passage is in
-the delta is never returned from the base. Deriving costs as much as the delta is large, hiding a mask of the base.
+A search asks the base as its kind of index is, the delta exactly, and merges. A row of the base whose passage is in the
+delta is never returned from the base. Deriving costs as much as the delta is large, hiding a mask of the base. A filter
+is one more mask of either.
 """
 
 import secrets
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from indexing.build import EXHAUSTIVE, Index, build_index
+from indexing.build import Index, build_index
 from indexing.changes import contains
+from indexing.filters import Filter
+from indexing.kinds import EXHAUSTIVE
 from indexing.merge import best_first
+from indexing.probe import UNKNOWN, Figures, probe_recall
 from indexing.settings import IndexConfig
 
-SPARE = 32  # hits asked for beyond those wanted, where some may be hidden
-LARGEST_SEARCH = 2048  # deeper ones are answered with the mask itself (FAISS's limit on a GPU)
+VIEWS_KEPT = 16  # of the last filters: a byte a passage each
+Passes = Callable[[np.ndarray | None], np.ndarray]  # passage numbers (None: the shard's range) -> bool, as them
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Base:
     weights_version: int
     corpus_version: int
     key: str
+    figures: Figures = UNKNOWN
 
     @property
     def num_rows(self) -> int:
@@ -67,13 +74,18 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """What may be returned; replaced as a whole when passages are hidden."""
 
     base: np.ndarray | None  # bool [rows of the base]; None: all of them
     delta: np.ndarray | None  # bool [rows of the delta]; None: all of them
     num_base: int  # rows that may be returned
     num_delta: int
+
+    @property
+    def num_rows(self) -> int:
+        """Passages that may be returned."""
+        return self.num_base + self.num_delta
 
 
 class Generation:
@@ -90,6 +102,7 @@ class Generation:
             rows = base.row_of(delta.numbers)
             self._replaced = rows[rows >= 0]
         self._view = self._see()
+        self._filtered: dict[Filter, tuple[View, View]] = {}  # the view without the filter, and with it
 
     @property
     def dim(self) -> int:
@@ -101,8 +114,17 @@ class Generation:
     @property
     def num_living(self) -> int:
         """Passages that may be returned."""
-        view = self._view
-        return view.num_base + view.num_delta
+        return self._view.num_rows
+
+    @property
+    def figures(self) -> Figures:
+        """Bytes of base and delta, for each passage that may be returned. Recall and seconds are those of the base when
+        it was built: of the delta everything is found."""
+        figures, living, delta = self.base.figures, self.num_living, self.delta
+        if not figures.bytes_per_passage or not living:
+            return figures
+        more = 0 if delta is None else delta.vectors.nbytes + delta.index.num_bytes
+        return replace(figures, bytes_per_passage=(figures.bytes_per_passage * self.base.num_rows + more) / living)
 
     @property
     def oldest_version(self) -> int:
@@ -117,21 +139,40 @@ class Generation:
         self.hidden = numbers
         self._view = self._see()
 
+    def view(self, where: Filter | None = None, passes: Passes | None = None) -> View:
+        """What may be returned now, of what passes `where` alone, which `passes` decides."""
+        view = self._view
+        if where is None or passes is None:
+            return view
+        known = self._filtered.get(where)
+        if known is None or known[0] is not view:
+            base, num_base = view.base, view.num_base
+            if num_base:
+                base, num_base = _both(base, passes(self.base.numbers))
+            delta, num_delta = view.delta, view.num_delta
+            if num_delta and self.delta is not None:
+                delta, num_delta = _both(delta, passes(self.delta.numbers))
+            if len(self._filtered) >= VIEWS_KEPT:
+                self._filtered.clear()
+            known = self._filtered[where] = view, View(base, delta, num_base, num_delta)
+        return known[1]
+
     def search(
-        self, queries: np.ndarray, k: int, num_vectors: int = 0
+        self, queries: np.ndarray, k: int, num_vectors: int = 0, view: View | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """The `k` best passages for each of float32 `queries` [batch, dim], fewer where fewer are living.
+        """The `k` best passages for each of float32 `queries` [batch, dim], fewer where fewer may be returned (`view`;
+        None: all that are living).
 
         Returns scores float32 [batch, columns], falling, passage numbers int64, equal scores by number (where the kind
         of index finds too few: -1 with -inf), the vectors of the first `num_vectors` of them or None, and their weights
         versions int64 [batch, columns], None where all are the generation's own. Raises ValueError as `Index.search`.
         """
-        view, parts = self._view, list[tuple[np.ndarray, np.ndarray]]()
+        view, parts = self._view if view is None else view, list[tuple[np.ndarray, np.ndarray]]()
         if view.num_base and self.base.index is not None:
-            scores, rows = search_allowed(self.base.index, queries, min(k, view.num_base), view.base, view.num_base)
+            scores, rows = self.base.index.search(queries, min(k, view.num_base), view.base)
             parts.append((scores, self.base.number_of(rows)))
         if view.num_delta and self.delta is not None:
-            scores, rows = search_allowed(self.delta.index, queries, min(k, view.num_delta), view.delta, view.num_delta)
+            scores, rows = self.delta.index.search(queries, min(k, view.num_delta), view.delta)
             parts.append((scores, np.where(rows < 0, -1, self.delta.numbers[rows])))
         match parts:
             case []:
@@ -173,7 +214,7 @@ class Generation:
             derived.hide(self.hidden)
         return derived
 
-    def _see(self) -> _View:
+    def _see(self) -> View:
         """Masks of what is neither hidden nor replaced."""
         base, delta = self.base, self.delta
         rows = base.row_of(self.hidden)
@@ -187,7 +228,7 @@ class Generation:
             hidden = contains(self.hidden, delta.numbers)
             num_delta = len(hidden) - int(hidden.sum())
             delta_mask = ~hidden if hidden.any() else None
-        return _View(base_mask, delta_mask, base.num_rows - len(out), num_delta)
+        return View(base_mask, delta_mask, base.num_rows - len(out), num_delta)
 
     def _vectors(self, numbers: np.ndarray) -> np.ndarray | None:
         """Vectors float32 [..., dim] of numbers that a search returned; None where the kind of index has none."""
@@ -224,37 +265,28 @@ def build_base(
     corpus_version: int,
     config: IndexConfig,
     seed: int,
+    recent: np.ndarray | None = None,
 ) -> Base:
-    """A big index over float32 `vectors` [rows, dim] of these passages. Raises ValueError as `build_index`."""
-    index = build_index(vectors, config, seed) if len(vectors) else None
-    return Base(index, start, numbers, generation, weights_version, corpus_version, secrets.token_hex(8))
+    """A big index over float32 `vectors` [rows, dim] of these passages, measured with the `recent` queries [any, dim].
+    Raises ValueError as `build_index`."""
+    index, figures, begin = None, UNKNOWN, time.perf_counter()
+    if len(vectors):
+        index = build_index(vectors, config, seed)
+        seconds = time.perf_counter() - begin
+        found = probe_recall(index, vectors, config.probe_queries, recent, seed)
+        figures = Figures(index.num_bytes / len(vectors), seconds, found)
+    key = secrets.token_hex(8)
+    return Base(index, start, numbers, generation, weights_version, corpus_version, key, figures)
 
 
 def make_delta(numbers: np.ndarray, versions: np.ndarray, vectors: np.ndarray, config: IndexConfig) -> Delta:
     """The delta of sorted passage numbers, searched exhaustively, in the precision of the base where that is too."""
     factory = config.factory if config.factory in EXHAUSTIVE else "Flat"
-    return Delta(numbers, versions, vectors, build_index(vectors, replace(config, factory=factory, device="cpu")))
+    exact = replace(config, factory=factory, device="cpu", rescore_candidates=0)
+    return Delta(numbers, versions, vectors, build_index(vectors, exact))
 
 
-def search_allowed(
-    index: Index, queries: np.ndarray, k: int, allowed: np.ndarray | None, num_allowed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`Index.search` among the rows that bool `allowed` [rows] marks (None: all); needs 1 <= k <= `num_allowed`.
-
-    Where most rows are allowed, more hits than `k` are asked for and the others dropped, which is as quick as a search
-    of all rows and gives the same hits; queries that are left with too few are searched with the mask.
-    """
-    if allowed is None:
-        return index.search(queries, k)
-    share = num_allowed / len(allowed)
-    wide = min(len(allowed), int(1.5 * k / share) + SPARE)
-    if wide > max(LARGEST_SEARCH, k) or share < 0.5:
-        return index.search(queries, k, allowed)
-    scores, rows = index.search(queries, wide)
-    good = (rows >= 0) & allowed[rows]
-    order = np.argsort(~good, axis=1, kind="stable")[:, :k]  # those that count first, in their order
-    scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-    short = np.flatnonzero(good.sum(axis=1) < k)
-    if len(short):
-        scores[short], rows[short] = index.search(queries[short], k, allowed)
-    return scores, rows
+def _both(mask: np.ndarray | None, passing: np.ndarray) -> tuple[np.ndarray, int]:
+    """bool [rows]: true in both (None: all of them are), and how many."""
+    both = passing if mask is None else mask & passing
+    return both, int(np.count_nonzero(both))

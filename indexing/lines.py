@@ -1,7 +1,10 @@
 """Rows of JSONL, gzipped JSONL and Parquet files, one at a time, bad ones told apart instead of failing the file."""
 
+import datetime
+import decimal
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +57,16 @@ def text_field(fields: dict[str, Any], name: str, default: str | None = None) ->
     return _encodable(name, value)
 
 
+def metadata_field(fields: dict[str, Any]) -> dict[str, Any]:
+    """The object `metadata` of a row, empty where it has none. Raises BadLine."""
+    value = fields.get("metadata")
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise BadLine("missing_field", f"metadata is {str(value)[:40]!r}: needed is an object")
+    return value
+
+
 def strings(value: Any) -> list[str]:
     """Answers: a list of strings, or one string. Raises BadLine."""
     values = [value] if isinstance(value, str) else value
@@ -94,7 +107,8 @@ def _parse(raw: bytes) -> dict[str, Any] | BadLine:
 
 
 def _read_parquet(path: Path) -> Lines:
-    """Rows of a Parquet file as dictionaries, numbered from 1. Raises ValueError for a file that is none."""
+    """Rows of a Parquet file as dictionaries, numbered from 1; what is neither id, title nor text becomes `metadata`.
+    Raises ValueError for a file that is none."""
     import pyarrow
     import pyarrow.parquet
 
@@ -106,14 +120,41 @@ def _read_parquet(path: Path) -> Lines:
         wanted = [name for name in file.schema_arrow.names if name in ("_id", "id", "title", "text")]
         if "text" not in wanted or not {"_id", "id"} & set(wanted):
             raise ValueError(f"{path} has columns {file.schema_arrow.names}: needed are _id (or id) and text")
+        more = [field.name for field in file.schema_arrow if field.name not in wanted and _is_plain(field.type)]
         number = 0
-        for batch in file.iter_batches(batch_size=4096, columns=wanted):
+        for batch in file.iter_batches(batch_size=4096, columns=[*wanted, *more]):
             columns = [batch.column(name) for name in wanted]
+            described = [batch.column(name) for name in more]
             for index in range(batch.num_rows):
                 number += 1
                 try:
                     values = [column[index].as_py() for column in columns]
+                    metadata = {n: plain(c[index].as_py()) for n, c in zip(more, described, strict=True)}
                 except UnicodeDecodeError as error:
                     yield number, BadLine("broken_utf8", f"byte {error.start + 1} of a field is no UTF-8")
                 else:
-                    yield number, dict(zip(wanted, values, strict=True))
+                    row: dict[str, Any] = dict(zip(wanted, values, strict=True))
+                    given = {name: value for name, value in metadata.items() if value is not None}
+                    yield number, row | ({"metadata": given} if given else {})
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a Parquet column holds texts, numbers, truth values or dates, or lists of texts or whole numbers: no
+    vectors, no bytes, no records."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        return types.is_string(kind.value_type) or types.is_integer(kind.value_type)
+    if types.is_dictionary(kind):
+        return _is_plain(kind.value_type)
+    known = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(one(kind) for one in (*known, types.is_date, types.is_timestamp, types.is_decimal))
+
+
+def plain(value: Any) -> Any:
+    """A Parquet value as JSON has it: dates as YYYY-MM-DD, decimals as numbers, what is not finite as null."""
+    if isinstance(value, datetime.date):  # and datetime
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        value = float(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -59,6 +59,11 @@ class LiveStore(Store):
         store, place = self._find(row)
         return super().passage(row) if store is None else store.passage(place)
 
+    def metadata(self, row: int) -> dict[str, Any]:
+        """The metadata of the passage with number `row`, living or not. Raises IndexError."""
+        store, place = self._find(row)
+        return super().metadata(row) if store is None else store.metadata(place)
+
     def row_of(self, passage_id: str) -> int | None:
         """The number of the living passage with this id, or None."""
         with self._lock:
@@ -125,6 +130,7 @@ class LiveStore(Store):
                             raise ValueError(f"{segment.path} was tokenised by another tokeniser than {self.path}")
                         table.add(change.first, segment.tokens(name))
                     self._segments.append(segment)
+                    self.metadata_fields = tuple(sorted({*self.metadata_fields, *segment.metadata_fields}))
                     self._unlisted.append((change.first, segment))
                     self._firsts = np.append(self._firsts, change.first)
                 self._read = change.version

@@ -22,6 +22,7 @@ class ShardHits:
     vectors: np.ndarray | None = None  # float32 [batch, columns, dim] of the leading ids, where they were asked for
     versions: np.ndarray | None = None  # int64, as `ids`: weights version of each hit; None: all `weights_version`
     num_living: int = -1  # passages of this shard that may be returned; -1: not told
+    num_allowed: int = -1  # passages of the shard that pass the filter; -1: there was none
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ def _order(scores: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
     return np.lexsort((ids, ids < 0, -keys), axis=-1)[:, :k]
 
 
-def merge(shard_hits: Sequence[ShardHits], k: int) -> Hits:
+def merge(shard_hits: Sequence[ShardHits], k: int, allow_fewer: bool = False) -> Hits:
     """The `k` best hits over all shards, which must have answered from the same generation; with the vectors of as
     many leading ones as every shard gave vectors for.
 
-    Raises ValueError when generations or weights versions differ, or when the shards together hold fewer than `k`
-    passages (each of them answers with all its rows then).
+    Raises ValueError when generations or weights versions differ, when the shards together hold fewer than `k`
+    passages (each of them answers with all its rows then), or when fewer pass a filter, unless `allow_fewer`.
     """
     if not shard_hits:
         raise ValueError("merge needs the hits of at least one shard")
@@ -67,11 +68,14 @@ def merge(shard_hits: Sequence[ShardHits], k: int) -> Hits:
         raise ValueError(f"shards answered {[hits.ids.shape[0] for hits in shard_hits]} queries: must be equal")
     scores = np.concatenate([hits.scores for hits in shard_hits], axis=1).astype(np.float32, copy=False)
     ids = np.concatenate([hits.ids for hits in shard_hits], axis=1).astype(np.int64, copy=False)
-    check_k(k, ids.shape[1])
+    if all(hits.num_allowed >= 0 for hits in shard_hits):
+        k = _check_filtered(k, sum(hits.num_allowed for hits in shard_hits), allow_fewer)
+    else:
+        check_k(k, ids.shape[1])
     order = _order(scores, ids, k)
     scores, ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
     if ids.size and ids.min() < 0:
-        raise ValueError(f"retrieval.k is {k}, but the index found fewer hits for a query: raise index.nprobe")
+        raise ValueError(f"retrieval.k is {k}, but the index found fewer hits for a query")
     return Hits(ids, scores, generations[0], versions[0], _leading_vectors(shard_hits, order), _each(shard_hits, order))
 
 
@@ -99,6 +103,16 @@ def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.n
     wanted = min([*limits, order.shape[1]])
     columns = np.concatenate(slots)[order[:, :wanted]]
     return np.take_along_axis(np.concatenate(parts, axis=1), columns[:, :, None], axis=1)
+
+
+def _check_filtered(k: int, num_allowed: int, allow_fewer: bool) -> int:
+    """`k`, or as many as pass the filter. Raises ValueError where that is fewer, unless `allow_fewer`."""
+    if k > num_allowed and not allow_fewer:
+        raise ValueError(
+            f"retrieval.k is {k}, but {num_allowed} passages pass the filter retrieval.where: allowed are 1 to "
+            f"{num_allowed}; lower retrieval.k or widen the filter"
+        )
+    return min(k, num_allowed)
 
 
 def check_k(k: int, num_passages: int) -> None:

@@ -64,11 +64,18 @@ class PreferencesConfig:
 class IndexConfig:
     """One sharded FAISS index."""
 
-    factory: str = "Flat"  # Flat | SQfp16 | IVFn,Flat
+    # Flat | SQfp16 (exact) | SQ8 | PQm | IVFn,Flat|SQfp16|SQ8|PQm | OPQm,[IVFn,]PQm | HNSWn[,SQ8]: indexing/kinds.py
+    factory: str = "Flat"
     num_shards: int = 2
     device: str = "cpu"  # cpu | gpu
     nprobe: int = 16  # lists visited by IVF kinds
-    training_sample: int = 100_000  # vectors that an IVF index is trained on
+    ef_search: int = 64  # vectors that an HNSW search keeps in view: more find more, and take longer
+    ef_construction: int = 80  # the same while HNSW links are made
+    training_sample: int = 100_000  # vectors of the new generation that lists, codes and rotations are trained on
+    # Proposed by a compressed index (SQ8, PQ), scored again from float16 vectors beside it (2 bytes a number), cut to
+    # k; 0: off, otherwise at least retrieval.k
+    rescore_candidates: int = 0
+    probe_queries: int = 64  # of each shard, to measure every new generation's recall against exact search; 0: none
     keep_generations: int = 2  # snapshots kept on disk beside those that checkpoints name
     search_timeout_s: float = 120.0  # a search that finds no complete generation for so long is an error
     replicas: int = 1  # actors that serve each shard with the same vectors; 1: none to spare

@@ -29,8 +29,12 @@ from typing import Any
 
 import numpy as np
 
-from indexing.generation import Generation
+from indexing.filters import Filter
+from indexing.generation import Generation, View
 from indexing.merge import ShardHits
+from indexing.metadata import MetadataColumns
+from indexing.probe import UNKNOWN, Figures, RecentQueries
+from indexing.reshard import fits, load_range
 from indexing.settings import IndexConfig
 from indexing.shard_files import KIND, read_generation, write_generation
 from indexing.snapshot import is_complete, verify
@@ -81,6 +85,7 @@ class ShardStatus:
     hidden: int = 0  # corpus version up to which deleted passages are not returned
     num_living: int = 0  # passages of the newest generation that may be returned
     oldest_version: int = -1  # weights version of the passage of the newest generation that was encoded longest ago
+    figures: Figures = UNKNOWN  # of the newest committed generation
 
 
 @dataclass
@@ -94,11 +99,21 @@ class Shard:
     """Passages `start` to `stop` - 1 of the base corpus, and some added ones. Every method may be called from any
     thread."""
 
-    def __init__(self, shard_number: int, start: int, stop: int, config: IndexConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shard_number: int,
+        start: int,
+        stop: int,
+        config: IndexConfig,
+        seed: int = 0,
+        metadata: MetadataColumns | None = None,
+    ) -> None:
+        """`metadata` of the shard's passages, for searches with a filter."""
         if not 0 <= start < stop:
             raise ValueError(f"shard {shard_number} cannot hold passages {start} to {stop - 1}")
         self.shard_number, self.start, self.stop = shard_number, start, stop
-        self._config, self._seed = config, seed + shard_number
+        self._config, self._seed, self._metadata = config, seed + shard_number, metadata
+        self._recent = RecentQueries(config.probe_queries)
         self._staging_lock, self._delta_lock = threading.Lock(), threading.Lock()
         self._table = threading.Condition()
         self._served: dict[int, _Served] = {}  # guarded by _table
@@ -211,7 +226,7 @@ class Shard:
             if staging is None or staging.generation != generation:
                 raise ValueError(f"generation {generation} is not staged on shard {self.shard_number}")
             if staging.built is None:
-                staging.build(self._config, self._seed)
+                staging.build(self._config, self._seed, self._recent.take(staging.dim))
 
     def commit(self, generation: int) -> None:
         """Serve a prepared generation as the newest. Does nothing the second time.
@@ -279,21 +294,33 @@ class Shard:
             if not self._table.wait_for(lambda: not earlier(), timeout_s):
                 raise TimeoutError(f"searches that began before {corpus_version} was hidden last {timeout_s:g} s")
 
-    def search(self, queries: np.ndarray, k: int, generation: int | None = None, num_vectors: int = 0) -> ShardHits:
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        generation: int | None = None,
+        num_vectors: int = 0,
+        where: Filter | None = None,
+    ) -> ShardHits:
         """The best `k` passages of this shard, or all where it has fewer, from `generation` (None: the newest); with
-        the indexed vectors of the first `num_vectors`, where the kind of index keeps them.
+        the indexed vectors of the first `num_vectors`, where the kind of index keeps them. `where`: of those passages
+        alone that pass the filter.
 
-        `queries` float32 [batch, dim]. Raises GenerationGone, and ValueError for a wrong shape, NaN or k < 1.
+        `queries` float32 [batch, dim]. Raises GenerationGone, and ValueError for a wrong shape, NaN, k < 1, or a filter
+        that asks for a field that no passage has.
         """
         if k < 1:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
         with self._pinned(generation) as (number, served), self._counted():
             found = served.generation
-            scores, ids, vectors, versions = found.search(queries, k, num_vectors)
+            view = self._view(found, where)
+            scores, ids, vectors, versions = found.search(queries, k, num_vectors, view)
+        self._recent.add(queries)
+        num_allowed = -1 if where is None else view.num_rows
         with self._table:
-            return ShardHits(
-                ids, scores, number, found.weights_version, self._newest(), vectors, versions, found.num_living
-            )
+            num_living, newest = found.num_living, self._newest()
+            version = found.weights_version
+            return ShardHits(ids, scores, number, version, newest, vectors, versions, num_living, num_allowed)
 
     def save(self, generation: int, directory: str | Path, earlier: str | Path | None = None) -> Path:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.
@@ -310,22 +337,28 @@ class Shard:
                     self._check_saved(path, verify(path, contents=False), number)
                     return path
                 shutil.rmtree(path)
-            place = {"start": self.start, "stop": self.stop, "factory": self._config.factory}
+            config = self._config
+            place = {"start": self.start, "stop": self.stop, "factory": config.factory, "num_shards": config.num_shards}
             other = None if earlier is None else Path(earlier) / name
             write_generation(path, number, served.generation, place, other)
         return path
 
     def load(self, generation: int, directory: str | Path) -> int:
-        """Serve what `save` wrote to `directory`; returns its weights version. Does nothing for one that serves.
+        """Serve what `save` wrote to `directory`, also that of another number of shards (`indexing/reshard.py`);
+        returns its weights version. Does nothing for one that serves.
 
-        Raises TornSnapshot where a bit is wrong, ValueError where it is another shard, range, factory or generation.
+        Raises TornSnapshot where a bit is wrong, ValueError where it is another range, factory or generation.
         """
         path = Path(directory) / f"shard-{self.shard_number:04d}"
         with self._table:
             if self._is_open(generation):
                 return self._served[generation].generation.weights_version
-        self._check_saved(path, verify(path, contents=False), generation)
-        found, _ = read_generation(path, self._config)
+        if fits(directory, self.shard_number, self.start, self.stop, self._config.num_shards):
+            self._check_saved(path, verify(path, contents=False), generation)
+            found, _ = read_generation(path, self._config)
+        else:
+            bounds = self.start, self.stop
+            found = load_range(directory, self.shard_number, *bounds, generation, self._config, self._seed)
         with self._table:
             if generation not in self._served:
                 self._add(generation, found)
@@ -359,7 +392,17 @@ class Shard:
                 hidden=self._hidden_version,
                 num_living=open_ones[newest].num_living if newest in open_ones else 0,
                 oldest_version=open_ones[newest].oldest_version if newest in open_ones else -1,
+                figures=open_ones[newest].figures if newest in open_ones else UNKNOWN,
             )
+
+    def _view(self, generation: Generation, where: Filter | None) -> View:
+        """The passages of a generation that may be returned. Raises ValueError."""
+        if where is None:
+            return generation.view()
+        metadata = self._metadata
+        if metadata is None:
+            raise ValueError(f"retrieval.where is {where}, but shard {self.shard_number} knows no metadata")
+        return generation.view(where, lambda numbers: metadata.passes(where, numbers))
 
     @contextmanager
     def _pinned(self, generation: int | None) -> Iterator[tuple[int, _Served]]:

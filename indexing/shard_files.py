@@ -22,10 +22,12 @@ import numpy as np
 
 from indexing.build import Index
 from indexing.generation import Base, Generation, make_delta
+from indexing.probe import UNKNOWN, Figures
 from indexing.settings import IndexConfig
 from indexing.snapshot import TornSnapshot, verify, write_file, write_once
 from indexing.table import map_array
 
+SHARD_PREFIX = "shard-"
 INDEX_FILE = "index.faiss"
 BASE = "base"
 KIND = "index shard"
@@ -75,10 +77,21 @@ def read_generation(path: Path, config: IndexConfig) -> tuple[Generation, dict[s
         base = _read_base(path, extra, config)
         return Generation(base, None, base.weights_version, base.corpus_version), extra
     base = _read_base(path / BASE, verify(path / BASE, contents=False), config)
+    numbers, versions, vectors = read_delta(path)
+    delta = make_delta(numbers, versions, vectors, config) if len(numbers) else None
+    return Generation(base, delta, extra["weights_version"], extra["corpus_version"]), extra
+
+
+def delta_numbers(path: Path) -> np.ndarray:
+    """Passage numbers int64 [n], sorted, of the delta in the directory of a derived generation."""
+    return map_array(path / "delta.numbers", "int64")
+
+
+def read_delta(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same, with weights versions int64 [n] and vectors float32 [n, dim]."""
     numbers, versions = (np.array(map_array(path / f"delta.{name}", "int64")) for name in ("numbers", "versions"))
     vectors = np.array(map_array(path / "delta.vectors", "float32"))
-    delta = make_delta(numbers, versions, vectors.reshape(len(numbers), -1), config) if len(numbers) else None
-    return Generation(base, delta, extra["weights_version"], extra["corpus_version"]), extra
+    return numbers, versions, vectors.reshape(len(numbers), -1) if len(numbers) else np.empty((0, 0), np.float32)
 
 
 def _write_base(path: Path, base: Base, place: dict[str, Any]) -> None:
@@ -91,6 +104,7 @@ def _write_base(path: Path, base: Base, place: dict[str, Any]) -> None:
         "dim": 0 if base.index is None else base.index.dim,
         "rows": base.num_rows,
         "key": base.key,
+        "recall": base.figures.recall,
     }
     with write_once(path, extra) as temporary:
         if base.index is not None:
@@ -109,7 +123,9 @@ def _read_base(path: Path, extra: dict[str, Any], config: IndexConfig) -> Base:
         raise ValueError(f"{path} holds {rows} vectors: needed are {needed}")
     # Snapshots of before the live corpus have neither key nor corpus version.
     key, corpus_version = extra.get("key") or secrets.token_hex(8), extra.get("corpus_version", 0)
-    return Base(index, extra["start"], numbers, extra["generation"], extra["weights_version"], corpus_version, key)
+    figures = UNKNOWN if index is None else Figures(index.num_bytes / rows, recall=extra.get("recall"))
+    weights_version = extra["weights_version"]
+    return Base(index, extra["start"], numbers, extra["generation"], weights_version, corpus_version, key, figures)
 
 
 def _link_base(earlier: Path, target: Path, key: str) -> bool:

@@ -64,9 +64,9 @@ class Staging:
             self._versions[rows] = version
         self.num_filled = int(np.count_nonzero(self._filled))
 
-    def build(self, config: IndexConfig, seed: int) -> None:
-        """Build the generation and let the vectors go. Raises ValueError for missing rows and numbers that are not
-        finite."""
+    def build(self, config: IndexConfig, seed: int, recent: np.ndarray | None = None) -> None:
+        """Build the generation, measure a new big index with the `recent` queries [any, dim], and let the vectors go.
+        Raises ValueError for missing rows and numbers that are not finite."""
         if missing := self.num_rows - self.num_filled:
             raise ValueError(
                 f"generation {self.generation} has {self.num_filled} of {self.num_rows} rows, {missing} are missing: "
@@ -79,7 +79,9 @@ class Staging:
             )
         version, corpus = self.weights_version, self.corpus_version
         if self.origin is None:
-            base = build_base(self._vectors, self.start, self.numbers, self.generation, version, corpus, config, seed)
+            base = build_base(
+                self._vectors, self.start, self.numbers, self.generation, version, corpus, config, seed, recent
+            )
             self.built = Generation(base, None, version, corpus)
         else:
             assert self.numbers is not None

@@ -1,12 +1,14 @@
 """The corpus as a write-once directory: text and token rows by passage number.
 
 Passages are numbered 0, 1, ... in the order in which they are written. `ids.*`, `titles.*`, `texts.*` are ragged UTF-8
-bytes, `tokens-SIDE.*` ragged int32 token ids of one tokeniser, `lookup.*` maps ids back to numbers; `manifest.json` is
-written last. Everything is memory-mapped, so that processes on one machine share one copy.
+bytes, `metadata.*` JSON objects (where any passage has one), `tokens-SIDE.*` ragged int32 token ids of one tokeniser,
+`lookup.*` maps ids back to numbers; `manifest.json` is written last. Everything is memory-mapped, so that processes on
+one machine share one copy.
 """
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,9 +44,11 @@ class Store:
     def __init__(self, path: Path, extra: dict[str, Any]) -> None:
         self.path = path
         self.extra: dict[str, Any] = extra["extra"]  # what the writer noted beside it
-        self.fingerprint: str = extra["fingerprint"]  # of ids, titles and texts, in order
+        self.fingerprint: str = extra["fingerprint"]  # of ids, titles and texts, in order: what vectors depend on
         self._sides: dict[str, str] = extra["sides"]
         self._ids, self._titles, self._texts = (Ragged(path, name, "uint8") for name in ("ids", "titles", "texts"))
+        self.metadata_fields: tuple[str, ...] = tuple(extra.get("metadata", ()))  # names that any passage has
+        self._metadata = Ragged(path, "metadata", "uint8") if self.metadata_fields else None
         self._tokens = {name: TokenTable(path, f"tokens-{name}") for name in self._sides}
         self._hashes = map_array(path / "lookup.hashes", "uint64")
         self._rows = map_array(path / "lookup.rows", "int64")
@@ -62,7 +66,11 @@ class Store:
 
     def passage(self, row: int) -> Passage:
         """The passage with number `row`. Raises IndexError."""
-        return Passage(self._ids.text(row), self._titles.text(row), self._texts.text(row))
+        return Passage(self._ids.text(row), self._titles.text(row), self._texts.text(row), self.metadata(row))
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """The metadata of the passage with number `row`; empty where it has none. Raises IndexError."""
+        return json.loads(self._metadata.text(row) or "{}") if self._metadata is not None else {}
 
     def row_of(self, passage_id: str) -> int | None:
         """The number of the passage with this id, or None."""
@@ -124,11 +132,12 @@ def write_store(
     if len(seal["sides"]) < len(sides):
         raise ValueError(f"sides of a store need different names, got {[side.name for side in sides]}")
     with write_once(path, seal) as directory:
-        digest, hashes = hashlib.sha256(), []
+        digest, hashes, names = hashlib.sha256(), [], set[str]()
         with ExitStack() as stack:
             columns = [
                 stack.enter_context(RaggedWriter(directory, name, "uint8")) for name in ("ids", "titles", "texts")
             ]
+            described = stack.enter_context(RaggedWriter(directory, "metadata", "uint8"))
             tables = [stack.enter_context(RaggedWriter(directory, f"tokens-{side.name}", "int32")) for side in sides]
             for batch in batched(passages, BATCH_PASSAGES):
                 fields = [[getattr(passage, name).encode() for passage in batch] for name in ("id", "title", "text")]
@@ -136,12 +145,19 @@ def write_store(
                     column.append(values)
                 for value in itertools.chain.from_iterable(zip(*fields, strict=True)):
                     digest.update(len(value).to_bytes(8, "little") + value)
+                described.append([_json(passage.metadata) for passage in batch])
+                names.update(*(passage.metadata for passage in batch))
                 hashes.append(np.array([_hash(passage.id) for passage in batch], np.uint64))
                 for side, table in zip(sides, tables, strict=True):
                     table.append(tokenize(side, [(passage.title, passage.text) for passage in batch]))
         if not hashes:
             raise ValueError(f"the corpus for {path} has no passages")
         _write_lookup(directory, np.concatenate(hashes))
+        if names:
+            seal["metadata"] = sorted(names)
+        else:  # as a store without it always was
+            for path_ in (described.path, described.offsets_path):
+                path_.unlink()
         seal["fingerprint"] = digest.hexdigest()
     return Store.open(path, verify=False)
 
@@ -160,6 +176,10 @@ def open_extra(path: str | Path, kind: str, contents: bool) -> dict[str, Any]:
     if extra.get("kind") != kind:
         raise ValueError(f"{path} is a {extra.get('kind', 'directory of another kind')}, not a {kind}")
     return extra
+
+
+def _json(metadata: dict[str, Any]) -> bytes:
+    return json.dumps(metadata, separators=(",", ":")).encode() if metadata else b""
 
 
 def batched(items: Iterable[Any], size: int) -> Iterable[list[Any]]:

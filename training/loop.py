@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from indexing.probe import Figures
 from training.engine import Engine
 from training.models.system import ContrastBatch, RetrievalBatch
 from training.models.weights import to_numpy
@@ -259,6 +260,7 @@ def step_metrics(
             "index/hedged": status.hedged,
             "index/refused": status.refused,
             "perf/refresh_passages_per_s": status.refresh_passages_per_s,
+            **index_metrics(status.figures),
         }
     return metrics
 
@@ -268,6 +270,13 @@ def _versions(used: Sequence[Fetched]) -> tuple[float, int]:
     versions = [np.array([f.weights_version]) if f.hit_versions is None else f.hit_versions for f in used]
     means, oldest = [float(np.mean(v)) for v in versions], [int(np.min(v)) for v in versions]
     return sum(means) / len(means), min(oldest)
+
+
+def index_metrics(figures: Figures) -> dict[str, float]:
+    """What the newest generation costs and finds, as far as it is known."""
+    known = {"index/bytes_per_passage": figures.bytes_per_passage, "index/build_s": figures.build_s}
+    metrics = {} if not figures.bytes_per_passage else known
+    return metrics if figures.recall is None else {**metrics, "index/recall": figures.recall}
 
 
 def learning_rates(config: TrainingConfig, step: int) -> dict[str, float]:

@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from indexing.merge import Hits
+from indexing.probe import UNKNOWN, Figures
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class IndexStatus:
     refused: int = 0  # of them, those that were refused
     # Weights version of the passage that was encoded longest ago; None: that of all is `weights_version`.
     oldest_version: int | None = None
+    figures: Figures = UNKNOWN  # of the serving generation, as far as they are known
 
     @property
     def oldest(self) -> int:

@@ -1,6 +1,7 @@
 """Configuration sections of the models, the objective and the training loop."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -177,6 +178,9 @@ class RetrievalConfig:
     # ones) | long (no retrieval: as much of the corpus as fits in the prompt) | none (closed book)
     source: str = "index"
     k: int = 4
+    # Only passages whose metadata meets these conditions are found, by field: a value, a list of values, or bounds like
+    # {">=": 2019, "<": 2024}; indexing/filters.py
+    where: dict[str, Any] = field(default_factory=dict)
     max_context_tokens: int = 0  # long: of a prompt and its answer; 0: what the generator takes (causal only)
     prefetch_depth: int = 1  # batches searched ahead while one trains
     # Candidates are searched so many times k, scored again by the encoders as they are now, and the best k read

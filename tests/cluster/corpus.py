@@ -57,6 +57,9 @@ def make_corpus(folder: Path) -> Corpus:
     words = ["".join(chance.choice(list("abcdefghij"), 4)) for _ in range(60)]
     texts = [" ".join(chance.choice(words, chance.integers(3, 12))) for _ in range(NUM_PASSAGES)]
     tokenizer = build_tokenizer("", ENCODER.tokenizer, texts, folder / "tokenizer")
-    passages = [Passage(f"p{number}", words[number % 60], text) for number, text in enumerate(texts)]
+    passages = [
+        Passage(f"p{number}", words[number % 60], text, {"third": number % 3, "number": number})
+        for number, text in enumerate(texts)
+    ]
     write_store(folder / "store", passages, [retriever_passage_side(tokenizer, ENCODER)])
     return Corpus(folder / "store", folder / "tokenizer")

@@ -3,15 +3,19 @@
 import ast
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from cluster.beforehand import check_index, check_models
+from cluster.beforehand import check_index, check_models, check_where
 from cluster.config import ROOT, Experiment, experiment_to_yaml, load, to_yaml
 from cluster.settings import Settings
 from cluster.validate import CHOICES, GPUS, POSITIVE, SHARES, values_of
+from indexing.corpus import Passage
+from indexing.filters import parse_filter
+from indexing.store import write_store
+from training.settings import RetrievalConfig
 
 STAGED = """
 run: {name: demo}
@@ -107,6 +111,62 @@ def same(left: Experiment, right: Experiment) -> bool:
     return left.stages == right.stages and left.update == right.update
 
 
+def test_conditions_on_passages(write) -> None:
+    """`retrieval.where` is open: its fields are the corpus' own; values stay text, whatever they look like."""
+    path = write(
+        "retrieval: {where: {lang: en, year: {'>=': 2019}}}\nstages: {a: , b: {retrieval: {where: {kind: x}}}}"
+    )
+    experiment = load([path], ["retrieval.where.lang=[de, fr]", 'stages.b.retrieval.where.year={"<": 2024}'])
+    first, second = (stage.retrieval.where for stage in experiment.stages.values())
+    assert first == {"lang": ["de", "fr"], "year": {">=": "2019"}}
+    assert second == {"lang": ["de", "fr"], "year": {">=": "2019", "<": "2024"}, "kind": "x"}
+    assert same(load([write(experiment_to_yaml(experiment), "again.yaml")], []), experiment)
+    lifted = load([path], ["retrieval.where.lang="]).settings.retrieval.where
+    assert parse_filter(lifted) == parse_filter({"year": {">=": 2019}})
+    assert load([write("retrieval: {where: }", "none.yaml")], []).settings.retrieval.where == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("retrieval.where=en", "retrieval.where=en: must map names to values"),
+        ("retrieval.where.year={'=>': 1}", "retrieval.where.year={'=>': '1'}: bounds are >=, >, <=, <"),
+        ("retrieval.where.lang=[]", "retrieval.where.lang=[]: no passage could pass"),
+        ("retrieval.wher.lang=en", "unknown setting retrieval.wher"),
+    ],
+)
+def test_mistakes_in_conditions(write, override: str, expected: str) -> None:
+    assert expected in refusal([write("")], override)
+
+
+def test_kinds_of_index_that_do_not_fit(write) -> None:
+    gpu = refusal([write("")], "index.device=gpu", "index.factory=HNSW32")
+    assert "index.factory is 'HNSW32', which FAISS has for CPU only: set index.device=cpu" in gpu
+    for factory, message in (
+        (
+            "PQ48",
+            "vectors of 128 numbers cannot be cut into 48 equal parts: allowed are divisors of 128, like 16, 32, 64",
+        ),
+        ("IVF600,Flat", "trains 600 lists, but a shard holds 500 vectors"),
+        ("PQ16x9", "trains on 512 vectors or more .* but a shard holds 500"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_index(load([write("")], [f"index.factory={factory}"]).settings, 1000)
+    check_index(load([write("")], ["index.factory=PQ16", "index.rescore_candidates=50"]).settings, 1000)
+
+
+def test_a_filter_that_nobody_passes_is_refused_beforehand(tmp_path: Path) -> None:
+    passages = [Passage(str(n), "", "text", {"year": 2000 + n}) for n in range(9)]
+    store = write_store(tmp_path / "store", passages, []).path
+    settings = Settings(retrieval=RetrievalConfig(k=4, where={"year": {">=": 2006}}))
+    with pytest.raises(ValueError, match=r"retrieval\.where=year>=2006.*: must let retrieval\.k=4 passages.* 3 do"):
+        check_where(settings, store)
+    check_where(replace(settings, retrieval=replace(settings.retrieval, k=3)), store)
+    check_where(replace(settings, retrieval=replace(settings.retrieval, source="none")), store)
+    with pytest.raises(ValueError, match=r"retrieval\.where\.day: no passage has this field; their metadata has year"):
+        check_where(replace(settings, retrieval=RetrievalConfig(where={"day": 1})), store)
+
+
 def test_written_settings_are_read_back(write) -> None:
     experiment = load([write(STAGED)], ["generator.template={passages} x: {question} ="])
     again = load([write(experiment_to_yaml(experiment), "again.yaml")], [])
@@ -179,7 +239,10 @@ def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
         ("training.warmup_steps=-1", "training.warmup_steps=-1: must not be negative"),
         ("objective.drop_probability=1.5", "must be between 0 and 1"),
         ("cluster.trainer_gpus=1.5", "cluster.trainer_gpus=1.5: must be -1"),
-        ("index.factory=IVF,Flat", "index.factory=IVF,Flat: must be Flat, SQfp16 or IVFn,Flat"),
+        ("index.factory=IVF,Flat", "index.factory is 'IVF,Flat': allowed are Flat, SQfp16, SQ8, PQm, IVFn,"),
+        ("index.rescore_candidates=3", "index.rescore_candidates=3: must be 0 (off) or at least retrieval.k="),
+        ("index.factory=OPQ8,PQ16", "index.factory is 'OPQ8,PQ16': OPQ and PQ need the same number of parts"),
+        ("index.ef_search=0", "index.ef_search=0: must be at least 1"),
         ("engine.zero_stage=4", "engine.zero_stage=4: must be 0, 1, 2 or 3"),
         ("engine.offload_optimizer=true", "engine.offload_optimizer=true: needs engine.zero_stage"),
         ("generator.name=t5-small", "generator.name=t5-small: must be empty with generator.kind=copy"),

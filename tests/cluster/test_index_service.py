@@ -21,7 +21,8 @@ from cluster.search import IndexClient
 from cluster.service import IndexServiceHandle, start_index_service
 from cluster.session import Session
 from cluster.settings import ClusterConfig, RefreshConfig
-from indexing.exact import search_exactly
+from indexing.exact import recall, search_exactly
+from indexing.filters import parse_filter
 from indexing.merge import Hits
 from indexing.settings import IndexConfig
 from indexing.snapshot import TornSnapshot
@@ -109,6 +110,26 @@ def check(hits: Hits, vectors: dict[int, np.ndarray], queries: np.ndarray = QUER
     scores, rows = search_exactly(vectors[hits.weights_version], queries, hits.ids.shape[1])
     np.testing.assert_allclose(hits.scores, scores, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(hits.ids, rows)
+
+
+def test_hits_under_a_filter(client: IndexClient, corpus: Corpus) -> None:
+    """Exactly the best that pass; too few are an error, unless fewer are wanted; a filter of all searches."""
+    allowed = np.arange(NUM_PASSAGES) % 3 == 1
+    where, few = parse_filter({"third": 1}), parse_filter({"number": {"<": 3}})
+    scores, rows = search_exactly(corpus.vectors(1), QUERIES, 20, allowed)
+    everywhere = IndexClient(replace(client.address, where=where, num_passages=int(allowed.sum())))
+    everywhere = pickle.loads(pickle.dumps(everywhere))
+    for hits in (client.submit(QUERIES, 20, where=where).result(), everywhere.submit(QUERIES, 20).result()):
+        np.testing.assert_array_equal(hits.ids, rows)
+        np.testing.assert_allclose(hits.scores, scores, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"retrieval\.k is 4, but 3 passages pass the filter retrieval\.where"):
+        client.submit(QUERIES, 4, where=few).result()
+    hits = client.submit(QUERIES, 4, num_vectors=2, where=few, allow_fewer=True).result()
+    assert np.sort(hits.ids).tolist() == [[0, 1, 2]] * len(QUERIES)
+    with pytest.raises(ValueError, match=rf"allowed are 1 to {allowed.sum()}"):
+        everywhere.submit(QUERIES, int(allowed.sum()) + 1)
+    with pytest.raises(ValueError, match=r"retrieval\.where\.lang: no passage has this field"):
+        client.submit(QUERIES, 4, where=parse_filter({"lang": "en"})).result()
 
 
 @pytest.mark.parametrize("k", [1, 7, 150, NUM_PASSAGES])
@@ -394,8 +415,12 @@ def test_resume_from_a_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -
     client.wait_for_version(12, WAIT_S)
     assert client.submit(QUERIES, 9).result().generation == first.generation + 4
 
-    with pytest.raises(ValueError, match=r"3 shards, this run has 2: set index\.num_shards=3"):
-        launch(snapshot=path, index=replace(INDEX, num_shards=2))
+    again.stop()
+    split = launch(snapshot=path, index=replace(INDEX, num_shards=4), placement=placement(replace(INDEX, num_shards=4)))
+    hits = split.connect().submit(QUERIES, 9).result()
+    np.testing.assert_array_equal(hits.ids, first.ids)
+    np.testing.assert_array_equal(hits.scores, first.scores)
+    split.stop()
     with pytest.raises(ValueError, match="another encoder or tokeniser"):
         launch(snapshot=path, encoder=replace(ENCODER, pooling="cls"))
     with pytest.raises(ValueError, match=r"index\.factory=Flat instead of SQfp16"):
@@ -404,6 +429,32 @@ def test_resume_from_a_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(TornSnapshot, match=damaged.name):
         launch(snapshot=path)
+
+
+def test_a_compressed_index_under_a_filter_of_all_searches(launch: Launch, corpus: Corpus) -> None:
+    """Proposals are scored again, every generation is measured, and its snapshot serves on fewer shards."""
+    index = replace(INDEX, factory="PQ8x4", rescore_candidates=60, probe_queries=16)
+    where = parse_filter({"third": [0, 2]})
+    allowed = np.arange(NUM_PASSAGES) % 3 != 1
+    service = launch(index=index, where=where)
+    client = service.connect()
+    assert client.num_passages == allowed.sum()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    expected = search_exactly(corpus.vectors(1), QUERIES, 9, allowed)[1]
+    hits = client.submit(QUERIES, 9).result()
+    assert allowed[hits.ids].all()
+    assert recall(hits.ids, expected) > 0.9
+    (committed,) = events(service, "refresh_committed")
+    figures = client.status().figures
+    assert committed["recall"] == pytest.approx(figures.recall, abs=1e-3)
+    assert committed["recall"] > 0.9
+    assert committed["bytes_per_passage"] == pytest.approx(4 + 4 * 16 * 16 / (NUM_PASSAGES / 3) + 2 * 16, abs=0.1)
+    path = client.save_generation(hits.generation, WAIT_S)
+    service.stop()
+    fewer = replace(index, num_shards=2)
+    again = launch(index=fewer, where=where, snapshot=path, placement=placement(fewer)).connect()
+    assert recall(again.submit(QUERIES, 9).result().ids, expected) > 0.9
 
 
 def test_actors_that_cannot_be_placed_are_a_message_not_a_hang(launch: Launch, corpus: Corpus, run_dir: Path) -> None:

@@ -71,13 +71,30 @@ def test_an_encoder_that_changes_takes_none(settings: Settings, tmp_path: Path) 
         replace(IDENTITY, encoder_fingerprint="another"),
         replace(IDENTITY, corpus_fingerprint="another"),
         replace(IDENTITY, factory="SQfp16"),
-        replace(IDENTITY, ranges=((0, 4), (4, 9))),
-        replace(IDENTITY, ranges=((0, 9),)),
     ],
 )
 def test_another_index_is_left_alone(identity: IndexIdentity, tmp_path: Path) -> None:
     assert inherit_index(FIXED, str(write_run(tmp_path / "before")), tmp_path / "run", identity) is None
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranges", [((0, 4), (4, 9)), ((0, 9),), ((0, 2), (2, 5), (5, 9))])
+def test_another_number_of_shards_takes_over_too(ranges: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
+    (tmp_path / "run" / "index").mkdir(parents=True)
+    start, identity = str(write_run(tmp_path / "before")), replace(IDENTITY, ranges=ranges)
+    directory = inherit_index(FIXED, start, tmp_path / "run", identity)
+    assert directory is not None
+    for number, (first, last) in enumerate(ranges):
+        shard = Shard(number, first, last, IndexConfig())
+        assert shard.load(3, directory) == 40
+        best = shard.search(VECTORS, 1).ids[:, 0]
+        np.testing.assert_array_equal(best, first + np.argmax(VECTORS @ VECTORS[first:last].T, axis=1))
+
+
+def test_an_index_without_vectors_to_score_again_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run" / "index").mkdir(parents=True)
+    settings = replace(FIXED, index=replace(FIXED.index, rescore_candidates=30))
+    assert inherit_index(settings, str(write_run(tmp_path / "before")), tmp_path / "run", IDENTITY) is None
 
 
 def test_stale_missing_and_damaged_indexes_are_left_alone(tmp_path: Path) -> None:

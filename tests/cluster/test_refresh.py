@@ -14,7 +14,7 @@ from cluster.chunks import split
 from cluster.ports import Chunk, ShardLost, Weights
 from cluster.refresh import RefreshCoordinator
 from tests.cluster import fakes
-from tests.cluster.fakes import NUM_PASSAGES, World, vectors_of, weights
+from tests.cluster.fakes import DIM, NUM_PASSAGES, World, vectors_of, weights
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,8 @@ def test_all_rows_are_staged_before_any_prepare_and_all_prepared_before_any_comm
     world.check_contents(1, 7)
     (event,) = world.named("refresh_committed")
     assert (event["generation"], event["weights_version"], event["passages"]) == (1, 7, NUM_PASSAGES)
+    assert (event["bytes_per_passage"], event["recall"]) == (4 * DIM, 1.0)
+    assert event["build_s"] >= 0
 
 
 def test_status_follows_the_commit(world: World) -> None:
@@ -70,6 +72,7 @@ def test_status_follows_the_commit(world: World) -> None:
     assert after.refresh_seconds > 0
     assert after.refresh_passages_per_s == pytest.approx(NUM_PASSAGES / after.refresh_seconds)
     assert after.publish_id == weights(7).publish_id
+    assert (after.figures.bytes_per_passage, after.figures.recall) == (4 * DIM, 1.0)
 
 
 def test_publish_returns_while_a_refresh_runs_and_older_waiting_versions_are_dropped(world: World) -> None:

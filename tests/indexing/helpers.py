@@ -39,3 +39,12 @@ def unit_vectors(num_vectors: int, dim: int, seed: int = 0) -> np.ndarray:
     """float32 [num_vectors, dim] of length 1."""
     vectors = np.random.default_rng(seed).standard_normal((num_vectors, dim)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def clustered_vectors(num_vectors: int, dim: int, seed: int = 0, num_clusters: int = 20) -> np.ndarray:
+    """float32 [num_vectors, dim] of length 1 around centres that every seed shares, as an encoder's vectors stand."""
+    centres = np.random.default_rng(99).standard_normal((num_clusters, dim))
+    generator = np.random.default_rng(seed)
+    vectors = centres[generator.integers(0, num_clusters, num_vectors)]
+    vectors = (vectors + 0.5 * generator.standard_normal((num_vectors, dim))).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -59,7 +59,7 @@ def test_bad_passage(tmp_path: Path, kind: str, line: bytes, name: str) -> None:
         read_corpus(config)
     config.on_bad = "skip"
     passages, report = read_corpus(config)
-    assert passages == [Passage("a", "A", "first"), Passage("b", "", "second")]
+    assert passages == [Passage("a", "A", "first", {"x": 1}), Passage("b", "", "second")]
     assert (report.num_read, report.num_kept, dict(report.bad)) == (3, 2, {kind: 1})
     assert len(report.examples) == 1
     assert validate(config) == report
@@ -91,7 +91,8 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "corpus.parquet"
     pq.write_table(pa.table({"id": [1, 2, 3, 2], "text": ["x", None, "z", "w"], "other": [0, 0, 0, 0]}), path)
     passages, report = read_corpus(CorpusConfig(path=str(path), on_bad="skip"))
-    assert passages == [Passage("1", "", "x"), Passage("3", "", "z"), Passage("2", "", "w")]
+    zero = {"other": 0}
+    assert passages == [Passage("1", "", "x", zero), Passage("3", "", "z", zero), Passage("2", "", "w", zero)]
     assert report.examples == [f"{path}:2: missing_field: text is 'None': needed is a string"]
     table = pa.table({"_id": ["a", "b", "b"], "title": ["A", None, "B"], "text": ["x", "y", "z"]})
     pq.write_table(table, path)

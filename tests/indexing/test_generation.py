@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from indexing.build import EXHAUSTIVE, Index
+from indexing.build import Index
 from indexing.changes import contains
 from indexing.exact import search_exactly
+from indexing.kinds import EXHAUSTIVE
 from indexing.merge import merge
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, NotBegun, Shard, shard_ranges
@@ -29,7 +30,7 @@ class Corpus:
         self.versions = np.full(num_base, 1, np.int64)
         self.deleted = np.empty(0, np.int64)
         self.corpus_version, self.generation, self.weights_version = 0, 0, 1
-        config = IndexConfig(factory, nprobe=64)
+        config = IndexConfig(factory, num_shards, nprobe=64)
         self.shards = [Shard(n, *bounds, config) for n, bounds in enumerate(shard_ranges(num_base, num_shards))]
         self.rebuild(self.weights_version)
 
@@ -142,7 +143,8 @@ def test_any_sequence_of_changes_answers_as_brute_force(tmp_path: Path, seed: in
                 directory = tmp_path / f"{step}"
                 for number, shard in enumerate(corpus.shards):
                     shard.save(corpus.generation, directory)
-                    again = Shard(number, shard.start, shard.stop, IndexConfig(factory, nprobe=64))
+                    config = IndexConfig(factory, len(corpus.shards), nprobe=64)
+                    again = Shard(number, shard.start, shard.stop, config)
                     again.hide(corpus.corpus_version, corpus.deleted)
                     again.load(corpus.generation, directory)
                     assert again.status().corpora == {corpus.generation: shard.status().corpora[corpus.generation]}
@@ -312,10 +314,12 @@ def test_hide_waits_for_searches_that_began_before(monkeypatch: pytest.MonkeyPat
     shard.commit(1)
     inside, go_on, search = threading.Event(), threading.Event(), Index.search
 
-    def slow(self: Index, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def slow(
+        self: Index, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         inside.set()
         assert go_on.wait(10)
-        return search(self, queries, k)
+        return search(self, queries, k, allowed)
 
     monkeypatch.setattr(Index, "search", slow)
     thread = threading.Thread(target=shard.search, args=(vectors, 2, 1))

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from indexing.probe import UNKNOWN, Figures
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.freshness import Freshness
-from training.loop import Fetched, Hooks, LoopState, Source, Window, learning_rates, step_metrics, train
+from training.loop import Fetched, Hooks, LoopState, Source, Window, index_metrics, learning_rates, step_metrics, train
 from training.models.encoder import passage_state
 from training.models.system import ContrastBatch
 from training.models.weights import from_numpy, to_numpy
@@ -56,7 +57,8 @@ def test_metrics_of_a_step_with_two_micro_batches():
             contrast_batch(), 2, wait_s, generation=version // 2, weights_version=version, gold_in_k=found
         )
         window.add(fetched, {"loss/total": torch.tensor(loss)})
-    status = IndexStatus(4, 8, 5, 1.5, 120.0, 1, slow=7, hedged=6, refused=2)
+    figures = Figures(80.5, 0.25, 0.9)
+    status = IndexStatus(4, 8, 5, 1.5, 120.0, 1, slow=7, hedged=6, refused=2, figures=figures)
     metrics = step_metrics(window, LoopState(step=9, skipped_steps=2, blocked_steps=3), {"time/step_s": 0.5}, status)
     expected = {
         "loss/total": 3.0,
@@ -74,9 +76,17 @@ def test_metrics_of_a_step_with_two_micro_batches():
         "index/slow": 7,
         "index/hedged": 6,
         "index/refused": 2,
+        "index/bytes_per_passage": 80.5,
+        "index/build_s": 0.25,
+        "index/recall": 0.9,
         "optim/skipped_steps": 2,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+def test_figures_that_are_not_known_are_no_metrics():
+    assert index_metrics(UNKNOWN) == {}
+    assert set(index_metrics(Figures(80.5, 0.25))) == {"index/bytes_per_passage", "index/build_s"}
 
 
 def test_a_step_without_an_index_has_no_index_metrics():

@@ -1,0 +1,97 @@
+"""The FAISS library: found once, with a clear error where it is missing, and told what its defaults get wrong."""
+
+import functools
+import importlib.metadata
+import re
+from typing import Any
+
+import numpy as np
+
+QUERIES_WITHOUT_BLAS = 3  # so few are quicker one by one than as a matrix product (measured, one thread)
+GPU_SCRATCH_BYTES = 256 << 20
+
+
+@functools.cache
+def load_faiss() -> Any:
+    """The FAISS module, after `check_faiss_install`."""
+    check_faiss_install()
+    import faiss
+
+    return faiss
+
+
+def check_faiss_install() -> None:
+    """Raise ImportError, naming the extras, unless exactly one of faiss-cpu and faiss-gpu is installed.
+
+    The two wheels share one folder: the last one installed wins, and removing one breaks the other.
+    """
+    names = {str(package.metadata["Name"]).lower() for package in importlib.metadata.distributions()}
+    found = sorted(name for name in names if re.fullmatch(r"faiss-(cpu|gpu.*)", name))
+    if len(found) > 1:
+        raise ImportError(
+            f"{' and '.join(found)} are both installed and overwrite each other: "
+            f"run `pip uninstall {' '.join(found)}`, then install tandem-rag[cpu] or tandem-rag[gpu]"
+        )
+    try:
+        import faiss  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"FAISS is missing ({error}): install tandem-rag[cpu] or tandem-rag[gpu]") from error
+
+
+def tune_blas(dim: int) -> None:
+    """Have FAISS compute batches by matrix product; its default does so only above about 128,000 numbers.
+
+    The threshold is one number per process: in queries before FAISS 1.15, in queries times dimensions since.
+    """
+    faiss = load_faiss()
+    unit = dim if _threshold_counts_numbers() else 1
+    faiss.cvar.distance_compute_blas_threshold = (QUERIES_WITHOUT_BLAS + 1) * unit
+
+
+@functools.cache
+def _threshold_counts_numbers() -> bool:
+    """Whether the threshold, as it is before the first `tune_blas`, counts numbers (128,000) or queries (20)."""
+    return load_faiss().cvar.distance_compute_blas_threshold > 1000
+
+
+def check_gpu() -> None:
+    """Raise ValueError where FAISS has no GPU."""
+    faiss = load_faiss()
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise ValueError(
+            "index.device is gpu, but FAISS is installed for CPU: install tandem-rag[gpu] instead of [cpu]"
+        )
+    if faiss.get_num_gpus() < 1:
+        raise ValueError("index.device is gpu, but FAISS sees no GPU: use cpu")
+
+
+@functools.cache
+def gpu_resources() -> Any:
+    """One per process; FAISS keeps its scratch memory here."""
+    resources = load_faiss().StandardGpuResources()
+    resources.setTempMemory(GPU_SCRATCH_BYTES)
+    return resources
+
+
+def inner_of(index: Any) -> Any:
+    """The index below a rotation, or `index` itself."""
+    faiss = load_faiss()
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def codes_of(index: Any) -> np.ndarray:
+    """The codes of a flat CPU index: uint8 [n, bytes], a view that lives as long as it."""
+    codes = load_faiss().rev_swig_ptr(index.codes.data(), index.ntotal * index.code_size)
+    return codes.reshape(index.ntotal, index.code_size)
+
+
+def whole_vectors(index: Any) -> np.ndarray:
+    """The vectors of a CPU Flat (float32) or SQfp16 (float16) index: [n, dim], a view that lives as long as it."""
+    codes = codes_of(index)
+    return codes.view(np.float16 if index.code_size == 2 * index.d else np.float32)
+
+
+def selector(allowed: np.ndarray) -> tuple[Any, np.ndarray]:
+    """FAISS's selector of the rows in bool [n], and the bits that it reads: keep both while it is used."""
+    bits = np.packbits(allowed, bitorder="little")
+    return load_faiss().IDSelectorBitmap(bits), bits
