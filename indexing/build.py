@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from indexing.adding import add_to_lists
 from indexing.exact import score_pairs, search_exactly
 from indexing.merge import best_first
 from indexing.settings import IndexConfig
@@ -160,7 +161,7 @@ def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Inde
                 ivf.cp.min_points_per_centroid = 1  # no warning on the console
             chosen = np.random.default_rng(seed).permutation(len(vectors))[: config.training_sample]
             index.train(vectors[np.sort(chosen)])
-        index.add(vectors)
+        add_to_lists(faiss, index, vectors)
     except RuntimeError as error:
         raise ValueError(f"index.factory is {config.factory!r}, with {vectors.shape} vectors: {error}") from error
     return Index(_to_gpu(index, config.factory) if config.device == "gpu" else index, config)
@@ -248,18 +249,29 @@ def _factory(dim: int, factory: str) -> Any:
         ) from error
 
 
+def empty_exhaustive(dim: int, factory: str) -> Any:
+    """A CPU FAISS index of an exhaustive kind (neither is trained on vectors), without any."""
+    index = _factory(dim, factory)
+    index.train(np.zeros((1, dim), np.float32))
+    return index
+
+
+def stored_vectors(index: Any, num_rows: int) -> np.ndarray:
+    """The storage of a CPU Flat (float32) or SQfp16 (float16) index: [num_rows, dim], a view that lives as long."""
+    faiss = load_faiss()
+    codes = faiss.rev_swig_ptr(index.codes.data(), num_rows * index.code_size)
+    return codes.view(np.float16 if index.code_size == 2 * index.d else np.float32).reshape(num_rows, index.d)
+
+
 def _exhaustive_on_cpu(vectors: np.ndarray, factory: str) -> Any:
-    index = _factory(vectors.shape[1], factory)
-    index.train(vectors)
+    index = empty_exhaustive(vectors.shape[1], factory)
     index.add(np.ascontiguousarray(vectors, np.float32))
     return index
 
 
 def _stored(index: Any) -> np.ndarray:
-    """The vectors of a CPU Flat (float32) or SQfp16 (float16) index: [n, dim], a view that lives as long as it."""
-    faiss = load_faiss()
-    codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.code_size)
-    return codes.view(np.float16 if index.code_size == 2 * index.d else np.float32).reshape(index.ntotal, index.d)
+    """The vectors of a CPU Flat or SQfp16 index."""
+    return stored_vectors(index, index.ntotal)
 
 
 def _largest_norm(vectors: np.ndarray) -> float:

@@ -117,7 +117,7 @@ class Shard:
                 return
             if staging is None or staging.generation != generation:
                 raise ValueError(f"generation {generation} is not staged on shard {self.shard_number}")
-            staging.build(self._config, self._seed)
+            staging.build(self._seed)
 
     def commit(self, generation: int) -> None:
         """Serve a prepared generation as the newest. Does nothing the second time.
@@ -307,7 +307,7 @@ class Shard:
         if dims - {dim}:
             raise ValueError(f"staged vectors have {dim} dimensions: needed are {dims.pop()}")
         if staging is None or key != staging.key:
-            staging = Staging(generation, weights_version, self.start, self.stop - self.start, dim)
+            staging = Staging(generation, weights_version, self.start, self.stop - self.start, dim, self._config)
             with self._table:
                 self._staging = staging
         return staging

@@ -2,19 +2,22 @@
 
 import numpy as np
 
-from indexing.build import Index, bad_rows, build_index
+from indexing.build import Index, bad_rows
 from indexing.settings import IndexConfig
+from indexing.waiting import WaitingVectors
 
 
 class Staging:
     """Vectors of passages `start` to `start` + `num_rows` - 1 of one generation, and exactly which have arrived."""
 
-    def __init__(self, generation: int, weights_version: int, start: int, num_rows: int, dim: int) -> None:
+    def __init__(
+        self, generation: int, weights_version: int, start: int, num_rows: int, dim: int, config: IndexConfig
+    ) -> None:
         self.generation, self.weights_version = generation, weights_version
         self.start, self.num_rows, self.dim = start, num_rows, dim
         self.num_filled = 0  # different rows that have arrived
         self.index: Index | None = None  # once `build` has run
-        self._vectors = np.empty((num_rows, dim), np.float32)
+        self._vectors = WaitingVectors(num_rows, dim, config)
         self._filled = np.zeros(num_rows, bool)
         self._broken = np.zeros(num_rows, bool)  # arrived with NaN or infinity
 
@@ -26,13 +29,13 @@ class Staging:
     def fill(self, start: int, vectors: np.ndarray) -> None:
         """Take vectors of the passages from `start` on; rows that came before are replaced."""
         rows = slice(start - self.start, start - self.start + len(vectors))
-        self._vectors[rows] = vectors
+        self._vectors.put(rows, vectors)
         self._broken[rows] = False
         self._broken[rows][bad_rows(vectors)] = True
         self._filled[rows] = True
         self.num_filled = int(np.count_nonzero(self._filled))
 
-    def build(self, config: IndexConfig, seed: int) -> None:
+    def build(self, seed: int) -> None:
         """Build `index` and let the vectors go. Raises ValueError for missing rows and numbers that are not finite."""
         if missing := self.num_rows - self.num_filled:
             raise ValueError(
@@ -44,5 +47,8 @@ class Staging:
                 f"generation {self.generation} has {int(self._broken.sum())} vectors that are not finite, "
                 f"first passage {self.start + int(self._broken.argmax())}"
             )
-        self.index = build_index(self._vectors, config, seed)
-        self._vectors = np.empty((0, self.dim), np.float32)
+        try:
+            self.index = self._vectors.build(seed)
+        except BaseException:  # the vectors are gone
+            self._filled[:], self.num_filled = False, 0
+            raise

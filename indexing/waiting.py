@@ -1,0 +1,48 @@
+"""Memory of a generation while its vectors arrive: the storage of the coming index itself where it keeps vectors as
+they are (`Flat`, `SQfp16` on CPU), otherwise float32 rows beside it, which are let go when it is built."""
+
+from typing import Any
+
+import numpy as np
+
+from indexing.adding import room_for
+from indexing.build import EXHAUSTIVE, FLOAT16_MAX, Index, build_index, empty_exhaustive, stored_vectors
+from indexing.settings import IndexConfig
+
+
+class WaitingVectors:
+    """Room for `num_rows` vectors of `dim` numbers. No locks: its owner holds one."""
+
+    def __init__(self, num_rows: int, dim: int, config: IndexConfig) -> None:
+        self._config, self._dim, self._num_rows = config, dim, num_rows
+        self._faiss_index: Any = None
+        self._too_large = np.zeros(0, bool)
+        if config.device == "cpu" and config.factory in EXHAUSTIVE:
+            self._faiss_index = empty_exhaustive(dim, config.factory)
+            room_for(self._faiss_index, num_rows)
+            self._rows = stored_vectors(self._faiss_index, num_rows)
+        else:
+            self._rows = np.empty((num_rows, dim), np.float32)
+        if self._rows.dtype == np.float16:
+            self._too_large = np.zeros(num_rows, bool)
+
+    def put(self, rows: slice, vectors: np.ndarray) -> None:
+        """Write float32 `vectors` [n, dim] to `rows`."""
+        if self._rows.dtype == np.float16:
+            with np.errstate(invalid="ignore"):  # NaN is the caller's to find
+                self._too_large[rows] = np.abs(vectors).max(axis=1, initial=0.0) > FLOAT16_MAX
+            codes = self._faiss_index.sa_encode(np.ascontiguousarray(vectors))  # FAISS rounds halves in its own way
+            self._rows[rows] = codes.view(np.float16)
+        else:
+            self._rows[rows] = vectors
+
+    def build(self, seed: int) -> Index:
+        """The index over all rows; this object is empty then. Raises ValueError as `build_index`."""
+        if self._too_large.any():
+            raise ValueError(f"index.factory is SQfp16, but a vector has a number beyond {FLOAT16_MAX}: use Flat")
+        rows, self._rows = self._rows, np.empty((0, self._dim), np.float32)
+        if self._faiss_index is None:
+            return build_index(rows, self._config, seed)
+        faiss_index, self._faiss_index = self._faiss_index, None
+        faiss_index.ntotal = self._num_rows
+        return Index(faiss_index, self._config)
