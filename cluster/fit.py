@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
 RESULT_POLL_S = 0.2
+UNDECISIVE = ("monitor", "cluster", "run", "checkpoint", "plan")  # sections that do not decide a stage's outcome
 HOPELESS = (ValueError, FloatingPointError, TimeoutError)  # in a trainer: starting it again would end the same way
 
 
@@ -95,7 +96,7 @@ def is_finished(settings: Settings) -> bool:
 
 def fingerprint(settings: Settings) -> str:
     """Hash of what decides a stage's outcome; console, places and machines do not."""
-    sections = {k: v for k, v in asdict(settings).items() if k not in ("monitor", "cluster", "run", "checkpoint")}
+    sections = {k: v for k, v in asdict(settings).items() if k not in UNDECISIVE}
     sections["run"] = {"seed": settings.run.seed, "init_from": settings.run.init_from}
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -70,7 +70,7 @@ class Index:
 
     def _search_exhaustively(self, queries: np.ndarray, k: int, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         num_candidates = min(k + SPARE_CANDIDATES, self.num_vectors)
-        _tune_blas(self.dim)
+        tune_blas(self.dim)
         proposed, rows = self._index.search(queries, num_candidates)
         if rows.min() < 0:  # scores that overflow float32
             return search_exactly(stored, queries, k)
@@ -91,7 +91,7 @@ class Index:
             with self._gpu_lock:
                 scores, rows = self._search_lists(queries, k)
         else:
-            _tune_blas(self.dim)
+            tune_blas(self.dim)
             scores, rows = self._search_lists(queries, k)
         return best_first(scores, rows, k)
 
@@ -279,7 +279,7 @@ def _largest_norm(vectors: np.ndarray) -> float:
     return float(np.sqrt(max(np.einsum("nd,nd->n", block, block, dtype=np.float64).max() for block in blocks)))
 
 
-def _tune_blas(dim: int) -> None:
+def tune_blas(dim: int) -> None:
     """Have FAISS compute batches by matrix product; its default does so only above about 128,000 numbers.
 
     The threshold is one number per process: in queries before FAISS 1.15, in queries times dimensions since.
@@ -291,7 +291,7 @@ def _tune_blas(dim: int) -> None:
 
 @functools.cache
 def _threshold_counts_numbers() -> bool:
-    """Whether the threshold, as it is before the first `_tune_blas`, counts numbers (128,000) or queries (20)."""
+    """Whether the threshold, as it is before the first `tune_blas`, counts numbers (128,000) or queries (20)."""
     return load_faiss().cvar.distance_compute_blas_threshold > 1000
 
 

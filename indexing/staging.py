@@ -47,8 +47,4 @@ class Staging:
                 f"generation {self.generation} has {int(self._broken.sum())} vectors that are not finite, "
                 f"first passage {self.start + int(self._broken.argmax())}"
             )
-        try:
-            self.index = self._vectors.build(seed)
-        except BaseException:  # the vectors are gone
-            self._filled[:], self.num_filled = False, 0
-            raise
+        self.index = self._vectors.build(seed)

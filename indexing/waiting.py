@@ -37,12 +37,13 @@ class WaitingVectors:
             self._rows[rows] = vectors
 
     def build(self, seed: int) -> Index:
-        """The index over all rows; this object is empty then. Raises ValueError as `build_index`."""
+        """The index over all rows; this object is empty then. Raises ValueError as `build_index`; all rows stay."""
         if self._too_large.any():
             raise ValueError(f"index.factory is SQfp16, but a vector has a number beyond {FLOAT16_MAX}: use Flat")
-        rows, self._rows = self._rows, np.empty((0, self._dim), np.float32)
         if self._faiss_index is None:
-            return build_index(rows, self._config, seed)
-        faiss_index, self._faiss_index = self._faiss_index, None
-        faiss_index.ntotal = self._num_rows
-        return Index(faiss_index, self._config)
+            index = build_index(self._rows, self._config, seed)
+        else:
+            self._faiss_index.ntotal = self._num_rows
+            index = Index(self._faiss_index, self._config)
+        self._faiss_index, self._rows = None, np.empty((0, self._dim), np.float32)
+        return index
