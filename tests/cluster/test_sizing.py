@@ -78,8 +78,9 @@ def test_more_passages_never_need_less() -> None:
             assert (counts.gpus, counts.nodes, counts.shards) >= (before.gpus, before.nodes, 0)
             assert counts.shards >= before.shards
             before = counts
-        nodes = [smallest(work(passages=n, index_on_gpu=False), CPU).nodes for n in (10**3, 10**6, 10**7)]
-        assert nodes == sorted(nodes)
+    workstation = replace(CPU, host=replace(LAPTOP, memory_bytes=64 * GB))
+    nodes = [smallest(work(passages=n, index_on_gpu=False), workstation).nodes for n in (10**3, 10**6, 10**7)]
+    assert 1 == nodes[0] <= nodes[1] < nodes[2]
 
 
 def test_more_gpus_never_make_a_refresh_slower() -> None:
