@@ -9,12 +9,13 @@ beside the first, while a client searches on as a training loop does (16 queries
 generation only. IVF has 4 * sqrt(rows of a shard) lists and visits a 64th of them.
 
 Printed: staging and building, the slowest shard's commit, the search (median, and the longest while a generation was
-built), memory of a shard beyond its idle process, each with measured / planned, where planned is what `cluster/sizing.py`
-says from a probe of this machine made right before; then the growth exponents log(cost ratio) / log(size ratio). A search
-that had no answer while a generation was built is `blocked`. The last line is JSON.
+built), memory of a shard beyond its idle process, each with measured / planned, where planned is what the formulas of
+`cluster/estimate.py` say from a probe of this machine made right before; then the growth exponents log(cost ratio) /
+log(size ratio). A search that had no answer while a generation was built is `blocked`. The last line is JSON.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -293,7 +294,7 @@ def exponents(rows: Sequence[Row]) -> dict[str, float]:
     for kind in dict.fromkeys(row.factory.partition("IVF")[0] or "IVF" for row in rows):
         line = [row for row in rows if row.shards == 1 and (row.factory.partition("IVF")[0] or "IVF") == kind]
         line.sort(key=lambda row: row.passages)
-        for small, large in zip(line, line[1:], strict=False):
+        for small, large in itertools.pairwise(line):
             step = math.log(large.passages / small.passages)
             sizes = f"{kind}_{small.passages // 1000}k_to_{large.passages // 1000}k"
             found[f"refresh_{sizes}"] = round(math.log(large.refresh_s / small.refresh_s) / step, 2)
@@ -322,7 +323,8 @@ def main() -> None:
     connection = session.start_or_join(NAMESPACE, object_store_bytes=2**29, log_to_driver=False)
     print(f"{BATCH} queries x {DIM}, k {K}, shards of one thread, {os.cpu_count()} processors")
     print(
-        f"{'passages':>9} {'factory':<14} {'shards':>6} {'refresh s':>8} {'build s':>7} {'commit ms':>9} {'search ms':>9} "
+        f"{'passages':>9} {'factory':<14} {'shards':>6} {'refresh s':>8} "
+        f"{'build s':>7} {'commit ms':>9} {'search ms':>9} "
         f"{'longest ms':>10} {'blocked':>7} {'serving MB':>10} {'peak MB':>8}   measured / planned: refresh search "
         f"serving peak"
     )

@@ -31,6 +31,11 @@ def prepared_data(settings: Settings, root: Path, splits: list[str] | None = Non
     return prepared
 
 
+def num_passages(prepared: Prepared) -> int:
+    """Of a stage's store."""
+    return len(Store.open(prepared.passages, verify=False))
+
+
 def placement_of(settings: Settings) -> PlacementPlan:
     """Which machine part does what. Raises ValueError where there is no room."""
     return plan(settings.cluster, settings.refresh, settings.index, nodes_of_cluster())

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.beforehand import uses_index, with_absolute_models
+from cluster.check_fit import check_fit
 from cluster.config import to_yaml
 from cluster.events import EventLog
 from cluster.inherit import inherit_index
@@ -50,9 +51,11 @@ HOPELESS = (ValueError, FloatingPointError, TimeoutError)  # in a trainer: start
 def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement: PlacementPlan, namespace: str) -> None:
     """Run the stage to its end, or from where an interrupted one stood. What it measured stands in its run directory.
 
-    Raises ValueError for settings, RuntimeError with the place of the traceback when the trainers fail for good.
+    Raises ValueError for settings and for a stage that does not fit the machines' memory, RuntimeError with the place
+    of the traceback when the trainers fail for good.
     """
     settings = with_absolute_models(settings)
+    check_fit(settings, placement, len(Store.open(prepared.passages, verify=False)))
     run_dir = Path(settings.run.directory) / settings.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")

@@ -6,8 +6,10 @@ import time
 from contextlib import nullcontext
 
 from cluster.beforehand import check_models, check_same_run
+from cluster.check_fit import check_fit
 from cluster.common import (
     newest_of,
+    num_passages,
     placement_of,
     prepared_data,
     ray_session,
@@ -40,6 +42,9 @@ def train(experiment: Experiment) -> int:
         return 0
     with ray_session(root) as namespace:
         placements = {name: placement_of(settings) for name, settings in stages.items()}
+        for name, settings in stages.items():
+            if not is_finished(settings):
+                check_fit(settings, placements[name], num_passages(prepared[name]), lambda _: None)
         for name, settings in stages.items():
             if is_finished(settings):
                 say(f"{settings.run.name}: finished before, not run again")

@@ -74,7 +74,7 @@ def encoder_size(config: EncoderConfig, given: str = "") -> EncoderSize:
         dim=tower.dim,
         layers=settings.num_hidden_layers,
         hidden=settings.hidden_size,
-        heads=settings.num_attention_heads,
+        heads=getattr(settings, "num_attention_heads", None) or 1,
         stack=encoder_stack(tower),
     )
 
