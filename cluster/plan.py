@@ -228,7 +228,10 @@ def table(one: Plan) -> str:
                 f"{_bytes(cost.shard_at_most_bytes)}",
             ),
             ("a refresh worker", _bytes(cost.worker_bytes)),
-            ("search", f"{_time(cost.search_s)} a batch of {work.batch}, {cost.search_share_of_step:.0%} of a step"),
+            (
+                "search",
+                f"{_time(cost.search_s)} a batch of {work.batch}; shards are busy {_busy(cost.search_share_of_step)}",
+            ),
         ]
     rows.append(("a step", f"{_time(cost.step_s)}{'' if work.step_seconds else ' (estimated)'}"))
     if cost.refresh_s:
@@ -284,6 +287,12 @@ def as_json(one: Plan) -> dict[str, Any]:
         "overrides": overrides(one),
         **{name: float(f"{value:.6g}") for name, value in asdict(one.costs).items()},
     }
+
+
+def _busy(share: float) -> str:
+    if share <= 1:
+        return f"{share:.0%} of a step"
+    return f"{share:.1f} times as long as the models would need: search sets the pace of training"
 
 
 def _is_late(one: Plan) -> bool:

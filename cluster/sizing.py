@@ -140,7 +140,7 @@ class Costs:
     staleness_at_commit_steps: float
     staleness_at_most_steps: float
     search_s: float
-    search_share_of_step: float
+    search_share_of_step: float  # that a shard is busy; above 1 it sets the pace, and `step_s` is longer
     query_bytes_per_step: float
     hit_bytes_per_step: float
     vector_bytes_per_refresh: float
@@ -235,23 +235,27 @@ def shard_threads(machines: Machines, counts: Counts) -> int:
     return max(1, (machines.host.cpus - used) // max(1, shards_here(counts)))
 
 
+def ray_seconds(counts: Counts) -> float:
+    """Of one search, besides what its shards compute."""
+    return RAY_CALL_S + RAY_SHARD_S * counts.shards
+
+
 def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
-    """One batch through Ray: shards work side by side, as far as there are processors for them."""
+    """One batch in the slowest shard: shards work side by side, as far as there are processors for them."""
     kind = estimate.index_kind(work.factory, work.dim)
     rows = math.ceil(work.passages / max(1, counts.shards))
     on_gpu = work.index_on_gpu and machines.device is not None
     scan, coarse, read = estimate.search_work(kind, rows, work.dim, work.batch, work.nprobe, on_gpu)
-    overhead = RAY_CALL_S + RAY_SHARD_S * counts.shards
     if work.index_on_gpu and machines.device is not None:
         device = machines.device
         stored = rows * kind.code_bytes if scan else read
         arithmetic = (scan + coarse) / (device.fp32_flops * device.share)
-        return max(stored / (device.bandwidth * BANDWIDTH_SHARE), arithmetic) + overhead
+        return max(stored / (device.bandwidth * BANDWIDTH_SHARE), arithmetic)
     host, threads, here = machines.host, shard_threads(machines, counts), shards_here(counts)
     crowded = max(1.0, here * threads / host.cpus)
     seconds = scan / host.scan_flops + coarse / host.product_flops + read / host.pair_bytes
     stored = rows * kind.code_bytes if scan else read
-    return max(seconds / threads * crowded, here * stored / host.bandwidth) + overhead
+    return max(seconds / threads * crowded, here * stored / host.bandwidth)
 
 
 def build_seconds(work: Work, machines: Machines, counts: Counts) -> float:
@@ -272,13 +276,16 @@ def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
     step = step_seconds(work, machines, counts.trainers, train_share)
     device_bytes, host_bytes = trainer_bytes(work, counts.trainers, on_gpu)
     vectors = work.passages * work.dim * 4.0 if work.uses_index else 0.0
-    encode = build = network = search = 0.0
+    encode = build = network = search = share = 0.0
     one = estimate.ShardBytes(0.0, 0.0, False)
     if work.uses_index:
         one = shard_bytes(work, counts.shards)
         encode = encode_seconds(work, machines, counts.workers, encode_share)
         build = build_seconds(work, machines, counts)
-        search = search_seconds(work, machines, counts)
+        busy = search_seconds(work, machines, counts)
+        search = busy + ray_seconds(counts)
+        share = busy * counts.trainers * work.accumulation / step
+        step *= max(1.0, share)  # every trainer's batches pass every shard, one after another
         if counts.nodes > 1:
             network = vectors * (counts.nodes - 1) / counts.nodes / (counts.nodes * machines.network)
     refresh = max(encode, network) + build + COMMIT_S if work.uses_index else 0.0
@@ -303,7 +310,7 @@ def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
         staleness_at_commit_steps=refresh / step if refreshes else 0.0,
         staleness_at_most_steps=(refresh + max(interval, refresh)) / step if refreshes else 0.0,
         search_s=search,
-        search_share_of_step=search * counts.trainers * work.accumulation / step,
+        search_share_of_step=share,
         query_bytes_per_step=counts.trainers * work.accumulation * counts.shards * work.batch * work.dim * 4.0,
         hit_bytes_per_step=counts.trainers * work.accumulation * counts.shards * work.batch * work.k * 12.0,
         vector_bytes_per_refresh=vectors,

@@ -138,14 +138,20 @@ def test_search_by_hand() -> None:
     flat = work(index_on_gpu=False)
     rows = 500_000
     # two shards of one thread each: 4 processors, one for the trainer, one for the worker
-    overhead = 0.0015 + 2 * 0.0005
-    assert search_seconds(flat, replace(CPU, host=host), counts) == pytest.approx(2 * 8 * rows * 768 / 2e10 + overhead)
+    assert search_seconds(flat, replace(CPU, host=host), counts) == pytest.approx(2 * 8 * rows * 768 / 2e10)
     lists = work(index_on_gpu=False, factory="IVF1000,Flat")
     coarse, read = search_work(index_kind("IVF1000,Flat", 768), rows, 768, 8, 16)[1:]
     assert read == 8 * rows * 16 / 1000 * 3072
-    assert search_seconds(lists, replace(CPU, host=host), counts) == pytest.approx(
-        coarse / 5e10 + read / 8e9 + overhead
-    )
+    assert search_seconds(lists, replace(CPU, host=host), counts) == pytest.approx(coarse / 5e10 + read / 8e9)
+
+
+def test_search_sets_the_pace_where_many_trainers_ask() -> None:
+    counts = Counts(16, 8, 4, 4, 28)
+    found = costs(work(factory="SQfp16", passages=10**8, step_seconds=0.001), H100, counts)
+    busy = 16 * search_seconds(work(factory="SQfp16", passages=10**8), H100, counts)
+    assert found.search_share_of_step == pytest.approx(busy / 0.001)
+    assert found.step_s == pytest.approx(busy)
+    assert costs(work(step_seconds=1.0), H100, counts).step_s == 1.0
 
 
 def test_the_overrides_are_accepted_by_the_placement() -> None:
