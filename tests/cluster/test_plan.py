@@ -183,3 +183,11 @@ def test_machines_share_the_load(file: str) -> None:
     node = Node(8, 0, memory_bytes=10 * GB)
     refusal_of(settings, node, 6 * 10**6)
     check_fit(settings, seat(settings.cluster, settings.refresh, settings.index, [node] * 4), 6 * 10**6)
+
+
+def test_the_command_refuses_before_anything_starts(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["corpus.world.num_people=12", "corpus.world.num_values=20", "encoder.tokenizer.vocabulary=300"]
+    assert cli.main(["train", file, *small, "cluster.memory_margin=0.9999"]) == 2
+    assert "tandem: a does not fit: 1 x trainer of" in capsys.readouterr().err
+    assert not Path("runs/a/events.jsonl").exists()
+    assert not Path("runs/a/index").exists()
