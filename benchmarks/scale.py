@@ -9,7 +9,7 @@ beside the first, while a client searches on as a training loop does (16 queries
 generation only. IVF has 4 * sqrt(rows of a shard) lists and visits a 64th of them.
 
 Printed: staging and building, the slowest shard's commit, the search (median, and the longest while a generation was
-built), memory of a shard beyond its idle process, each with measured / planned, where planned is what the formulas of
+built), memory of a shard beyond that of one with a single passage, each with measured / planned, where planned is what the formulas of
 `cluster/estimate.py` say from a probe of this machine made right before; then the growth exponents log(cost ratio) /
 log(size ratio). A search that had no answer while a generation was built is `blocked`. The last line is JSON.
 """
@@ -221,18 +221,32 @@ def planned(kind: str, passages: int, num_shards: int, host: Host, generations: 
     }
 
 
-def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Path) -> Row:
+def start_shard(name: str, number: int, start: int, stop: int, config: IndexConfig) -> Any:
+    """A shard actor of one thread."""
+    remote = ray.remote(concurrency_groups=SHARD_THREADS)(ShardActor)  # pyright: ignore[reportCallIssue]
+    return remote.options(name=name, namespace=NAMESPACE, num_cpus=0).remote(number, start, stop, config, 1)
+
+
+def library_bytes() -> int:
+    """Memory that a shard takes for FAISS and the like with its first search: of one with a single passage."""
+    actor = start_shard("one", 0, 0, 1, IndexConfig())
+    memory = Memory([ray.get(actor.place.remote()).pid])
+    ray.get(actor.stage.remote(1, 0, 0, make_block(0, 1, 0)))
+    ray.get(actor.prepare.remote(1))
+    ray.get(actor.commit.remote(1))
+    ray.get(actor.search.remote(make_block(0, BATCH, 0), 1, None, 0))
+    ray.kill(actor)
+    return memory.stop()
+
+
+def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Path, library: int) -> Row:
     """Build one or two generations and search."""
     generations = 1 if passages > ONE_GENERATION_ABOVE else 2
     ranges = shard_ranges(passages, num_shards)
     factory, nprobe = factory_of(kind, ranges[0][1])
     config = IndexConfig(factory=factory, num_shards=num_shards, nprobe=nprobe, training_sample=SAMPLE)
     names = tuple(f"shard-{passages}-{kind}-{num_shards}-{number}" for number in range(num_shards))
-    remote = ray.remote(concurrency_groups=SHARD_THREADS)(ShardActor)  # pyright: ignore[reportCallIssue]
-    actors = [
-        remote.options(name=name, namespace=NAMESPACE, num_cpus=0).remote(number, start, stop, config, 1)
-        for number, (name, (start, stop)) in enumerate(zip(names, ranges, strict=True))
-    ]
+    actors = [start_shard(name, n, *bounds, config) for n, (name, bounds) in enumerate(zip(names, ranges, strict=True))]
     pids = [place.pid for place in ray.get([actor.place.remote() for actor in actors])]
     shards = [TimedShard(n, *ranges[n], NamedActor(name, NAMESPACE), 3600.0) for n, name in enumerate(names)]
     events = EventLog(folder / "events.jsonl")
@@ -282,8 +296,8 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
         search_ms=statistics.median(times),
         longest_search_ms=1000 * max(searching.seconds, default=0.0) if searching is not None else 0.0,
         blocked=searching.blocked if searching is not None else 0,
-        serving_bytes=serving,
-        peak_bytes=peak,
+        serving_bytes=serving - library,
+        peak_bytes=peak - library,
         **planned(kind, passages, num_shards, host, generations),
     )
 
@@ -331,12 +345,13 @@ def main() -> None:
     rows: list[Row] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
+            library = library_bytes()
             for kind in arguments.factories.split(","):
                 for size in sizes:
                     for number in numbers if kind == "Flat" and size <= ONE_GENERATION_ABOVE else numbers[:1]:
                         place = Path(folder) / f"{size}-{kind}-{number}"
                         place.mkdir()
-                        rows.append(measure(size, kind, number, arguments.repeats, place))
+                        rows.append(measure(size, kind, number, arguments.repeats, place, library))
                         print(show(rows[-1]), flush=True)
     finally:
         connection.stop()

@@ -79,9 +79,12 @@ def test_a_shard_on_a_gpu_waits_in_the_hosts_memory() -> None:
 
 def test_build_and_search_by_hand() -> None:
     flat, lists = index_kind("Flat", DIM), index_kind("IVF10,Flat", DIM)
-    assert estimate.build_work(flat, 1000, DIM, 100) == (0.0, 3 * 1000 * 256)
+    assert estimate.build_work(flat, 1000, DIM, 100) == (0.0, estimate.EXHAUSTIVE_PASSES * 1000 * 256)
     # ten rounds over the sample of 100, then every vector once, against ten centroids
-    assert estimate.build_work(lists, 1000, DIM, 100) == (2 * 64 * 10 * (10 * 100 + 1000), 5 * 1000 * 256)
+    assert estimate.build_work(lists, 1000, DIM, 100) == (
+        2 * 64 * 10 * (10 * 100 + 1000),
+        estimate.OTHER_PASSES * 1000 * 256,
+    )
     assert estimate.build_seconds((6e9, 2e9), 3e9, 1e9) == 4.0
     assert search_work(flat, 1000, DIM, 16, 5) == (2 * 16 * 1000 * 64, 0, 0)
     assert search_work(lists, 1000, DIM, 16, 5) == (0, 2 * 16 * 10 * 64, 16 * 500 * 256)
