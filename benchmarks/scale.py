@@ -9,9 +9,10 @@ beside the first, while a client searches on as a training loop does (16 queries
 generation only. IVF has 4 * sqrt(rows of a shard) lists and visits a 64th of them.
 
 Printed: staging and building, the slowest shard's commit, the search (median, and the longest while a generation was
-built), memory of a shard beyond that of one with a single passage, each with measured / planned, where planned is what the formulas of
-`cluster/estimate.py` say from a probe of this machine made right before; then the growth exponents log(cost ratio) /
-log(size ratio). A search that had no answer while a generation was built is `blocked`. The last line is JSON.
+built), memory of a shard beyond that of one with a single passage, each with measured / planned, where planned is what
+the formulas of `cluster/estimate.py` say from a probe of this machine made right before; then the growth exponents
+log(cost ratio) / log(size ratio). A search that had no answer while a generation was built is `blocked`. The last line
+is JSON.
 """
 
 import argparse
@@ -76,13 +77,14 @@ class BlockWorker:
     name = "blocks"
 
     def __init__(self) -> None:
-        self.making_s = 0.0
+        self.making_s = self.making_cpu_s = 0.0
 
     def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
         assert isinstance(shard, RayShard)
-        begin = time.perf_counter()
+        begin, spent = time.perf_counter(), time.thread_time()
         vectors = make_block(chunk.start, chunk.stop, weights.version)
         self.making_s += time.perf_counter() - begin
+        self.making_cpu_s += time.thread_time() - spent
         shard.stage(generation, weights.version, chunk.start, ray.put(vectors))
 
     def recover(self) -> None:
@@ -106,6 +108,17 @@ class TimedShard(RayShard):
         begin = time.perf_counter()
         super().commit(generation)
         self.commit_s.append(time.perf_counter() - begin)
+
+
+class Processors:
+    """Seconds of processor time of this process and of the shards, without those of making vectors."""
+
+    def __init__(self, pids: Sequence[int], worker: BlockWorker) -> None:
+        self._processes, self._worker = [psutil.Process(pid) for pid in pids], worker
+
+    def now(self) -> float:
+        times = [one.cpu_times() for one in self._processes]
+        return time.process_time() - self._worker.making_cpu_s + sum(one.user + one.system for one in times)
 
 
 class Memory:
@@ -172,6 +185,8 @@ class Row:
     factory: str
     shards: int
     refresh_s: float  # of the last generation, without making its vectors
+    refresh_cpu_s: float  # processor seconds of the first generation, with which no search ran
+    search_cpu_ms: float  # mean, of all shards and the client
     build_s: float  # of that, `prepare` of the slowest shard
     commit_ms: float
     search_ms: float
@@ -185,10 +200,10 @@ class Row:
     plan_peak_bytes: float
 
     def ratios(self) -> dict[str, float]:
-        """Measured / planned."""
+        """Measured / planned; time in processor seconds of both, so that other work on the machine does not count."""
         pairs = {
-            "refresh": (self.refresh_s, self.plan_refresh_s),
-            "search": (self.search_ms, self.plan_search_ms),
+            "refresh": (self.refresh_cpu_s, self.plan_refresh_s),
+            "search": (self.search_cpu_ms, self.plan_search_ms),
             "serving": (self.serving_bytes, self.plan_serving_bytes),
             "peak": (self.peak_bytes, self.plan_peak_bytes),
         }
@@ -209,13 +224,13 @@ def planned(kind: str, passages: int, num_shards: int, host: Host, generations: 
     factory, nprobe = factory_of(kind, rows)
     index = estimate.index_kind(factory, DIM)
     one = estimate.shard_bytes(index, rows, DIM, SAMPLE)
-    crowded = max(1.0, num_shards / host.cpus)
-    flops, copied = estimate.build_work(index, rows, DIM, SAMPLE)
+    stage = estimate.stage_seconds(passages, DIM, host.copy_bytes, 1)
+    build = estimate.build_seconds(estimate.build_work(index, rows, DIM, SAMPLE), host.product_flops, host.copy_bytes)
     scan, coarse, read = estimate.search_work(index, rows, DIM, BATCH, nprobe)
     search = scan / host.scan_flops + coarse / host.product_flops + read / host.pair_bytes
     return {
-        "plan_refresh_s": estimate.build_seconds((flops, copied), host.product_flops, host.copy_bytes) * crowded,
-        "plan_search_ms": 1000 * (search * crowded + RAY_CALL_S + num_shards * RAY_SHARD_S),
+        "plan_refresh_s": stage + num_shards * build,
+        "plan_search_ms": 1000 * (num_shards * search + RAY_CALL_S + num_shards * RAY_SHARD_S),
         "plan_serving_bytes": one.serving * min(generations, 2),
         "plan_peak_bytes": one.refreshing if generations == 2 else one.generation + one.staging,
     }
@@ -227,19 +242,22 @@ def start_shard(name: str, number: int, start: int, stop: int, config: IndexConf
     return remote.options(name=name, namespace=NAMESPACE, num_cpus=0).remote(number, start, stop, config, 1)
 
 
-def library_bytes() -> int:
-    """Memory that a shard takes for FAISS and the like with its first search: of one with a single passage."""
+def cost_of_libraries() -> tuple[int, float]:
+    """Memory, and seconds of a processor, that a shard takes for FAISS and the like: of one with a single passage."""
     actor = start_shard("one", 0, 0, 1, IndexConfig())
-    memory = Memory([ray.get(actor.place.remote()).pid])
+    pid = ray.get(actor.place.remote()).pid
+    memory, times = Memory([pid]), psutil.Process(pid).cpu_times()
     ray.get(actor.stage.remote(1, 0, 0, make_block(0, 1, 0)))
     ray.get(actor.prepare.remote(1))
     ray.get(actor.commit.remote(1))
     ray.get(actor.search.remote(make_block(0, BATCH, 0), 1, None, 0))
+    after = psutil.Process(pid).cpu_times()
+    used = memory.stop()
     ray.kill(actor)
-    return memory.stop()
+    return used, after.user + after.system - times.user - times.system
 
 
-def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Path, library: int) -> Row:
+def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Path, libraries: tuple[int, float]) -> Row:
     """Build one or two generations and search."""
     generations = 1 if passages > ONE_GENERATION_ABOVE else 2
     ranges = shard_ranges(passages, num_shards)
@@ -261,28 +279,32 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
     )
     client = IndexClient(IndexAddress(NAMESPACE, "none", names, passages, 600.0, str(folder / "events.jsonl")))
     queries = make_block(0, BATCH, 99)
-    memory, searching = Memory(pids), None
+    memory, searching, processors, spent = Memory(pids), None, Processors(pids, worker), 0.0
     try:
         for version in range(1, generations + 1):
             if version == 2:
                 searching = Searching(client, queries)
             worker.making_s = 0.0
             coordinator.publish(Weights(version, version, None))
-            begin = time.perf_counter()
+            begin, before = time.perf_counter(), processors.now()
             coordinator.wait_and_refresh(1.0)
             seconds = time.perf_counter() - begin - worker.making_s
+            spent = processors.now() - before if version == 1 else spent
             assert coordinator.status().weights_version == version, coordinator.status().given_up
         if searching is not None:
             searching.stop()
         serving, peak = memory.now(), memory.stop()
-        host = this_host(DIM, BATCH)
-        times = []
-        for number in range(-2, repeats):
-            asked = make_block(0, BATCH, 1000 + number)
+        host = this_host(DIM, BATCH, 2.0, time.process_time)
+        times: list[float] = []
+        asking, batches = 0.0, [make_block(0, BATCH, 1000 + number) for number in range(repeats + 2)]
+        for number, asked in enumerate(batches, start=-2):
+            if number == 0:
+                asking = processors.now()
             begin = time.perf_counter()
             client.submit(asked, K).result()
             if number >= 0:
                 times.append(1000 * (time.perf_counter() - begin))
+        asking = 1000 * (processors.now() - asking) / repeats
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -291,19 +313,21 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
         factory=factory,
         shards=num_shards,
         refresh_s=seconds,
+        refresh_cpu_s=spent - num_shards * libraries[1],
+        search_cpu_ms=asking,
         build_s=max(shard.prepare_s[-1] for shard in shards),
         commit_ms=1000 * max(max(shard.commit_s) for shard in shards),
         search_ms=statistics.median(times),
         longest_search_ms=1000 * max(searching.seconds, default=0.0) if searching is not None else 0.0,
         blocked=searching.blocked if searching is not None else 0,
-        serving_bytes=serving - library,
-        peak_bytes=peak - library,
+        serving_bytes=serving - libraries[0],
+        peak_bytes=peak - libraries[0],
         **planned(kind, passages, num_shards, host, generations),
     )
 
 
 def exponents(rows: Sequence[Row]) -> dict[str, float]:
-    """log(cost ratio) / log(size ratio) between the smallest and the largest size, one shard; 1: linear."""
+    """log(cost ratio) / log(size ratio) from each size to the next, one shard, in processor seconds; 1: linear."""
     found: dict[str, float] = {}
     for kind in dict.fromkeys(row.factory.partition("IVF")[0] or "IVF" for row in rows):
         line = [row for row in rows if row.shards == 1 and (row.factory.partition("IVF")[0] or "IVF") == kind]
@@ -311,8 +335,8 @@ def exponents(rows: Sequence[Row]) -> dict[str, float]:
         for small, large in itertools.pairwise(line):
             step = math.log(large.passages / small.passages)
             sizes = f"{kind}_{small.passages // 1000}k_to_{large.passages // 1000}k"
-            found[f"refresh_{sizes}"] = round(math.log(large.refresh_s / small.refresh_s) / step, 2)
-            found[f"search_{sizes}"] = round(math.log(large.search_ms / small.search_ms) / step, 2)
+            found[f"refresh_{sizes}"] = round(math.log(large.refresh_cpu_s / small.refresh_cpu_s) / step, 2)
+            found[f"search_{sizes}"] = round(math.log(large.search_cpu_ms / small.search_cpu_ms) / step, 2)
     return found
 
 
@@ -345,13 +369,13 @@ def main() -> None:
     rows: list[Row] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            library = library_bytes()
+            libraries = cost_of_libraries()
             for kind in arguments.factories.split(","):
                 for size in sizes:
                     for number in numbers if kind == "Flat" and size <= ONE_GENERATION_ABOVE else numbers[:1]:
                         place = Path(folder) / f"{size}-{kind}-{number}"
                         place.mkdir()
-                        rows.append(measure(size, kind, number, arguments.repeats, place, library))
+                        rows.append(measure(size, kind, number, arguments.repeats, place, libraries))
                         print(show(rows[-1]), flush=True)
     finally:
         connection.stop()

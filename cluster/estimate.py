@@ -15,9 +15,10 @@ SCALAR_BITS = {"SQ8": 8, "SQ6": 6, "SQ4": 4, "SQfp16": 16, "SQbf16": 16}
 KMEANS_ROUNDS, KMEANS_POINTS = 10, 256  # FAISS: of an IVF's centroids, and vectors of each at most
 PQ_ROUNDS, PQ_POINTS = 25, 256
 HNSW_VISITED = 40 * 16  # distances of one insertion: FAISS's efConstruction 40, about 16 neighbours of each looked at
-# Times that the vectors pass through memory: into the object store, into storage that is made for them, checked, their
-# norms; for another kind checked again, assigned and added (held to benchmarks/scale.py).
-EXHAUSTIVE_PASSES, OTHER_PASSES = 5, 7
+# Times that vectors pass through memory, in units of a copy (held to benchmarks/scale.py). On their way to a shard: out
+# of a tensor, into the object store's fresh pages, into storage that is made for them, checked for NaN. When it builds:
+# their norms in float64; another kind checks them again, assigns and adds them.
+STAGE_PASSES, EXHAUSTIVE_PASSES, OTHER_PASSES = 8, 2, 4
 GPU_SCRATCH_BYTES = 256 * 2**20  # indexing/build.py
 PROCESS_BYTES = 0.25e9  # of an actor with numpy and FAISS
 TORCH_PROCESS_BYTES = 0.9e9  # of one with torch, transformers and DeepSpeed
@@ -141,7 +142,7 @@ def shard_bytes(kind: IndexKind, num_vectors: int, dim: int, training_sample: in
 
 
 def build_work(kind: IndexKind, num_vectors: int, dim: int, training_sample: int) -> tuple[float, float]:
-    """Floating-point operations of matrix products, and bytes copied, from staged chunks to a built index.
+    """Floating-point operations of matrix products, and bytes copied, from staged vectors to a built index.
 
     An IVF trains its centroids by k-means and assigns every vector; a product quantiser trains 256 words and encodes;
     a graph compares each new vector with the candidates of its search.
@@ -157,6 +158,11 @@ def build_work(kind: IndexKind, num_vectors: int, dim: int, training_sample: int
         flops += 2.0 * dim * HNSW_VISITED * num_vectors
     passes = EXHAUSTIVE_PASSES if kind.exhaustive else OTHER_PASSES
     return flops, passes * num_vectors * dim * float(FLOAT)
+
+
+def stage_seconds(num_vectors: int, dim: int, copy_bytes: float, num_workers: int) -> float:
+    """From encoded chunks to staged vectors: each worker sends its own, one chunk after another."""
+    return STAGE_PASSES * num_vectors * dim * FLOAT / copy_bytes / num_workers
 
 
 def build_seconds(work: tuple[float, float], product_flops: float, copy_bytes: float) -> float:

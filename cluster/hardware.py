@@ -81,9 +81,9 @@ def planned_host(cpus: int, memory_bytes: float) -> Host:
     return Host(cpus, memory_bytes, *rates, HOST_BANDWIDTH)
 
 
-def this_host(dim: int, batch: int, seconds: float = 0.4) -> Host:
-    """This machine, measured for about `seconds`: the rates of one thread, with vectors of `dim` numbers and `batch`
-    queries at a time. Work beside it slows what is measured as it slows what is planned."""
+def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], float] = time.perf_counter) -> Host:
+    """This machine, measured for about `seconds` of `clock`: the rates of one thread, with vectors of `dim` numbers and
+    `batch` queries at a time. Work beside it slows what is measured as it slows what is planned."""
     import psutil
 
     from indexing.build import load_faiss, tune_blas
@@ -102,25 +102,25 @@ def this_host(dim: int, batch: int, seconds: float = 0.4) -> Host:
     faiss.omp_set_num_threads(1)
     try:
         tune_blas(dim)
-        scan = 2.0 * batch * rows * dim / median_seconds(lambda: many.search(queries[:batch], SCAN_K), each)
-        pair = vectors.nbytes / median_seconds(lambda: many.search(queries[:1], SCAN_K), each)
-        product = 2.0 * len(queries) * 1024 * dim / median_seconds(lambda: few.search(queries, 1), each)
-        copy = vectors.nbytes / median_seconds(lambda: np.copyto(target, vectors), each)
+        scan = 2.0 * batch * rows * dim / median_seconds(lambda: many.search(queries[:batch], SCAN_K), each, clock)
+        pair = vectors.nbytes / median_seconds(lambda: many.search(queries[:1], SCAN_K), each, clock)
+        product = 2.0 * len(queries) * 1024 * dim / median_seconds(lambda: few.search(queries, 1), each, clock)
+        copy = vectors.nbytes / median_seconds(lambda: np.copyto(target, vectors), each, clock)
     finally:
         faiss.omp_set_num_threads(threads)
     cpus = os.cpu_count() or 1
     return Host(cpus, float(psutil.virtual_memory().total), product, scan, pair, copy, cpus * 2 * max(pair, copy))
 
 
-def median_seconds(work: Callable[[], object], seconds: float) -> float:
+def median_seconds(work: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
     """The median of the times that `work` takes, repeated for about `seconds` (three times at least)."""
     work()
     times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        begin = time.perf_counter()
+    end = clock() + seconds
+    while len(times) < 3 or clock() < end:
+        begin = clock()
         work()
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return float(np.median(times))
 
 

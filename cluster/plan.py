@@ -235,7 +235,16 @@ def table(one: Plan) -> str:
         ]
     rows.append(("a step", f"{_time(cost.step_s)}{'' if work.step_seconds else ' (estimated)'}"))
     if cost.refresh_s:
-        parts = f"encode {_time(cost.encode_s)}, build {_time(cost.build_s)}, network {_time(cost.network_s)}"
+        parts = ", ".join(
+            f"{what} {_time(seconds)}"
+            for what, seconds in (
+                ("encode", cost.encode_s),
+                ("stage", cost.stage_s),
+                ("build", cost.build_s),
+                ("network", cost.network_s),
+            )
+            if seconds
+        )
         rows.append(("a refresh", f"{_time(cost.refresh_s)} ({parts})"))
     if cost.staleness_at_commit_steps:
         steps = f"{cost.staleness_at_commit_steps:.0f} steps at a commit, at most {cost.staleness_at_most_steps:.0f}"

@@ -133,6 +133,7 @@ class Costs:
     trainer_host_bytes: float
     worker_bytes: float
     encode_s: float
+    stage_s: float
     build_s: float
     network_s: float
     refresh_s: float
@@ -259,7 +260,7 @@ def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
 
 
 def build_seconds(work: Work, machines: Machines, counts: Counts) -> float:
-    """From encoded chunks to prepared indexes, all shards beside each other."""
+    """From staged vectors to prepared indexes, all shards beside each other."""
     kind = estimate.index_kind(work.factory, work.dim)
     rows = math.ceil(work.passages / max(1, counts.shards))
     flops, copied = estimate.build_work(kind, rows, work.dim, work.training_sample)
@@ -276,11 +277,12 @@ def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
     step = step_seconds(work, machines, counts.trainers, train_share)
     device_bytes, host_bytes = trainer_bytes(work, counts.trainers, on_gpu)
     vectors = work.passages * work.dim * 4.0 if work.uses_index else 0.0
-    encode = build = network = search = share = 0.0
+    encode = stage = build = network = search = share = 0.0
     one = estimate.ShardBytes(0.0, 0.0, False)
     if work.uses_index:
         one = shard_bytes(work, counts.shards)
         encode = encode_seconds(work, machines, counts.workers, encode_share)
+        stage = estimate.stage_seconds(work.passages, work.dim, machines.host.copy_bytes, counts.workers)
         build = build_seconds(work, machines, counts)
         busy = search_seconds(work, machines, counts)
         search = busy + ray_seconds(counts)
@@ -288,7 +290,7 @@ def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
         step *= max(1.0, share)  # every trainer's batches pass every shard, one after another
         if counts.nodes > 1:
             network = vectors * (counts.nodes - 1) / counts.nodes / (counts.nodes * machines.network)
-    refresh = max(encode, network) + build + COMMIT_S if work.uses_index else 0.0
+    refresh = max(encode + stage, network) + build + COMMIT_S if work.uses_index else 0.0
     interval = work.every_steps * step
     refreshes = min(work.steps // work.every_steps, work.steps * step / max(refresh, interval)) if interval else 0.0
     units = counts.gpus if on_gpu else counts.nodes
@@ -303,6 +305,7 @@ def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
         trainer_host_bytes=host_bytes,
         worker_bytes=worker_bytes(work, on_gpu) if work.uses_index else 0.0,
         encode_s=encode,
+        stage_s=stage,
         build_s=build,
         network_s=network,
         refresh_s=refresh,

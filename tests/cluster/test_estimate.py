@@ -85,6 +85,7 @@ def test_build_and_search_by_hand() -> None:
         2 * 64 * 10 * (10 * 100 + 1000),
         estimate.OTHER_PASSES * 1000 * 256,
     )
+    assert estimate.stage_seconds(1000, DIM, 256e3, 2) == estimate.STAGE_PASSES / 2
     assert estimate.build_seconds((6e9, 2e9), 3e9, 1e9) == 4.0
     assert search_work(flat, 1000, DIM, 16, 5) == (2 * 16 * 1000 * 64, 0, 0)
     assert search_work(lists, 1000, DIM, 16, 5) == (0, 2 * 16 * 10 * 64, 16 * 500 * 256)
