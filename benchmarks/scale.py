@@ -294,7 +294,7 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
         if searching is not None:
             searching.stop()
         serving, peak = memory.now(), memory.stop()
-        host = this_host(DIM, BATCH, 2.0, time.process_time)
+        host = this_host(DIM, BATCH, 2.0)
         times: list[float] = []
         asking, batches = 0.0, [make_block(0, BATCH, 1000 + number) for number in range(repeats + 2)]
         for number, asked in enumerate(batches, start=-2):

@@ -81,9 +81,10 @@ def planned_host(cpus: int, memory_bytes: float) -> Host:
     return Host(cpus, memory_bytes, *rates, HOST_BANDWIDTH)
 
 
-def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], float] = time.perf_counter) -> Host:
+def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], float] = time.process_time) -> Host:
     """This machine, measured for about `seconds` of `clock`: the rates of one thread, with vectors of `dim` numbers and
-    `batch` queries at a time. Work beside it slows what is measured as it slows what is planned."""
+    `batch` queries at a time. The default clock counts this process's own seconds, so that work beside it, which will be
+    over when the plan is carried out, does not count."""
     import psutil
 
     from indexing.build import load_faiss, tune_blas
