@@ -7,7 +7,7 @@ here is asked for by one message that names the setting of section `plan`.
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def machines_of(settings: Settings, work: Work) -> Machines:
     if gpu == "cpu":
         host = this_host(work.dim, work.batch)
         cpus, memory = planned.node_cpus or host.cpus, planned.node_memory_gb * GB or host.memory_bytes
-        host = type(host)(**{**asdict(host), "cpus": cpus, "memory_bytes": memory})
+        host = replace(host, cpus=cpus, memory_bytes=memory)
         return Machines(None, host, 0, limit, network, margin, threads)
     per_node = min(planned.gpus_per_node, limit)
     cpus = planned.node_cpus or GPU_CPUS * per_node
