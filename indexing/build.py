@@ -275,7 +275,7 @@ def _stored(index: Any) -> np.ndarray:
 
 
 def _largest_norm(vectors: np.ndarray) -> float:
-    blocks = (vectors[start : start + 65536].astype(np.float32) for start in range(0, len(vectors), 65536))
+    blocks = (vectors[start : start + 65536].astype(np.float32, copy=False) for start in range(0, len(vectors), 65536))
     return float(np.sqrt(max(np.einsum("nd,nd->n", block, block, dtype=np.float64).max() for block in blocks)))
 
 
