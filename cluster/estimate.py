@@ -18,7 +18,7 @@ HNSW_VISITED = 40 * 16  # distances of one insertion: FAISS's efConstruction 40,
 # Times that vectors pass through memory, in units of a copy (held to benchmarks/scale.py). On their way to a shard: out
 # of a tensor, into the object store's fresh pages, into storage that is made for them, checked for NaN. When it builds:
 # their norms in float64; another kind checks them again, assigns and adds them.
-STAGE_PASSES, EXHAUSTIVE_PASSES, OTHER_PASSES = 8, 2, 4
+STAGE_PASSES, EXHAUSTIVE_PASSES, OTHER_PASSES = 12, 2, 4
 GPU_SCRATCH_BYTES = 256 * 2**20  # indexing/build.py
 PROCESS_BYTES = 0.25e9  # of an actor with numpy and FAISS
 TORCH_PROCESS_BYTES = 0.9e9  # of one with torch, transformers and DeepSpeed

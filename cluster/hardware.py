@@ -83,8 +83,8 @@ def planned_host(cpus: int, memory_bytes: float) -> Host:
 
 def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], float] = time.process_time) -> Host:
     """This machine, measured for about `seconds` of `clock`: the rates of one thread, with vectors of `dim` numbers and
-    `batch` queries at a time. The default clock counts this process's own seconds, so that work beside it, which will be
-    over when the plan is carried out, does not count."""
+    `batch` queries at a time. The default clock counts this process's own seconds: work beside it will be over when the
+    plan is carried out."""
     import psutil
 
     from indexing.build import load_faiss, tune_blas
