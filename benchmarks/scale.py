@@ -245,7 +245,7 @@ def start_shard(name: str, number: int, start: int, stop: int, config: IndexConf
 def cost_of_libraries() -> tuple[int, float]:
     """Memory, and seconds of a processor, that a shard takes for FAISS and the like: of one with a single passage."""
     actor = start_shard("one", 0, 0, 1, IndexConfig())
-    pid = ray.get(actor.place.remote()).pid
+    pid = ray.get([actor.place.remote()])[0].pid
     memory, times = Memory([pid]), psutil.Process(pid).cpu_times()
     ray.get(actor.stage.remote(1, 0, 0, make_block(0, 1, 0)))
     ray.get(actor.prepare.remote(1))
@@ -280,6 +280,7 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
     client = IndexClient(IndexAddress(NAMESPACE, "none", names, passages, 600.0, str(folder / "events.jsonl")))
     queries = make_block(0, BATCH, 99)
     memory, searching, processors, spent = Memory(pids), None, Processors(pids, worker), 0.0
+    seconds = 0.0
     try:
         for version in range(1, generations + 1):
             if version == 2:

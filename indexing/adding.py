@@ -21,7 +21,7 @@ def room_for(index: Any, num_rows: int) -> None:
 def add_to_lists(faiss: Any, index: Any, vectors: np.ndarray) -> None:
     """`index.add(vectors)`, float32 [n, dim], with the same result and lists of exactly the size that they need. An
     index whose lists are not plain ones in memory, or which is not empty, grows as FAISS does it."""
-    lists = faiss.downcast_InvertedLists(index.invlists) if isinstance(index, faiss.IndexIVF) else None
+    lists: Any = faiss.downcast_InvertedLists(index.invlists) if isinstance(index, faiss.IndexIVF) else None
     if not isinstance(lists, faiss.ArrayInvertedLists) or index.ntotal:
         index.add(vectors)
         return
