@@ -25,6 +25,7 @@ VERBS = {
     "compare": "run the matrix of the file's compare section, cell by cell, and write one table",
     "corpus": "add, delete or update passages of a run, while it trains or afterwards: corpus add RUN new.jsonl",
     "ask": 'answer one question: ask "question" [config.yaml ...]',
+    "plan": "does a run fit, on what, how stale is its index, what does it cost; starts nothing (--json: numbers only)",
     "show": "print the resolved configuration of every stage and where its run lies",
     "test": "run every check: lint, format, types, import rules, tests; what follows goes to pytest",
 }
@@ -44,6 +45,7 @@ examples:
   tandem train configs/quickstart.yaml training.steps=50 stages.joint.retrieval.k=8
   tandem evaluate runs/quickstart/joint update.as_of=end evaluation.also=[gold,closed_book]
   tandem compare configs/compare_quickstart.yaml compare.seeds=[0]
+  tandem plan configs/cluster_nq.yaml plan.gpu=h100 plan.passages=21000000
   tandem show configs/quickstart.yaml
   tandem corpus add runs/quickstart/joint new.jsonl
   tandem corpus delete runs/quickstart/joint some-id another-id
@@ -108,14 +110,19 @@ def _work(verb: str, rest: list[str]) -> int:
         if not rest or not rest[0].strip() or rest[0].endswith((".yaml", ".yml")):
             return _mistake('ask needs a question first: tandem ask "question" [config.yaml ...]')
         question, rest = rest[0], rest[1:]
+    only_json = verb == "plan" and "--json" in rest
     try:
-        experiment = read_experiment(rest)
+        experiment = read_experiment([argument for argument in rest if argument != "--json" or not only_json])
     except ValueError as error:
         return _mistake(str(error))
     if verb == "show":
         with contextlib.suppress(BrokenPipeError):
             print(show(experiment), flush=True)
         return 0
+    if verb == "plan":
+        from cluster import plan
+
+        return guarded(lambda: plan.run(experiment, only_json), None)
     return guarded(lambda: _run(verb, experiment, question), experiment.directory)
 
 

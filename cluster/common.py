@@ -40,6 +40,11 @@ def _changes(settings: Settings) -> Path | None:
     return next((place / "corpus" for place in places if (place / "corpus" / "versions").is_dir()), None)
 
 
+def num_passages(prepared: Prepared) -> int:
+    """Of a stage's store."""
+    return len(Store.open(prepared.passages, verify=False))
+
+
 def placement_of(settings: Settings) -> PlacementPlan:
     """Which machine part does what. Raises ValueError where there is no room."""
     return plan(settings.cluster, settings.refresh, settings.index, nodes_of_cluster())

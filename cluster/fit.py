@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.beforehand import check_where, uses_index, with_absolute_models
+from cluster.check_fit import check_fit
 from cluster.config import to_yaml
 from cluster.corpus import open_to_changes
 from cluster.events import EventLog
@@ -48,15 +49,18 @@ if TYPE_CHECKING:
 
 CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
 RESULT_POLL_S = 0.2
+UNDECISIVE = ("monitor", "cluster", "run", "checkpoint", "plan")  # sections that do not decide a stage's outcome
 HOPELESS = (ValueError, FloatingPointError, TimeoutError)  # in a trainer: starting it again would end the same way
 
 
 def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement: PlacementPlan, namespace: str) -> None:
     """Run the stage to its end, or from where an interrupted one stood. What it measured stands in its run directory.
 
-    Raises ValueError for settings, RuntimeError with the place of the traceback when the trainers fail for good.
+    Raises ValueError for settings and for a stage that does not fit the machines' memory, RuntimeError with the place
+    of the traceback when the trainers fail for good.
     """
     settings = with_absolute_models(settings)
+    check_fit(settings, placement, len(Store.open(prepared.passages, verify=False)))
     run_dir = Path(settings.run.directory) / settings.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
@@ -146,7 +150,7 @@ def is_finished(settings: Settings) -> bool:
 
 def fingerprint(settings: Settings) -> str:
     """Hash of what decides a stage's outcome; console, places and machines do not."""
-    sections = {k: v for k, v in asdict(settings).items() if k not in ("monitor", "cluster", "run", "checkpoint")}
+    sections = {k: v for k, v in asdict(settings).items() if k not in UNDECISIVE}
     sections["run"] = {"seed": settings.run.seed, "init_from": settings.run.init_from}
     return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
 

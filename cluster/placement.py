@@ -4,9 +4,12 @@ A Ray CPU is a ticket, not a core. Trainers always hold theirs; shards and refre
 are left, so that the same plan starts on a laptop with two cores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
+
+from cluster.hardware import GPUS
 from cluster.session import logical_cpus
 from cluster.settings import ClusterConfig, RefreshConfig
 from indexing.settings import IndexConfig
@@ -20,6 +23,8 @@ class Node:
 
     cpus: float
     gpus: float
+    memory_bytes: float = 0.0  # free for programs; 0: not known
+    gpu_memory_bytes: float = 0.0  # of each GPU
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,19 @@ def nodes_of_cluster() -> list[Node]:
     if not ray.is_initialized():
         import torch
 
-        return [Node(float(logical_cpus()), float(torch.cuda.device_count()))]
+        count = torch.cuda.device_count()
+        each = float(torch.cuda.get_device_properties(0).total_memory) if count else 0.0
+        return [Node(float(logical_cpus()), float(count), float(psutil.virtual_memory().available), each)]
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(one.get("CPU", 0.0), one.get("GPU", 0.0)) for one in resources]
+    return [
+        Node(one.get("CPU", 0.0), one.get("GPU", 0.0), one.get("memory", 0.0), gpu_memory(one)) for one in resources
+    ]
+
+
+def gpu_memory(resources: Mapping[str, float]) -> float:
+    """Bytes of each GPU of a Ray node, by the kind that Ray says it has; 0 where that is not known."""
+    kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    return min((gpu.memory_bytes for gpu in GPUS.values() for kind in kinds if kind in gpu.ray_names), default=0.0)
 
 
 def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> PlacementPlan:

@@ -6,8 +6,10 @@ import time
 from contextlib import nullcontext
 
 from cluster.beforehand import check_models, check_same_run
+from cluster.check_fit import check_fit
 from cluster.common import (
     newest_of,
+    num_passages,
     placement_of,
     prepared_data,
     ray_session,
@@ -20,6 +22,7 @@ from cluster.config import Experiment
 from cluster.fit import is_finished, run_stage
 from cluster.measure import at_date, build_index, measure
 from cluster.placement import nodes_of_cluster
+from cluster.prepare import Prepared
 from cluster.settings import Settings
 from cluster.summary import Findings, read_measured, seconds_of, write_findings
 
@@ -38,8 +41,13 @@ def train(experiment: Experiment) -> int:
         say(f"{root}: finished before, not run again")
         _report(experiment, seconds_of(root))
         return 0
+    here = not os.environ.get("RAY_ADDRESS")
+    if here:
+        _refuse_misfits(stages, prepared)
     with ray_session(root) as namespace:
         placements = {name: placement_of(settings) for name, settings in stages.items()}
+        if not here:
+            _refuse_misfits(stages, prepared)
         for name, settings in stages.items():
             if is_finished(settings):
                 say(f"{settings.run.name}: finished before, not run again")
@@ -115,6 +123,13 @@ def _check(experiment: Experiment) -> None:
         except ValueError as error:
             raise ValueError(f"stage {name}: {error}" if name else str(error)) from None
         earlier.add(str(run_folder(settings)))
+
+
+def _refuse_misfits(stages: dict[str, Settings], prepared: dict[str, Prepared]) -> None:
+    """Before anything starts, a stage whose memory the machines do not have; what is only said, each stage says."""
+    for name, settings in stages.items():
+        if not is_finished(settings):
+            check_fit(settings, placement_of(settings), num_passages(prepared[name]), lambda _: None)
 
 
 def _updated(experiment: Experiment, name: str) -> Settings:

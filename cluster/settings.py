@@ -67,8 +67,29 @@ class ClusterConfig:
     threads_per_trainer: int = 1  # on CPU
     max_failures: int = 3  # trainer restarts before the run is given up
     start_timeout_s: float = 300.0
+    check_fit: str = (
+        "refuse"  # refuse | warn | off: a launch whose memory, as `plan` counts it, the machines do not have
+    )
+    memory_margin: float = 0.1  # share of every memory that `plan` and the check before a launch leave free
     dry_run: bool = False  # print the placement, build what can be built without weights, stop
     dry_run_nodes: str = ""  # plan for these machines instead of those at hand: MACHINESxGPUSxCPUS, "2x8x96"
+
+
+@dataclass
+class PlanConfig:
+    """What the verb `plan` computes with, where it is not to be the corpus or the machine at hand. Changes no run."""
+
+    passages: int = 0  # 0: those of the prepared store, else counted in the corpus
+    tokens_per_passage: float = 0.0  # mean, for the encoder; 0: the store's, else encoder.max_passage_tokens
+    encoder: str = ""  # LAYERSxHIDDENxVOCABULARY, "12x768x30522"; empty: the configuration of encoder.name or .fresh
+    generator: str = ""  # likewise; layers of encoder and decoder together
+    gpu: str = "auto"  # auto (what this machine has) | h100 | h200 | a100-80g | a100-40g | l40s | a10g | t4 | cpu
+    gpus: int = 0  # at hand (machines, with cpu); 0: the smallest number that does it, up to 1,024
+    gpus_per_node: int = 8
+    node_cpus: int = 0  # 0: 12 for each of its GPUs; those of this machine, with cpu
+    node_memory_gb: float = 0.0  # 0: 128 for each of its GPUs; this machine's, with cpu
+    network_gbit_s: float = 100.0  # of each machine
+    step_seconds: float = 0.0  # of training; 0: estimated from the models' operations
 
 
 @dataclass
@@ -93,6 +114,7 @@ class Settings:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 @dataclass

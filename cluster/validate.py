@@ -57,6 +57,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.precision": ("fp32", "bf16", "bf16_autocast", "auto"),
     "evaluation.decoding.mode": DECODING,
     "monitor.wandb": ("auto", "online", "offline", "off"),
+    "cluster.check_fit": ("refuse", "warn", "off"),
+    "plan.gpu": ("auto", "h100", "h200", "a100-80g", "a100-40g", "l40s", "a10g", "t4", "cpu"),
 }
 ALSO = (*DECODING, "closed_book", "gold", "long")
 
@@ -80,7 +82,7 @@ POSITIVE = {
     *("training.stop_after_nonfinite", "engine.gradient_accumulation", "engine.epsilon", "engine.timeout_s"),
     *("checkpoint.keep", "evaluation.batch_size", "evaluation.k", "evaluation.decoding.num_beams"),
     *("evaluation.decoding.max_tokens", "monitor.init_timeout_s", "cluster.num_trainers"),
-    *("cluster.threads_per_trainer", "cluster.start_timeout_s"),
+    *("cluster.threads_per_trainer", "cluster.start_timeout_s", "plan.gpus_per_node", "plan.network_gbit_s"),
     *("objective.beta", "objective.num_selected", "objective.relaxation", "objective.group_size", "objective.clip"),
     *("objective.sampling_temperature", "alignment.updates_per_sample"),
 }
@@ -89,11 +91,13 @@ SHARES = {
     *("encoder.fresh.dropout", "generator.fresh.dropout", "encoder.lora.dropout", "generator.lora.dropout"),
     *("objective.keep_probability", "objective.title_probability", "objective.drop_probability"),
     *("engine.beta1", "engine.beta2"),
-    *("questions.refusal_share", "pretraining.held_out"),
+    *("questions.refusal_share", "pretraining.held_out", "cluster.memory_margin"),
     *("refresh.drift_threshold", "refresh.max_share", "refresh.partial"),
 }
 GPUS = {"cluster.trainer_gpus", "cluster.refresh_gpus", "cluster.shard_gpus"}
 
+MAX_PLANNED, MAX_PASSAGES = 1024, 10**10  # GPUs and passages that a plan is made for
+_SIZE = re.compile(r"[1-9]\d*x[1-9]\d*x[1-9]\d*")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _DATE = re.compile(r"(end|\d{4}-\d{2}-\d{2})?")
 _RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
@@ -147,6 +151,20 @@ def validate(settings: Settings) -> None:
     _check_slow(settings.index)
     _check_questions(settings)
     _check_pretraining(settings)
+    _check_plan(settings)
+
+
+def _check_plan(settings: Settings) -> None:
+    plan = settings.plan
+    if settings.cluster.memory_margin == 1:
+        raise refuse("cluster.memory_margin", 1.0, "must be below 1: no memory would be left")
+    if plan.gpus > MAX_PLANNED:
+        raise refuse("plan.gpus", plan.gpus, f"must be 0 (as many as are needed) to {MAX_PLANNED}")
+    if plan.passages > MAX_PASSAGES:
+        raise refuse("plan.passages", plan.passages, f"must be 0 (counted) to {MAX_PASSAGES}")
+    for setting, size in (("plan.encoder", plan.encoder), ("plan.generator", plan.generator)):
+        if size and not _SIZE.fullmatch(size):
+            raise refuse(setting, size, "must be LAYERSxHIDDENxVOCABULARY, for instance 12x768x30522")
 
 
 def _check_choice(setting: str, value: str, allowed: tuple[str, ...] | None) -> None:

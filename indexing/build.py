@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from indexing.adding import add_to_lists
 from indexing.approximate import Approximate
 from indexing.exact import score_pairs, search_exactly
 from indexing.kinds import Kind, check_dim, check_kind, parse
@@ -199,7 +200,7 @@ def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Inde
         if not index.is_trained:
             chosen = np.random.default_rng(seed).permutation(len(vectors))[: config.training_sample]
             index.train(vectors[np.sort(chosen)])
-        index.add(vectors)
+        add_to_lists(load_faiss(), index, vectors)
     except RuntimeError as error:
         raise ValueError(f"index.factory is {config.factory!r}, with {vectors.shape} vectors: {error}") from error
     halves = vectors.astype(np.float16) if config.rescore_candidates else None

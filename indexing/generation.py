@@ -10,7 +10,6 @@ is one more mask of either.
 """
 
 import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,8 +20,9 @@ from indexing.changes import contains
 from indexing.filters import Filter
 from indexing.kinds import EXHAUSTIVE
 from indexing.merge import best_first
-from indexing.probe import UNKNOWN, Figures, probe_recall
+from indexing.probe import UNKNOWN, Figures
 from indexing.settings import IndexConfig
+from indexing.waiting import WaitingVectors
 
 VIEWS_KEPT = 16  # of the last filters: a byte a passage each
 Passes = Callable[[np.ndarray | None], np.ndarray]  # passage numbers (None: the shard's range) -> bool, as them
@@ -257,24 +257,18 @@ class Generation:
 
 
 def build_base(
-    vectors: np.ndarray,
+    vectors: WaitingVectors,
     start: int,
     numbers: np.ndarray | None,
     generation: int,
     weights_version: int,
     corpus_version: int,
-    config: IndexConfig,
     seed: int,
     recent: np.ndarray | None = None,
 ) -> Base:
-    """A big index over float32 `vectors` [rows, dim] of these passages, measured with the `recent` queries [any, dim].
-    Raises ValueError as `build_index`."""
-    index, figures, begin = None, UNKNOWN, time.perf_counter()
-    if len(vectors):
-        index = build_index(vectors, config, seed)
-        seconds = time.perf_counter() - begin
-        found = probe_recall(index, vectors, config.probe_queries, recent, seed)
-        figures = Figures(index.num_bytes / len(vectors), seconds, found)
+    """A big index over the vectors of these passages, measured with the `recent` queries [any, dim]. Raises ValueError
+    as `build_index`."""
+    index, figures = vectors.build(seed, recent) if vectors.num_rows else (None, UNKNOWN)
     key = secrets.token_hex(8)
     return Base(index, start, numbers, generation, weights_version, corpus_version, key, figures)
 

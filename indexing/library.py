@@ -87,8 +87,13 @@ def codes_of(index: Any) -> np.ndarray:
 
 def whole_vectors(index: Any) -> np.ndarray:
     """The vectors of a CPU Flat (float32) or SQfp16 (float16) index: [n, dim], a view that lives as long as it."""
-    codes = codes_of(index)
-    return codes.view(np.float16 if index.code_size == 2 * index.d else np.float32)
+    return stored_vectors(index, index.ntotal)
+
+
+def stored_vectors(index: Any, num_rows: int) -> np.ndarray:
+    """The storage of a CPU Flat or SQfp16 index for `num_rows` vectors, which it may not count yet."""
+    codes = load_faiss().rev_swig_ptr(index.codes.data(), num_rows * index.code_size)
+    return codes.view(np.float16 if index.code_size == 2 * index.d else np.float32).reshape(num_rows, index.d)
 
 
 def selector(allowed: np.ndarray) -> tuple[Any, np.ndarray]:

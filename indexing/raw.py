@@ -49,9 +49,15 @@ def new_index(dim: int, factory: str) -> Any:
 
 def exhaustive_on_cpu(vectors: np.ndarray, factory: str) -> Any:
     """A Flat or SQfp16 index of `vectors` [n, dim]."""
-    index = new_index(vectors.shape[1], factory)
-    index.train(vectors)
+    index = empty_exhaustive(vectors.shape[1], factory)
     index.add(np.ascontiguousarray(vectors, np.float32))
+    return index
+
+
+def empty_exhaustive(dim: int, factory: str) -> Any:
+    """A CPU index of an exhaustive kind (neither is trained on vectors), without any."""
+    index = new_index(dim, factory)
+    index.train(np.zeros((1, dim), np.float32))
     return index
 
 

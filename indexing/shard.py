@@ -161,7 +161,9 @@ class Shard:
                 raise GenerationGone(origin, newest)
             weights = found.weights_version if weights_version is None else weights_version
             corpus = found.corpus_version if corpus_version is None else corpus_version
-            self._deriving = Staging(generation, weights, corpus, self.start, numbers, found.dim, found, origin)
+            self._deriving = Staging(
+                generation, weights, corpus, self.start, numbers, self._config, found.dim, found, origin
+            )
 
     def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
         """Take the vectors of passages `start`, `start` + 1, ..., or of the passage numbers `start` (int64 [n]):
@@ -219,14 +221,14 @@ class Shard:
             deriving = self._deriving
             if deriving is not None and deriving.generation == generation:
                 if deriving.built is None:
-                    deriving.build(self._config, self._seed)
+                    deriving.build(self._seed)
                 return
         with self._staging_lock:
             staging = self._staging
             if staging is None or staging.generation != generation:
                 raise ValueError(f"generation {generation} is not staged on shard {self.shard_number}")
             if staging.built is None:
-                staging.build(self._config, self._seed, self._recent.take(staging.dim))
+                staging.build(self._seed, self._recent.take(staging.dim))
 
     def commit(self, generation: int) -> None:
         """Serve a prepared generation as the newest. Does nothing the second time.
@@ -522,7 +524,7 @@ class Shard:
         if staging is None or key != staging.key or (wanted is not None and staging.corpus_version != wanted[1]):
             numbers, corpus_version = wanted if wanted is not None else (None, 0)
             rows = self.stop - self.start if numbers is None else numbers
-            staging = Staging(generation, weights_version, corpus_version, self.start, rows, dim)
+            staging = Staging(generation, weights_version, corpus_version, self.start, rows, self._config, dim)
             with self._table:
                 self._staging = staging
         return staging

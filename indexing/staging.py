@@ -5,6 +5,7 @@ import numpy as np
 from indexing.build import bad_rows
 from indexing.generation import Generation, build_base
 from indexing.settings import IndexConfig
+from indexing.waiting import WaitingVectors
 
 
 class Staging:
@@ -18,6 +19,7 @@ class Staging:
         corpus_version: int,
         start: int,
         numbers: np.ndarray | int,
+        config: IndexConfig,
         dim: int = 0,
         origin: Generation | None = None,
         source: int = -1,
@@ -30,7 +32,8 @@ class Staging:
         self.dim, self.origin, self.source = dim, origin, source
         self.num_filled = 0  # different rows that have arrived
         self.built: Generation | None = None  # once `build` has run
-        self._vectors = np.empty((self.num_rows if dim else 0, dim), np.float32)
+        self._config = config
+        self._vectors = self._room() if dim else None
         self._versions = np.zeros(0 if origin is None else self.num_rows, np.int64)
         self._filled = np.zeros(self.num_rows, bool)
         self._broken = np.zeros(self.num_rows, bool)  # arrived with NaN or infinity
@@ -45,8 +48,8 @@ class Staging:
         dropped."""
         if not self.dim:
             self.dim = vectors.shape[1]
-            self._vectors = np.empty((self.num_rows, self.dim), np.float32)
-        if not self.num_rows:
+            self._vectors = self._room()
+        if not self.num_rows or self._vectors is None:
             return
         if self.numbers is None:
             rows = numbers - self.start
@@ -56,7 +59,10 @@ class Staging:
             here = self.numbers[rows] == numbers
         if not here.all():
             rows, vectors = rows[here], vectors[here]
-        self._vectors[rows] = vectors
+        if isinstance(self._vectors, WaitingVectors):
+            self._vectors.put(rows, vectors)
+        else:
+            self._vectors[rows] = vectors
         self._broken[rows] = False
         self._broken[rows[bad_rows(vectors)]] = True
         self._filled[rows] = True
@@ -64,7 +70,7 @@ class Staging:
             self._versions[rows] = version
         self.num_filled = int(np.count_nonzero(self._filled))
 
-    def build(self, config: IndexConfig, seed: int, recent: np.ndarray | None = None) -> None:
+    def build(self, seed: int, recent: np.ndarray | None = None) -> None:
         """Build the generation, measure a new big index with the `recent` queries [any, dim], and let the vectors go.
         Raises ValueError for missing rows and numbers that are not finite."""
         if missing := self.num_rows - self.num_filled:
@@ -79,14 +85,21 @@ class Staging:
             )
         version, corpus = self.weights_version, self.corpus_version
         if self.origin is None:
-            base = build_base(
-                self._vectors, self.start, self.numbers, self.generation, version, corpus, config, seed, recent
-            )
+            waiting = self._vectors if isinstance(self._vectors, WaitingVectors) else self._waiting()
+            base = build_base(waiting, self.start, self.numbers, self.generation, version, corpus, seed, recent)
             self.built = Generation(base, None, version, corpus)
         else:
             assert self.numbers is not None
-            self.built = self.origin.derive(self.numbers, self._vectors, self._versions, version, corpus, config)
-        self._vectors = np.empty((0, self.dim), np.float32)
+            delta = self._vectors if isinstance(self._vectors, np.ndarray) else np.empty((0, self.dim), np.float32)
+            self.built = self.origin.derive(self.numbers, delta, self._versions, version, corpus, self._config)
+        self._vectors = None
+
+    def _room(self) -> "WaitingVectors | np.ndarray":
+        """Where vectors wait: those of a whole generation where its big index will be, those of a delta beside it."""
+        return self._waiting() if self.origin is None else np.empty((self.num_rows, self.dim), np.float32)
+
+    def _waiting(self) -> WaitingVectors:
+        return WaitingVectors(self.num_rows, self.dim, self._config)
 
     def _number(self, row: int) -> int:
         return self.start + row if self.numbers is None else int(self.numbers[row])

@@ -320,7 +320,7 @@ def test_searches_and_status_do_not_wait_for_a_build(monkeypatch: pytest.MonkeyP
         assert go_on.wait(10)
         raise ValueError("stopped by the test")
 
-    monkeypatch.setattr("indexing.generation.build_index", slow)
+    monkeypatch.setattr("indexing.waiting.WaitingVectors.build", slow)
     failures = []
 
     def prepare() -> None:

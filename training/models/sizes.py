@@ -1,0 +1,175 @@
+"""How large the models are that settings describe, without their weights: from the configuration of a checkpoint, from
+`encoder.fresh` and `generator.fresh`, or from three numbers, "LAYERSxHIDDENxVOCABULARY".
+
+Modules are built on torch's meta device, which holds no numbers. A model that is only three numbers is a plain
+transformer with a feed-forward layer of four times its width.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from training.costs import answer_flops, read_flops
+from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
+from training.models.checkpoint_layout import find_file, read_layout
+from training.models.copy_reader import CopyReader
+from training.models.encoder import TextEncoder, build_encoder
+from training.settings import EncoderConfig, GeneratorConfig
+
+POSITIONS = 512  # learned positions of an encoder that is only three numbers
+
+
+@dataclass(frozen=True)
+class EncoderSize:
+    """One tower."""
+
+    parameters: int
+    dim: int  # numbers of a vector
+    layers: int
+    hidden: int
+    heads: int
+    stack: Stack
+
+    def flops(self, tokens: float) -> float:
+        """One text, forward."""
+        return read_flops(self.stack, max(1, round(tokens)))
+
+
+@dataclass(frozen=True)
+class ReaderSize:
+    """A generator. `layers`: of encoder and decoder together."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    shape: Shape
+
+    def flops(self, prompt_tokens: float, k: int, answer_tokens: int, fused: bool) -> float:
+        """One question, forward: `k` prompts read, one answer (`fused`) or `k` scored."""
+        prompts = [max(1, round(prompt_tokens))] * k
+        return answer_flops(self.shape, prompts, [answer_tokens] * (1 if fused else k), fused)
+
+
+def encoder_size(config: EncoderConfig, given: str = "") -> EncoderSize:
+    """The tower that `config` describes, or that `given` says. Raises ValueError, naming `plan.encoder`, where the
+    configuration of `encoder.name` is not on this machine."""
+    if given:
+        layers, hidden, vocabulary = three_numbers("plan.encoder", given)
+        stack = Stack(12 * layers * hidden * hidden, layers, hidden, hidden)
+        parameters = stack.weights + (vocabulary + POSITIONS) * hidden
+        return EncoderSize(parameters, hidden, layers, hidden, max(1, hidden // 64), stack)
+    with torch.device("meta"):
+        if config.name:
+            tower = _named_tower(config)
+        else:
+            tower = build_encoder(config, config.tokenizer.vocabulary)
+    settings: Any = tower.backbone.config
+    return EncoderSize(
+        parameters=_count(tower),
+        dim=tower.dim,
+        layers=settings.num_hidden_layers,
+        hidden=settings.hidden_size,
+        heads=getattr(settings, "num_attention_heads", None) or 1,
+        stack=encoder_stack(tower),
+    )
+
+
+def reader_size(config: GeneratorConfig, vocabulary: int, given: str = "") -> ReaderSize:
+    """The generator that `config` describes, or that `given` says; a fresh one has `vocabulary` tokens. Raises
+    ValueError, naming `plan.generator`, where the configuration of `generator.name` is not on this machine."""
+    if given:
+        layers, hidden, vocabulary = three_numbers("plan.generator", given)
+        return _plain_reader(config.kind, layers, hidden, 4 * hidden, vocabulary, max(1, hidden // 64))
+    fresh = config.fresh
+    if config.name:
+        return _named_reader(config)
+    if config.kind == "copy":
+        with torch.device("meta"):
+            reader = CopyReader(config, vocabulary, 0, 1, 2)
+        layers = fresh.num_encoder_layers + fresh.num_decoder_layers
+        return ReaderSize(_count(reader), layers, fresh.hidden, fresh.num_heads, vocabulary, shape_of(reader))
+    layers = fresh.num_decoder_layers + (fresh.num_encoder_layers if config.kind == "fusion" else 0)
+    return _plain_reader(config.kind, layers, fresh.hidden, fresh.intermediate, vocabulary, fresh.num_heads)
+
+
+def three_numbers(setting: str, text: str) -> tuple[int, int, int]:
+    """Layers, width and vocabulary of "12x768x30522". Raises ValueError."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text.lower())
+    if found is None:
+        raise ValueError(f"{setting}={text}: must be LAYERSxHIDDENxVOCABULARY, for instance 12x768x30522")
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def _named_tower(config: EncoderConfig) -> TextEncoder:
+    layout = read_layout(config.name)
+    folder = layout.transformer_folder if layout is not None else ""
+    shape = _configuration("encoder", config.name, config.trust_remote_code, folder)
+    backbone = AutoModel.from_config(shape, trust_remote_code=config.trust_remote_code)
+    if shape.is_encoder_decoder:
+        backbone = backbone.get_encoder()
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.register_module("pooler", None)
+    dense = layout.dense if layout is not None else []
+    projections = torch.nn.Sequential(*(torch.nn.Linear(d.in_features, d.out_features, d.bias) for d in dense))
+    pooling = layout.pooling if layout is not None and config.pooling == "auto" else ("mean",)
+    return TextEncoder(backbone, pooling, projections=projections)
+
+
+def _named_reader(config: GeneratorConfig) -> ReaderSize:
+    shape = _configuration("generator", config.name, config.trust_remote_code, "")
+    auto: Any = AutoModelForSeq2SeqLM if config.kind == "fusion" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(shape, trust_remote_code=config.trust_remote_code)
+    text: Any = shape.get_text_config()
+    layers = int(getattr(text, "num_hidden_layers", 0) or text.num_layers)
+    if config.kind == "fusion":
+        layers += int(getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or layers)
+    heads = int(getattr(text, "num_attention_heads", None) or 1)
+    found = fusion_shape(model) if config.kind == "fusion" else causal_shape(model)
+    return ReaderSize(_count(model), layers, text.hidden_size, heads, text.vocab_size, found)
+
+
+def _configuration(section: str, name: str, trust: bool, folder: str) -> Any:
+    """The transformers configuration of a checkpoint on this machine; nothing is fetched but by the hub's own cache."""
+    unknown = (
+        f"{section}.name={name}: its config.json is not on this machine; say how large it is: "
+        f"plan.{section}=LAYERSxHIDDENxVOCABULARY, for instance 12x768x30522"
+    )
+    if find_file(name, f"{folder}/config.json" if folder else "config.json") is None:
+        raise ValueError(unknown)
+    try:
+        return AutoConfig.from_pretrained(name, subfolder=folder, trust_remote_code=trust)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{unknown} ({str(error).splitlines()[0]})") from error
+
+
+def _plain_reader(kind: str, layers: int, hidden: int, wide: int, vocabulary: int, heads: int) -> ReaderSize:
+    """Attention of 4 h^2, a feed-forward of 2 h w; half of an encoder-decoder's layers decode, with one attention more
+    each, whose keys and values are the memory's."""
+    layer, square = 4 * hidden * hidden + 2 * hidden * wide, hidden * hidden
+    output = vocabulary * hidden
+    if kind == "causal":
+        stack = Stack(layers * layer, layers, hidden, hidden)
+        return ReaderSize(stack.weights + output, layers, hidden, heads, vocabulary, Shape(stack, output))
+    below = layers // 2
+    above = layers - below
+    shape = Shape(
+        decoder=Stack(above * (layer + 2 * square), above, hidden, hidden),
+        output=output,
+        encoder=Stack(below * layer, below, hidden, hidden),
+        memory_weights=2 * above * square,
+        memory_kept=2 * above * hidden,
+        cross_products=2 * above * hidden,
+    )
+    parameters = layers * layer + 4 * above * square + output
+    return ReaderSize(parameters, layers, hidden, heads, vocabulary, shape)
+
+
+def _count(module: torch.nn.Module) -> int:
+    """Every number once, shared ones too."""
+    return sum(parameter.numel() for parameter in module.parameters())
