@@ -50,15 +50,18 @@ class IndexKind:
         return self.factory in ("Flat", "SQfp16")
 
 
-def index_kind(factory: str, dim: int) -> IndexKind:
-    """The numbers of a factory string for vectors of `dim` numbers. Raises ValueError for one that is not known.
+def index_kind(factory: str, dim: int, rescored: bool = False) -> IndexKind:
+    """The numbers of a factory string for vectors of `dim` numbers; `rescored`: with the float16 vectors beside it that
+    index.rescore_candidates needs. Raises ValueError for one that is not known.
 
     Bytes as https://github.com/facebookresearch/faiss/wiki/Faiss-indexes has them.
     """
     parts = factory.split(",")
     lists = links = sub_quantizers = codewords = 0
-    beside = fixed = 0.0
+    beside, fixed = 2.0 * dim * rescored, 0.0
     code: float | None = None
+    if re.fullmatch(r"OPQ[1-9]\d*", parts[0]):  # a rotation before everything else
+        parts, fixed = parts[1:], dim * dim * FLOAT
     for position, part in enumerate(parts):
         if (found := re.fullmatch(r"IVF([1-9]\d*)(?:_HNSW(\d+))?", part)) and position == 0:
             lists = int(found[1])
@@ -81,7 +84,7 @@ def index_kind(factory: str, dim: int) -> IndexKind:
         else:
             raise ValueError(
                 f"index.factory={factory}: its bytes are known for Flat, SQ4, SQ6, SQ8, SQfp16, SQbf16, PQm, PQmxb, "
-                "also after IVFn or HNSWm, and before RFlat"
+                "also after IVFn, HNSWm or OPQm, and before RFlat"
             )
     if code is None and not links:
         raise ValueError(f"index.factory={factory}: {parts[0]} needs a kind of code behind it, such as {parts[0]},Flat")

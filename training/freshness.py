@@ -28,10 +28,13 @@ class Freshness:
         service: IndexService,
         monitor: Monitor,
         probe: DriftProbe | None = None,
+        num_numbers: int = 0,
     ) -> None:
-        """`probe`: None measures no drift."""
+        """`probe`: None measures no drift. `num_numbers`: passage numbers given so far, of which a filter may let the
+        index return fewer (0: the index has them all)."""
         self.plan, self.engine, self.service, self.monitor, self.probe = plan, engine, service, monitor, probe
-        self.heat = Heat(service.num_passages, engine) if plan.partial else None
+        self._num_numbers = num_numbers or service.num_passages
+        self.heat = Heat(self._num_numbers, engine) if plan.partial else None
         self._failures = 0  # of refreshes, when the newest one was asked for
 
     def begin(self, state: LoopState, saved: dict[str, Any] | None = None) -> None:
@@ -42,7 +45,7 @@ class Freshness:
                 self.heat.restore(saved, encoded_now)
             else:
                 version = self.service.status().weights_version if encoded_now is None else encoded_now
-                self.heat = Heat(self.service.num_passages, self.engine, max(0, version))
+                self.heat = Heat(self._num_numbers, self.engine, max(0, version))
         if self.probe is not None:
             self.probe.measure()
             self.probe.remember()

@@ -152,7 +152,7 @@ class Stage:
             return None
         plan = replace(self.job.plan, every_steps=self.job.publish_every, precision=self.job.publish_precision)
         probe = make_probe(self.parts, self.corpus) if plan.probe_questions else None
-        freshness = Freshness(plan, self.engine, self.service, self.monitor, probe)
+        freshness = Freshness(plan, self.engine, self.service, self.monitor, probe, len(self.store))
         freshness.begin(self.state, (loader_state or {}).get("freshness"))
         return freshness
 

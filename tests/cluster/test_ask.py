@@ -1,4 +1,5 @@
-"""The search behind `ask`, in this process: a filter shows what there is, also where that is less than k."""
+"""The search behind `ask`, in this process: a filter shows what there is, also where that is less than k, and a saved
+index is brought up to the corpus as it is now."""
 
 import json
 from dataclasses import replace
@@ -8,18 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.ask import _search
+from cluster.ask import _search, encode_function
 from cluster.settings import Settings
+from indexing.corpus import Passage
+from indexing.encode import encode_numbers
 from indexing.exact import search_exactly
+from indexing.live import LiveStore, Wanted, change_corpus
 from indexing.settings import IndexConfig
-from indexing.store import Store
-from tests.cluster.corpus import NUM_PASSAGES, Corpus
+from indexing.shard import Shard, shard_ranges
+from indexing.snapshot import write_once
+from tests.cluster.corpus import ENCODER, NUM_PASSAGES, Corpus
+from training.models.sides import retriever_passage_side
+from training.models.tokenizers import load_tokenizer
 from training.settings import RetrievalConfig
 
 
 def test_ask_searches_among_what_passes(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps({"generation": -1}))
-    store, encoder, vectors = Store.open(corpus.store), corpus.encoder(1), corpus.vectors(1)
+    store = LiveStore.open_with(corpus.store, tmp_path / "corpus")
+    encoder, vectors = corpus.encoder(1), corpus.vectors(1)
     settings = Settings(retrieval=RetrievalConfig(k=5), index=IndexConfig(num_shards=3))
     queries = np.random.default_rng(1).normal(size=(1, 16)).astype(np.float32)
     numbers = np.arange(NUM_PASSAGES)
@@ -38,3 +46,43 @@ def test_ask_searches_among_what_passes(corpus: Corpus, tmp_path: Path) -> None:
     assert found({"number": 1000}) == []
     with pytest.raises(ValueError, match=r"retrieval\.where\.lang: no passage has this field; .* number, third"):
         found({"lang": "en"})
+
+
+def test_a_saved_index_serves_a_changed_corpus_under_a_filter(corpus: Corpus, tmp_path: Path) -> None:
+    """Saved on two shards, asked on three; only what was added is encoded."""
+    checkpoint, index = tmp_path / "checkpoints" / "step-9", tmp_path / "index" / "generation-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"generation": 4}))
+    encoder, config = corpus.encoder(1), IndexConfig(num_shards=2)
+    vectors = corpus.vectors(1)
+    with write_once(index, {}) as folder:
+        for number, (start, stop) in enumerate(shard_ranges(NUM_PASSAGES, 2)):
+            shard = Shard(number, start, stop, config)
+            shard.stage(4, 9, start, vectors[start:stop])
+            shard.prepare(4)
+            shard.commit(4)
+            shard.save(4, folder)
+    store = LiveStore.open_with(corpus.store, tmp_path / "corpus")
+    put = [Passage(f"new{n}", "", f"abcd {n}", {"third": n % 3, "origin": "live"}) for n in range(7)]
+    side = retriever_passage_side(load_tokenizer(corpus.tokenizer), ENCODER)
+    change_corpus(store, Wanted(put=put, delete=["p0", "p3", "p8"]), [side])
+    change_corpus(store, Wanted(delete=["new3"]), [])
+    numbers = np.arange(len(store))
+    encoded: list[int] = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            encoded.append(len(ids))
+            return encoder(ids, mask)
+
+    with torch.inference_mode():
+        now = encode_numbers(store.tokens("retriever"), numbers, encode_function(encoder), 4096)
+        queries = now[[NUM_PASSAGES + 1]]
+        for where in ({}, {"third": 0}, {"origin": "live"}):
+            passing = np.array([all(store.metadata(int(n)).get(f) == v for f, v in where.items()) for n in numbers])
+            allowed = passing & store.is_living(numbers)
+            settings = Settings(retrieval=RetrievalConfig(k=6, where=where), index=IndexConfig(num_shards=3))
+            encoded.clear()
+            hits = _search(settings, store, Counting(), checkpoint, queries)  # type: ignore[arg-type]
+            assert hits.ids.tolist() == search_exactly(now, queries, 6, allowed)[1].tolist()
+            assert sum(encoded) == 6

@@ -27,6 +27,7 @@ DIM = 64
         ("IVF100,PQ16", 16 + 8, 100 * 64 * 4 + 256 * 64 * 4),
         ("PQ16x4", 8, 16 * 64 * 4),
         ("IVF100,PQ16,RFlat", 16 + 8 + 4 * 64, 100 * 64 * 4 + 256 * 64 * 4),
+        ("OPQ16,IVF100,PQ16", 16 + 8, 64 * 64 * 4 + 100 * 64 * 4 + 256 * 64 * 4),
         ("HNSW32", 4 * 64 + 4 * 64 + 4 * 32 / 31 + 12, 0),
     ],
 )
@@ -47,6 +48,12 @@ def test_bytes_are_those_of_a_real_index(factory: str) -> None:
     index.train(vectors)
     index.add(vectors)
     assert index_bytes(index_kind(factory, DIM), 2000) == pytest.approx(len(faiss.serialize_index(index)), rel=0.01)
+
+
+def test_scored_again_costs_halves() -> None:
+    again, once = (index_kind("IVF100,PQ16", 64, rescored=rescored) for rescored in (True, False))
+    assert again.vector_bytes - once.vector_bytes == 2 * 64
+    assert again.fixed_bytes == once.fixed_bytes
 
 
 @pytest.mark.parametrize("factory", ["", "Flat,Flat", "IVF16", "flat", "PQ0", "IVF16,HNSW8", "SQ5", "RFlat"])
