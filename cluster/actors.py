@@ -63,6 +63,13 @@ class ShardActor:
         except GenerationGone as gone:
             return Gone(gone.committed)
 
+    @ray.method(concurrency_group="search")
+    def vectors(self, ids: np.ndarray, generation: int) -> tuple[np.ndarray, np.ndarray] | Gone | None:
+        try:
+            return self._shard.vectors(ids, generation)
+        except GenerationGone as gone:
+            return Gone(gone.committed)
+
     @ray.method(concurrency_group="status")
     def status(self) -> ShardStatus:
         return self._shard.status()

@@ -77,6 +77,7 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
                     placement=placement,
                     snapshot=snapshot,
                     start_timeout_s=settings.cluster.start_timeout_s,
+                    lexical=prepared.lexical,
                 )
                 job.index_from_snapshot = snapshot is not None
             _fit(job, service, settings, placement)
@@ -127,6 +128,7 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         objective=settings.objective,
         alignment=settings.alignment,
         retrieval=settings.retrieval,
+        reranker=settings.reranker,
         training=settings.training,
         engine=settings.engine,
         checkpoint=settings.checkpoint,

@@ -25,10 +25,12 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from cluster.actors import Gone
 from cluster.events import EventLog
 from cluster.handles import NamedActor, get, own_error
+from cluster.lexical import LexicalClient
 from cluster.ports import Weights
 from cluster.processes import Place
 from cluster.refresh import CoordinatorStatus
 from indexing.merge import Hits, ShardHits, check_k, merge
+from indexing.shard import GenerationGone
 from training.retrieve import IndexStatus
 
 INLINE_BYTES = 100_000  # larger queries are put into the object store once instead of being sent with every call
@@ -48,6 +50,8 @@ class IndexAddress:
     num_passages: int
     search_timeout_s: float
     events_path: str
+    corpus: str = ""  # fingerprint of the passages
+    lexical: str = ""  # actor of the lexical index; empty: there is none
 
 
 def new_publish_id() -> int:
@@ -91,7 +95,7 @@ class Search:
                 hits = [answer for answer in answers if isinstance(answer, ShardHits)]
                 pinned, again_at_once = self._client.learn(answers)
                 if len(hits) == len(answers) and len({one.generation for one in hits}) == 1:
-                    return merge(hits, self._k)
+                    return replace(merge(hits, self._k), corpus=self._client.address.corpus)
                 why = "no generation is served by every shard"
                 if again_at_once:
                     self._answers = self._ask(pinned)
@@ -120,6 +124,11 @@ class IndexClient:
         self._coordinator = NamedActor(address.coordinator, address.namespace)
         self._shards = [NamedActor(name, address.namespace) for name in address.shards]
         self._events = EventLog(address.events_path)
+        self.lexical = None
+        if address.lexical:
+            self.lexical = LexicalClient(
+                address.lexical, address.namespace, address.corpus, address.search_timeout_s, address.events_path
+            )
         self._lock = threading.Lock()
         self._pinned: int | None = None
         self._published: Weights | None = None
@@ -146,6 +155,37 @@ class IndexClient:
         """References to every shard's answer, from the pinned generation unless another one is named."""
         pinned = self._pinned if generation is None else generation
         return [shard.submit("search", queries, k, pinned, num_vectors) for shard in self._shards]
+
+    def vectors(self, ids: np.ndarray, generation: int) -> np.ndarray | None:
+        """float32 [..., dim]: the indexed vectors of passages `ids` int64 [...] in `generation`, zeros for -1; None
+        where the kind of index keeps none. Raises GenerationGone where it is not served any more, and TimeoutError."""
+        wanted, places = np.unique(ids, return_inverse=True)
+        deadline, pause_s = time.monotonic() + self.address.search_timeout_s, POLL_S[0]
+        while True:
+            asked = [shard.submit("vectors", wanted, generation) for shard in self._shards]
+            try:
+                answers = get(asked, max(0.1, deadline - time.monotonic()))
+                gone = [answer.committed for answer in answers if isinstance(answer, Gone)]
+                if not gone:
+                    break
+                if min(gone) >= 0:  # released; a shard that came back empty is repaired
+                    raise GenerationGone(generation, min(gone))
+            except RayTaskError as error:
+                raise own_error(error) from error
+            except (RayError, GetTimeoutError):  # it is being restarted, or silent until the repair finds it
+                pass
+            if time.monotonic() + pause_s > deadline:
+                limit = self.address.search_timeout_s
+                raise TimeoutError(f"no vectors of generation {generation} for {limit:g} s (index.search_timeout_s)")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S[1])
+            self.hand_in_again()
+        if any(answer is None for answer in answers):
+            return None
+        found = np.zeros((len(wanted), answers[0][1].shape[1]), np.float32)
+        for rows, vectors in answers:
+            found[rows] = vectors
+        return found[places.reshape(np.shape(ids))]
 
     def learn(self, answers: list[ShardHits | Gone]) -> tuple[int | None, bool]:
         """Pin the newest generation that all shards have committed.

@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ from cluster.actors import (
     ShardActor,
     WorkerSettings,
 )
+from cluster.lexical import THREADS, LexicalActor
 from cluster.placement import PlacementPlan, Seat
 from cluster.refresh import RefreshSettings
 from cluster.search import IndexAddress, IndexClient
 from cluster.settings import RefreshConfig
 from cluster.snapshots import PREFIX, IndexIdentity, Wish, check_snapshot
 from indexing.build import check_config
-from indexing.settings import IndexConfig
+from indexing.lexical import LexicalIndex
+from indexing.settings import IndexConfig, LexicalConfig
 from indexing.shard import shard_ranges
 from indexing.store import Store
 from training.jsonl import read_rows
@@ -62,12 +64,14 @@ class IndexServiceHandle:
 
     def stop(self) -> None:
         """End all actors; harmless when they have ended."""
-        for name in (self.address.coordinator, *self.workers, *self.address.shards):
+        others = (self.address.lexical,) if self.address.lexical else ()
+        for name in (self.address.coordinator, *self.workers, *self.address.shards, *others):
             try:
                 ray.kill(ray.get_actor(name, namespace=self.address.namespace), no_restart=True)
             except (ValueError, RayError):
                 continue
         _ALIVE.pop(self.address.coordinator, None)
+        _ALIVE.pop(self.address.lexical, None)
 
 
 def start_index_service(
@@ -82,17 +86,21 @@ def start_index_service(
     snapshot: str | Path | None = None,
     start_timeout_s: float = 300.0,
     keep_protected: int = 4,
+    lexical: str | Path | None = None,
 ) -> IndexServiceHandle:
     """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish.
 
     `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`.
-    `keep_protected` saved generations that checkpoints name outlive the pruning. Raises ValueError for settings or a
+    `keep_protected` saved generations that checkpoints name outlive the pruning. `lexical`: the directory of the
+    lexical index of the same passages, which is searched beside the dense one. Raises ValueError for settings or a
     snapshot that do not fit, TornSnapshot for a damaged one, TimeoutError when the actors do not start.
     """
     run_dir = Path(run_dir).resolve()
     (run_dir / "index").mkdir(parents=True, exist_ok=True)
     passages = Store.open(store, verify=False)
     identity = index_identity(passages, encoder, index)
+    words = None if lexical is None else open_lexical(lexical, passages)
+    identity = replace(identity, lexical="" if lexical is None else Path(lexical).name)
     ranges = identity.ranges
     check_config(index, min(stop - start for start, stop in ranges))
     initial = None if snapshot is None else (check_snapshot(snapshot, identity), str(Path(snapshot).resolve()))
@@ -105,6 +113,8 @@ def start_index_service(
         num_passages=len(passages),
         search_timeout_s=index.search_timeout_s,
         events_path=str(run_dir / "events.jsonl"),
+        corpus=passages.fingerprint,
+        lexical="" if words is None else f"{prefix}-lexical",
     )
     handle = IndexServiceHandle(address, tuple(f"{prefix}-worker-{number}" for number in range(refresh.num_workers)))
     worker = WorkerSettings(
@@ -136,6 +146,8 @@ def start_index_service(
         initial=initial,
     )
     try:
+        if words is not None:
+            _start_lexical(handle, str(Path(words[0]).resolve()), words[1], placement, start_timeout_s)
         _start(handle, ranges, index, worker, coordinator, placement, start_timeout_s)
         if initial is not None:
             _await_generation(handle, initial[0], start_timeout_s)
@@ -204,6 +216,27 @@ def _start(
     for one in workers:
         one.warm.remote()
     _keep_alive(handle, [*shards, *workers, chief])
+
+
+def open_lexical(path: str | Path, passages: Store) -> tuple[Path, LexicalConfig]:
+    """The folder of a lexical index, and its settings. Raises TornSnapshot for one that is damaged, and ValueError for
+    one of another corpus."""
+    index = LexicalIndex.load(path, contents=False)
+    if index.corpus != passages.fingerprint:
+        raise ValueError(f"lexical index {path} was built from another corpus: it cannot serve this run")
+    return Path(path).parent, index.config
+
+
+def _start_lexical(
+    handle: IndexServiceHandle, folder: str, config: LexicalConfig, placement: PlacementPlan, timeout_s: float
+) -> None:
+    """Start the actor, and wait until it has mapped the index."""
+    remote: Any = ray.remote
+    seat = Seat("lexical", 1, 0.0, 0.0, 0)
+    options = _options(handle.address.lexical, handle, seat, placement)
+    actor = remote(concurrency_groups=THREADS)(LexicalActor).options(**options).remote(folder, config)
+    _await_all([actor.load.remote(handle.address.corpus)], timeout_s, placement)
+    _ALIVE[handle.address.lexical] = [actor]
 
 
 def _options(name: str, handle: IndexServiceHandle, seat: Seat, placement: PlacementPlan) -> dict[str, Any]:

@@ -27,10 +27,13 @@ class Hits:
     """What the index answers. `ids` are passage numbers, best first; equal scores by number."""
 
     ids: np.ndarray  # int64 [batch, k]
-    scores: np.ndarray  # float32 [batch, k], descending: inner products
+    scores: np.ndarray  # float32 [batch, k], descending: inner products, or what they were fused to
     generation: int
     weights_version: int
     vectors: np.ndarray | None = None  # float32 [batch, columns, dim]: the indexed vectors of the leading ids
+    lexical: np.ndarray | None = None  # float32 [batch, k]: normalised lexical scores, where these were fused
+    places: np.ndarray | None = None  # int32 [batch, k, 2]: in the dense and the lexical ranking, from 1; 0: in neither
+    corpus: str = ""  # fingerprint of the corpus that was searched, where it is known
 
 
 def best_first(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

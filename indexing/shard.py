@@ -173,6 +173,14 @@ class Shard:
         with self._table:
             return ShardHits(ids, scores, number, served.weights_version, self._newest(), vectors)
 
+    def vectors(self, ids: np.ndarray, generation: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Places in `ids` int64 [n] of this shard's passages, and their indexed vectors float32 [found, dim]; None
+        where the kind of index keeps none at hand. Raises GenerationGone."""
+        with self._pinned(generation) as (_, served):
+            places = np.flatnonzero((ids >= self.start) & (ids < self.stop))
+            found = served.index.vectors(ids[places] - self.start)
+            return None if found is None else (places, found)
+
     def save(self, generation: int, directory: str | Path) -> Path:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.
 

@@ -46,7 +46,8 @@ class CorpusExamples:
     def search(self, questions: CorpusQuestions) -> FairSearch:
         """How passages for `questions` are searched."""
         assert self.parts.service is not None
-        return FairSearch(self.parts.service, questions, self.groups, self.parts.job.pretraining.margin)
+        margin, hybrid = self.parts.job.pretraining.margin, self.parts.hybrid_search(questions)
+        return FairSearch(self.parts.service, questions, self.groups, margin, hybrid)
 
 
 def make_source(
@@ -62,12 +63,12 @@ def make_source(
         separator_id = separator if isinstance(separator, int) else -1
         cloze = ClozeSource(parts.store, stream, job.objective, separator_id, parts.pad_id)
         return ClozeBatches(cloze, engine.device, start)
-    search = None
     if corpus is not None:
         questions = corpus.training
         stream = Stream(len(questions.candidates), job.training.batch_size, *place)
         answers, batch_of = None, stream.places
         collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
+        hybrid = None  # every passage that is read is a hit
         search = corpus.search(questions) if parts.service is not None else None
     else:
         questions = QuestionStore.open(job.train_questions, verify=False)
@@ -75,6 +76,8 @@ def make_source(
         judged = job.objective.name in PREFERENCE or samples_answers(job.objective)
         answers, batch_of = None if judged else _training_answers(parts, questions, stream), stream.batch
         collator = make_collator(job.objective, parts.store, questions, parts.system.generator, parts.pad_id, job.seed)
+        search = hybrid = parts.hybrid_search(questions)
+    select = parts.selection(collator)
     if job.retrieval.source == "long":
         long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
         return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
@@ -84,13 +87,16 @@ def make_source(
     k, depth = job.retrieval.k, job.retrieval.prefetch_depth
     # A labelled passage takes one place: search one more, so that k - 1 others are left.
     k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
+    if select is not None:
+        k = max(k, select.candidates)
     k = min(k, parts.service.num_passages)
     prefetcher = Prefetcher(
         parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), k, depth, start,
         with_vectors=parts.index_is_fresh and job.retrieval.source != "gold" and not job.questions.refusal_share,
-        search=search,
+        search=search, select=select,
     )  # fmt: skip
-    source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
+    weighed = hybrid if parts.weighs_words else None
+    source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers, weighed)
     if loader_state:
         source.restore(loader_state)
     return _aligned(parts, source, collator, reference, loader_state)

@@ -101,6 +101,7 @@ class Measures:
         evaluator = Evaluator(
             parts.engine, collator, parts.store, parts.service, parts.to_text, job.evaluation, job.retrieval,
             job.objective, job.generator, parts.progress, parts.index_is_fresh, job.questions.refusal,
+            parts.hybrid_search(questions), parts.selection(collator),
         )  # fmt: skip
         if job.evaluation.needle.lengths:
             check_needle(evaluator, job.evaluation.needle)
@@ -113,7 +114,8 @@ class Measures:
         collator = Collator(parts.store, corpus.held_out, parts.system.generator, parts.pad_id)
         search = corpus.search(corpus.held_out) if parts.service is not None else None
         number = job.pretraining.held_out_examples
-        return HeldOut(parts.engine, collator, search, job.evaluation, job.retrieval, job.objective, number)
+        select = parts.selection(collator)
+        return HeldOut(parts.engine, collator, search, job.evaluation, job.retrieval, job.objective, number, select)
 
     def _make_preferences(self) -> PreferenceEvaluator:
         parts, job = self.parts, self.parts.job
@@ -121,7 +123,7 @@ class Measures:
         collator = PairCollator(parts.store, pairs, parts.system.generator, parts.pad_id)
         return PreferenceEvaluator(
             parts.engine, collator, parts.service, job.retrieval, job.evaluation.batch_size, job.objective.temperature,
-            parts.progress,
+            parts.progress, parts.hybrid_search(pairs), parts.selection(collator),
         )  # fmt: skip
 
     def _measure_preferences(self, file: str = "", limit: int = 0) -> dict[str, float]:

@@ -9,11 +9,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from indexing.merge import Hits
+
+if TYPE_CHECKING:
+    from training.hybrid import LexicalService, Search
+    from training.rerank import Select
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,16 @@ class IndexService(Protocol):
     """A sharded index that follows the encoder."""
 
     num_passages: int
+    lexical: "LexicalService | None"  # where retrieval.hybrid asks for one
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
         """Start a search of float32 `queries` [batch, dim]; every query is answered by one generation. The first
         `num_vectors` hits come with their vectors, where the kind of index keeps them."""
+        ...
+
+    def vectors(self, ids: np.ndarray, generation: int) -> np.ndarray | None:
+        """float32 [..., dim]: the indexed vectors of passages `ids` int64 [...] in `generation`, zeros for -1; None
+        where the kind of index keeps none. Raises GenerationGone, and TimeoutError as a search does."""
         ...
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
@@ -110,12 +120,14 @@ class Prefetcher:
         depth: int,
         start: int = 0,
         with_vectors: bool = False,
-        search: Callable[[np.ndarray, np.ndarray, int], PendingHits] | None = None,
+        search: "Search | None" = None,
+        select: "Select | None" = None,
     ) -> None:
         """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
-        numbers are."""
-        num_vectors = k if with_vectors else 0
-        self.search = search or (lambda _, queries, k: service.submit(queries, k, num_vectors))
+        numbers are. `select` puts the hits of a batch in another order when the batch is handed out."""
+        self.num_vectors = k if with_vectors else 0
+        self.search = search or (lambda _, queries, k, num_vectors=0: service.submit(queries, k, num_vectors))
+        self.select = select
         self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
         self.k, self.depth = k, depth
         self.position = start  # number of the next batch to search
@@ -131,11 +143,13 @@ class Prefetcher:
         wait_s = time.perf_counter() - begin
         while len(self._queue) < self.depth:
             self._submit()
+        if self.select is not None:
+            hits = self.select(first.questions, hits)
         return Searched(first.number, first.questions, hits, wait_s)
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)
-        pending = self.search(questions, self.encode_questions(questions), self.k)
+        pending = self.search(questions, self.encode_questions(questions), self.k, self.num_vectors)
         self._queue.append(_InFlight(self.position, questions, pending))
         self.position += 1
 

@@ -9,8 +9,9 @@ import torch
 from indexing.merge import Hits
 from training.answers import TrainingAnswers
 from training.data import ClozeSource, Collator, Stream, gold_first
+from training.hybrid import HybridSearch
 from training.loop import Fetched
-from training.retrieve import Prefetcher
+from training.retrieve import Prefetcher, Searched
 from training.settings import RetrievalConfig
 
 
@@ -25,8 +26,11 @@ class RetrievedBatches:
         device: torch.device,
         stream: Stream,
         answers: TrainingAnswers | None = None,
+        hybrid: HybridSearch | None = None,
     ) -> None:
-        """`answers`: None for each question's own target."""
+        """`answers`: None for each question's own target. `hybrid` knows the lexical scores of passages that are read
+        without being hits; None where nothing weighs them."""
+        self.hybrid = hybrid
         self.prefetcher, self.collator, self.config = prefetcher, collator, config
         self.device, self.stream, self.answers = device, stream, answers
         self._trained = prefetcher.position
@@ -48,7 +52,9 @@ class RetrievedBatches:
             for i in np.flatnonzero(self.answers.refused(searched.number)):
                 passages[i] = self.answers.without_answer(int(searched.questions[i]), hits[i], self.config.k)
         known = searched.hits.vectors  # asked for only where the passages are the hits as they came
-        batch = self.collator(searched.questions, passages, answers=answers, vectors=known).to(self.device)
+        lexical = self._lexical(searched, passages)
+        batch = self.collator(searched.questions, passages, answers=answers, vectors=known, lexical=lexical)
+        batch = batch.to(self.device)
         found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
         self._trained = searched.number + 1
         return Fetched(
@@ -60,9 +66,18 @@ class RetrievedBatches:
             gold_in_k=float(np.mean(found)),
         )
 
+    def _lexical(self, searched: Searched, passages: list[np.ndarray]) -> np.ndarray | None:
+        """Normalised lexical scores of what is read."""
+        hits = searched.hits
+        if self.hybrid is None or hits.lexical is None:
+            return None
+        if all(np.array_equal(row, ids[: len(row)]) for row, ids in zip(passages, hits.ids, strict=True)):
+            return hits.lexical
+        return self.hybrid.scores(searched.questions, passages, hits.corpus)
+
     def state(self) -> dict[str, Any]:
         """Number of the next batch, and the hits of those already searched."""
-        ahead = [(h.ids, h.scores, h.generation, h.weights_version, h.vectors) for h in self.prefetcher.state()]
+        ahead = [tuple(vars(hits).values()) for hits in self.prefetcher.state()]
         return {"number": self._trained, "ahead": ahead}
 
     def restore(self, state: dict[str, Any]) -> None:

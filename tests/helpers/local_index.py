@@ -1,16 +1,17 @@
 """The index service without Ray: real shards in this process, encoded again at once when weights are published."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from indexing.encode import encode_range
+from indexing.lexical import LexicalHits, build_lexical, texts_of
 from indexing.merge import Hits, merge
-from indexing.settings import IndexConfig
+from indexing.settings import IndexConfig, LexicalConfig
 from indexing.shard import Shard, shard_ranges
 from indexing.store import Store
 from training.models.encoder import build_encoder, load_passage_weights
@@ -33,11 +34,38 @@ class LocalHits:
         return self.hits
 
 
+class LocalWords:
+    """A LexicalService over a lexical index in this process."""
+
+    def __init__(self, store: Store, config: LexicalConfig) -> None:
+        self.index = build_lexical(config, store.fingerprint, texts_of(store, range(len(store))))
+
+    def submit(self, texts: Sequence[str], n: int, corpus: str = "", of: np.ndarray | None = None) -> "LocalWordHits":
+        """Search at once."""
+        assert corpus in ("", self.index.corpus)
+        scores, ids = self.index.search(texts, n) if n else (np.zeros((len(texts), 0), np.float32), np.zeros((0, 0)))
+        return LocalWordHits(
+            LexicalHits(ids, scores, self.index.corpus, None if of is None else self.index.scores(texts, of))
+        )
+
+
+@dataclass(frozen=True)
+class LocalWordHits:
+    """Hits that were found when they were asked for."""
+
+    hits: LexicalHits
+
+    def result(self) -> LexicalHits:
+        """The hits."""
+        return self.hits
+
+
 class LocalIndex:
     """An IndexService. A generation is committed inside `publish`; with `manual`, inside `refresh` or a wait for it.
 
     `max_generations`: later weights are taken and forgotten, and every wait is content: an index that is never
-    refreshed. `delay_s`: how long every search takes at least. `folder`: where generations are saved.
+    refreshed. `delay_s`: how long every search takes at least. `folder`: where generations are saved. `lexical`: words
+    are searched, too.
     """
 
     def __init__(
@@ -50,8 +78,11 @@ class LocalIndex:
         max_generations: int = 0,
         delay_s: float = 0.0,
         folder: Path | None = None,
+        lexical: LexicalConfig | None = None,
     ) -> None:
         self.num_passages = len(store)
+        self.corpus = store.fingerprint
+        self.lexical = LocalWords(store, lexical) if lexical is not None else None
         self.manual, self.max_generations, self.delay_s, self.folder = manual, max_generations, delay_s, folder
         self.generation = self.weights_version = -1
         self.generations_committed = 0
@@ -68,7 +99,18 @@ class LocalIndex:
         """Search the generation that serves now."""
         assert self.generation >= 0, "a search before the first generation"
         hits = merge([shard.search(queries, k, self.generation, num_vectors) for shard in self._shards], k)
-        return LocalHits(hits, time.monotonic() + self.delay_s)
+        return LocalHits(replace(hits, corpus=self.corpus), time.monotonic() + self.delay_s)
+
+    def vectors(self, ids: np.ndarray, generation: int) -> np.ndarray | None:
+        """Of passages, as the shards keep them."""
+        flat = ids.reshape(-1)
+        answers = [shard.vectors(flat, generation) for shard in self._shards]
+        found: np.ndarray | None = None
+        for answer in answers:
+            assert answer is not None
+            found = np.zeros((len(flat), answer[1].shape[1]), np.float32) if found is None else found
+            found[answer[0]] = answer[1]
+        return None if found is None else found.reshape(*ids.shape, -1)
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray]) -> None:
         """Take weights; encode at once unless refreshed by hand."""
