@@ -2,7 +2,7 @@
 
 from cluster.refusal import refuse
 from cluster.settings import Settings
-from indexing.lexical import check_lexical
+from indexing.lexical_check import check_lexical
 from training.mixture import pretrains
 
 SEARCHES = ("index", "fixed", "gold")  # values of retrieval.source that ask the index

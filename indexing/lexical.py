@@ -15,7 +15,6 @@ deleted passage keeps its number, and is never found.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, Self
 import numpy as np
 import Stemmer
 
+from indexing.lexical_check import check_lexical
 from indexing.settings import LexicalConfig
 from indexing.snapshot import write_file, write_once
 from indexing.store import Store, batched, open_extra
@@ -32,11 +32,6 @@ from indexing.table import Ragged, RaggedWriter, map_array
 KIND = "lexical index"
 BATCH_TEXTS = 8192  # cut into words together
 DELETED = -1  # in place of a length
-# Names under which bm25s keeps lists of stop words.
-STOP_WORDS = (
-    *("english", "german", "dutch", "french", "spanish", "portuguese", "italian", "russian", "swedish", "norwegian"),
-    *("chinese", "turkish", "korean", "danish"),
-)
 
 
 @dataclass(frozen=True)
@@ -211,26 +206,6 @@ def lexical_name(config: LexicalConfig, corpus: str) -> str:
     """Name of the directory of a corpus's index: other settings or another corpus have another one."""
     text = json.dumps([asdict(config), corpus], sort_keys=True)
     return f"lexical-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def check_lexical(config: LexicalConfig) -> None:
-    """Raise ValueError, naming the setting, for what no index can be built with."""
-    if not config.k1 >= 0:
-        raise ValueError(f"lexical.k1={config.k1}: must not be negative")
-    if not 0 <= config.b <= 1:
-        raise ValueError(f"lexical.b={config.b}: must be between 0 and 1")
-    if config.stemmer and config.stemmer not in Stemmer.algorithms():
-        raise ValueError(f"lexical.stemmer={config.stemmer}: must be empty or one of {', '.join(Stemmer.algorithms())}")
-    if config.stop_words and config.stop_words not in STOP_WORDS:
-        raise ValueError(f"lexical.stop_words={config.stop_words}: must be empty or one of {', '.join(STOP_WORDS)}")
-    try:
-        pattern = re.compile(config.token_pattern)
-    except re.error as error:
-        raise ValueError(f"lexical.token_pattern={config.token_pattern}: no regular expression: {error}") from None
-    if not config.token_pattern or pattern.groups:
-        raise ValueError(
-            f"lexical.token_pattern={config.token_pattern}: must be a pattern of words without groups (...)"
-        )
 
 
 def words_of(config: LexicalConfig, texts: Sequence[str]) -> list[list[str]]:

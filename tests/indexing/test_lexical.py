@@ -10,7 +10,8 @@ import pytest
 import Stemmer
 
 from indexing.corpus import Passage, Question, iterate_corpus, read_questions
-from indexing.lexical import LexicalIndex, build_lexical, check_lexical, lexical_name, words_of, write_lexical
+from indexing.lexical import LexicalIndex, build_lexical, lexical_name, words_of, write_lexical
+from indexing.lexical_check import check_lexical
 from indexing.settings import CorpusConfig, LexicalConfig, QuestionsConfig
 from indexing.shelf import LexicalShelf
 from indexing.snapshot import TornSnapshot
@@ -173,7 +174,8 @@ def test_a_shelf_answers_for_the_corpus_that_is_named(tmp_path: Path) -> None:
     [("live-versions", "2024-01-01", 0.736, 1.000), ("squad-mini", "", 0.773, 0.913)],
 )
 def test_real_text(name: str, as_of: str, hit: float, recall: float) -> None:
-    """The table beside the data, computed with bm25s alone."""
+    """The table beside the data, computed with bm25s alone, but for the order of equal scores: 2% of the questions of
+    live-versions have two best passages, of which bm25s names any and we the first."""
     folder = DATA / name
     if not folder.is_dir():
         pytest.skip(f"needs {folder}")
@@ -182,9 +184,12 @@ def test_real_text(name: str, as_of: str, hit: float, recall: float) -> None:
     asked: list[Question] = read_questions(QuestionsConfig(path=str(folder), as_of=as_of), "test")
     asked = [question for question in asked if any(gold in rows for gold in question.relevant)]
     index = build_lexical(CONFIG, name, (f"{passage.title} {passage.text}" for passage in passages))
-    ids = index.search([question.text for question in asked], 5)[1]
+    scores, ids = index.search([question.text for question in asked], 20)
     gold = [{rows[one] for one in question.relevant if one in rows} for question in asked]
-    first = np.mean([row[0] in some for row, some in zip(ids, gold, strict=True)])
-    fifth = np.mean([len(set(row.tolist()) & some) / len(some) for row, some in zip(ids, gold, strict=True)])
-    assert first == pytest.approx(hit, abs=0.002)
+    tied = [set(row[some == some[0]].tolist()) for row, some in zip(ids, scores, strict=True)]
+    least = np.mean([best <= some for best, some in zip(tied, gold, strict=True)])
+    most = np.mean([bool(best & some) for best, some in zip(tied, gold, strict=True)])
+    assert least - 0.001 <= hit <= most + 0.001
+    assert most - least < 0.03
+    fifth = np.mean([len(set(row[:5].tolist()) & some) / len(some) for row, some in zip(ids, gold, strict=True)])
     assert fifth == pytest.approx(recall, abs=0.002)

@@ -206,7 +206,7 @@ def test_the_gradient_of_the_weight_is_that_of_finite_differences(world: TinyWor
     system = make(world, retrieval("learned", lexical_weight=0.4)).double()
     weight = system.retriever.lexical
     assert weight is not None
-    assert float(weight(torch.ones(1))) == pytest.approx(0.4, rel=1e-5)
+    assert weight(torch.ones(1)).item() == pytest.approx(0.4, rel=1e-5)
     assert any(weight.raw is one for one in parameter_groups(system)["retriever"])
     collator = Collator(world.store(), world.question_store("test"), system.generator, 0)
     passages = [np.random.default_rng(n).choice(180, 4, replace=False) for n in NUMBERS]
@@ -247,7 +247,7 @@ class ShuffledWords(LocalWords):
 def test_training_trusts_words_that_tell_and_not_words_that_do_not(
     world: TinyWorld, tmp_path: Path, informative: bool
 ) -> None:
-    config = retrieval("learned", lexical_weight=0.3)
+    config = retrieval("learned", lexical_weight=0.3, k=12, candidates=20)
     training = TrainingConfig(steps=40, batch_size=8, warmup_steps=2, lr_retriever=5e-3, lr_generator=5e-3)
     job = world.job(tmp_path / "run", retrieval=config, training=training, evaluate_questions="", publish_every=10)
     index = world.index(lexical=WORDS)
@@ -256,7 +256,7 @@ def test_training_trusts_words_that_tell_and_not_words_that_do_not(
     run_stage(job, index)
     logged = [row["retrieval/lexical_weight"] for _, row in sorted(numbers_by_step(job.run_dir).items())]
     assert len(logged) == 40
-    assert (logged[-1] > 0.33) if informative else (logged[-1] < 0.27)
+    assert (logged[-1] > 0.5) if informative else (logged[-1] < 0.25)
 
 
 def numbers_by_step(run_dir: str) -> dict[int, dict[str, float]]:
