@@ -5,7 +5,7 @@ and is never returned before a real one.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,10 +77,28 @@ def fuse_by_score(
     shares = np.concatenate([dense[2], lexical[2]], axis=1)
     total = np.concatenate([dense[1], lexical[1]], axis=1) + np.float32(weight) * shares
     scores, best = best_first(total.astype(np.float32), ids, k)
+    missing = ((0, 0), (0, k - best.shape[1]))
+    best = np.pad(best, missing, constant_values=-1)
+    scores = np.pad(scores, missing, constant_values=-np.inf)
     scores = np.where(best < 0, np.float32("-inf"), scores)
     place = (best[:, :, None] == ids[:, None, :]).argmax(axis=2)
     known = np.where(best < 0, np.float32(0), np.take_along_axis(shares, place, axis=1))
     return Fused(best, scores, known.astype(np.float32), places_of(best, dense[0]), places_of(best, lexical[0]))
+
+
+def behind(fused: Fused, dense: np.ndarray) -> Fused:
+    """`fused` with its empty last columns filled by the `dense` ids [batch, n] that it lacks, in their order: what was
+    no candidate stands behind all that were, with the score of the last of these."""
+    ids, scores, places = fused.ids.copy(), fused.scores.copy(), fused.dense_places.copy()
+    for row, found in enumerate(fused.ids):
+        empty = np.flatnonzero(found < 0)
+        if not len(empty):
+            continue
+        more = np.flatnonzero(~np.isin(dense[row], found) & (dense[row] >= 0))[: len(empty)]
+        filled = empty[: len(more)]
+        ids[row, filled], places[row, filled] = dense[row, more], more + 1
+        scores[row, filled] = scores[row, empty[0] - 1] if empty[0] else 0.0
+    return replace(fused, ids=ids, scores=scores, dense_places=places)
 
 
 def places_of(ids: np.ndarray, ranking: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from indexing.fusion import Fused, fuse_by_rank, fuse_by_score, normalised, union
+from indexing.fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalised, union
 from indexing.lexical import LexicalHits
 from indexing.merge import Hits
 from indexing.shard import GenerationGone
@@ -95,10 +95,11 @@ class PendingFused:
     def __init__(self, search: HybridSearch, texts: list[str], queries: np.ndarray, k: int, with_vectors: bool) -> None:
         self._search, self._texts, self._queries, self._k = search, texts, queries, k
         self._with_vectors = with_vectors
-        self._depth = min(max(search.config.candidates, k), search.service.num_passages)
+        self._candidates = min(search.config.candidates, search.service.num_passages)
+        self._depth = max(self._candidates, k)  # of the dense ranking, whose rest stands behind the candidates
         self._weight = search.weight() if search.config.hybrid == "learned" else 0.0
         self._dense = search.service.submit(queries, self._depth)
-        self._words = search.lexical.submit(texts, self._depth)
+        self._words = search.lexical.submit(texts, self._candidates)
         self._hits: Hits | None = None
 
     def result(self) -> Hits:
@@ -112,7 +113,7 @@ class PendingFused:
             dense = self._dense.result()
             words = self._words.result()
             if dense.corpus and words.corpus != dense.corpus:
-                words = self._search.lexical.submit(self._texts, self._depth, dense.corpus).result()
+                words = self._search.lexical.submit(self._texts, self._candidates, dense.corpus).result()
             try:
                 return self._of(dense, words)
             except GenerationGone:
@@ -124,29 +125,33 @@ class PendingFused:
 
     def _of(self, dense: Hits, words: LexicalHits) -> Hits:
         config, best = self._search.config, words.scores[:, 0]
-        shares = normalised(words.scores, best)
+        shares, first = normalised(words.scores, best), dense.ids[:, : self._candidates]
         if config.hybrid == "rrf":
-            fused = fuse_by_rank(dense.ids, words.ids, shares, config.rrf_constant, self._k)
+            fused = fuse_by_rank(first, words.ids, shares, config.rrf_constant, self._k)
         else:
-            fused = self._weighted(dense, words, shares, best)
+            fused = self._weighted(first, dense, words, shares, best)
+        fused = behind(fused, dense.ids)
         vectors = None
         if self._with_vectors:
             vectors = self._search.service.vectors(fused.ids, dense.generation)
         places = np.stack([fused.dense_places, fused.lexical_places], axis=-1)
         return replace(dense, ids=fused.ids, scores=fused.scores, vectors=vectors, lexical=fused.lexical, places=places)
 
-    def _weighted(self, dense: Hits, words: LexicalHits, shares: np.ndarray, best: np.ndarray) -> Fused:
-        """Every candidate of either index with its score in both: the lexical ones of dense hits are looked up, the
-        dense ones of lexical hits are products with the index's vectors. Where the index keeps none, such a hit counts
-        as the last dense one, which it cannot exceed in an exhaustive index."""
-        pending = self._search.lexical.submit(self._texts, 0, words.corpus, dense.ids)
-        missing = union(dense.ids, words.ids)
+    def _weighted(
+        self, first: np.ndarray, dense: Hits, words: LexicalHits, shares: np.ndarray, best: np.ndarray
+    ) -> Fused:
+        """Every candidate of either index with its score in both: the lexical ones of the `first` dense hits are looked
+        up, the dense ones of lexical hits are products with the index's vectors. Where the index keeps none, such a hit
+        counts as the last dense one, which it cannot exceed in an exhaustive index."""
+        pending = self._search.lexical.submit(self._texts, 0, words.corpus, first)
+        missing = union(first, words.ids)
         vectors = self._search.service.vectors(missing, dense.generation)
+        scores = dense.scores[:, : self._candidates]
         if vectors is None:
-            products = np.broadcast_to(dense.scores[:, -1:], missing.shape)
+            products = np.broadcast_to(scores[:, -1:], missing.shape)
         else:
             products = np.einsum("bnd,bd->bn", vectors, self._queries, dtype=np.float32)
         found = pending.result()
         assert found.of is not None
-        of_dense = dense.ids, dense.scores, normalised(found.of, best)
+        of_dense = first, scores, normalised(found.of, best)
         return fuse_by_score(of_dense, (words.ids, products, shares), self._weight, self._k)

@@ -15,6 +15,7 @@ from training.held_out import HeldOut
 from training.job import Parts
 from training.jsonl import append_line
 from training.loop import LoopState
+from training.models.build import parameter_groups
 from training.needle import check_needle, needle_sweep
 from training.objectives.choose import needs
 from training.preferences import PreferenceEvaluator
@@ -42,7 +43,7 @@ class Measures:
         """Look out for a collapse from here on, where a retriever follows a reader; a warm start has an entropy of
         another kind."""
         job = self.parts.job
-        trains = any(p.requires_grad for p in self.parts.system.retriever.parameters())
+        trains = bool(parameter_groups(self.parts.system)["retriever"])
         wanted = job.training.on_collapse != "ignore" and not needs(job.objective).in_batch
         self.collapse = CollapseDetector(state.start) if trains and wanted else None
         return self.collapse

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from indexing.fusion import (
+    behind,
     fuse_by_rank,
     fuse_by_score,
     normalised,
@@ -73,6 +74,20 @@ def test_fused_by_score_equals_brute_force_over_all_candidates(seed: int) -> Non
         expected = candidates[np.argsort(-total[candidates], kind="stable")][:6]
         np.testing.assert_array_equal(fused.ids[row], expected)
         np.testing.assert_allclose(fused.scores[row], total[expected], rtol=1e-6)
+
+
+def test_what_was_no_candidate_stands_behind() -> None:
+    """With the score of the last candidate; nothing comes twice, and nothing is moved."""
+    fused = fuse_by_rank(np.array([[3, 7], [1, 2]]), np.array([[7, 9], [2, 1]]), np.zeros((2, 2), np.float32), 60, 5)
+    filled = behind(fused, np.array([[3, 7, 9, 4, 5], [1, 2, 6, 8, 9]]))
+    np.testing.assert_array_equal(filled.ids, [[7, 3, 9, 4, 5], [1, 2, 6, 8, 9]])
+    np.testing.assert_array_equal(filled.dense_places, [[2, 1, 0, 4, 5], [1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(filled.scores[0, 3:], filled.scores[0, [2, 2]])
+    assert (np.diff(filled.scores, axis=1) <= 0).all()
+    short = behind(fused, np.array([[3, 7], [1, 2]]))
+    np.testing.assert_array_equal(short.ids, fused.ids)
+    deep = np.array([[3]]), np.float32([[0.5]]), np.float32([[0.0]])
+    assert fuse_by_score(deep, deep, 1.0, 4).ids.tolist() == [[3, -1, -1, -1]]
 
 
 def test_small_parts() -> None:

@@ -279,10 +279,13 @@ def test_a_stage_measures_the_hits_that_it_trains_on(world: TinyWorld, tmp_path:
     result = stage.run()
     assert isinstance(stage.service, LocalIndex)
     queries = queries_of(world)
-    expected = search_of(stage.service, world, config, 0.7)(NUMBERS, queries, 20).result()
+    search = search_of(stage.service, world, config, 0.7)
+    expected, deeper = (search(NUMBERS, queries, k).result() for k in (4, 60))
+    np.testing.assert_array_equal(expected.ids, deeper.ids[:, :4])  # however deep a ranking is measured
+    assert all(len(set(row)) == 60 for row in deeper.ids.tolist())
     assert stage.measures.evaluator is not None
     rows = stage.measures.evaluator(NUMBERS).rows
-    np.testing.assert_array_equal([row["hits"] for row in rows], expected.ids[:, :4])
+    np.testing.assert_array_equal([row["hits"] for row in rows], expected.ids)
     assert 0 <= result["metrics"]["recall@1"] <= 1
     assert stage.parts.weighs_words == (hybrid == "learned")
 
