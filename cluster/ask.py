@@ -118,7 +118,8 @@ def _retrieve(
     )
     queries = system("encode_questions", *collator.question_tensors(numbers)).numpy()
     k = min(retrieval.k, len(store))
-    several = max(retrieval.candidates, k) if len(questions) > 1 else k
+    rankings = 1 if index.lexical is None else 2  # every candidate of each phrasing counts when these are fused
+    several = rankings * max(retrieval.candidates, k) if len(questions) > 1 else k
     depth = min(max(several, reranker.candidates if reranker.mode != "off" else k), len(store))
     hybrid = None
     if index.lexical is not None:

@@ -1,5 +1,6 @@
 """A cross-encoder inside p(z|q): what it reads, what gradient it gets, which candidates go on, and what is refused."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from training.stage import Stage
 FRESH = FreshEncoderConfig(num_layers=1, hidden=16, num_heads=2, intermediate=32)
 CONFIG = RerankerConfig(mode="add", fresh=FRESH, candidates=9)
 NUMBERS = np.arange(6)
+NAMES = ["input_ids", "token_type_ids", "attention_mask"]  # of BERT's own tokeniser
 
 
 def make(world: TinyWorld, config: RerankerConfig = CONFIG, train: str = "both", seed: int = 3) -> System:
@@ -102,6 +104,7 @@ def test_own_pairs_are_what_the_tokeniser_makes(world: TinyWorld, tmp_path: Path
     tokenizer = load_tokenizer(world.tokenizers / "retriever")
     if kind == "roberta":
         tokenizer = roberta_like(tokenizer, tmp_path)
+    tokenizer.model_input_names = NAMES
     pairing, side = own_pairing(tokenizer), reranker_side(tokenizer, 12)
     texts = ("where was it born?", "Title", "a text of some words that is longer than the limit allows")
     question = side.tokenize([("", texts[0])])[0]
@@ -111,6 +114,9 @@ def test_own_pairs_are_what_the_tokeniser_makes(world: TinyWorld, tmp_path: Path
     expected = tokenizer(texts[0], f"{texts[1]} {texts[2]}")["input_ids"]
     cut = len(expected) - len(pairs.ids[0])
     assert cut > 0
+    types = tokenizer(texts[0], texts[1])["token_type_ids"]
+    assert pairing.segments == (max(types) == 1) == (kind == "bert")
+    assert pairs.first.tolist() == ([types.count(0)] if kind == "bert" else [len(pairs.ids[0])])
     assert pairs.ids[0].tolist() == [*expected[: -cut - 1], expected[-1]]
 
 
@@ -126,12 +132,17 @@ def cross_encoder(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) ->
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=200,
+        initializer_range=0.4,
         num_labels=1,
     )
     model = BertForSequenceClassification(shape)
     torch.nn.init.normal_(model.classifier.weight, std=3.0)
     model.save_pretrained(folder)
-    load_tokenizer(world.tokenizers / "retriever").save_pretrained(folder)
+    tokenizer = load_tokenizer(world.tokenizers / "retriever")
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_input_names": NAMES}))
+    assert load_tokenizer(folder)("a", "b")["token_type_ids"][-2:] == [1, 1]
     return folder
 
 
@@ -150,7 +161,7 @@ def own_world(world: TinyWorld, cross_encoder: Path, folder: Path) -> TinyWorld:
         [
             retriever_passage_side(world.tokenizer, world.encoder),
             generator_passage_side(world.tokenizer, world.generator, world.encoder.max_title_tokens),
-            reranker_side(tokenizer, 40),
+            reranker_side(tokenizer, 100),
         ],
     )
     for split in ("train", "test"):
@@ -161,7 +172,7 @@ def own_world(world: TinyWorld, cross_encoder: Path, folder: Path) -> TinyWorld:
             [
                 retriever_question_side(world.tokenizer, world.encoder),
                 generator_question_side(world.tokenizer, world.generator),
-                reranker_side(tokenizer, 20),
+                reranker_side(tokenizer, 40),
             ],
             generator_answer_side(world.tokenizer, world.generator),
             made.store(),
@@ -172,7 +183,7 @@ def own_world(world: TinyWorld, cross_encoder: Path, folder: Path) -> TinyWorld:
 def test_a_checkpoint_scores_as_transformers_does(world: TinyWorld, cross_encoder: Path, tmp_path: Path) -> None:
     """Own tokeniser, own rows, segments, any number of length groups; padding changes nothing."""
     own = own_world(world, cross_encoder, tmp_path)
-    config = replace(CONFIG, name=str(cross_encoder), max_question_tokens=20, max_passage_tokens=40)
+    config = replace(CONFIG, name=str(cross_encoder), max_question_tokens=40, max_passage_tokens=100)
     system = make(world, replace(config))
     assert system.reranker is not None
     reranker = build_reranker(config, world.encoder, 1)
@@ -265,6 +276,8 @@ def test_one_that_replaces_trains_in_the_retrievers_place(world: TinyWorld) -> N
 def test_the_best_candidates_by_their_score_go_on(world: TinyWorld) -> None:
     """Those of brute force; what stands behind the candidates stays, and vectors and lexical scores move along."""
     system = make(world)
+    with torch.no_grad():
+        system.reranker.model.classifier.weight.mul_(30)  # type: ignore
     collator = collator_of(world, system)
     index = world.index(lexical=LexicalConfig())
     tower = system.retriever.passage_encoder.state_dict()
@@ -358,7 +371,7 @@ def test_evaluation_reads_what_the_reranker_chose(world: TinyWorld, tmp_path: Pa
 
 def test_own_tokens_through_a_stage(world: TinyWorld, cross_encoder: Path, tmp_path: Path) -> None:
     own = own_world(world, cross_encoder, tmp_path / "world")
-    config = replace(CONFIG, name=str(cross_encoder), max_question_tokens=20, max_passage_tokens=40)
+    config = replace(CONFIG, name=str(cross_encoder), max_question_tokens=40, max_passage_tokens=100)
     job = reranking_job(own, tmp_path / "run", reranker=config, training=TrainingConfig(steps=2, batch_size=3))
     before = part(final_weights_of(world, config), "reranker.")
     run_stage(job, own.index())

@@ -19,7 +19,7 @@ class PairBatch:
 
     ids: Tensor  # int64 [pairs, tokens]
     mask: Tensor  # bool [pairs, tokens]
-    first: Tensor  # int64 [pairs]: tokens of the question's part; the others are the second segment
+    first: Tensor  # int64 [pairs]: tokens of the first segment; the others are the second one
 
     def to(self, device: torch.device | str) -> "PairBatch":
         """The same pairs on `device`."""
@@ -30,7 +30,7 @@ class PairBatch:
 class Pairing:
     """How a tokeniser joins two texts. `side`: whose token rows are joined. Rows of the retriever's own side are whole
     sequences already, and `strip` special tokens that begin a passage are left out; rows of a re-ranker's side are
-    bare, and get `start`, `between` and `end`."""
+    bare, and get `start`, `between` and `end`. `segments`: whether the passage is marked as the second segment."""
 
     side: str
     pad_id: int
@@ -38,6 +38,7 @@ class Pairing:
     between: tuple[int, ...] = ()
     end: tuple[int, ...] = ()
     strip: int = 0
+    segments: bool = True
 
     def __call__(self, questions: Sequence[np.ndarray], passages: Sequence[Sequence[np.ndarray]], k: int) -> PairBatch:
         """Question rows [batch] with up to `k` passage rows each; a missing passage is an empty one."""
@@ -48,7 +49,7 @@ class Pairing:
             head = np.concatenate([self.start, question, self.between]).astype(np.int64)
             for passage in [*some, *[nothing] * (k - len(some))]:
                 rows.append(np.concatenate([head, passage[self.strip :], self.end]).astype(np.int64))
-                first.append(len(head))
+                first.append(len(head) if self.segments else len(rows[-1]))
         return PairBatch(*pad_rows(rows, self.pad_id), torch.tensor(first))
 
 
@@ -61,7 +62,8 @@ def own_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
     """Pairs of a re-ranker's rows, with the special tokens that its tokeniser puts around two texts."""
     backend = plain_backend(tokenizer)
     bare = backend.encode("x", add_special_tokens=False).ids
-    full = backend.encode("x", "x", add_special_tokens=True).ids
+    both = backend.encode("x", "x", add_special_tokens=True)
+    full = both.ids
     places = [at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare]
     if len(places) < 2:
         raise ValueError("reranker.name: its tokeniser does not join two texts")
@@ -72,4 +74,5 @@ def own_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
         tuple(full[:first]),
         tuple(full[first + len(bare) : second]),
         tuple(full[second + len(bare) :]),
+        segments=both.type_ids[second] == 1 and "token_type_ids" in tokenizer.model_input_names,
     )
