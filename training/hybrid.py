@@ -20,10 +20,24 @@ from indexing.fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalis
 from indexing.lexical import LexicalHits
 from indexing.merge import Hits
 from indexing.shard import GenerationGone
-from training.retrieve import IndexService, PendingHits
+from training.retrieve import PendingHits
 from training.settings import RetrievalConfig
 
 ATTEMPTS = 10  # searches of a batch whose generation goes again and again
+
+
+class DenseIndex(Protocol):
+    """What a search needs of an `IndexService`."""
+
+    num_passages: int
+
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
+        """As `IndexService.submit`."""
+        ...
+
+    def vectors(self, ids: np.ndarray, generation: int) -> np.ndarray | None:
+        """As `IndexService.vectors`."""
+        ...
 
 
 class PendingWords(Protocol):
@@ -51,7 +65,7 @@ class Search(Protocol):
         ...
 
 
-def dense_search(service: IndexService) -> Search:
+def dense_search(service: DenseIndex) -> Search:
     """By vectors alone."""
     return lambda numbers, queries, k, num_vectors=0: service.submit(queries, k, num_vectors)
 
@@ -61,7 +75,7 @@ class HybridSearch:
 
     def __init__(
         self,
-        service: IndexService,
+        service: DenseIndex,
         lexical: LexicalService,
         text_of: Callable[[int], str],
         config: RetrievalConfig,
