@@ -32,7 +32,7 @@ from indexing.build import bad_rows
 from indexing.changes import ChangeLog
 from indexing.encode import encode_numbers
 from indexing.live import LiveStore
-from indexing.merge import ShardHits
+from indexing.merge import ShardHits, ShardIndexed
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, Shard, ShardStatus
 from training.jsonl import read_rows
@@ -64,6 +64,13 @@ class ShardActor:
     def search(self, queries: np.ndarray, k: int, generation: int | None, num_vectors: int) -> ShardHits | Gone:
         try:
             return self._shard.search(queries, k, generation, num_vectors)
+        except GenerationGone as gone:
+            return Gone(gone.committed)
+
+    @ray.method(concurrency_group="search")
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool) -> ShardIndexed | Gone:
+        try:
+            return self._shard.indexed(ids, generation, with_vectors)
         except GenerationGone as gone:
             return Gone(gone.committed)
 

@@ -131,6 +131,7 @@ def _start_index(
         snapshot=snapshot,
         start_timeout_s=settings.cluster.start_timeout_s,
         wait=snapshot is not None,
+        lexical=prepared.lexical,
     )
 
 
@@ -175,6 +176,7 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         objective=settings.objective,
         alignment=settings.alignment,
         retrieval=settings.retrieval,
+        reranker=settings.reranker,
         training=settings.training,
         engine=settings.engine,
         checkpoint=settings.checkpoint,

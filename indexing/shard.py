@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from indexing.generation import Generation
-from indexing.merge import ShardHits
+from indexing.merge import CorpusState, ShardHits, ShardIndexed
 from indexing.settings import IndexConfig
 from indexing.shard_files import KIND, read_generation, write_generation
 from indexing.snapshot import is_complete, verify
@@ -287,13 +287,19 @@ class Shard:
         """
         if k < 1:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
-        with self._pinned(generation) as (number, served), self._counted():
+        with self._pinned(generation) as (number, served), self._counted() as hidden:
             found = served.generation
             scores, ids, vectors, versions = found.search(queries, k, num_vectors)
         with self._table:
             return ShardHits(
-                ids, scores, number, found.weights_version, self._newest(), vectors, versions, found.num_living
-            )
+                ids, scores, number, found.weights_version, self._newest(), vectors, versions, found.num_living,
+                CorpusState(found.corpus_version, hidden),
+            )  # fmt: skip
+
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> ShardIndexed:
+        """What this shard has of the passages `ids` int64 [n] in `generation`. Raises GenerationGone."""
+        with self._pinned(generation) as (_, served):
+            return served.generation.indexed(ids, with_vectors)
 
     def save(self, generation: int, directory: str | Path, earlier: str | Path | None = None) -> Path:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.
@@ -379,13 +385,13 @@ class Shard:
                     self._free(number)
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Let `hide` know of a search that began before it."""
+    def _counted(self) -> Iterator[int]:
+        """Let `hide` know of a search that began before it; which corpus version's deletions the search keeps to."""
         with self._table:
-            era = self._era
+            era, hidden = self._era, self._hidden_version
             self._searching[era] += 1
         try:
-            yield
+            yield hidden
         finally:
             with self._table:
                 self._searching[era] -= 1

@@ -1,0 +1,94 @@
+"""One index generation, dense and lexical, in this process: what `ask` searches. No Ray; every search is done when it
+returns."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from cluster.settings import Settings
+from cluster.snapshots import fits_changes
+from indexing.encode import Encode, encode_numbers
+from indexing.lexical import LexicalHits, LexicalIndex
+from indexing.live import LiveStore
+from indexing.live_lexical import LiveLexical
+from indexing.merge import CorpusState, Hits, Indexed, joined, merge
+from indexing.shard import Shard, shard_ranges
+
+Found = TypeVar("Found", Hits, LexicalHits)
+
+
+@dataclass(frozen=True)
+class Done(Generic[Found]):
+    """A search that is over (`PendingHits`, `PendingWords`)."""
+
+    found: Found
+
+    def result(self) -> Found:
+        """The hits."""
+        return self.found
+
+
+class DoneWords:
+    """A `LexicalService` in this process."""
+
+    def __init__(self, index: LiveLexical) -> None:
+        self.index = index
+
+    def submit(
+        self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
+    ) -> Done[LexicalHits]:
+        """Search now."""
+        return Done(self.index.search(texts, n, wanted, of))
+
+
+class OneGeneration:
+    """The generation that a checkpoint names, brought up to the corpus as it is now; where it is not on disk, the whole
+    corpus encoded. Has of an `IndexService` what a search needs."""
+
+    def __init__(
+        self, settings: Settings, store: LiveStore, checkpoint: Path, encode: Encode, lexical: Path | None
+    ) -> None:
+        config = replace(settings.index, device="cpu")
+        saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
+        directory = checkpoint.parent.parent / "index" / f"generation-{saved}"
+        known = saved >= 0 and fits_changes(directory, store.log)
+        self.num_passages, self.generation = store.log.num_living(), saved + 1
+        self.lexical = None if lexical is None else DoneWords(LiveLexical(LexicalIndex.load(lexical), store))
+        self.shards = [
+            Shard(number, *range_, config)
+            for number, range_ in enumerate(shard_ranges(store.log.num_base, config.num_shards))
+        ]
+        for shard in self.shards:
+            self._fill(shard, store, directory if known else None, encode, settings.refresh.batch_tokens)
+
+    def _fill(self, shard: Shard, store: LiveStore, saved: Path | None, encode: Encode, batch_tokens: int) -> None:
+        """Load what was saved of a shard's passages, encode the others, and serve them all."""
+        log, generation, number = store.log, self.generation, shard.shard_number
+        shard.hide(log.version, log.deleted_at())
+        owned = log.owned(number, len(self.shards), shard.start, shard.stop, log.version)
+        if saved is not None:
+            shard.load(generation - 1, saved)
+            known = log.num_numbers(shard.status().corpora[generation - 1])
+            mine = np.empty(0, np.int64) if owned is None else owned[owned >= known]
+            shard.derive(generation, generation - 1, mine, corpus_version=log.version)
+        else:
+            mine = np.arange(shard.start, shard.stop) if owned is None else owned
+            shard.begin(generation, 0, owned, log.version)
+        if len(mine):
+            shard.stage(generation, 0, mine, encode_numbers(store.tokens("retriever"), mine, encode, batch_tokens))
+        shard.prepare(generation)
+        shard.commit(generation)
+
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> Done[Hits]:
+        """Search every shard now."""
+        found = [shard.search(queries, k, self.generation, num_vectors) for shard in self.shards]
+        return Done(merge(found, k))
+
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
+        """What the shards have of passages."""
+        parts = [shard.indexed(ids.reshape(-1), generation, with_vectors) for shard in self.shards]
+        return joined(parts, ids.size).at(np.arange(ids.size).reshape(ids.shape))
