@@ -23,8 +23,18 @@ def check_hybrid(settings: Settings) -> None:
         if retrieval.candidates < retrieval.k:
             allowed = f"must be at least retrieval.k={retrieval.k}: the passages that are read are chosen among them"
             raise refuse("retrieval.candidates", retrieval.candidates, allowed)
+    if retrieval.hybrid != "none" and retrieval.rescore > 1:
+        deepest = retrieval.k if reranker.mode == "off" else max(retrieval.k, reranker.candidates)
+        if retrieval.candidates < deepest * retrieval.rescore:
+            allowed = f"must be at least {deepest * retrieval.rescore}: retrieval.rescore={retrieval.rescore} times the"
+            chosen = "retrieval.k" if deepest == retrieval.k else "reranker.candidates"
+            allowed = f"{allowed} {chosen}={deepest} that are chosen, which are fused before they are scored again"
+            raise refuse("retrieval.candidates", retrieval.candidates, allowed)
     if reranker.mode == "off":
         return
+    if reranker.mode == "replace" and retrieval.rescore > 1:
+        allowed = "must be 0 with reranker.mode=replace: the retriever does not train, its index is never stale"
+        raise refuse("retrieval.rescore", retrieval.rescore, allowed)
     if retrieval.source not in SEARCHES:
         allowed = f"must be off with retrieval.source={retrieval.source}, which searches no index"
         raise refuse("reranker.mode", reranker.mode, allowed)

@@ -185,7 +185,8 @@ class PendingFused:
         vectors = self._search.service.indexed(missing, dense.generation).vectors
         scores = dense.scores[:, : self._candidates]
         if vectors is None:
-            products = np.broadcast_to(scores[:, -1:], missing.shape)
+            last = np.where(first < 0, np.inf, scores).min(axis=1, keepdims=True)
+            products = np.broadcast_to(last.astype(np.float32), missing.shape)
         else:
             products = np.einsum("bnd,bd->bn", vectors, self._queries, dtype=np.float32)
         found = pending.result()

@@ -325,6 +325,18 @@ def test_pretraining_refuses_what_does_not_fit_it(write) -> None:
         ("retrieval.hybrid=rrf retrieval.candidates=3", "retrieval.candidates=3: must be at least retrieval.k=4"),
         ("retrieval.candidates=0", "retrieval.candidates=0: must be at least 1"),
         ("retrieval.rrf_constant=-1", "retrieval.rrf_constant=-1.0: must not be negative"),
+        (
+            "retrieval.hybrid=rrf retrieval.rescore=4 retrieval.candidates=15",
+            "retrieval.candidates=15: must be at least 16: retrieval.rescore=4 times the retrieval.k=4 that are chosen",
+        ),
+        (
+            "retrieval.hybrid=learned retrieval.rescore=6 reranker.mode=add",
+            "retrieval.candidates=100: must be at least 120: retrieval.rescore=6 times the reranker.candidates=20",
+        ),
+        (
+            "reranker.mode=replace retrieval.rescore=2",
+            "retrieval.rescore=2: must be 0 with reranker.mode=replace: the retriever does not train",
+        ),
         ("retrieval.lexical_weight=0", "retrieval.lexical_weight=0.0: must be above 0"),
         ("lexical.b=1.2", "lexical.b=1.2: must be between 0 and 1"),
         ("lexical.k1=-1", "lexical.k1=-1.0: must not be negative"),

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from cluster.lexical import LexicalClient
 from cluster.search import IndexClient
@@ -19,9 +18,10 @@ from cluster.service import IndexServiceHandle
 from cluster.session import Session
 from indexing.exact import search_exactly
 from indexing.fusion import reciprocal_rank_fusion
-from indexing.lexical import LexicalIndex, lexical_name, write_lexical
-from indexing.merge import Hits
+from indexing.lexical import LexicalIndex, build_lexical, lexical_name, write_lexical
+from indexing.merge import UNCHANGED, Hits
 from indexing.settings import LexicalConfig
+from indexing.shard import GenerationGone
 from indexing.snapshot import TornSnapshot, verify
 from indexing.store import Store
 from tests.cluster.corpus import NUM_PASSAGES, Corpus
@@ -92,39 +92,40 @@ def test_both_parts_answer_and_the_generation_names_them(
     np.testing.assert_array_equal(hits.ids, expected_hits(corpus, words, 1, 6))
     np.testing.assert_allclose(hits.vectors, corpus.vectors(1)[hits.ids], rtol=1e-4, atol=1e-6)
     store = Store.open(corpus.store)
-    assert hits.corpus == store.fingerprint
+    assert hits.corpus == UNCHANGED
     identity = verify(client.save_generation(hits.generation, WAIT_S))
     assert identity["lexical"] == words.name
     assert identity["corpus_fingerprint"] == store.fingerprint == verify(words)["corpus_fingerprint"]
 
 
-def test_scores_of_named_passages_and_a_mask(client: IndexClient, corpus: Corpus, words: Path) -> None:
+def test_scores_of_named_passages(client: IndexClient, corpus: Corpus, words: Path) -> None:
     local, asked = LexicalIndex.load(words), texts(corpus)
     of = np.random.default_rng(0).integers(0, NUM_PASSAGES, (len(asked), 9))
-    allowed = np.arange(NUM_PASSAGES) % 2 == 0
-    found = lexical_of(client).submit(asked, 4, of=of, allowed=allowed).result()
-    np.testing.assert_array_equal(found.ids, local.search(asked, 4, allowed)[1])
+    found = lexical_of(client).submit(asked, 4, of=of).result()
+    np.testing.assert_array_equal(found.ids, local.search(asked, 4)[1])
     np.testing.assert_array_equal(found.of, local.scores(asked, of))
 
 
-def test_vectors_of_passages_wherever_they_lie(client: IndexClient, corpus: Corpus) -> None:
+def test_what_is_known_of_passages_wherever_they_lie(client: IndexClient, corpus: Corpus) -> None:
     ids = np.array([[0, NUM_PASSAGES - 1, -1], [150, 0, 99]])
-    generation = client.status().generation
     wait_until(lambda: client.status().generation > 0)
-    generation = client.status().generation
-    found = client.vectors(ids, generation)
-    expected = np.where(ids[:, :, None] < 0, 0, corpus.vectors(1)[ids])
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    status = client.status()
+    found = client.indexed(ids, status.generation)
+    expected = np.where(ids[:, :, None] < 0, 0, corpus.vectors(status.weights_version)[ids])
+    np.testing.assert_allclose(found.vectors, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(found.versions, np.full(ids.shape, status.weights_version))
+    assert client.indexed(ids, status.generation, with_vectors=False).vectors is None
+    with pytest.raises(GenerationGone):
+        client.indexed(ids, 999)
 
 
 class HybridSearcher(threading.Thread):
-    """Searches without a pause, and checks that each answer is that of one weights version and of one corpus."""
+    """Searches without a pause, and checks that each answer is that of one weights version."""
 
     def __init__(self, client: IndexClient, corpus: Corpus, words: Path, versions: range) -> None:
         super().__init__(daemon=True)
         self.client, self.corpus = client, corpus
         self.expected = {version: expected_hits(corpus, words, version, 6) for version in versions}
-        self.fingerprint = Store.open(corpus.store).fingerprint
         self.stopped, self.error = threading.Event(), None
         self.slowest_s, self.answers = 0.0, 0
 
@@ -135,7 +136,7 @@ class HybridSearcher(threading.Thread):
                 hits: Hits = hybrid(self.client, self.corpus)(NUMBERS, QUERIES, 6).result()
                 self.slowest_s = max(self.slowest_s, time.monotonic() - begin)
                 np.testing.assert_array_equal(hits.ids, self.expected[hits.weights_version])
-                assert hits.corpus == self.fingerprint
+                assert hits.corpus == UNCHANGED
                 self.answers += 1
         except Exception as error:
             self.error: Any = error
@@ -151,25 +152,13 @@ class HybridSearcher(threading.Thread):
 def test_kill_9_of_the_lexical_actor_while_searching_and_refreshing(
     client: IndexClient, service: IndexServiceHandle, corpus: Corpus, words: Path
 ) -> None:
-    """Answers come again, bounded, while another state of the corpus lies beside the one that is served: a client that
-    asks for that one by name gets it, and nobody gets the other's."""
-    lexical = lexical_of(client)
-    actor = lexical.actor.handle()
-    base = Store.open(corpus.store).fingerprint
-    added, deleted = ["zzzz yyyy", texts(corpus)[0]], np.arange(0, NUM_PASSAGES, 3)
-    ray.get(actor.derive.remote(base, "second", added, deleted), timeout=60)
-    second = LexicalIndex.load(words).updated("second", added, deleted).search(texts(corpus), 5)[1]
-    assert (second != LexicalIndex.load(words).search(texts(corpus), 5)[1]).any()
+    """Answers come again, bounded."""
     searcher = HybridSearcher(service.connect(), corpus, words, range(1, 4))
     searcher.start()
-    other = lexical_of(service.connect())
     for version in (2, 3):
         process = process_of(service.address.lexical)
         client.publish(version, corpus.weights(version))
         os.kill(process, signal.SIGKILL)
-        found = other.submit(texts(corpus), 5, "second").result()
-        assert found.corpus == "second"
-        np.testing.assert_array_equal(found.ids, second)
         client.wait_for_version(version, WAIT_S)
         seen = searcher.answers
         wait_until(lambda seen=seen: searcher.answers > seen + 2 or searcher.error is not None)
@@ -179,11 +168,8 @@ def test_kill_9_of_the_lexical_actor_while_searching_and_refreshing(
     assert events(service, "lexical_lost")
 
 
-def test_a_silent_actor_is_killed_and_its_index_that_is_gone_is_an_error(
-    service: IndexServiceHandle, corpus: Corpus, words: Path
-) -> None:
-    client = service.connect()
-    lexical = LexicalClient(service.address.lexical, "tests", client.address.corpus, 24.0, service.address.events_path)
+def test_a_silent_actor_is_killed(service: IndexServiceHandle, corpus: Corpus) -> None:
+    lexical = LexicalClient(service.address.lexical, "tests", 24.0, service.address.events_path)
     expected = lexical.submit(texts(corpus), 3).result()
     process = process_of(service.address.lexical)
     os.kill(process, signal.SIGSTOP)
@@ -193,12 +179,10 @@ def test_a_silent_actor_is_killed_and_its_index_that_is_gone_is_an_error(
     np.testing.assert_array_equal(found.ids, expected.ids)
     assert process_of(service.address.lexical) != process
     assert "silent for 6 s" in events(service, "lexical_killed")[-1]["why"]
-    with pytest.raises(ValueError, match="no lexical index of corpus another"):
-        lexical.submit(texts(corpus), 3, "another").result()
 
 
 def test_a_search_without_an_actor_ends(service: IndexServiceHandle, corpus: Corpus) -> None:
-    lexical = LexicalClient("no-such-actor", "tests", "c", 1.0, service.address.events_path)
+    lexical = LexicalClient("no-such-actor", "tests", 1.0, service.address.events_path)
     begin = time.monotonic()
     with pytest.raises(
         TimeoutError, match=r"no lexical hits for 1 s \(index.search_timeout_s\): there is no such actor"
@@ -211,8 +195,7 @@ def test_a_lexical_index_that_does_not_fit_is_refused(
     corpus: Corpus, words: Path, run_dir: Path, tmp_path: Path
 ) -> None:
     """Before any actor starts."""
-    other = LexicalIndex.load(words).updated("other", ["more"])
-    other.save(tmp_path / "other")
+    build_lexical(CONFIG, "other", ["more"]).save(tmp_path / "other")
     with pytest.raises(ValueError, match="was built from another corpus"):
         start(corpus, run_dir, lexical=tmp_path / "other")
     (tmp_path / "other" / "weights").unlink()

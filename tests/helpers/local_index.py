@@ -175,7 +175,9 @@ class LocalIndex:
     def status(self) -> IndexStatus:
         """What serves."""
         oldest = min(shard.status().oldest_version for shard in self._shards)
-        return IndexStatus(self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0, oldest)
+        return IndexStatus(
+            self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0, oldest_version=oldest
+        )
 
     @property
     def _is_complete(self) -> bool:

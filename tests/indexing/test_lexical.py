@@ -1,4 +1,4 @@
-"""BM25: against bm25s itself, by hand, and on real text; what is added, deleted, saved and refused."""
+"""BM25: against bm25s itself, by hand, and on real text; what is added, saved and refused."""
 
 import math
 from dataclasses import replace
@@ -8,10 +8,9 @@ import bm25s
 import numpy as np
 import pytest
 import Stemmer
-from indexing.shelf import LexicalShelf
 
 from indexing.corpus import Passage, Question, iterate_corpus, read_questions
-from indexing.lexical import LexicalIndex, build_lexical, lexical_name, words_of, write_lexical
+from indexing.lexical import LexicalIndex, build_lexical, lexical_corpus, lexical_name, words_of, write_lexical
 from indexing.lexical_check import check_lexical
 from indexing.settings import CorpusConfig, LexicalConfig, QuestionsConfig
 from indexing.snapshot import TornSnapshot
@@ -84,22 +83,14 @@ def test_scores_of_named_passages() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_an_updated_index_is_the_one_built_anew(seed: int) -> None:
-    """Deleted numbers are never found; lengths and document frequencies are those of what is left."""
+def test_an_extended_index_is_the_one_built_anew(seed: int) -> None:
+    """Lengths and document frequencies are those of all texts."""
     texts, more = random_texts(60, seed), [*random_texts(15, seed + 100), "altogether new words"]
-    deleted = np.random.default_rng(seed).choice(60, 25, replace=False)
-    index = build_lexical(CONFIG, "old", texts).updated("new", more, deleted)
-    numbers = np.array([n for n in range(76) if n not in deleted])
-    anew = build_lexical(CONFIG, "new", [[*texts, *more][n] for n in numbers])
+    index, anew = build_lexical(CONFIG, "c", texts).extended(more), build_lexical(CONFIG, "c", [*texts, *more])
     questions = ["lions running in the city", "new release 3", "of"]
-    np.testing.assert_allclose(full_scores(index, questions)[:, numbers], full_scores(anew, questions), rtol=1e-6)
-    assert not full_scores(index, questions)[:, deleted].any()
-    assert index.corpus == "new"
+    np.testing.assert_allclose(full_scores(index, questions), full_scores(anew, questions), rtol=1e-6)
     assert set(index.postings.words) == set(anew.postings.words)
-    again = index.updated("newer", deleted=[75])
-    assert again.search(["altogether"], 1)[1].tolist() == [[-1]]
-    with pytest.raises(ValueError, match="passage 76 cannot be deleted"):
-        index.updated("x", deleted=[76])
+    assert index.search(["altogether"], 2)[1].tolist() == [[75, -1]]
 
 
 def test_saved_and_mapped(tmp_path: Path) -> None:
@@ -146,27 +137,14 @@ def test_bad_settings(change: dict, expected: str) -> None:
         check_lexical(replace(CONFIG, **change))
 
 
-def test_a_shelf_answers_for_the_corpus_that_is_named(tmp_path: Path) -> None:
-    """Also one that was written by another process, or derived; two stay open."""
+def test_a_directory_tells_which_corpus_it_was_built_from(tmp_path: Path) -> None:
     side = TokenSide("t", lambda pairs: [[1] for _ in pairs], "f")
     store = write_store(tmp_path / "store", [Passage("a", "Red", "sea"), Passage("b", "", "blue sky")], [side])
-    shelf = LexicalShelf(tmp_path, CONFIG)
-    write_lexical(CONFIG, store, shelf.path(store.fingerprint))
-    hits = shelf.search(["red sky"], 2, store.fingerprint, np.array([[1, 0]]))
-    assert hits.corpus == store.fingerprint
-    assert sorted(hits.ids[0].tolist()) == [0, 1]
-    assert hits.of is not None
-    assert hits.of[0, hits.ids[0, 0] == [1, 0]] == hits.scores[0, 0]
-    shelf.derive(store.fingerprint, "second", ["red planet"], [0])
-    shelf.derive(store.fingerprint, "second", ["red planet"], [0])  # there already
-    shelf.derive("second", "third", ["red giant"], [])
-    other = LexicalShelf(tmp_path, CONFIG)
-    assert other.search(["red"], 3, "third").ids.tolist() == [[2, 3, -1]]
-    assert other.search(["red"], 3, "second").ids.tolist() == [[2, -1, -1]]
-    assert other.search(["red"], 3, store.fingerprint).ids.tolist() == [[0, -1, -1]]
-    assert other.search(["red"], 0, "second", np.array([[0, 2]])).ids.shape == (1, 0)
-    with pytest.raises(ValueError, match="no lexical index of corpus unknown"):
-        other.search(["red"], 1, "unknown")
+    index = write_lexical(CONFIG, store, tmp_path / "words")
+    assert index.corpus == lexical_corpus(tmp_path / "words") == store.fingerprint
+    assert sorted(index.search(["red sky"], 2)[1][0].tolist()) == [0, 1]
+    with pytest.raises(ValueError, match="not a lexical index"):
+        lexical_corpus(tmp_path / "store")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from indexing.fusion import reciprocal_rank_fusion
 from indexing.lexical import build_lexical, texts_of
+from indexing.merge import CorpusState, Indexed
 from indexing.settings import LexicalConfig
 from indexing.shard import GenerationGone
 from tests.helpers.local_index import LocalHits, LocalIndex, LocalWordHits, LocalWords
@@ -69,7 +70,7 @@ def everything(index: LocalIndex, world: TinyWorld, queries: np.ndarray) -> tupl
     """Inner products and normalised lexical scores of all passages, [batch, passages]."""
     assert index.lexical is not None
     number = np.tile(np.arange(index.num_passages), (len(queries), 1))
-    vectors = index.vectors(number[0], index.generation)
+    vectors = index.indexed(number[0], index.generation).vectors
     assert vectors is not None
     texts = [world.question_store("test").text(int(n)) for n in NUMBERS]
     words = index.lexical.index.scores(texts, number)
@@ -118,18 +119,11 @@ def test_learned_hits_are_brute_force_over_the_candidates(
         assert hits.lexical is not None
         np.testing.assert_allclose(hits.lexical[row], words[row, best], rtol=1e-5)
     assert hits.vectors is not None
-    np.testing.assert_array_equal(hits.vectors, index.vectors(hits.ids, index.generation))
-
-
-class WithoutVectors(LocalIndex):
-    """An index of a kind that keeps no vectors at hand."""
-
-    def vectors(self, ids: np.ndarray, generation: int) -> None:
-        return None
+    np.testing.assert_array_equal(hits.vectors, index.indexed(hits.ids, index.generation).vectors)
 
 
 def test_without_vectors_a_lexical_hit_counts_as_the_last_dense_one(world: TinyWorld) -> None:
-    index = WithoutVectors(world.store(), world.encoder, len(world.tokenizer), lexical=WORDS)
+    index = LocalIndex(world.store(), world.encoder, len(world.tokenizer), keeps_vectors=False, lexical=WORDS)
     serve(world, index)
     queries = queries_of(world)
     hits = search_of(index, world, retrieval("learned"), 5.0)(NUMBERS, queries, 5, 5).result()
@@ -143,27 +137,123 @@ def test_without_vectors_a_lexical_hit_counts_as_the_last_dense_one(world: TinyW
     np.testing.assert_allclose(hits.scores[alone], expected[alone], rtol=1e-5)
 
 
+OLD, NOW = CorpusState(3, 3), CorpusState(4, 5)
+
+
+class Changed(LocalIndex):
+    """An index of a corpus that has changed."""
+
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> LocalHits:
+        found = super().submit(queries, k, num_vectors)
+        return replace(found, hits=replace(found.hits, corpus=NOW))
+
+
 class OtherCorpus(LocalWords):
-    """Answers for an older corpus until it is asked for one by name."""
+    """Answers for an older state of the corpus until it is asked for one by name."""
 
-    asked: list[str]
+    answers: CorpusState
+    asked: list[CorpusState | None]
 
-    def submit(self, texts: Sequence[str], n: int, corpus: str = "", of: np.ndarray | None = None) -> LocalWordHits:
-        self.asked = [*getattr(self, "asked", []), corpus]
-        found = super().submit(texts, n, "", of).hits
-        if corpus:
-            return LocalWordHits(replace(found, corpus=corpus))
-        return LocalWordHits(replace(found, ids=np.zeros_like(found.ids), corpus="older"))
+    def submit(
+        self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
+    ) -> LocalWordHits:
+        self.asked = [*getattr(self, "asked", []), wanted]
+        found = super().submit(texts, n, None, of).hits
+        if wanted:
+            return LocalWordHits(replace(found, corpus=wanted))
+        return LocalWordHits(replace(found, ids=np.zeros_like(found.ids), corpus=self.answers))
 
 
-def test_hits_of_two_corpora_are_never_put_together(world: TinyWorld, index: LocalIndex) -> None:
+@pytest.mark.parametrize("answers", [OLD, CorpusState(4, 4), CorpusState(5, 5)], ids=["older", "not hidden", "newer"])
+def test_hits_of_two_states_of_the_corpus_are_never_put_together(world: TinyWorld, answers: CorpusState) -> None:
+    index = Changed(world.store(), world.encoder, len(world.tokenizer), lexical=WORDS)
+    serve(world, index)
     queries = queries_of(world)
-    expected = search_of(index, world, retrieval("rrf"))(NUMBERS, queries, 5).result()
     words = OtherCorpus(world.store(), WORDS)
+    words.answers = answers
     search = HybridSearch(index, words, world.question_store("test").text, retrieval("rrf"))
     found = search(NUMBERS, queries, 5).result()
-    assert words.asked == ["", index.corpus]
-    np.testing.assert_array_equal(found.ids, expected.ids)
+    assert words.asked == [None, NOW]
+    assert found.corpus == NOW
+    expected = search_of(index, world, retrieval("rrf"))
+    expected.lexical = LateWords(world.store(), WORDS)
+    np.testing.assert_array_equal(found.ids, expected(NUMBERS, queries, 5).result().ids)
+
+
+class LateWords(LocalWords):
+    """Answers for the state that the dense hits have, with deletions that came later."""
+
+    def submit(
+        self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
+    ) -> LocalWordHits:
+        return LocalWordHits(replace(super().submit(texts, n, None, of).hits, corpus=CorpusState(4, 6)))
+
+
+@pytest.mark.parametrize("hybrid", ["rrf", "learned"])
+def test_what_was_deleted_before_both_have_answered_is_in_neither(world: TinyWorld, index: LocalIndex, hybrid) -> None:
+    """As if the passages had never been there, but for the dense candidates, of which there are fewer."""
+    queries, config = queries_of(world), retrieval(hybrid, candidates=180)
+    search = search_of(index, world, config, 1.0)
+    before = search(NUMBERS, queries, 5).result()
+    gone = np.unique(before.ids[:, ::2])
+    search.is_living = lambda numbers: ~np.isin(numbers, gone)
+    found = search(NUMBERS, queries, 5).result()
+    assert not np.isin(found.ids, gone).any()
+    products, words = everything(index, world, queries)
+    products[:, gone], words[:, gone] = -np.inf, 0
+    words = words / words.max(axis=1, keepdims=True)
+    for row in range(len(NUMBERS)):
+        if hybrid == "learned":
+            best = np.argsort(-(products[row] + words[row]), kind="stable")[:5]
+        else:
+            some = np.argsort(-words[row], kind="stable")
+            some = np.where(words[row][some] > 0, some, -1)
+            dense = np.argsort(-products[row], kind="stable")[: len(words[row]) - len(gone)]
+            best = reciprocal_rank_fusion([dense[None], some[None]], 60, 5)[1][0]
+        np.testing.assert_array_equal(found.ids[row], best)
+
+
+def test_too_few_living_passages_are_searched_again(world: TinyWorld, index: LocalIndex, monkeypatch) -> None:
+    """Until every shard knows what was deleted; with a bound."""
+    monkeypatch.setattr("training.hybrid.FIRST_PAUSE_S", 0.0)
+    search = search_of(index, world, retrieval("rrf", candidates=5))
+    calls: list[int] = []
+
+    def is_living(numbers: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        return np.full(numbers.shape, len(calls) > 5)
+
+    search.is_living = is_living
+    assert (search(NUMBERS, queries_of(world), 5).result().ids >= 0).all()
+    search.is_living = lambda numbers: np.zeros(numbers.shape, bool)
+    with pytest.raises(TimeoutError, match="lost passages 10 times"):
+        search(NUMBERS, queries_of(world), 5).result()
+
+
+def test_hits_tell_by_which_weights_each_was_encoded(world: TinyWorld) -> None:
+    """Those that only the words have found, too, in a generation of mixed weights."""
+    index = serve(world, world.index(lexical=WORDS))
+    again = np.arange(0, index.num_passages, 3)
+    tower = make(world, retrieval("none")).retriever.passage_encoder
+    index.publish(7, {name: tensor.numpy() for name, tensor in tower.state_dict().items()}, again)
+    hits = search_of(index, world, retrieval("learned"), 5.0)(NUMBERS, queries_of(world), 12).result()
+    assert hits.places is not None
+    assert (hits.places[:, :, 0] == 0).any()
+    np.testing.assert_array_equal(hits.versions, np.where(np.isin(hits.ids, again), 7, 0))
+
+
+@pytest.mark.parametrize("hybrid", ["rrf", "learned"])
+def test_a_search_that_is_made_again_asks_nobody_for_the_weight(world: TinyWorld, index: LocalIndex, hybrid) -> None:
+    """The weight is a collective under ZeRO 3, and the other trainers have no reason for it."""
+    asked: list[int] = []
+    search = search_of(index, world, retrieval(hybrid))
+    search.weight = lambda: asked.append(1) or 0.7
+    queries = queries_of(world)
+    first = search(NUMBERS, queries, 5).result()
+    second = search(NUMBERS, queries, 5, again=True).result()
+    assert len(asked) == (hybrid == "learned")
+    np.testing.assert_array_equal(first.ids, second.ids)
+    np.testing.assert_array_equal(first.scores, second.scores)
 
 
 class GoneOnce(LocalIndex):
@@ -176,11 +266,11 @@ class GoneOnce(LocalIndex):
         self.searched += 1
         return super().submit(queries, k, num_vectors)
 
-    def vectors(self, ids: np.ndarray, generation: int) -> np.ndarray | None:
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
         self.gone -= 1
         if self.gone >= 0:
             raise GenerationGone(generation, generation + 1)
-        return super().vectors(ids, generation)
+        return super().indexed(ids, generation, with_vectors)
 
 
 @pytest.mark.parametrize("times", [1, 100])

@@ -295,7 +295,7 @@ def test_the_best_candidates_by_their_score_go_on(world: TinyWorld) -> None:
     assert (found.ids != hits.ids).any()
     assert found.lexical is not None
     np.testing.assert_array_equal(found.lexical, found.scores * 2)
-    np.testing.assert_array_equal(found.vectors, index.vectors(found.ids, index.generation))
+    np.testing.assert_array_equal(found.vectors, index.indexed(found.ids, index.generation).vectors)
 
 
 def test_a_question_with_few_hits_keeps_them_first() -> None:
