@@ -1,4 +1,4 @@
-"""Words and vectors of a corpus that changes, on a real Ray: one state of the corpus in every answer, kill -9 between."""
+"""Words and vectors of a corpus that changes, on a real Ray: one state of it in every answer, kill -9 in between."""
 
 import os
 import signal
