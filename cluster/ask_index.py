@@ -44,17 +44,19 @@ class DoneWords:
 
 
 class OneGeneration:
-    """The generation that a checkpoint names, or the corpus encoded now where it is not on disk. Has of an
+    """The generation that a checkpoint names, or the corpus encoded now where none is on disk. Has of an
     `IndexService` what a search needs."""
 
     def __init__(
-        self, settings: Settings, store: Store, checkpoint: Path, encode: Encode, lexical: Path | None
+        self, settings: Settings, store: Store, checkpoint: Path | None, encode: Encode, lexical: Path | None
     ) -> None:
         self.num_passages, self.corpus = len(store), store.fingerprint
         self.lexical = None if lexical is None else DoneWords(lexical, settings, store.fingerprint)
         config = replace(settings.index, device="cpu")
-        generation = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
-        directory = checkpoint.parent.parent / "index" / f"generation-{generation}"
+        generation, directory = -1, Path()
+        if checkpoint is not None:
+            generation = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
+            directory = checkpoint.parent.parent / "index" / f"generation-{generation}"
         saved = generation >= 0 and is_complete(directory)
         self.generation = generation if saved else 0
         self.shards: list[Shard] = []
