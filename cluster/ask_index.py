@@ -46,15 +46,17 @@ class DoneWords:
 
 
 class OneGeneration:
-    """The generation that a checkpoint names, brought up to the corpus as it is now; where it is not on disk, the whole
+    """The generation that a checkpoint names, brought up to the corpus as it is now; where none is on disk, the whole
     corpus encoded. Has of an `IndexService` what a search needs."""
 
     def __init__(
-        self, settings: Settings, store: LiveStore, checkpoint: Path, encode: Encode, lexical: Path | None
+        self, settings: Settings, store: LiveStore, checkpoint: Path | None, encode: Encode, lexical: Path | None
     ) -> None:
         config = replace(settings.index, device="cpu")
-        saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
-        directory = checkpoint.parent.parent / "index" / f"generation-{saved}"
+        saved, directory = -1, Path()
+        if checkpoint is not None:
+            saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
+            directory = checkpoint.parent.parent / "index" / f"generation-{saved}"
         known = saved >= 0 and fits_changes(directory, store.log)
         self.num_passages, self.generation = store.log.num_living(), saved + 1
         self.lexical = None if lexical is None else DoneWords(LiveLexical(LexicalIndex.load(lexical), store))

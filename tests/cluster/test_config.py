@@ -342,7 +342,7 @@ def test_pretraining_refuses_what_does_not_fit_it(write) -> None:
         ("lexical.k1=-1", "lexical.k1=-1.0: must not be negative"),
         ("lexical.stemmer=englsh", "lexical.stemmer=englsh: must be empty or one of"),
         ("lexical.stop_words=klingon", "lexical.stop_words=klingon: must be empty or one of english, german"),
-        ("lexical.token_pattern='('", "lexical.token_pattern=(: no regular expression"),
+        ("lexical.token_pattern=(a)(b)", "lexical.token_pattern=(a)(b): must be a pattern of words without groups"),
         ("reranker.mode=on", "reranker.mode=on: must be one of off, add, replace"),
         ("reranker.mode=add reranker.candidates=3", "reranker.candidates=3: must be at least retrieval.k=4"),
         (
