@@ -33,7 +33,7 @@ from indexing.changes import ChangeLog
 from indexing.encode import encode_numbers
 from indexing.filters import Filter
 from indexing.live import LiveStore
-from indexing.merge import ShardHits
+from indexing.merge import ShardHits, ShardIndexed
 from indexing.metadata import MetadataColumns
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, Shard, ShardStatus
@@ -85,6 +85,13 @@ class ShardActor:
     ) -> ShardHits | Gone:
         try:
             return self._shard.search(queries, k, generation, num_vectors, where)
+        except GenerationGone as gone:
+            return Gone(gone.committed)
+
+    @ray.method(concurrency_group="search")
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool) -> ShardIndexed | Gone:
+        try:
+            return self._shard.indexed(ids, generation, with_vectors)
         except GenerationGone as gone:
             return Gone(gone.committed)
 

@@ -15,6 +15,7 @@ from indexing.metadata import count_passing
 from indexing.shard import shard_ranges
 from training.checkpoint import newest_checkpoint
 from training.mixture import pretrains
+from training.models.reranker import check_cross_encoder, has_own_tokens
 from training.models.shape import check_context, read_shape
 from training.objectives.check import samples_answers
 from training.objectives.choose import needs
@@ -30,6 +31,7 @@ SAME_RUN = (
     *("objective.name", "training.train", "pretraining.", "questions.target", "questions.refusal", "questions.labels"),
     *("questions.choice_template", "generator.template", "generator.passage_template", "generator.chat_template"),
     "generator.system_prompt",
+    *("retrieval.hybrid", "lexical.", "reranker.mode", "reranker.name", "reranker.fresh.", "reranker.max_"),
     *("preferences.path", "preferences.train", "preferences.format", "preferences.max_length_ratio"),
 )
 
@@ -37,10 +39,14 @@ SAME_RUN = (
 def check_models(settings: Settings) -> None:
     """Refuse a model folder or a recogniser that is not there (whether a name of the hub exists is seen when it is
     read), and passages that a generator has no context for."""
-    for section, name in (("encoder", settings.encoder.name), ("generator", settings.generator.name)):
+    named = {section: vars(settings)[section].name for section in ("encoder", "generator", "reranker")}
+    for section, name in named.items():
         is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
         if is_path and not Path(name).is_dir():
             raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    reranker = settings.reranker
+    if has_own_tokens(reranker) and Path(reranker.name).is_dir():
+        check_cross_encoder(reranker)
     if samples_answers(settings.objective):
         load_reward(settings.objective.reward)
     if pretrains(settings.pretraining):
@@ -128,5 +134,6 @@ def with_absolute_models(settings: Settings) -> Settings:
         settings,
         encoder=encoder,
         generator=replace(settings.generator, name=absolute(settings.generator.name)),
+        reranker=replace(settings.reranker, name=absolute(settings.reranker.name)),
         objective=replace(settings.objective, reward=reward),
     )

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 a mistake in the command or the configuration, 1
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -24,7 +25,7 @@ VERBS = {
     "evaluate": "measure a trained system on the evaluation questions; with update.as_of=DATE after that update too",
     "compare": "run the matrix of the file's compare section, cell by cell, and write one table",
     "corpus": "add, delete or update passages of a run, while it trains or afterwards: corpus add RUN new.jsonl",
-    "ask": 'answer one question: ask "question" [config.yaml ...]',
+    "ask": 'answer one question: ask "question" ["put otherwise" ...] [config.yaml ...]',
     "plan": "does a run fit, on what, how stale is its index, what does it cost; starts nothing (--json: numbers only)",
     "show": "print the resolved configuration of every stage and where its run lies",
     "test": "run every check: lint, format, types, import rules, tests; what follows goes to pytest",
@@ -49,7 +50,8 @@ examples:
   tandem show configs/quickstart.yaml
   tandem corpus add runs/quickstart/joint new.jsonl
   tandem corpus delete runs/quickstart/joint some-id another-id
-  tandem ask "Who wrote it?" configs/quickstart.yaml"""
+  tandem ask "Who wrote it?" configs/quickstart.yaml
+  tandem ask "Who wrote it?" "Name of the author?" configs/quickstart.yaml"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,11 +107,11 @@ def _corpus(rest: list[str]) -> int:
 
 def _work(verb: str, rest: list[str]) -> int:
     """A verb that reads a configuration."""
-    question = ""
+    questions: list[str] = []
     if verb == "ask":
         if not rest or not rest[0].strip() or rest[0].endswith((".yaml", ".yml")):
             return _mistake('ask needs a question first: tandem ask "question" [config.yaml ...]')
-        question, rest = rest[0], rest[1:]
+        questions, rest = split_questions(rest)
     only_json = verb == "plan" and "--json" in rest
     try:
         experiment = read_experiment([argument for argument in rest if argument != "--json" or not only_json])
@@ -123,7 +125,19 @@ def _work(verb: str, rest: list[str]) -> int:
         from cluster import plan
 
         return guarded(lambda: plan.run(experiment, only_json), None)
-    return guarded(lambda: _run(verb, experiment, question), experiment.directory)
+    return guarded(lambda: _run(verb, experiment, questions), experiment.directory)
+
+
+def split_questions(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The first argument, with the further ones that put the same question otherwise, and the rest. A phrasing is
+    several words that are neither a file nor a setting."""
+
+    def is_phrasing(argument: str) -> bool:
+        setting = re.match(r"[a-z_][\w.]*=", argument)
+        return len(argument.split()) > 1 and setting is None and not Path(argument).exists()
+
+    more = [argument for argument in arguments[1:] if is_phrasing(argument)]
+    return [arguments[0], *more], [argument for argument in arguments[1:] if argument not in more]
 
 
 def read_experiment(arguments: list[str]) -> "Experiment":
@@ -137,7 +151,7 @@ def read_experiment(arguments: list[str]) -> "Experiment":
     return config.load([argument for argument in arguments if argument not in overrides], overrides)
 
 
-def _run(verb: str, experiment: "Experiment", question: str) -> int | None:
+def _run(verb: str, experiment: "Experiment", questions: list[str]) -> int | None:
     from cluster import session
 
     session.set_environment()  # Ray reads it when it is imported
@@ -153,7 +167,7 @@ def _run(verb: str, experiment: "Experiment", question: str) -> int | None:
         case "compare":
             return run.compare(experiment)
         case "ask":
-            return run.ask(experiment, question)
+            return run.ask(experiment, questions)
         case _:
             return run.train(experiment)
 

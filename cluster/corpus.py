@@ -201,14 +201,19 @@ def _read_ids(path: Path) -> list[str]:
 
 
 def _sides(settings: "Settings", tokenizers: Path) -> list[TokenSide]:
-    from training.models.sides import generator_passage_side, retriever_passage_side
+    from training.models.reranker import has_own_tokens
+    from training.models.sides import generator_passage_side, reranker_side, retriever_passage_side
     from training.models.tokenizers import load_tokenizer
 
+    reranker, own = settings.reranker, list[TokenSide]()
+    if has_own_tokens(reranker):
+        own = [reranker_side(load_tokenizer(tokenizers / "reranker"), reranker.max_passage_tokens)]
     return [
         retriever_passage_side(load_tokenizer(tokenizers / "retriever"), settings.encoder),
         generator_passage_side(
             load_tokenizer(tokenizers / "generator"), settings.generator, settings.encoder.max_title_tokens
         ),
+        *own,
     ]
 
 

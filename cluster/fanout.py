@@ -24,10 +24,10 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from cluster.actors import Gone
 from cluster.events import EventLog
 from cluster.handles import NamedActor, get
-from indexing.merge import ShardHits
+from indexing.merge import ShardHits, ShardIndexed
 
 EVENT_S = 10.0  # between two events of one slow shard
-Answer = ShardHits | Gone
+Answer = ShardHits | ShardIndexed | Gone
 
 
 class SearchRefused(TimeoutError):
@@ -57,9 +57,9 @@ class Fanout:
         self._untold: Counter[int] = Counter()  # slow searches of a shard since its last event
         self._told_at: dict[int, float] = {}
 
-    def ask(self, *arguments: Any) -> "Question":
-        """Ask every shard; `arguments` are those of `ShardActor.search`. Returns at once."""
-        return Question(self, arguments)
+    def ask(self, method: str, *arguments: Any) -> "Question":
+        """Call `method` (of `ShardActor`: search | indexed) of every shard. Returns at once."""
+        return Question(self, method, arguments)
 
     def count(self, what: str) -> None:
         """One more search that was slow, hedged or refused."""
@@ -92,8 +92,8 @@ class _Asked:
 class Question:
     """One search under way at every shard."""
 
-    def __init__(self, fanout: Fanout, arguments: tuple[Any, ...]) -> None:
-        self._fanout, self._arguments = fanout, arguments
+    def __init__(self, fanout: Fanout, method: str, arguments: tuple[Any, ...]) -> None:
+        self._fanout, self._method, self._arguments = fanout, method, arguments
         self._since = time.monotonic()
         self._slow = self._hedged = False
         self._asked = []
@@ -187,7 +187,7 @@ class Question:
             raise
         except RayError as error:
             answer = error
-        if isinstance(answer, ShardHits):
+        if isinstance(answer, ShardHits | ShardIndexed):
             one.answer = answer
             self._fanout.preferred[one.shard] = replica
         elif one.untried:
@@ -198,4 +198,4 @@ class Question:
     def _ask_next(self, one: _Asked) -> None:
         replica = one.untried.pop(0)
         actor = self._fanout.shards[one.shard][replica]
-        one.open[actor.submit("search", *self._arguments)] = replica
+        one.open[actor.submit(self._method, *self._arguments)] = replica

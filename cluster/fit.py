@@ -138,6 +138,7 @@ def _start_index(
         start_timeout_s=settings.cluster.start_timeout_s,
         where=parse_filter(settings.retrieval.where),
         wait=snapshot is not None,
+        lexical=prepared.lexical,
     )
 
 
@@ -182,6 +183,7 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         objective=settings.objective,
         alignment=settings.alignment,
         retrieval=settings.retrieval,
+        reranker=settings.reranker,
         training=settings.training,
         engine=settings.engine,
         checkpoint=settings.checkpoint,

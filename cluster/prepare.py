@@ -4,6 +4,7 @@
     <run>/tokenizers/{retriever,generator}/
     <run>/data/<key>/{passages,questions-SPLIT,duplicates-THRESHOLD}/     key: hash of everything that these depend on
     <run>/data/<key>/preferences-.../                judged answers (`cluster/preferences.py`)
+    <run>/data/<key>/lexical-.../                    BM25 over the passages (`indexing/lexical.py`)
 
 What is there and fits is used again; a corpus file that changed has another key.
 """
@@ -24,16 +25,19 @@ from cluster.preferences import QuestionSides, prepare_preferences
 from cluster.settings import Settings
 from indexing.corpus import CorpusReport, Passage, Question, iterate_corpus, read_questions
 from indexing.duplicates import write_groups
+from indexing.lexical import lexical_name, write_lexical
 from indexing.questions import QuestionStore, write_questions
 from indexing.snapshot import is_complete
-from indexing.store import Store, write_store
+from indexing.store import Store, TokenSide, write_store
 from indexing.world import write_world
 from training.mixture import pretrains
 from training.models.prompts import QuestionText
+from training.models.reranker import has_own_tokens
 from training.models.sides import (
     generator_answer_side,
     generator_passage_side,
     generator_question_side,
+    reranker_side,
     retriever_passage_side,
     retriever_question_side,
 )
@@ -44,7 +48,7 @@ from training.settings import TokenizerConfig
 
 Say = Callable[[str], None]
 REPORT_EVERY_S = 5.0
-SECTIONS = {"retriever": "encoder", "generator": "generator"}  # tokeniser folder: settings
+SECTIONS = {"retriever": "encoder", "generator": "generator", "reranker": "reranker"}  # tokeniser folder: settings
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Prepared:
     tokenizers: Path  # holds retriever/ and generator/
     duplicates: Path | None = None  # groups of near-duplicates, of a stage that pretrains on the corpus
     preferences: dict[str, Path] = field(default_factory=dict)  # `train`, `evaluate`: where there are any
+    lexical: Path | None = None  # index of the passages' words, where retrieval.hybrid asks for one
 
 
 def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str] | None = None) -> Prepared:
@@ -68,18 +73,20 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
         wanted = (*train, questions.evaluate)
     wanted = [split for split in dict.fromkeys(wanted) if split]
     tokenizers = prepare_tokenizers(settings, root, say)
-    folder = root / "data" / _key(settings, tokenizers)
-    passages = _prepare_passages(settings, folder / "passages", tokenizers, say)
+    own = reranker_sides(settings, root)
+    folder = root / "data" / _key(settings, tokenizers, own)
+    passages = _prepare_passages(settings, folder / "passages", tokenizers, own[:1], say)
     store = Store.open(passages, verify=False)
     paths = {split: folder / f"questions-{split}" for split in wanted}
     for split, path in paths.items():
         if not is_complete(path):
-            _prepare_questions(settings, split, path, store, tokenizers, say)
+            _prepare_questions(settings, split, path, store, tokenizers, own[1:], say)
     _check_answers(settings, paths)
     duplicates = _prepare_duplicates(settings, folder, store, say) if pretrains(settings.pretraining) else None
-    way = _question_sides(settings, tokenizers)
+    way = _question_sides(settings, tokenizers, own[1:])
     preferences = prepare_preferences(settings, folder, store, way, splits is None, say)
-    return Prepared(passages, paths, root / "tokenizers", duplicates, preferences)
+    lexical = _prepare_lexical(settings, folder, store, say) if settings.retrieval.hybrid != "none" else None
+    return Prepared(passages, paths, root / "tokenizers", duplicates, preferences, lexical)
 
 
 def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
@@ -110,18 +117,16 @@ def prepare_tokenizers(
     start = _starting_tokenizers(settings)
     if start is not None and not folder.exists():
         shutil.copytree(start, folder)
-    encoder, generator = settings.encoder, settings.generator
+    encoder, generator, reranker = settings.encoder, settings.generator, settings.reranker
+    if has_own_tokens(reranker):
+        _build_tokenizer(reranker.name, TokenizerConfig(), iter(()), folder, "reranker", reranker.trust_remote_code)
     if start is not None:
         return load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator")
 
     def build(name: str, config: TokenizerConfig, part: str, trust: bool) -> PreTrainedTokenizerFast:
         if not name and not (folder / part / "tokenizer.json").is_file():
             say(f"training a tokeniser of {config.vocabulary} pieces for the {part}")
-        try:
-            return build_tokenizer(name, config, _texts(settings), folder / part, trust)
-        except ValueError as error:
-            setting = f"{SECTIONS[part]}.name={name}: " if name else f"{SECTIONS[part]}."  # or its tokenizer.vocabulary
-            raise ValueError(f"{setting}{error}") from None
+        return _build_tokenizer(name, config, _texts(settings), folder, part, trust)
 
     retriever = build(encoder.name, encoder.tokenizer, "retriever", encoder.trust_remote_code)
     if not encoder.name and not generator.name:  # both fresh: one vocabulary
@@ -129,6 +134,25 @@ def prepare_tokenizers(
             shutil.copytree(folder / "retriever", folder / "generator")
         return retriever, load_tokenizer(folder / "generator")
     return retriever, build(generator.name, generator.tokenizer, "generator", generator.trust_remote_code)
+
+
+def _build_tokenizer(
+    name: str, config: TokenizerConfig, texts: Iterator[str], folder: Path, part: str, trust: bool
+) -> PreTrainedTokenizerFast:
+    try:
+        return build_tokenizer(name, config, texts, folder / part, trust)
+    except ValueError as error:
+        setting = f"{SECTIONS[part]}.name={name}: " if name else f"{SECTIONS[part]}."  # or its tokenizer.vocabulary
+        raise ValueError(f"{setting}{error}") from None
+
+
+def reranker_sides(settings: Settings, root: Path) -> list[TokenSide]:
+    """How a re-ranker with a tokeniser of its own reads passages, and questions: two sides; none without one."""
+    config = settings.reranker
+    if not has_own_tokens(config):
+        return []
+    tokenizer = load_tokenizer(root / "tokenizers" / "reranker")
+    return [reranker_side(tokenizer, limit) for limit in (config.max_passage_tokens, config.max_question_tokens)]
 
 
 def _starting_tokenizers(settings: Settings) -> Path | None:
@@ -151,7 +175,11 @@ def _texts(settings: Settings) -> Iterator[str]:
 
 
 def _prepare_passages(
-    settings: Settings, path: Path, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], say: Say
+    settings: Settings,
+    path: Path,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    own: list[TokenSide],
+    say: Say,
 ) -> Path:
     if is_complete(path):
         return path
@@ -159,6 +187,7 @@ def _prepare_passages(
     sides = [
         retriever_passage_side(tokenizers[0], settings.encoder),
         generator_passage_side(tokenizers[1], settings.generator, settings.encoder.max_title_tokens),
+        *own,
     ]
     store = write_store(path, _with_progress(passages, "passages", say), sides, {"corpus": settings.corpus.path})
     say(f"{len(store)} passages tokenised with both tokenisers into {path}")
@@ -172,6 +201,7 @@ def _prepare_questions(
     path: Path,
     store: Store,
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    own: list[TokenSide],
     say: Say,
 ) -> None:
     config = settings.questions
@@ -180,7 +210,7 @@ def _prepare_questions(
         questions += read_questions(replace(config, evaluate=config.unanswerable, as_of=""), config.unanswerable)
     if not questions:
         raise ValueError(f"questions.path {settings.questions.path!r}: split {split!r} has no question to ask")
-    way = _question_sides(settings, tokenizers)
+    way = _question_sides(settings, tokenizers, own)
     written: QuestionStore = write_questions(
         path, questions, way.sides, way.answer_side, store, way.render, config.refusal
     )
@@ -188,12 +218,15 @@ def _prepare_questions(
 
 
 def _question_sides(
-    settings: Settings, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
+    settings: Settings,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    own: list[TokenSide],
 ) -> QuestionSides:
     """How this run's models read questions and answers."""
     sides = [
         retriever_question_side(tokenizers[0], settings.encoder),
         generator_question_side(tokenizers[1], settings.generator),
+        *own,
     ]
     return QuestionSides(
         sides,
@@ -227,6 +260,17 @@ def _prepare_duplicates(settings: Settings, folder: Path, store: Store, say: Say
     return path
 
 
+def _prepare_lexical(settings: Settings, folder: Path, store: Store, say: Say) -> Path:
+    """BM25 over titles and texts."""
+    path = folder / lexical_name(settings.lexical, store.fingerprint)
+    if not is_complete(path):
+        begin = time.monotonic()
+        index = write_lexical(settings.lexical, store, path)
+        words = f"{len(index.postings.words)} words in {len(store)} passages"
+        say(f"lexical index of {words} in {time.monotonic() - begin:.1f} s: {path}")
+    return path
+
+
 def alive(questions: list[Question], store: Store, as_of: str) -> list[Question]:
     """With `as_of`, without the questions none of whose passages exists at that date."""
     if not as_of:
@@ -249,7 +293,11 @@ def _tell_bad(report: CorpusReport, path: str, say: Say) -> None:
         say(f"{path}: {report.summary()}")
 
 
-def _key(settings: Settings, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]) -> str:
+def _key(
+    settings: Settings,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    own: list[TokenSide],
+) -> str:
     """Hash of settings, source files and tokenisers that the stores depend on."""
     encoder, generator = settings.encoder, settings.generator
     sides = [
@@ -258,6 +306,7 @@ def _key(settings: Settings, tokenizers: tuple[PreTrainedTokenizerFast, PreTrain
         generator_passage_side(tokenizers[1], generator, encoder.max_title_tokens),
         generator_question_side(tokenizers[1], generator),
         generator_answer_side(tokenizers[1], generator),
+        *own,
     ]
     prompt = (generator.system_prompt, generator.chat_template, generator.max_context_tokens)
     parts: list[Any] = [

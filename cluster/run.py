@@ -86,13 +86,13 @@ def compare(experiment: Experiment) -> int:
     return run_matrix(experiment)
 
 
-def ask(experiment: Experiment, question: str) -> int:
-    """Answer one question from the newest checkpoint and print the passages with their scores."""
+def ask(experiment: Experiment, questions: list[str]) -> int:
+    """Answer a question, put in one or several ways, from the newest checkpoint; print the passages with scores."""
     from cluster.ask import answer_question
 
     settings = experiment.stages[_last(experiment)]
     checkpoint = newest_of(settings)
-    print(answer_question(settings, experiment.directory, checkpoint, question))
+    print(answer_question(settings, experiment.directory, checkpoint, questions))
     return 0
 
 

@@ -24,14 +24,17 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from cluster.actors import Gone
 from cluster.events import EventLog
 from cluster.fanout import WAIT, Answer, Fanout, Question, SearchRefused, Slowness
 from cluster.handles import NamedActor, get, own_error
+from cluster.lexical import LexicalClient
 from cluster.ports import Weights
 from cluster.processes import Place
 from cluster.refresh import CoordinatorStatus
 from indexing.filters import Filter
-from indexing.merge import Hits, ShardHits, check_k, merge
+from indexing.merge import Hits, Indexed, ShardHits, ShardIndexed, check_k, joined, merge
+from indexing.shard import GenerationGone
 from training.retrieve import IndexStatus
 
 INLINE_BYTES = 100_000  # larger queries are put into the object store once instead of being sent with every call
@@ -54,6 +57,7 @@ class IndexAddress:
     replicas: int = 1
     slowness: Slowness = WAIT
     where: Filter | None = None  # of every search that names no other one; num_passages are those that pass it
+    lexical: str = ""  # actor of the lexical index; empty: there is none
 
     def by_shard(self) -> list[tuple[str, ...]]:
         """The names of each shard's replicas."""
@@ -136,6 +140,11 @@ class IndexClient:
         self._events = EventLog(address.events_path)
         replicas = [[NamedActor(name, address.namespace) for name in names] for names in address.by_shard()]
         self._fanout = Fanout(replicas, address.slowness, self._events)
+        self.lexical = None
+        if address.lexical:
+            self.lexical = LexicalClient(
+                address.lexical, address.namespace, address.search_timeout_s, address.events_path
+            )
         self._lock = threading.Lock()
         self._pinned: int | None = None
         self._published: Weights | None = None
@@ -174,7 +183,35 @@ class IndexClient:
     ) -> Question:
         """Ask every shard, for the pinned generation unless another one is named."""
         pinned = self._pinned if generation is None else generation
-        return self._fanout.ask(queries, k, pinned, num_vectors, where)
+        return self._fanout.ask("search", queries, k, pinned, num_vectors, where)
+
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
+        """What `generation` has of passages `ids` int64 [...]. Raises GenerationGone where it is not served any more,
+        and TimeoutError as a search does."""
+        wanted, places = np.unique(ids, return_inverse=True)
+        deadline, pause_s = time.monotonic() + self.patience_s, POLL_S[0]
+        while True:
+            asked = self._fanout.ask("indexed", wanted, generation, with_vectors)
+            why = "a shard does not answer"
+            try:
+                answers = asked.answers(deadline)
+                gone = [answer.committed for answer in answers if isinstance(answer, Gone)]
+                if not gone:
+                    break
+                if min(gone) >= 0:  # released; a shard that came back empty is repaired
+                    raise GenerationGone(generation, min(gone))
+                why = f"generation {generation} is not served by every shard"
+            except RayTaskError as error:
+                raise own_error(error) from error
+            except (RayError, GetTimeoutError) as error:  # it is being restarted, or silent until the repair finds it
+                why = f"a shard is not there ({type(error).__name__})"
+            if time.monotonic() + pause_s > deadline:
+                raise self.too_late(why)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S[1])
+            self.hand_in_again()
+        found = joined([answer for answer in answers if isinstance(answer, ShardIndexed)], len(wanted))
+        return found.at(places.reshape(np.shape(ids)))
 
     @property
     def patience_s(self) -> float:
@@ -200,7 +237,7 @@ class IndexClient:
         counts = [answer.num_living if where is None else answer.num_allowed for answer in hits]
         if len(hits) == len(answers) and min(counts) >= 0 and where == self.address.where:
             self.num_passages = sum(counts)
-        committed = min(answer.committed for answer in answers)
+        committed = min(answer.committed for answer in answers if not isinstance(answer, ShardIndexed))
         if committed < 0:  # a shard came back empty
             return self._pinned, False
         changed = committed != self._pinned

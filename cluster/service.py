@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from cluster.actors import (
 )
 from cluster.fanout import Slowness
 from cluster.handles import NamedActor
+from cluster.lexical import THREADS, LexicalActor
 from cluster.placement import PlacementPlan, Seat
 from cluster.refresh import RefreshSettings
 from cluster.search import IndexAddress, IndexClient
@@ -36,6 +37,7 @@ from cluster.snapshots import PREFIX, IndexIdentity, Wish, check_snapshot
 from indexing.build import check_config
 from indexing.changes import ChangeLog
 from indexing.filters import Filter
+from indexing.lexical import lexical_corpus
 from indexing.metadata import count_passing
 from indexing.settings import IndexConfig
 from indexing.shard import shard_ranges
@@ -68,12 +70,14 @@ class IndexServiceHandle:
 
     def stop(self) -> None:
         """End all actors; harmless when they have ended."""
-        for name in (self.address.coordinator, *self.workers, *self.address.shards):
+        others = (self.address.lexical,) if self.address.lexical else ()
+        for name in (self.address.coordinator, *self.workers, *self.address.shards, *others):
             try:
                 ray.kill(ray.get_actor(name, namespace=self.address.namespace), no_restart=True)
             except (ValueError, RayError):
                 continue
         _ALIVE.pop(self.address.coordinator, None)
+        _ALIVE.pop(self.address.lexical, None)
 
 
 def start_index_service(
@@ -91,6 +95,7 @@ def start_index_service(
     keep_protected: int = 4,
     wait: bool = True,
     where: Filter | None = None,
+    lexical: str | Path | None = None,
 ) -> IndexServiceHandle:
     """Start the service; it serves `snapshot` if there is one, and otherwise waits for the first publish. With `wait`
     it is ready on return; without, `await_ready` is the caller's to call.
@@ -98,14 +103,19 @@ def start_index_service(
     `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`. `corpus`
     is the folder of the changes made to the store, now and while the service runs (None: `corpus` in `run_dir`).
     `keep_protected` saved generations that checkpoints name outlive the pruning. `where` is the filter of all searches
-    of its clients, unless they name another one. Raises ValueError for settings or a snapshot that do not fit,
-    TornSnapshot for a damaged one, TimeoutError when the actors do not start."""
+    of its clients, unless they name another one. `lexical`: the directory of the lexical index of the same store, which
+    is searched beside the dense one. Raises ValueError for settings or a snapshot that do not fit, TornSnapshot for a
+    damaged one, TimeoutError when the actors do not start."""
     run_dir = Path(run_dir).resolve()
     (run_dir / "index").mkdir(parents=True, exist_ok=True)
     corpus = run_dir / "corpus" if corpus is None else Path(corpus).resolve()
     passages = Store.open(store, verify=False)
     log = ChangeLog(corpus, passages.fingerprint, len(passages))
     identity = index_identity(passages, encoder, index)
+    if lexical is not None:
+        identity = replace(identity, lexical=Path(lexical).name)
+        if lexical_corpus(lexical) != passages.fingerprint:
+            raise ValueError(f"lexical index {lexical} was built from another corpus: it cannot serve this run")
     ranges = identity.ranges
     check_config(index, min(stop - start for start, stop in ranges))
     initial = None if snapshot is None else (check_snapshot(snapshot, identity, log=log), str(Path(snapshot).resolve()))
@@ -125,6 +135,7 @@ def start_index_service(
         replicas=index.replicas,
         slowness=Slowness(index.slow_after_s, index.on_slow),
         where=where,
+        lexical="" if lexical is None else f"{prefix}-lexical",
     )
     handle = IndexServiceHandle(address, tuple(f"{prefix}-worker-{number}" for number in range(refresh.num_workers)))
     worker = WorkerSettings(
@@ -159,6 +170,8 @@ def start_index_service(
         num_base=len(passages),
     )
     try:
+        if lexical is not None:
+            _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus)), placement)
         _start(handle, ranges, index, worker, coordinator, placement)
         if wait:
             await_ready(handle, placement, start_timeout_s, None if initial is None else initial[0])
@@ -178,6 +191,7 @@ def await_ready(
     deadline = time.monotonic() + timeout_s
     methods = {handle.address.coordinator: "status"} | dict.fromkeys(handle.address.shards, "status")
     methods |= dict.fromkeys(handle.workers, "place")
+    methods |= {handle.address.lexical: "load"} if handle.address.lexical else {}
     asked = [NamedActor(name, handle.address.namespace).submit(method) for name, method in methods.items()]
     _await_all(asked, timeout_s, placement)
     if initial is None:
@@ -242,6 +256,15 @@ def _start(
     for one in workers:
         one.warm.remote()
     _keep_alive(handle, [*shards, *workers, chief])
+
+
+def _start_lexical(handle: IndexServiceHandle, places: tuple[str, str, str], placement: PlacementPlan) -> None:
+    """Start the actor; `places` of index, store and changes."""
+    remote: Any = ray.remote
+    options = _options(handle.address.lexical, handle, Seat("lexical", 1, 0.0, 0.0, 0), placement)
+    actor = remote(concurrency_groups=THREADS)(LexicalActor).options(**options).remote(*places)
+    actor.load.remote()
+    _ALIVE[handle.address.lexical] = [actor]
 
 
 def _options(name: str, handle: IndexServiceHandle, seat: Seat, placement: PlacementPlan) -> dict[str, Any]:

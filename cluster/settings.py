@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from indexing.settings import CorpusConfig, IndexConfig, PreferencesConfig, QuestionsConfig
+from indexing.settings import CorpusConfig, IndexConfig, LexicalConfig, PreferencesConfig, QuestionsConfig
 from training.settings import (
     AlignmentConfig,
     CheckpointConfig,
@@ -13,6 +13,7 @@ from training.settings import (
     MonitorConfig,
     ObjectiveConfig,
     PretrainingConfig,
+    RerankerConfig,
     RetrievalConfig,
     TrainingConfig,
 )
@@ -106,6 +107,8 @@ class Settings:
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    reranker: RerankerConfig = field(default_factory=RerankerConfig)
+    lexical: LexicalConfig = field(default_factory=LexicalConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

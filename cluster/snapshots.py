@@ -44,6 +44,7 @@ class IndexIdentity:
     corpus_fingerprint: str
     factory: str
     ranges: tuple[tuple[int, int], ...]  # passage numbers of each shard; another number of shards may be loaded
+    lexical: str = ""  # the lexical index that is searched beside it; told, not compared: any of this corpus fits
 
 
 @dataclass(frozen=True)

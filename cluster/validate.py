@@ -9,6 +9,8 @@ import re
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
+from cluster.hybrid_settings import check_hybrid
+from cluster.refusal import refuse
 from cluster.settings import Settings
 from indexing.filters import parse_filter
 from indexing.kinds import check_gpu_kind, parse
@@ -47,6 +49,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.reduction": ("batch", "elements"),
     "objective.null_score": ("learned", "fixed"),
     "retrieval.source": ("index", "fixed", "gold", "long", "none"),
+    "retrieval.hybrid": ("none", "rrf", "learned"),
+    "reranker.mode": ("off", "add", "replace"),
+    "reranker.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "index.device": ("cpu", "gpu"),
     "index.on_slow": ("wait", "hedge", "refuse"),
     "refresh.precision": ("float32", "bfloat16"),
@@ -74,6 +79,9 @@ POSITIVE = {
     *("objective.temperature", "objective.target_temperature", "objective.scale", "objective.min_span"),
     *("generator.max_context_tokens", "pretraining.context_words", "pretraining.mask_share"),
     *("pretraining.mean_span_words", "pretraining.duplicate_threshold", "pretraining.contrast_passages"),
+    *("retrieval.candidates", "retrieval.lexical_weight", "reranker.candidates", "reranker.length_groups"),
+    *("reranker.max_question_tokens", "reranker.max_passage_tokens", "reranker.fresh.num_layers"),
+    *("reranker.fresh.hidden", "reranker.fresh.num_heads", "reranker.fresh.intermediate"),
     *("retrieval.k", "index.num_shards", "index.nprobe", "index.training_sample", "index.keep_generations"),
     *("index.ef_search", "index.ef_construction"),
     *("index.search_timeout_s", "refresh.num_workers", "refresh.chunk_passages", "refresh.batch_tokens"),
@@ -88,6 +96,7 @@ POSITIVE = {
 }
 SHARES = {
     *("corpus.world.lookalike_probability", "corpus.world.swap_fraction"),
+    *("reranker.fresh.dropout", "lexical.b"),
     *("encoder.fresh.dropout", "generator.fresh.dropout", "encoder.lora.dropout", "generator.lora.dropout"),
     *("objective.keep_probability", "objective.title_probability", "objective.drop_probability"),
     *("engine.beta1", "engine.beta2"),
@@ -113,11 +122,6 @@ def values_of(section: object, prefix: str = "") -> dict[str, object]:
         else:
             values[f"{prefix}{entry.name}"] = value
     return values
-
-
-def refuse(setting: str, value: object, allowed: str) -> ValueError:
-    """The error of one setting, in the words that all of them use."""
-    return ValueError(f"{setting}={value}: {allowed}")
 
 
 def suggestion(word: str, known: tuple[str, ...] | list[str], cutoff: float = 0.6, prefix: str = "") -> str:
@@ -151,6 +155,7 @@ def validate(settings: Settings) -> None:
     _check_slow(settings.index)
     _check_questions(settings)
     _check_pretraining(settings)
+    check_hybrid(settings)
     _check_plan(settings)
 
 
@@ -205,7 +210,8 @@ def _check_texts(settings: Settings) -> None:
 
 
 def _check_models(settings: Settings) -> None:
-    for section, fresh in (("encoder", settings.encoder.fresh), ("generator", settings.generator.fresh)):
+    for section in ("encoder", "generator", "reranker"):
+        fresh = vars(settings)[section].fresh
         if fresh.hidden % fresh.num_heads:
             raise refuse(f"{section}.fresh.hidden", fresh.hidden, f"must be a multiple of num_heads={fresh.num_heads}")
     fresh = settings.generator.fresh

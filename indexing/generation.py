@@ -19,7 +19,7 @@ from indexing.build import Index, build_index
 from indexing.changes import contains
 from indexing.filters import Filter
 from indexing.kinds import EXHAUSTIVE
-from indexing.merge import best_first
+from indexing.merge import ShardIndexed, best_first
 from indexing.probe import UNKNOWN, Figures
 from indexing.settings import IndexConfig
 from indexing.waiting import WaitingVectors
@@ -184,6 +184,17 @@ class Generation:
                 scores, numbers = best_first(scores, numbers, k)
         vectors = self._vectors(numbers[:, :num_vectors]) if num_vectors else None
         return scores, numbers, vectors, self._versions(numbers)
+
+    def indexed(self, ids: np.ndarray, with_vectors: bool) -> ShardIndexed:
+        """What there is of the passages among `ids` int64 [n] that are here, hidden ones included."""
+        there = self.base.row_of(ids) >= 0
+        if self.delta is not None:
+            there |= contains(self.delta.numbers, ids)
+        places = np.flatnonzero(there)
+        found, versions = self._vectors(ids[places]) if with_vectors else None, self._versions(ids[places])
+        if versions is None:
+            versions = np.full(len(places), self.weights_version, np.int64)
+        return ShardIndexed(places, found, versions, self.weights_version)
 
     def derive(
         self,

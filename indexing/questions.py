@@ -61,6 +61,10 @@ class QuestionStore:
         """The question as it was read. Raises IndexError."""
         return Question(**json.loads(self._questions.text(number)))
 
+    def text(self, number: int) -> str:
+        """The question's own words. Raises IndexError."""
+        return self.question(number).text
+
     def tokens(self, side: str) -> TokenTable:
         """Token rows of the question text by question number. Raises ValueError that names the sides."""
         if side not in self._tokens:

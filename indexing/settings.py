@@ -83,3 +83,14 @@ class IndexConfig:
     # wait (up to search_timeout_s) | hedge (ask a replica too) | refuse (the search is an error: for answering, since
     # training ends with it)
     on_slow: str = "wait"
+
+
+@dataclass
+class LexicalConfig:
+    """BM25 over title and text of the passages (`indexing/lexical.py`); built where retrieval.hybrid asks for it."""
+
+    k1: float = 1.2  # how soon a word that is repeated counts no more
+    b: float = 0.75  # how much long passages are discounted: 0 not at all, 1 in full
+    stemmer: str = "english"  # a Snowball algorithm (english is Porter2); empty: words as they stand
+    stop_words: str = "english"  # a language's list of words that count nothing; empty: all count
+    token_pattern: str = r"(?u)\b\w+\b"  # what is a word; one-character ones too, so that digits survive

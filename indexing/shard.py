@@ -31,7 +31,7 @@ import numpy as np
 
 from indexing.filters import Filter
 from indexing.generation import Generation, View
-from indexing.merge import ShardHits
+from indexing.merge import CorpusState, ShardHits, ShardIndexed
 from indexing.metadata import MetadataColumns
 from indexing.probe import UNKNOWN, Figures, RecentQueries
 from indexing.reshard import fits, load_range
@@ -313,16 +313,22 @@ class Shard:
         """
         if k < 1:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
-        with self._pinned(generation) as (number, served), self._counted():
+        with self._pinned(generation) as (number, served), self._counted() as hidden:
             found = served.generation
             view = self._view(found, where)
             scores, ids, vectors, versions = found.search(queries, k, num_vectors, view)
         self._recent.add(queries)
         num_allowed = -1 if where is None else view.num_rows
         with self._table:
-            num_living, newest = found.num_living, self._newest()
-            version = found.weights_version
-            return ShardHits(ids, scores, number, version, newest, vectors, versions, num_living, num_allowed)
+            return ShardHits(
+                ids, scores, number, found.weights_version, self._newest(), vectors, versions, found.num_living,
+                num_allowed, CorpusState(found.corpus_version, hidden),
+            )  # fmt: skip
+
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> ShardIndexed:
+        """What this shard has of the passages `ids` int64 [n] in `generation`. Raises GenerationGone."""
+        with self._pinned(generation) as (_, served):
+            return served.generation.indexed(ids, with_vectors)
 
     def save(self, generation: int, directory: str | Path, earlier: str | Path | None = None) -> Path:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.
@@ -424,13 +430,13 @@ class Shard:
                     self._free(number)
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Let `hide` know of a search that began before it."""
+    def _counted(self) -> Iterator[int]:
+        """Let `hide` know of a search that began before it; which corpus version's deletions the search keeps to."""
         with self._table:
-            era = self._era
+            era, hidden = self._era, self._hidden_version
             self._searching[era] += 1
         try:
-            yield
+            yield hidden
         finally:
             with self._table:
                 self._searching[era] -= 1

@@ -6,7 +6,8 @@ costs 4 * attention_dim a layer and pair of tokens, the square of the prompt, as
 al. 2022, "PaLM", appendix B); a state-space layer costs 6 a number of its state (decay, input and output, each a
 multiplication and an addition: Gu and Dao 2023, "Mamba", equation 2). Writing counts with a cache, one token at a time.
 Retrieval is counted apart: the question encoded, every vector of the index multiplied (an upper bound for IVF), and
-the hits that are read encoded anew for their scores.
+the hits that are read encoded anew for their scores; with a re-ranker its candidates and those that are read, which are
+scored once more. A lexical search is left out: a few additions a posting.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.models.arithmetic import Shape, Stack, encoder_stack, shape_of
+from training.models.arithmetic import Shape, Stack, classifier_stack, encoder_stack, shape_of
 from training.models.causal import CausalBatch
 from training.models.copy_reader import CopyBatch
 from training.models.fusion import FusionBatch
@@ -39,9 +40,11 @@ class Cost:
 
 class CostModel:
     """The costs of one system. `value_bytes`: of a number that is kept while writing. `num_indexed`: passages in the
-    index."""
+    index. `num_reranked`: candidates that a re-ranker puts in order."""
 
-    def __init__(self, system: System, value_bytes: int, num_indexed: int) -> None:
+    def __init__(self, system: System, value_bytes: int, num_indexed: int, num_reranked: int = 0) -> None:
+        self.reranker = None if system.reranker is None else classifier_stack(system.reranker.model)
+        self.num_reranked = num_reranked
         self.shape = shape_of(system.generator)
         self.query = encoder_stack(system.retriever.query_encoder)
         self.passage = encoder_stack(system.retriever.passage_encoder)
@@ -75,6 +78,11 @@ class CostModel:
         if batch.passage_vectors is None:
             lengths = batch.passage_token_mask.sum(dim=1).view(real.shape) * real.to(batch.passage_token_mask.device)
             encoded = [sum(read_flops(self.passage, length) for length in row if length) for row in lengths.tolist()]
+        if self.reranker is not None and batch.pairs is not None:
+            pairs = batch.pairs.mask.sum(dim=1).view(real.shape).tolist()
+            for i, lengths in enumerate(pairs):
+                read = [read_flops(self.reranker, length) for length in lengths]
+                encoded[i] += sum(read) + self.num_reranked * sum(read) / len(read)
         products = 2.0 * self.dim * self.num_indexed
         return [read_flops(self.query, n) + products + more for n, more in zip(questions, encoded, strict=True)]
 

@@ -15,6 +15,7 @@ from indexing.questions import QuestionStore
 from indexing.store import Store
 from training.models.generator import Generator
 from training.models.packing import pad_rows
+from training.models.pairs import PairBatch, Pairing
 from training.models.system import ContrastBatch, RetrievalBatch
 from training.settings import ObjectiveConfig
 
@@ -77,6 +78,10 @@ class Questions(Protocol):
         """int32 token rows of a question's answers."""
         ...
 
+    def text(self, number: int) -> str:
+        """The question as words, for a lexical search."""
+        ...
+
     def target(self, number: int) -> int:
         """Which of them the likelihood is measured on."""
         ...
@@ -91,6 +96,7 @@ class Collator:
 
     def __init__(self, store: Store, questions: Questions, generator: Generator, pad_id: int) -> None:
         self.store, self.questions, self.generator, self.pad_id = store, questions, generator, pad_id
+        self.pairing: Pairing | None = None  # where a re-ranker reads question and passage together
         self.passages_for_retriever = store.tokens("retriever")
         self.passages_for_generator = store.tokens("generator")
         self.questions_for_retriever = questions.tokens("retriever")
@@ -108,11 +114,13 @@ class Collator:
         for_retriever: bool = True,
         vectors: np.ndarray | None = None,
         answers: Sequence[np.ndarray] | None = None,
+        lexical: np.ndarray | None = None,
     ) -> RetrievalBatch:
         """`passages[i]`: passage numbers for question `numbers[i]`; shorter lists are padded, an empty one is closed
         book (the reader then sees one empty passage). `for_retriever` False: long prompts, whose many passages nobody
         scores; the retriever gets one blank token for each. `vectors` [batch, k, dim]: those of the passages, k of each
-        question, which then are not encoded again. `answers`: token rows, None for each question's target."""
+        question, which then are not encoded again. `answers`: token rows, None for each question's target. `lexical`
+        [batch, k or more]: normalised lexical scores of the passages; None: 0."""
         k = max(1, max(len(row) for row in passages))
         flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in passages])
         rows = iter(self.passages_for_retriever.rows(flat) if for_retriever and vectors is None else ())
@@ -128,10 +136,24 @@ class Collator:
         if answers is None and with_answers:
             answers = [self.target(int(number)) for number in numbers]
         reader = self.generator.collate(self.questions_for_generator.rows(numbers), generator_rows, answers)
-        known = None if vectors is None else torch.from_numpy(vectors)
+        known = None if vectors is None else torch.from_numpy(vectors[:, :k])
+        shares = np.zeros((len(numbers), k), np.float32) if lexical is None else lexical[:, :k]
         return RetrievalBatch(
-            *self.question_tensors(numbers), *pad_rows(retriever_rows, self.pad_id), reader, passage_vectors=known
+            *self.question_tensors(numbers),
+            *pad_rows(retriever_rows, self.pad_id),
+            reader,
+            passage_vectors=known,
+            lexical=torch.from_numpy(np.ascontiguousarray(shares)),
+            pairs=self._pairs(numbers, passages if for_retriever else [()] * len(numbers), k),
         )
+
+    def _pairs(self, numbers: np.ndarray, passages: Sequence[Sequence[int] | np.ndarray], k: int) -> PairBatch | None:
+        """What a re-ranker reads."""
+        if self.pairing is None:
+            return None
+        table = self.store.tokens(self.pairing.side)
+        rows = self.questions.tokens(self.pairing.side).rows(numbers)
+        return self.pairing(rows, [table.rows(some) for some in passages], k)
 
     @property
     def stored(self) -> QuestionStore:

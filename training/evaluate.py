@@ -22,7 +22,8 @@ from training.metrics import answer_metrics, answer_recall, exact_match, means, 
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.likelihood import collate_answers
 from training.models.system import RetrievalBatch, System
-from training.retrieve import IndexService
+from training.rerank import Reranking
+from training.retrieve import IndexService, Search, dense_search
 from training.settings import DecodingConfig, EvaluationConfig, GeneratorConfig, ObjectiveConfig, RetrievalConfig
 
 CONTROLS = ("closed_book", "gold")  # reads no passage; reads the labelled passage
@@ -52,6 +53,18 @@ class Written:
     tokens: list[list[int]]  # as `Decoded.tokens`
 
 
+@dataclass
+class Known:
+    """What came with the hits that are read; None: nothing."""
+
+    vectors: np.ndarray | None = None  # float32 [questions, k, dim]
+    lexical: np.ndarray | None = None  # float32 [questions, k]: normalised lexical scores
+
+    def of(self, part: slice) -> "Known":
+        """Of some questions."""
+        return Known(*(None if values is None else values[part] for values in (self.vectors, self.lexical)))
+
+
 class Evaluator:
     """Measures a system on questions of one store."""
 
@@ -69,13 +82,19 @@ class Evaluator:
         progress: Callable[[str], None] = lambda _: None,
         passages_fixed: bool = False,
         refusal: str = "",
+        search: Search | None = None,
+        select: Reranking | None = None,
     ) -> None:
         """`passages_fixed`: the passage encoder does not change, so that the index's vectors are its own. `refusal`:
-        the answer that says that there is none; how often it is given is measured unless it is empty."""
+        the answer that says that there is none; how often it is given is measured unless it is empty. `search`: how
+        passages are found, None by vectors alone; `select` puts what was found in another order."""
         self.engine, self.collator, self.store, self.service = engine, collator, store, service
         self.to_text, self.config, self.retrieval, self.objective = to_text, config, retrieval, objective
         self.progress, self.refusal = progress, refusal
-        self.num_vectors = retrieval.k if passages_fixed else 0
+        self.search = search if search is not None or service is None else dense_search(service)
+        self.select = select
+        self.deepest = max(retrieval.k, 0 if select is None else select.candidates)  # hits whose order may change
+        self.num_vectors = self.deepest if passages_fixed else 0
         assert isinstance(collator.questions, QuestionStore)
         self.questions = collator.questions
         self.generator_config = generator
@@ -99,13 +118,14 @@ class Evaluator:
         try:
             evaluation = Evaluation()
             begin = time.monotonic()
-            rows, vectors = self._rank(mine, evaluation, texts)
+            rows, known = self._rank(mine, evaluation, texts)
             if costs:
                 assert isinstance(self.engine.module, System)
-                self._costs = CostModel(self.engine.module, self._value_bytes, len(self.store))
+                reranked = 0 if self.select is None else self.select.candidates
+                self._costs = CostModel(self.engine.module, self._value_bytes, len(self.store), reranked)
                 self._search_seconds = (time.monotonic() - begin) / len(rows)
             for mode in (self.config.decoding.mode, *also):
-                self._answer(mine, rows, mode, vectors)
+                self._answer(mine, rows, mode, known)
         finally:
             self._costs = None
             self.engine.module.train(was_training)
@@ -158,11 +178,8 @@ class Evaluator:
         size = size or self.config.batch_size
         return [slice(start, start + size) for start in range(0, len(numbers), size)]
 
-    def _rank(
-        self, numbers: np.ndarray, evaluation: Evaluation, texts: bool
-    ) -> tuple[list[dict[str, Any]], np.ndarray | None]:
-        """Search every question; rows with ranking metrics and the best `retrieval.k` hits, and their vectors [n, k,
-        dim] where these are known."""
+    def _rank(self, numbers: np.ndarray, evaluation: Evaluation, texts: bool) -> tuple[list[dict[str, Any]], "Known"]:
+        """Search every question; rows with ranking metrics and the best `retrieval.k` hits, and what came with them."""
         asked = [self.questions.question(int(number)) for number in numbers]
         rows: list[dict[str, Any]] = [
             {"number": int(number), "id": q.id, "question": q.text, "answers": q.answers, "old_answers": q.old_answers}
@@ -171,9 +188,9 @@ class Evaluator:
         if self.service is None:
             for row in rows:
                 row["hits"] = np.empty(0, dtype=np.int64)
-            return rows, None
-        depth = min(max(self.config.k, self.retrieval.k), self.service.num_passages)
-        hits, vectors = self._search(numbers, depth, evaluation)
+            return rows, Known()
+        depth = min(max(self.config.k, self.deepest), self.service.num_passages)
+        hits, known = self._search(numbers, depth, evaluation)
         gold = [self.questions.gold_rows(int(number)) for number in numbers]
         measured = ranking_metrics(hits, gold)
         if texts:
@@ -182,24 +199,30 @@ class Evaluator:
             row |= {name: float(values[i]) for name, values in measured.items()}
             row["hits"] = hits[i, : self.retrieval.k]
             row["gold_in_k"] = float(np.isin(row["hits"], gold[i]).any()) if len(gold[i]) else float("nan")
-        return rows, vectors
+        return rows, known
 
-    def _search(self, numbers: np.ndarray, depth: int, evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray | None]:
-        assert self.service is not None
+    def _search(self, numbers: np.ndarray, depth: int, evaluation: Evaluation) -> tuple[np.ndarray, "Known"]:
+        assert self.search is not None
+        asked = [numbers[part] for part in self._batches(numbers)]
         pending = [
-            self.service.submit(encode_questions(self.engine, self.collator, numbers[part]), depth, self.num_vectors)
-            for part in self._batches(numbers)
+            self.search(some, encode_questions(self.engine, self.collator, some), depth, self.num_vectors)
+            for some in asked
         ]
         found = [search.result() for search in pending]
+        if self.select is not None:
+            found = [self.select(some, hits) for some, hits in zip(asked, found, strict=True)]
         evaluation.generation, evaluation.weights_version = found[-1].generation, found[-1].weights_version
-        vectors = [hits.vectors for hits in found if hits.vectors is not None]
-        return np.concatenate([hits.ids for hits in found]), np.concatenate(vectors) if vectors else None
+        k = self.retrieval.k
+        vectors = [hits.vectors[:, :k] for hits in found if hits.vectors is not None]
+        lexical = [hits.lexical[:, :k] for hits in found if hits.lexical is not None]
+        known = Known(*(np.concatenate(parts) if parts else None for parts in (vectors, lexical)))
+        return np.concatenate([hits.ids for hits in found]), known
 
     def _texts(self, hits: np.ndarray) -> list[str]:
         passages = [self.store.passage(int(number)) for number in hits]
         return [f"{passage.title} {passage.text}" for passage in passages]
 
-    def _answer(self, numbers: np.ndarray, rows: list[dict[str, Any]], mode: str, vectors: np.ndarray | None) -> None:
+    def _answer(self, numbers: np.ndarray, rows: list[dict[str, Any]], mode: str, known: "Known") -> None:
         """Write an answer to every question and measure it; the main mode's metrics carry no prefix."""
         decoding = self.config.decoding if mode in CONTROLS else replace(self.config.decoding, mode=mode)
         prefix = "" if mode == self.config.decoding.mode else f"{mode}/"
@@ -213,8 +236,8 @@ class Evaluator:
         for part in self._batches(numbers, size):
             chunk = rows[part]
             passages = [self._passages(row, mode) for row in chunk]
-            known = vectors[part] if vectors is not None and retrieved else None
-            predictions, likelihoods, written = self._predict(numbers[part], passages, decoding, not long, known)
+            some = known.of(part) if retrieved else Known()
+            predictions, likelihoods, written = self._predict(numbers[part], passages, decoding, not long, some)
             measured = answer_metrics(predictions, [row["answers"] for row in chunk])
             old = answer_metrics(predictions, [row["old_answers"] for row in chunk])["exact_match"]
             for i, row in enumerate(chunk):
@@ -262,17 +285,17 @@ class Evaluator:
         passages: list[np.ndarray],
         decoding: DecodingConfig,
         for_retriever: bool,
-        vectors: np.ndarray | None,
+        known: "Known",
     ) -> tuple[list[str], list[float], "Written | None"]:
         """Answers and log-likelihoods of the gold ones: written, and chosen where a question has options; and what was
         written, unless all have. What is done depends on the store alone, so that all trainers call the models equally
         often."""
         predictions, likelihoods, written = [""] * len(numbers), [0.0] * len(numbers), None
         if self.questions.num_with_options < len(self.questions):
-            written = self._write(numbers, passages, decoding, for_retriever, vectors)
+            written = self._write(numbers, passages, decoding, for_retriever, known)
             predictions, likelihoods = written.predictions, written.log_likelihoods
         if self.questions.max_options:
-            scores = self._score_options(numbers, passages, decoding.mode)
+            scores = self._score_options(numbers, passages, decoding.mode, known.lexical)
             for i, number in enumerate(numbers):
                 question = self.questions.question(int(number))
                 if question.options:
@@ -282,11 +305,13 @@ class Evaluator:
                     likelihoods[i] = float(of_options[gold])
         return predictions, likelihoods, written
 
-    def _score_options(self, numbers: np.ndarray, passages: list[np.ndarray], mode: str) -> np.ndarray:
+    def _score_options(
+        self, numbers: np.ndarray, passages: list[np.ndarray], mode: str, lexical: np.ndarray | None
+    ) -> np.ndarray:
         """float32 [questions, options]: log-probability of each option, marginal over the passages or fused. Columns
         beyond a question's own options mean nothing."""
         rows = [self.questions.option_tokens(int(number)) or [np.empty(0, dtype=np.int32)] for number in numbers]
-        batch = self.collator(numbers, passages, with_answers=False).to(self.engine.device)
+        batch = self.collator(numbers, passages, with_answers=False, lexical=lexical).to(self.engine.device)
         answers = []
         for option in range(self.questions.max_options):
             some = [of_question[min(option, len(of_question) - 1)] for of_question in rows]
@@ -306,9 +331,11 @@ class Evaluator:
         passages: list[np.ndarray],
         decoding: DecodingConfig,
         for_retriever: bool = True,
-        vectors: np.ndarray | None = None,
+        known: "Known | None" = None,
     ) -> "Written":
-        batch = self.collator(numbers, passages, for_retriever=for_retriever, vectors=vectors).to(self.engine.device)
+        vectors, lexical = (None, None) if known is None else (known.vectors, known.lexical)
+        batch = self.collator(numbers, passages, for_retriever=for_retriever, vectors=vectors, lexical=lexical)
+        batch = batch.to(self.engine.device)
         with torch.no_grad():
             answers = self.engine("answer", batch, decoding, self.objective.temperature, self._score_bias)
         texts = self._spelled(passages, answers.decoded.tokens)

@@ -52,7 +52,8 @@ class CorpusExamples:
     def search(self, questions: CorpusQuestions) -> FairSearch:
         """How passages for `questions` are searched."""
         assert self.parts.service is not None
-        return FairSearch(self.parts.service, questions, self.groups, self.parts.job.pretraining.margin)
+        margin, hybrid = self.parts.job.pretraining.margin, self.parts.hybrid_search(questions)
+        return FairSearch(self.parts.service, questions, self.groups, margin, hybrid)
 
 
 def make_source(
@@ -65,12 +66,12 @@ def make_source(
     if needs(job.objective).in_batch:
         stream = Stream(len(parts.store), job.training.batch_size, *place)
         return ClozeBatches(_pairs(parts, stream, job.objective.name), engine.device, start)
-    search = None
     if corpus is not None:
         questions = corpus.training
         stream = Stream(len(questions.candidates), job.training.batch_size, *place)
         answers, batch_of = None, stream.places
         collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
+        hybrid = None  # every passage that is read is a hit
         search = corpus.search(questions) if parts.service is not None else None
     else:
         questions = QuestionStore.open(job.train_questions, verify=False, corpus=parts.store)
@@ -78,6 +79,8 @@ def make_source(
         judged = job.objective.name in PREFERENCE or samples_answers(job.objective)
         answers, batch_of = None if judged else _training_answers(parts, questions, stream), stream.batch
         collator = make_collator(job.objective, parts.store, questions, parts.system.generator, parts.pad_id, job.seed)
+        search = hybrid = parts.hybrid_search(questions)
+    select = parts.selection(collator)
     if job.retrieval.source == "long":
         long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
         return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
@@ -87,19 +90,23 @@ def make_source(
     k, depth = job.retrieval.k, job.retrieval.prefetch_depth
     # A labelled passage takes one place: search one more, so that k - 1 others are left.
     k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
+    if select is not None:
+        k = max(k, select.candidates)
     k = min(k, parts.service.num_passages)
     as_they_came = job.retrieval.source != "gold" and not job.questions.refusal_share
     candidates, rescore = k, None
     if job.retrieval.rescore > 1:
         candidates = min(k * job.retrieval.rescore, parts.service.num_passages)
         keep_vectors = parts.index_is_fresh and as_they_came
-        rescore = Rescorer(FreshVectors(engine, collator), k, parts.index_is_fresh, keep_vectors)
+        fresh, fuse = FreshVectors(engine, collator), parts.refusion()
+        rescore = Rescorer(fresh, k, parts.index_is_fresh, keep_vectors, fuse)
     prefetcher = Prefetcher(
         parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), candidates, depth, start,
         with_vectors=parts.index_is_fresh and (as_they_came or rescore is not None), search=search,
-        is_living=parts.store.is_living, rescore=rescore,
+        is_living=parts.store.is_living, rescore=rescore, select=select,
     )  # fmt: skip
-    source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers)
+    weighed = hybrid if parts.weighs_words else None
+    source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers, weighed)
     if loader_state:
         source.restore(loader_state)
     return _with_pairs(parts, corpus, _aligned(parts, source, collator, reference, loader_state), place, start)

@@ -12,6 +12,7 @@ from training.evaluate import encode_questions
 from training.models.system import RetrievalBatch
 from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
 from training.pretraining import CorpusQuestions, FairSearch
+from training.rerank import Reranking
 from training.settings import EvaluationConfig, ObjectiveConfig, RetrievalConfig
 
 
@@ -27,8 +28,11 @@ class HeldOut:
         retrieval: RetrievalConfig,
         objective: ObjectiveConfig,
         number: int,
+        select: Reranking | None = None,
     ) -> None:
-        """`search`: None reads no passages. `number` of examples, in the whole."""
+        """`search`: None reads no passages. `number` of examples, in the whole. `select` puts what was found in another
+        order."""
+        self.select = select
         assert isinstance(collator.questions, CorpusQuestions)
         self.questions = collator.questions
         self.engine, self.collator, self.search = engine, collator, search
@@ -59,17 +63,23 @@ class HeldOut:
         rows: list[tuple[int, str, float, int]] = []
         for start in range(0, share, self.config.batch_size):
             part = numbers[start : start + self.config.batch_size]
-            batch = self.collator(part, self._passages(part)).to(self.engine.device)
+            passages, lexical = self._passages(part)
+            batch = self.collator(part, passages, lexical=lexical).to(self.engine.device)
             values, tokens = self._log_likelihoods(batch), batch.reader.answer_mask.sum(dim=1).tolist()
             tasks = [self.questions.example(int(number)).task for number in part]
             rows += zip(part.tolist(), tasks, values, tokens, strict=True)
         return rows
 
-    def _passages(self, numbers: np.ndarray) -> Sequence[np.ndarray]:
+    def _passages(self, numbers: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray | None]:
         if self.search is None:
-            return [np.empty(0, dtype=np.int64)] * len(numbers)
-        queries = encode_questions(self.engine, self.collator, numbers)
-        return [row[row >= 0] for row in self.search(numbers, queries, self.retrieval.k).result().ids]
+            return [np.empty(0, dtype=np.int64)] * len(numbers), None
+        queries, k = encode_questions(self.engine, self.collator, numbers), self.retrieval.k
+        depth = k if self.select is None else max(k, self.select.candidates)
+        hits = self.search(numbers, queries, depth).result()
+        if self.select is not None:
+            hits = self.select(numbers, hits)
+        passages = [row[row >= 0] for row in hits.ids[:, :k]]
+        return passages, None if hits.lexical is None else hits.lexical[:, :k]
 
     @torch.no_grad()
     def _log_likelihoods(self, batch: RetrievalBatch) -> list[float]:

@@ -6,15 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from indexing.settings import QuestionsConfig
 from indexing.store import Store
+from training.data import Collator, Questions
 from training.engine import Engine
-from training.models.system import System
+from training.hybrid import HybridSearch, Refusion
+from training.models.reranker import make_pairing
+from training.models.system import RetrievalBatch, System
 from training.models.tokenizers import pad_id, to_text
 from training.monitor import Monitor
 from training.policy import RefreshPlan
+from training.reference import evaluating
+from training.rerank import Reranking
 from training.retrieve import IndexService
 from training.settings import (
     AlignmentConfig,
@@ -26,6 +32,7 @@ from training.settings import (
     MonitorConfig,
     ObjectiveConfig,
     PretrainingConfig,
+    RerankerConfig,
     RetrievalConfig,
     TrainingConfig,
 )
@@ -68,6 +75,7 @@ class StageJob:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     evaluate_preferences: str = ""  # store of pairs, or "" where none are measured
     corpus: str = ""  # folder of the changes made to the passages, now and while the stage runs; "": they stay
+    reranker: RerankerConfig = field(default_factory=RerankerConfig)
 
 
 class Parts:
@@ -88,6 +96,7 @@ class Parts:
         self.engine, self.service, self.monitor = engine, service, monitor
         self.run_dir = Path(job.run_dir)
         self.pad_id = pad_id(tokenizers[0])
+        self.pairing = make_pairing(job.reranker, tokenizers[0], Path(job.tokenizers))
         self.to_text: Callable[[Any], str] = lambda tokens: to_text(tokenizers[1], tokens)
         self._last_progress = 0.0
 
@@ -100,6 +109,46 @@ class Parts:
     def index_is_fresh(self) -> bool:
         """Whether the vectors of the index are those of the passage encoder at every step, in full precision."""
         return not self.retriever_trains and self.job.publish_precision == "float32"
+
+    def hybrid_search(self, questions: Questions) -> HybridSearch | None:
+        """How passages for `questions` are found by vectors and words; None where by vectors alone. Raises ValueError
+        where the index service has no lexical index."""
+        if self.job.retrieval.hybrid == "none" or self.service is None:
+            return None
+        if self.service.lexical is None:
+            raise ValueError(f"retrieval.hybrid={self.job.retrieval.hybrid}: the index service has no lexical index")
+        return HybridSearch(
+            self.service, self.service.lexical, questions.text, self.job.retrieval, self.lexical_weight,
+            self.store.is_living,
+        )  # fmt: skip
+
+    def refusion(self) -> Refusion | None:
+        """How hits of both indexes are fused by fresh scores; None where there is but one."""
+        if self.job.retrieval.hybrid == "none":
+            return None
+        return Refusion(self.job.retrieval, self.lexical_weight)
+
+    @torch.no_grad()
+    def lexical_weight(self) -> float:
+        """What a lexical score of 1 adds to an inner product now. Collective under ZeRO 3."""
+        return float(self.engine("lexical_weight"))
+
+    @property
+    def weighs_words(self) -> bool:
+        """Whether lexical scores are part of p(z|q)."""
+        return self.system.retriever.lexical is not None
+
+    def selection(self, collator: Collator) -> Reranking | None:
+        """How hits are re-ranked; None without a re-ranker. The collator then makes pairs, too."""
+        collator.pairing = self.pairing
+        if self.pairing is None:
+            return None
+        return Reranking(self._rank, collator, self.job.reranker.candidates, self.job.evaluation.batch_size)
+
+    @torch.no_grad()
+    def _rank(self, batch: RetrievalBatch) -> torch.Tensor:
+        with evaluating(self.engine.module):
+            return self.engine("rank", batch.to(self.engine.device))
 
     def progress(self, text: str) -> None:
         """Say how far something is, every few seconds."""

@@ -79,6 +79,7 @@ class Hooks:
     max_staleness_steps: int = 0
     passages_fixed: bool = False  # the passage encoder does not train: hits are never stale
     wait_timeout_s: float = 600.0
+    numbers: Callable[[], dict[str, float]] | None = None  # more metrics of a logged step; called on every rank
     watch: Callable[[dict[str, float]], None] | None = None  # sees the metrics of every step; may end the run
 
 
@@ -160,6 +161,7 @@ def train(
         if state.step % config.log_every == 0 or state.step == config.steps or not result.updated:
             metrics |= {f"optim/grad_norm_{name}": norm for name, norm in result.grad_norm.items()}
             metrics |= {f"optim/lr_{name}": rate for name, rate in rates.items()}
+            metrics |= hooks.numbers() if hooks.numbers is not None else {}
             monitor.log(metrics, state.step)
         if hooks.watch is not None:
             hooks.watch(metrics)

@@ -15,6 +15,7 @@ from training.held_out import HeldOut
 from training.job import Parts
 from training.jsonl import append_line
 from training.loop import LoopState
+from training.models.build import parameter_groups
 from training.needle import check_needle, needle_sweep
 from training.objectives.choose import needs
 from training.preferences import PreferenceEvaluator
@@ -42,7 +43,7 @@ class Measures:
         """Look out for a collapse from here on, where a retriever follows a reader; a warm start has an entropy of
         another kind."""
         job = self.parts.job
-        trains = any(p.requires_grad for p in self.parts.system.retriever.parameters())
+        trains = bool(parameter_groups(self.parts.system)["retriever"])
         wanted = job.training.on_collapse != "ignore" and not needs(job.objective).in_batch
         self.collapse = CollapseDetector(state.start) if trains and wanted else None
         return self.collapse
@@ -101,6 +102,7 @@ class Measures:
         evaluator = Evaluator(
             parts.engine, collator, parts.store, parts.service, parts.to_text, job.evaluation, job.retrieval,
             job.objective, job.generator, parts.progress, parts.index_is_fresh, job.questions.refusal,
+            parts.hybrid_search(questions), parts.selection(collator),
         )  # fmt: skip
         if job.evaluation.needle.lengths:
             check_needle(evaluator, job.evaluation.needle)
@@ -113,7 +115,8 @@ class Measures:
         collator = Collator(parts.store, corpus.held_out, parts.system.generator, parts.pad_id)
         search = corpus.search(corpus.held_out) if parts.service is not None else None
         number = job.pretraining.held_out_examples
-        return HeldOut(parts.engine, collator, search, job.evaluation, job.retrieval, job.objective, number)
+        select = parts.selection(collator)
+        return HeldOut(parts.engine, collator, search, job.evaluation, job.retrieval, job.objective, number, select)
 
     def _make_preferences(self) -> PreferenceEvaluator:
         parts, job = self.parts, self.parts.job
@@ -121,7 +124,7 @@ class Measures:
         collator = PairCollator(parts.store, pairs, parts.system.generator, parts.pad_id)
         return PreferenceEvaluator(
             parts.engine, collator, parts.service, job.retrieval, job.evaluation.batch_size, job.objective.temperature,
-            parts.progress,
+            parts.progress, parts.hybrid_search(pairs), parts.selection(collator),
         )  # fmt: skip
 
     def _measure_preferences(self, file: str = "", limit: int = 0) -> dict[str, float]:

@@ -13,7 +13,8 @@ from training.metrics import means, ranking_metrics
 from training.objectives.likelihoods import retrieval_log_probs
 from training.objectives.preference import Candidates, marginal_log_probs
 from training.reference import evaluating
-from training.retrieve import IndexService
+from training.rerank import Reranking
+from training.retrieve import IndexService, Search, dense_search
 from training.settings import RetrievalConfig
 
 
@@ -29,7 +30,12 @@ class PreferenceEvaluator:
         batch_size: int,
         temperature: float,
         progress: Callable[[str], None] = lambda _: None,
+        search: Search | None = None,
+        select: Reranking | None = None,
     ) -> None:
+        """`search`: None by vectors alone; `select` puts what was found in another order."""
+        self.search = search if search is not None or service is None else dense_search(service)
+        self.select = select
         self.engine, self.collator, self.service, self.retrieval = engine, collator, service, retrieval
         self.batch_size, self.temperature, self.progress = batch_size, temperature, progress
         self.questions = collator.stored
@@ -59,8 +65,8 @@ class PreferenceEvaluator:
         return means({name: np.array([row.get(name, np.nan) for row in ordered]) for name in names}), ordered
 
     def _measure(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        passages = self._passages(numbers)
-        batch = self.collator(numbers, passages).to(self.engine.device)
+        passages, lexical = self._passages(numbers)
+        batch = self.collator(numbers, passages, lexical=lexical).to(self.engine.device)
         outputs: Candidates = self.engine("candidates", batch)
         assert outputs.log_probs is not None
         prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, self.temperature)
@@ -82,10 +88,13 @@ class PreferenceEvaluator:
                 row[f"preference_recall@{k}"] = float(found)
         return rows
 
-    def _passages(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """What the index finds now; nothing for a closed book."""
-        if self.service is None:
-            return [np.empty(0, dtype=np.int64)] * len(numbers)
+    def _passages(self, numbers: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """What the index finds now, with lexical scores where there are any; nothing for a closed book."""
+        if self.service is None or self.search is None:
+            return [np.empty(0, dtype=np.int64)] * len(numbers), None
         k = min(self.retrieval.k, self.service.num_passages)
-        hits = self.service.submit(encode_questions(self.engine, self.collator, numbers), k).result()
-        return list(hits.ids)
+        depth = k if self.select is None else min(max(k, self.select.candidates), self.service.num_passages)
+        hits = self.search(numbers, encode_questions(self.engine, self.collator, numbers), depth).result()
+        if self.select is not None:
+            hits = self.select(numbers, hits)
+        return list(hits.ids[:, :k]), None if hits.lexical is None else hits.lexical[:, :k]

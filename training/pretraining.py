@@ -7,16 +7,16 @@ that tokenise questions. The passage that an example was cut from, and its near-
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from indexing.merge import Hits
+from indexing.merge import Hits, chosen, filled, without
 from indexing.store import Store, TokenSide
 from training.mixture import answered
 from training.models.sides import generator_answer_side, generator_question_side, retriever_question_side
-from training.retrieve import IndexService, PendingHits
+from training.retrieve import IndexService, PendingHits, Search, dense_search
 from training.settings import EncoderConfig, GeneratorConfig, PretrainingConfig
 from training.tasks import MASK_WORD, MaskWords, find_recognizer, make_example
 
@@ -93,6 +93,10 @@ class CorpusQuestions:
     def sources(self, numbers: np.ndarray) -> np.ndarray:
         """int64 [n]: the passages that examples were cut from."""
         return np.array([self.example(int(number)).source for number in numbers], dtype=np.int64)
+
+    def text(self, number: int) -> str:
+        """The question as the generator reads it."""
+        return self.example(number).question
 
     def tokens(self, side: str) -> "ExampleRows":
         """Token rows of the questions, by example number."""
@@ -189,15 +193,26 @@ class FairSearch:
     largest group of its sources makes necessary, without another encoding of the questions.
     """
 
-    def __init__(self, service: IndexService, questions: CorpusQuestions, groups: np.ndarray, margin: int) -> None:
+    def __init__(
+        self,
+        service: IndexService,
+        questions: CorpusQuestions,
+        groups: np.ndarray,
+        margin: int,
+        search: Search | None = None,
+    ) -> None:
+        """`search`: what finds the hits that are cleaned; None: the service's own."""
+        self.search = search or dense_search(service)
         self.service, self.questions, self.groups, self.margin = service, questions, groups, margin
         self.sizes = np.bincount(groups, minlength=len(groups))  # passages of a group, by its number
 
-    def __call__(self, numbers: np.ndarray, queries: np.ndarray, k: int) -> "FairHits":
-        """Start the search of examples `numbers` with float32 `queries` [batch, dim]."""
+    def __call__(
+        self, numbers: np.ndarray, queries: np.ndarray, k: int, num_vectors: int = 0, again: bool = False
+    ) -> "FairHits":
+        """Start the search of examples `numbers` with float32 `queries` [batch, dim]; no vectors come along."""
         own = self.group_of(self.questions.sources(numbers))
         depth = min(k + self.margin, self.service.num_passages)
-        return FairHits(self, own, queries, k, self.service.submit(queries, depth))
+        return FairHits(self, numbers, own, queries, k, self.search(numbers, queries, depth, again=again))
 
     def group_of(self, numbers: np.ndarray) -> np.ndarray:
         """The group of near-duplicates of each passage; a text that replaced another one is in that one's, a passage
@@ -210,8 +225,17 @@ class FairSearch:
 class FairHits:
     """A search under way, whose hits are cleaned when they are taken."""
 
-    def __init__(self, search: FairSearch, own: np.ndarray, queries: np.ndarray, k: int, pending: PendingHits) -> None:
-        self.search, self.own, self.queries, self.k, self.pending = search, own, queries, k, pending
+    def __init__(
+        self,
+        search: FairSearch,
+        numbers: np.ndarray,
+        own: np.ndarray,
+        queries: np.ndarray,
+        k: int,
+        pending: PendingHits,
+    ) -> None:
+        self.search, self.numbers, self.own, self.queries, self.k = search, numbers, own, queries, k
+        self.pending = pending
 
     def result(self) -> Hits:
         """Hits [batch, k]; where the corpus holds too few other passages, ids end with -1 and scores with -inf."""
@@ -221,20 +245,11 @@ class FairHits:
             deepest = self.k + int(self.search.sizes[self.own].max())
             depth = min(deepest, self.search.service.num_passages)
             if depth > hits.ids.shape[1]:
-                hits = self.search.service.submit(self.queries, depth).result()
+                hits = self.search.search(self.numbers, self.queries, depth, again=True).result()
                 fair = self._fair(hits)
         order = np.argsort(~fair, axis=1, kind="stable")[:, : self.k]  # the fair ones first, in their order
-        kept = np.take_along_axis(fair, order, axis=1)
-        ids = np.where(kept, np.take_along_axis(hits.ids, order, axis=1), -1)
-        scores = np.where(kept, np.take_along_axis(hits.scores, order, axis=1), np.float32("-inf"))
-        versions = None if hits.versions is None else np.take_along_axis(hits.versions, order, axis=1)
-        missing = self.k - ids.shape[1]
-        if missing > 0:
-            if versions is not None:
-                versions = np.pad(versions, ((0, 0), (0, missing)), constant_values=hits.weights_version)
-            ids = np.pad(ids, ((0, 0), (0, missing)), constant_values=-1)
-            scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=np.float32("-inf"))
-        return Hits(ids, scores.astype(np.float32), hits.generation, hits.weights_version, versions=versions)
+        unfair = ~np.take_along_axis(fair, order, axis=1)
+        return replace(filled(without(chosen(hits, order), unfair), self.k), vectors=None)
 
     def _fair(self, hits: Hits) -> np.ndarray:
         return (hits.ids >= 0) & (self.search.group_of(hits.ids) != self.own[:, None])

@@ -3,20 +3,23 @@
 A search of k times `retrieval.rescore` candidates is answered by the generation that serves, whatever the age of its
 weights; the trainer then encodes the question and every candidate once more, without gradient or dropout, and the best
 k by these scores are what the generator reads. With all passages as candidates this is brute force by fresh encoders;
-with fewer, a passage that the old weights rank below them is still missed, which a refresh alone can mend.
+with fewer, a passage that the old weights rank below them is still missed, which a refresh alone can mend. Where words
+are searched, too, the candidates are those of both indexes, fused; a re-ranker chooses among the best
+`reranker.candidates` of those that were scored again (`training/hybrid.py` has the order as a whole).
 
 Every method is collective under ZeRO 3: each forward gathers weights from all ranks. Ranks hold different candidates,
 so they first agree on a number of forwards; a rank that needs fewer fills up with a passage whose vector is dropped.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from indexing.encode import length_batches
-from indexing.merge import Hits
+from indexing.merge import Hits, chosen
 from training.data import Collator
 from training.engine import Engine
 from training.evaluate import encode_questions
@@ -62,10 +65,18 @@ class FreshVectors:
 class Rescorer:
     """Chooses the best `k` of a search's candidates (`training.retrieve.Rescore`)."""
 
-    def __init__(self, fresh: FreshVectors, k: int, vectors_are_fresh: bool, keep_vectors: bool) -> None:
+    def __init__(
+        self,
+        fresh: FreshVectors,
+        k: int,
+        vectors_are_fresh: bool,
+        keep_vectors: bool,
+        fuse: Callable[[np.ndarray, Hits], np.ndarray] | None = None,
+    ) -> None:
         """`vectors_are_fresh`: the passage encoder does not train, so that vectors which come with hits are its own and
-        nothing is encoded again but the question. `keep_vectors`: hand on those of the best k."""
-        self.fresh, self.k = fresh, k
+        nothing is encoded again but the question. `keep_vectors`: hand on those of the best k. `fuse`: fresh inner
+        products to what the best are chosen by, where words are searched, too (`training.hybrid.Refusion`)."""
+        self.fresh, self.k, self.fuse = fresh, k, fuse
         self.vectors_are_fresh, self.keep_vectors = vectors_are_fresh, keep_vectors
 
     def __call__(self, questions: np.ndarray, candidates: Hits) -> Rescored:
@@ -74,14 +85,10 @@ class Rescorer:
         queries = self.fresh.questions(questions)
         vectors = self._vectors(candidates)
         scores = pair_scores(queries, vectors, candidates.ids)
+        if self.fuse is not None:
+            scores = self.fuse(scores, candidates)
         order = np.lexsort((candidates.ids, candidates.ids < 0, -scores), axis=-1)[:, : self.k]
-        hits = replace(
-            candidates,
-            ids=np.take_along_axis(candidates.ids, order, axis=1),
-            scores=np.take_along_axis(scores, order, axis=1),
-            vectors=np.take_along_axis(vectors, order[:, :, None], axis=1) if self.keep_vectors else None,
-            versions=None if candidates.versions is None else np.take_along_axis(candidates.versions, order, axis=1),
-        )
+        hits = chosen(replace(candidates, scores=scores, vectors=vectors if self.keep_vectors else None), order)
         overlap = overlap_of(candidates.ids[:, : self.k], hits.ids)
         return Rescored(hits, float(np.mean(overlap)), time.perf_counter() - begin)
 

@@ -13,13 +13,17 @@ encoding of its candidates does not.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from indexing.merge import Hits
+from indexing.merge import Hits, Indexed, chosen, without
 from indexing.probe import UNKNOWN, Figures
+
+if TYPE_CHECKING:
+    from training.hybrid import LexicalService
+    from training.rerank import Select
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,31 @@ class PendingHits(Protocol):
         ...
 
 
+class Search(Protocol):
+    """How a batch of questions is searched."""
+
+    def __call__(
+        self, numbers: np.ndarray, queries: np.ndarray, k: int, num_vectors: int = 0, again: bool = False
+    ) -> PendingHits:
+        """Start the search of questions `numbers` with float32 `queries` [batch, dim]. `again`: it is one that other
+        trainers do not do at the same time, so that nothing collective may be part of it."""
+        ...
+
+
 class IndexService(Protocol):
     """A sharded index that follows the encoder."""
 
     num_passages: int
+    lexical: "LexicalService | None"  # where retrieval.hybrid asks for one
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
         """Start a search of float32 `queries` [batch, dim]; every query is answered by one generation. The first
         `num_vectors` hits come with their vectors, where the kind of index keeps them."""
+        ...
+
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
+        """What `generation` has of passages `ids` int64 [...]. Raises GenerationGone, and TimeoutError as a search
+        does."""
         ...
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
@@ -82,6 +103,25 @@ class IndexService(Protocol):
     def status(self) -> IndexStatus:
         """The newest known state; never waits."""
         ...
+
+
+class DenseIndex(Protocol):
+    """What a search needs of an `IndexService`."""
+
+    num_passages: int
+
+    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
+        """As `IndexService.submit`."""
+        ...
+
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
+        """As `IndexService.indexed`."""
+        ...
+
+
+def dense_search(service: DenseIndex) -> Search:
+    """By vectors alone."""
+    return lambda numbers, queries, k, num_vectors=0, again=False: service.submit(queries, k, num_vectors)
 
 
 @dataclass(frozen=True)
@@ -143,17 +183,18 @@ class Prefetcher:
         depth: int,
         start: int = 0,
         with_vectors: bool = False,
-        search: Callable[[np.ndarray, np.ndarray, int], PendingHits] | None = None,
+        search: Search | None = None,
         is_living: Callable[[np.ndarray], np.ndarray] | None = None,
         rescore: Rescore | None = None,
+        select: "Select | None" = None,
     ) -> None:
         """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
         numbers are. `is_living` tells which passage numbers are still in the corpus: hits that were found before one of
-        them was deleted are not handed out, the batch is searched again. `rescore` chooses among the k candidates when
-        a batch is handed out; it may be collective."""
-        num_vectors = k if with_vectors else 0
-        self.search = search or (lambda _, queries, k: service.submit(queries, k, num_vectors))
-        self.is_living = is_living
+        them was deleted are not handed out, the batch is searched again. When a batch is handed out, `rescore` chooses
+        among the k candidates, and `select` puts what it chose in another order; both may be collective."""
+        self.num_vectors = k if with_vectors else 0
+        self.search = search or dense_search(service)
+        self.is_living, self.select = is_living, select
         self.service, self.batch_of, self.encode_questions = service, batch_of, encode_questions
         self.k, self.depth, self.rescore = k, depth, rescore
         self.position = start  # number of the next batch to search
@@ -171,15 +212,18 @@ class Prefetcher:
         wait_s = time.perf_counter() - begin
         while len(self._queue) < self.depth:
             self._submit()
-        if self.rescore is None:
-            return Searched(first.number, first.questions, hits, wait_s)
-        again = self.rescore(first.questions, hits)  # the shards search the next batches meanwhile
-        return Searched(first.number, first.questions, again.hits, wait_s, again.seconds, again.overlap)
+        seconds, overlap = 0.0, None  # the shards search the next batches meanwhile
+        if self.rescore is not None:
+            again = self.rescore(first.questions, hits)
+            hits, seconds, overlap = again.hits, again.seconds, again.overlap
+        if self.select is not None:
+            hits = self.select(first.questions, hits)
+        return Searched(first.number, first.questions, hits, wait_s, seconds, overlap)
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)
         queries = self.encode_questions(questions)
-        pending = self.search(questions, queries, self._depth())
+        pending = self.search(questions, queries, self._depth(), self.num_vectors)
         self._queue.append(_InFlight(self.position, questions, pending, queries))
         self.position += 1
 
@@ -190,16 +234,9 @@ class Prefetcher:
         if living.all():
             return hits
         if item.queries is not None:
-            return self.search(item.questions, item.queries, self._depth()).result()
+            return self.search(item.questions, item.queries, self._depth(), self.num_vectors, again=True).result()
         order = np.argsort(~living, axis=1, kind="stable")
-        kept = np.take_along_axis(living, order, axis=1)
-        ids = np.where(kept, np.take_along_axis(hits.ids, order, axis=1), -1)
-        scores = np.where(kept, np.take_along_axis(hits.scores, order, axis=1), np.float32("-inf")).astype(np.float32)
-        versions = None if hits.versions is None else np.take_along_axis(hits.versions, order, axis=1)
-        vectors = hits.vectors
-        if vectors is not None:
-            vectors = np.take_along_axis(vectors, order[:, : vectors.shape[1], None], axis=1)
-        return replace(hits, ids=ids, scores=scores, vectors=vectors, versions=versions)
+        return without(chosen(hits, order), ~np.take_along_axis(living, order, axis=1))
 
     def _depth(self) -> int:
         """`k`, or all passages where so many were deleted that fewer are left."""

@@ -187,6 +187,29 @@ class RetrievalConfig:
     # (training/rescore.py); 0, 1: off. In training only: an evaluation measures the index as it answers, so that runs
     # with and without are compared by one measure, and a stage's last evaluation has a fresh index anyway.
     rescore: int = 0
+    # Words beside vectors (BM25, section `lexical`). none | rrf (reciprocal ranks choose the passages; p(z|q) is the
+    # dense one) | learned (p(z|q) is of inner product + weight * lexical score, the weight trains with the retriever)
+    hybrid: str = "none"
+    candidates: int = 100  # hybrid: hits of each of the two indexes that are fused
+    rrf_constant: float = 60.0  # rrf: a passage scores 1 / (constant + place) in each ranking
+    lexical_weight: float = 0.2  # learned: where the weight starts, in units of an inner product; lexical scores are
+    # divided by the corpus's best one for the same question
+
+
+@dataclass
+class RerankerConfig:
+    """A cross-encoder that reads question and passage together and is part of p(z|q)."""
+
+    mode: str = "off"  # off | add (to the retriever's score) | replace (it alone; the retriever then does not train)
+    name: str = ""  # Hugging Face cross-encoder, one label; empty: `fresh`, with the retriever's tokeniser
+    fresh: FreshEncoderConfig = field(default_factory=FreshEncoderConfig)
+    candidates: int = 20  # hits that are re-ranked, without gradient, before the best retrieval.k are read
+    max_question_tokens: int = 32  # with `name`: of its own tokeniser
+    max_passage_tokens: int = 128
+    length_groups: int = 4
+    attention: str = "auto"  # auto (eager on CPU, sdpa on GPU) | eager | sdpa | flash_attention_2
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass

@@ -10,9 +10,10 @@ import torch
 from indexing.merge import Hits
 from training.answers import TrainingAnswers
 from training.data import ClozeSource, Collator, Stream, gold_first
+from training.hybrid import HybridSearch
 from training.loop import Fetched, Source
 from training.models.system import RetrievalBatch
-from training.retrieve import Prefetcher
+from training.retrieve import Prefetcher, Searched
 from training.settings import RetrievalConfig
 
 PAIRS = 13  # purpose of a random generator
@@ -29,8 +30,11 @@ class RetrievedBatches:
         device: torch.device,
         stream: Stream,
         answers: TrainingAnswers | None = None,
+        hybrid: HybridSearch | None = None,
     ) -> None:
-        """`answers`: None for each question's own target."""
+        """`answers`: None for each question's own target. `hybrid` knows the lexical scores of passages that are read
+        without being hits; None where nothing weighs them."""
+        self.hybrid = hybrid
         self.prefetcher, self.collator, self.config = prefetcher, collator, config
         self.device, self.stream, self.answers = device, stream, answers
         self._trained = prefetcher.position
@@ -54,7 +58,9 @@ class RetrievedBatches:
         known = searched.hits.vectors  # asked for only where the passages are the hits as they came
         if known is not None:  # fewer where passages were deleted since a checkpoint
             known = known[:, : max(1, max(len(row) for row in passages))]
-        batch = self.collator(searched.questions, passages, answers=answers, vectors=known).to(self.device)
+        lexical = self._lexical(searched, passages)
+        batch = self.collator(searched.questions, passages, answers=answers, vectors=known, lexical=lexical)
+        batch = batch.to(self.device)
         found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
         self._trained = searched.number + 1
         return Fetched(
@@ -70,11 +76,20 @@ class RetrievedBatches:
             hit_versions=None if searched.hits.versions is None else searched.hits.versions[:, : self.config.k],
         )
 
+    def _lexical(self, searched: Searched, passages: list[np.ndarray]) -> np.ndarray | None:
+        """Normalised lexical scores of what is read."""
+        hits = searched.hits
+        if hits.lexical is None:
+            return None
+        if all(np.array_equal(row, ids[: len(row)]) for row, ids in zip(passages, hits.ids, strict=True)):
+            return hits.lexical
+        if self.hybrid is None:
+            return None
+        return self.hybrid.scores(searched.questions, passages, hits.corpus)
+
     def state(self) -> dict[str, Any]:
         """Number of the next batch, and the hits of those already searched."""
-        ahead = [
-            (h.ids, h.scores, h.generation, h.weights_version, h.vectors, h.versions) for h in self.prefetcher.state()
-        ]
+        ahead = [tuple(vars(hits).values()) for hits in self.prefetcher.state()]
         return {"number": self._trained, "ahead": ahead}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from training.jsonl import plain
 from training.loop import Hooks, LoopState, Source, publish, train
 from training.measures import Measures
 from training.mixture import pretrains
-from training.models.build import build_system, fit_weights, parameter_groups
+from training.models.build import build_system, built_parts, fit_weights, parameter_groups
 from training.models.tokenizers import load_tokenizer
 from training.monitor import Monitor
 from training.objectives.check import needs_reference
@@ -53,8 +53,10 @@ class Stage:
         if job.corpus:
             self.store = LiveStore.open_with(job.passages, job.corpus)
         self.system = build_system(
-            job.encoder, job.generator, job.training.train, self.tokenizers, job.seed, job.objective
-        )
+            job.encoder, job.generator, job.training.train, self.tokenizers, job.seed, job.objective, job.retrieval,
+            job.reranker,
+        )  # fmt: skip
+        self._built = built_parts(self.system) if job.init_from else {}
         self._initial = initial_copy(self.system) if has_reference(job) else None
         self.reference: Reference | None = None
         self.engine = Engine(self.system, job.engine, parameter_groups(self.system))
@@ -111,10 +113,14 @@ class Stage:
             self.monitor.event("resumed", checkpoint=found, step=self.state.step)
             return rank_state["source"]
         if job.init_from:
-            weights = fit_weights(load_weights(Path(job.init_from)), self.system) if self.engine.rank == 0 else {}
+            weights = self._start_weights() if self.engine.rank == 0 else {}
             self.engine.load_consolidated(weights)
             self.monitor.message(f"starts from {job.init_from}")
         return None
+
+    def _start_weights(self) -> dict[str, torch.Tensor]:
+        built, self._built = self._built, {}
+        return fit_weights(load_weights(Path(self.job.init_from)), self.system, built)
 
     def make_reference(self, resumes: bool) -> Reference | None:
         """What alignment compares with: this stage's start, wherever it stands now. Collective."""
@@ -169,6 +175,7 @@ class Stage:
             max_staleness_steps=job.max_staleness_steps if trains else 0,
             passages_fixed=not trains,
             wait_timeout_s=job.wait_timeout_s,
+            numbers=self._numbers if self.parts.weighs_words else None,
             watch=(lambda metrics: self.measures.after_step(self.state.step, metrics)) if watched else None,
         )
 
@@ -217,6 +224,9 @@ class Stage:
     def _freshness_state(self) -> dict[str, Any]:
         state = self.freshness.state() if self.freshness is not None else None
         return {} if state is None else {"freshness": state}
+
+    def _numbers(self) -> dict[str, float]:
+        return {"retrieval/lexical_weight": self.parts.lexical_weight()}
 
     def _save_index(self) -> tuple[int, bool]:
         """Number of the generation on disk, and whether the passage encoder as it is now made it; -1 where there is

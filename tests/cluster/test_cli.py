@@ -43,6 +43,17 @@ def test_mistakes(
     assert captured.err.count("\n") == 1
 
 
+def test_phrasings_of_a_question_are_told_from_files_and_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two words").mkdir()
+    further = ["Name of the author?", "training.steps=5 ", "run.name=a b", "two words", "a.yaml", "what is x = 2?"]
+    questions, rest = cli.split_questions(["Who?", *further])
+    assert questions == ["Who?", "Name of the author?", "what is x = 2?"]
+    assert rest == ["training.steps=5 ", "run.name=a b", "two words", "a.yaml"]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["help"]])
 def test_help_names_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0

@@ -377,6 +377,74 @@ def test_pretraining_refuses_what_does_not_fit_it(write) -> None:
     assert "questions.refusal_share=0.5: must be 0" in refusal([path], "questions.refusal_share=0.5")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("retrieval.hybrid=rff", "retrieval.hybrid=rff: must be one of none, rrf, learned. Did you mean rrf?"),
+        (
+            "retrieval.hybrid=rrf retrieval.source=none training.train=generator_only",
+            "retrieval.hybrid=rrf: must be none with retrieval.source=none",
+        ),
+        ("retrieval.hybrid=rrf retrieval.candidates=3", "retrieval.candidates=3: must be at least retrieval.k=4"),
+        ("retrieval.candidates=0", "retrieval.candidates=0: must be at least 1"),
+        ("retrieval.rrf_constant=-1", "retrieval.rrf_constant=-1.0: must not be negative"),
+        (
+            "retrieval.hybrid=rrf retrieval.rescore=4 retrieval.candidates=15",
+            "retrieval.candidates=15: must be at least 16: retrieval.rescore=4 times the retrieval.k=4 that are chosen",
+        ),
+        (
+            "retrieval.hybrid=learned retrieval.rescore=6 reranker.mode=add",
+            "retrieval.candidates=100: must be at least 120: retrieval.rescore=6 times the reranker.candidates=20",
+        ),
+        (
+            "reranker.mode=replace retrieval.rescore=2",
+            "retrieval.rescore=2: must be 0 with reranker.mode=replace: the retriever does not train",
+        ),
+        ("retrieval.lexical_weight=0", "retrieval.lexical_weight=0.0: must be above 0"),
+        ("lexical.b=1.2", "lexical.b=1.2: must be between 0 and 1"),
+        ("lexical.k1=-1", "lexical.k1=-1.0: must not be negative"),
+        ("lexical.stemmer=englsh", "lexical.stemmer=englsh: must be empty or one of"),
+        ("lexical.stop_words=klingon", "lexical.stop_words=klingon: must be empty or one of english, german"),
+        ("lexical.token_pattern=(a)(b)", "lexical.token_pattern=(a)(b): must be a pattern of words without groups"),
+        ("reranker.mode=on", "reranker.mode=on: must be one of off, add, replace"),
+        ("reranker.mode=add reranker.candidates=3", "reranker.candidates=3: must be at least retrieval.k=4"),
+        (
+            "reranker.mode=add retrieval.source=none training.train=generator_only",
+            "reranker.mode=add: must be off with retrieval.source=none",
+        ),
+        (
+            "reranker.mode=replace retrieval.hybrid=learned",
+            "retrieval.hybrid=learned: must be none or rrf with reranker.mode=replace",
+        ),
+        (
+            "reranker.mode=add reranker.name=x pretraining.prefix_lm=1",
+            "reranker.name=x: must be empty (a fresh re-ranker) with a section pretraining",
+        ),
+        ("reranker.fresh.hidden=30", "reranker.fresh.hidden=30: must be a multiple of num_heads=4"),
+    ],
+)
+def test_mistakes_of_hybrid_retrieval(write, overrides: str, expected: str) -> None:
+    assert expected in refusal([write("")], *overrides.split(" "))
+
+
+def test_a_stage_that_searches_nothing_ignores_what_the_others_search_with(write) -> None:
+    """One section for all stages of a file: the warm start has nothing to re-rank."""
+    staged = "retrieval: {hybrid: learned, candidates: 2}\nreranker: {mode: add, candidates: 1}\n"
+    warm = "objective: {name: inverse_cloze}\ntraining: {train: retriever_only}"
+    assert load([write(staged + warm)], []).settings.retrieval.hybrid == "learned"
+
+
+def test_a_model_without_a_head_is_refused_before_anything_starts(write, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    config = '{"model_type": "bert", "architectures": ["BertModel"]}'
+    (tmp_path / "plain" / "config.json").write_text(config, encoding="utf-8")
+    settings = load([write("reranker: {mode: add}")], [f"reranker.name={tmp_path}/plain"]).settings
+    with pytest.raises(ValueError, match="must be a cross-encoder"):
+        check_models(settings)
+    with pytest.raises(ValueError, match=r"reranker\.name=/no/such: must be a folder that exists"):
+        check_models(replace(settings, reranker=replace(settings.reranker, name="/no/such")))
+
+
 def test_a_weight_that_is_not_set_survives_writing_and_can_be_unset(write) -> None:
     experiment = load(
         [write("pretraining: {salient_span: 0.5}\nstages: {a: , b: {pretraining: {salient_span: null}}}")], []

@@ -65,6 +65,12 @@ ARGUMENTS = [
         "generator.kind=fusion generator.name=./no/such/folder",
         "generator.name=./no/such/folder: must be a folder that exists",
     ),
+    (QUICKSTART, "retrieval.hybrid=bm25", "retrieval.hybrid=bm25: must be one of none, rrf, learned"),
+    (
+        QUICKSTART,
+        "reranker.mode=add reranker.name=/no/such/folder",
+        "reranker.name=/no/such/folder: must be a folder that exists",
+    ),
     (QUICKSTART, "encoder.tokenizer.vocabulary=10", "encoder.tokenizer.vocabulary is 10; allowed: at least"),
     (QUICKSTART, "corpus.path=/no/such/corpus", "corpus.path '/no/such/corpus' does not exist"),
     (QUICKSTART, "corpus.world.num_people=1", "corpus.world.num_people is 1; at least 10 are needed"),

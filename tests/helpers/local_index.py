@@ -1,7 +1,7 @@
 """The index service without Ray: real shards in this process, encoded again at once when weights are published."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from indexing.encode import encode_rows
-from indexing.merge import Hits, merge
-from indexing.settings import IndexConfig
+from indexing.lexical import LexicalHits, build_lexical, texts_of
+from indexing.merge import CorpusState, Hits, Indexed, joined, merge
+from indexing.settings import IndexConfig, LexicalConfig
 from indexing.shard import Shard, shard_ranges
 from indexing.store import Store
 from training.models.encoder import build_encoder, load_passage_weights
@@ -33,12 +34,38 @@ class LocalHits:
         return self.hits
 
 
+class LocalWords:
+    """A LexicalService over a lexical index in this process."""
+
+    def __init__(self, store: Store, config: LexicalConfig) -> None:
+        self.index = build_lexical(config, store.fingerprint, texts_of(store, range(len(store))))
+
+    def submit(
+        self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
+    ) -> "LocalWordHits":
+        """Search at once."""
+        assert wanted in (None, CorpusState())
+        scores, ids = self.index.search(texts, n) if n else (np.zeros((len(texts), 0), np.float32), np.zeros((0, 0)))
+        return LocalWordHits(LexicalHits(ids, scores, of=None if of is None else self.index.scores(texts, of)))
+
+
+@dataclass(frozen=True)
+class LocalWordHits:
+    """Hits that were found when they were asked for."""
+
+    hits: LexicalHits
+
+    def result(self) -> LexicalHits:
+        """The hits."""
+        return self.hits
+
+
 class LocalIndex:
     """An IndexService. A generation is committed inside `publish`; with `manual`, inside `refresh` or a wait for it.
 
     `max_generations`: later weights are taken and forgotten, and every wait is content: an index that is never
     refreshed. `delay_s`: how long every search takes at least. `folder`: where generations are saved. `keeps_vectors`
-    False: hits come without vectors, as from kinds of index that have none.
+    False: hits come without vectors, as from kinds of index that have none. `lexical`: words are searched, too.
     """
 
     def __init__(
@@ -52,8 +79,10 @@ class LocalIndex:
         delay_s: float = 0.0,
         folder: Path | None = None,
         keeps_vectors: bool = True,
+        lexical: LexicalConfig | None = None,
     ) -> None:
         self.num_passages = len(store)
+        self.lexical = LocalWords(store, lexical) if lexical is not None else None
         self.manual, self.max_generations, self.delay_s, self.folder = manual, max_generations, delay_s, folder
         self.generation = self.weights_version = -1
         self.generations_committed = 0
@@ -74,6 +103,12 @@ class LocalIndex:
         num_vectors = num_vectors if self.keeps_vectors else 0
         hits = merge([shard.search(queries, k, self.generation, num_vectors) for shard in self._shards], k)
         return LocalHits(hits, time.monotonic() + self.delay_s)
+
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
+        """Of passages, as the shards keep them."""
+        with_vectors = with_vectors and self.keeps_vectors
+        parts = [shard.indexed(ids.reshape(-1), generation, with_vectors) for shard in self._shards]
+        return joined(parts, ids.size).at(np.arange(ids.size).reshape(ids.shape))
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
         """Take weights; encode at once unless refreshed by hand. Passages of a publish that still waits are encoded
@@ -140,7 +175,9 @@ class LocalIndex:
     def status(self) -> IndexStatus:
         """What serves."""
         oldest = min(shard.status().oldest_version for shard in self._shards)
-        return IndexStatus(self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0, oldest)
+        return IndexStatus(
+            self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0, oldest_version=oldest
+        )
 
     @property
     def _is_complete(self) -> bool:

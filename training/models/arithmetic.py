@@ -63,6 +63,11 @@ def encoder_stack(encoder: TextEncoder) -> Stack:
     return _stack(encoder.backbone, encoder.backbone.config, encoder.backbone)
 
 
+def classifier_stack(model: PreTrainedModel) -> Stack:
+    """A cross-encoder; its head sees one vector a pair and is left out."""
+    return _stack(model.base_model, model.config, model)
+
+
 def count_weights(module: nn.Module, left_out: tuple[nn.Parameter, ...] = (), active_experts: float = 1.0) -> int:
     """Numbers in the matrices of `module`, embeddings and `left_out` excepted; shared ones count once. Of matrices that
     hold several experts (three axes), `active_experts` is the share that a token visits. Right for sharded weights."""

@@ -8,14 +8,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training.adapters import add_adapters
 from training.models.copy_reader import CopyReader
-from training.models.encoder import NullScore, Retriever, build_retriever, set_trainable
+from training.models.encoder import LexicalWeight, NullScore, Retriever, build_retriever, set_trainable
 from training.models.generator import Generator
+from training.models.reranker import build_reranker
 from training.models.system import System
 from training.models.tokenizers import end_id, pad_id, start_id
 from training.objectives.choose import needs
-from training.settings import EncoderConfig, GeneratorConfig, ObjectiveConfig
+from training.settings import EncoderConfig, GeneratorConfig, ObjectiveConfig, RerankerConfig, RetrievalConfig
 
 NULL_SCORE = "retriever.null.score"  # its name in a state dict
+LEXICAL_WEIGHT = "retriever.lexical.raw"
+RERANKER = "reranker."
+TRAINS_RETRIEVER = ("both", "query_only", "retriever_only")
 
 
 def build_system(
@@ -25,12 +29,15 @@ def build_system(
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
     seed: int,
     objective: ObjectiveConfig | None = None,
+    retrieval: RetrievalConfig | None = None,
+    reranker: RerankerConfig | None = None,
 ) -> System:
     """The system with `requires_grad` set for `train`; fresh weights depend on `seed` alone, not on what ran before.
 
     `tokenizers` are the retriever's and the generator's. `objective`: what it will be trained with, for what only that
-    needs. With `lora.rank`, what trains are adapters, and what does not train has none. Raises ValueError that names
-    the setting.
+    needs. With `lora.rank`, what trains are adapters, and what does not train has none. `retrieval`: for a learned
+    lexical weight. A `reranker` trains where the retriever does; one that replaces the retriever's score trains in its
+    place. Raises ValueError that names the setting.
     """
     torch.manual_seed(seed)
     retriever = build_retriever(encoder, train, len(tokenizers[0]))
@@ -43,7 +50,18 @@ def build_system(
     if generator.lora.rank and trains:
         assert isinstance(reader.model, PreTrainedModel)
         add_adapters(reader.model, generator.lora, "generator.lora")
-    return System(retriever, reader)
+    if objective is not None and needs(objective).in_batch:  # searches nothing: there is no hit to score
+        retrieval = reranker = None
+    if retrieval is not None and retrieval.hybrid == "learned":
+        retriever.lexical = LexicalWeight(retrieval.lexical_weight)
+        retriever.lexical.requires_grad_(train in TRAINS_RETRIEVER)
+    torch.manual_seed(seed + 2)
+    judge = build_reranker(reranker, encoder, len(tokenizers[0])) if reranker is not None else None
+    if judge is not None:
+        judge.requires_grad_(train in TRAINS_RETRIEVER)
+        if judge.replaces:
+            retriever.requires_grad_(False)
+    return System(retriever, reader, judge)
 
 
 def _fit_objective(objective: ObjectiveConfig, retriever: Retriever, reader: Generator, train: str) -> None:
@@ -55,13 +73,30 @@ def _fit_objective(objective: ObjectiveConfig, retriever: Retriever, reader: Gen
         reader.check_attention(objective.name)
 
 
-def fit_weights(state: Mapping[str, Tensor], system: System) -> dict[str, Tensor]:
-    """Weights of a system that was trained with another objective, for `system`: a score of reading no passage that is
-    not known here is left out, one that is not in `state` starts as it was built."""
-    fitted = {name: tensor for name, tensor in state.items() if name != NULL_SCORE}
-    if system.retriever.null is not None:
+def fit_weights(
+    state: Mapping[str, Tensor], system: System, built: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Weights of a system that was trained with other parts, for `system`: a score of reading no passage, a lexical
+    weight or a re-ranker that is not known here is left out, one that is not in `state` starts as it was built.
+    `built`: what `built_parts` gave before an engine took the system; None where none has."""
+    optional = (NULL_SCORE, LEXICAL_WEIGHT)
+    fitted = {name: tensor for name, tensor in state.items() if name not in optional and not name.startswith(RERANKER)}
+    retriever, reranker = system.retriever, system.reranker
+    if retriever.null is not None:
         fitted[NULL_SCORE] = state.get(NULL_SCORE, torch.zeros(1))
+    if retriever.lexical is not None:
+        fitted[LEXICAL_WEIGHT] = state.get(LEXICAL_WEIGHT, torch.tensor([retriever.lexical.start]))
+    if reranker is not None:
+        trained = {name: tensor for name, tensor in state.items() if name.startswith(RERANKER)}
+        fitted |= trained or (built_parts(system) if built is None else built)
     return fitted
+
+
+def built_parts(system: System) -> dict[str, Tensor]:
+    """Copies of the weights of a re-ranker, as they are now; empty without one."""
+    if system.reranker is None:
+        return {}
+    return {name: tensor.detach().clone() for name, tensor in system.state_dict().items() if name.startswith(RERANKER)}
 
 
 def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> Generator:
@@ -89,7 +124,8 @@ def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast)
 
 def parameter_groups(system: System) -> dict[str, Sequence[nn.Parameter]]:
     """What trains, as the two groups with their own learning rate, norm and clip."""
+    scorers = [system.retriever] + ([system.reranker] if system.reranker is not None else [])
     return {
-        "retriever": [p for p in system.retriever.parameters() if p.requires_grad],
+        "retriever": [p for part in scorers for p in part.parameters() if p.requires_grad],
         "generator": [p for p in system.generator.parameters() if p.requires_grad],
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from training.models.generator import Decoded, Generator, ReaderBatch
+from training.models.pairs import PairBatch
 from training.models.system import RetrievalBatch
 from training.objectives.likelihoods import retrieval_log_probs
 from training.objectives.preference import Candidates
@@ -64,7 +65,7 @@ def moved(batch: Any, device: torch.device | str) -> Any:
     """A dataclass of tensors with each of them, and its reader, on `device`."""
     values = {entry.name: getattr(batch, entry.name) for entry in fields(batch)}
     for name, value in values.items():
-        if isinstance(value, ReaderBatch):
+        if isinstance(value, (ReaderBatch, PairBatch)):
             values[name] = value.to(device)
         elif isinstance(value, Tensor):
             values[name] = value.to(device, non_blocking=True)

@@ -3,6 +3,7 @@ retriever made of two (shared, separate, or with a frozen passage side)."""
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -91,6 +92,23 @@ class NullScore(nn.Module):
         return self.score.to(torch.float32).expand(len(scores))
 
 
+LEXICAL_SPEED = 10.0  # Adam moves a parameter by the learning rate a step, whatever its gradient: slow for one number
+
+
+class LexicalWeight(nn.Module):
+    """What a lexical score of 1 adds to an inner product: softplus of a parameter, so never negative. A module that is
+    called, for the same reasons as `NullScore`."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.start = math.log(math.expm1(max(weight, 1e-6))) / LEXICAL_SPEED
+        self.raw = nn.Parameter(torch.tensor([self.start]))
+
+    def forward(self, lexical: Tensor) -> Tensor:
+        """float32, `lexical` scores of any shape times the weight."""
+        return lexical.to(torch.float32) * nn.functional.softplus(LEXICAL_SPEED * self.raw.to(torch.float32))
+
+
 class Retriever(nn.Module):
     """Query tower and passage tower. Shared towers are one object; separate ones share nothing."""
 
@@ -108,6 +126,7 @@ class Retriever(nn.Module):
         self.passage_encoder = passage_encoder
         self.temperature = temperature
         self.null: NullScore | None = None  # only where an objective learns it
+        self.lexical: LexicalWeight | None = None  # only with retrieval.hybrid=learned
         self.gradient_cache_passages = gradient_cache_passages
 
     @property
@@ -148,6 +167,13 @@ class Retriever(nn.Module):
         """
         products = queries.to(torch.float32).unsqueeze(1) * passages.to(torch.float32)
         return products.sum(dim=-1) / self.temperature
+
+    def fused(self, scores: Tensor, lexical: Tensor | None) -> Tensor:
+        """`scores` [batch, k] and what normalised `lexical` ones [batch, k] add to them, over the same temperature."""
+        if self.lexical is None:
+            return scores
+        assert lexical is not None, "a batch without lexical scores for a retriever that weighs them"
+        return scores + self.lexical(lexical) / self.temperature
 
     def null_scores(self, scores: Tensor) -> Tensor | None:
         """float32 [batch]: the learned score of reading no passage, over the temperature as `scores` [batch, k] beside
@@ -210,8 +236,9 @@ def set_trainable(retriever: Retriever, train: str) -> None:
         )
     retriever.passage_encoder.requires_grad_(train in ("both", "retriever_only"))
     retriever.query_encoder.requires_grad_(train in ("both", "retriever_only", "query_only"))
-    if retriever.null is not None:
-        retriever.null.requires_grad_(train in ("both", "retriever_only", "query_only"))
+    for score in (retriever.null, retriever.lexical):
+        if score is not None:
+            score.requires_grad_(train in ("both", "retriever_only", "query_only"))
     retriever.train(retriever.training)
 
 

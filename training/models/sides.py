@@ -175,6 +175,11 @@ def generator_answer_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorC
     return _side("answer", tokenizer, Pieces(limit, limit))
 
 
+def reranker_side(tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> TokenSide:
+    """Title and text, or a question, without special tokens: `training/models/pairs.py` joins them."""
+    return _side("reranker", tokenizer, InContext(max_tokens, "", "{title} {text}", "{text}"))
+
+
 def surrounding_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Special tokens that this tokeniser puts before and after one sequence."""
     backend = plain_backend(tokenizer)

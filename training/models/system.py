@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from training.models.encoder import Retriever
 from training.models.generator import Decoded, Generator, ReaderBatch
+from training.models.pairs import PairBatch
+from training.models.reranker import Reranker
 from training.objectives.contrastive import gather_rows, in_batch
 from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
 from training.settings import DecodingConfig
@@ -50,29 +52,37 @@ class RetrievalBatch:
     reader: ReaderBatch
     # float32 [batch, k, dim]: of a passage encoder that does not change
     passage_vectors: Tensor | None = field(default=None, kw_only=True)
+    # float32 [batch, k]: normalised lexical scores, where the retriever weighs them
+    lexical: Tensor | None = field(default=None, kw_only=True)
+    pairs: PairBatch | None = field(default=None, kw_only=True)  # batch * k rows, where a re-ranker reads them
     contrast: ContrastBatch | None = field(default=None, kw_only=True)  # of a mixture with a contrastive task
     contrast_share: float = field(default=0.0, kw_only=True)  # of the loss
 
     def to(self, device: torch.device | str) -> "RetrievalBatch":
         """The same batch on `device`."""
         tensors = (self.question_ids, self.question_mask, self.passage_ids, self.passage_token_mask)
-        known = None if self.passage_vectors is None else self.passage_vectors.to(device, non_blocking=True)
+        known, lexical = (
+            None if tensor is None else tensor.to(device, non_blocking=True)
+            for tensor in (self.passage_vectors, self.lexical)
+        )
         moved = (t.to(device, non_blocking=True) for t in tensors)
-        contrast = None if self.contrast is None else self.contrast.to(device)
         return RetrievalBatch(
             *moved,
             reader=self.reader.to(device),
             passage_vectors=known,
-            contrast=contrast,
+            lexical=lexical,
+            pairs=None if self.pairs is None else self.pairs.to(device),
+            contrast=None if self.contrast is None else self.contrast.to(device),
             contrast_share=self.contrast_share,
         )
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens that the two encoders and the reader see."""
+        """Real tokens that encoders, re-ranker and reader see."""
         answers = int(self.reader.answer_mask.sum())
-        pairs = 0 if self.contrast is None else self.contrast.num_tokens
-        return int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum()) + answers + pairs
+        pairs = 0 if self.pairs is None else int(self.pairs.mask.sum())
+        contrast = 0 if self.contrast is None else self.contrast.num_tokens
+        return int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum()) + answers + pairs + contrast
 
 
 @dataclass
@@ -87,14 +97,15 @@ class Answers:
 class System(nn.Module):
     """Retriever and generator as one module."""
 
-    def __init__(self, retriever: Retriever, generator: Generator) -> None:
+    def __init__(self, retriever: Retriever, generator: Generator, reranker: Reranker | None = None) -> None:
         super().__init__()
         self.retriever = retriever
         self.generator = generator
+        self.reranker = reranker
 
     def forward(self, task: str, *arguments: Any) -> Any:
-        """One entrance for the engine: `likelihoods | contrast | encode_questions | encode_passages | answer | score`,
-        and of `training/models/candidates.py` `candidates | prior | sample`."""
+        """One entrance for the engine: `likelihoods | contrast | encode_questions | encode_passages | answer | score |
+        rank | lexical_weight`, and of `training/models/candidates.py` `candidates | prior | sample`."""
         match task:
             case "likelihoods":
                 return self.likelihoods(*arguments)
@@ -108,6 +119,11 @@ class System(nn.Module):
                 return self.answer(*arguments)
             case "score":
                 return self.score(*arguments)
+            case "rank":
+                return self.scores(*arguments)
+            case "lexical_weight":
+                assert self.retriever.lexical is not None
+                return self.retriever.lexical(torch.ones(1, device=self.retriever.lexical.raw.device))
             case "candidates" | "prior" | "sample":
                 from training.models import candidates
 
@@ -120,13 +136,23 @@ class System(nn.Module):
         raise AssertionError(f"no task named {task}")
 
     def scores(self, batch: RetrievalBatch) -> Tensor:
-        """float32 [batch, k]: inner products of fresh vectors over the temperature. Vectors of the index are fresh
-        where the passage encoder does not change."""
+        """float32 [batch, k]: inner products of fresh vectors, with the weighted lexical scores where there are any,
+        over the temperature; and the re-ranker's score of each pair beside them, or in their place. Vectors of the
+        index are fresh where the passage encoder does not change."""
+        if self.reranker is None:
+            return self._retriever_scores(batch)
+        assert batch.pairs is not None, "a batch without pairs for a system with a re-ranker"
+        reranked = self.reranker(batch.pairs).unflatten(0, (len(batch.question_ids), -1))
+        return reranked if self.reranker.replaces else self._retriever_scores(batch) + reranked
+
+    def _retriever_scores(self, batch: RetrievalBatch) -> Tensor:
         queries = self.retriever.encode_queries(batch.question_ids, batch.question_mask)
         if batch.passage_vectors is not None:
-            return self.retriever.scores(queries, batch.passage_vectors)
-        passages = self.retriever.encode_passages(batch.passage_ids, batch.passage_token_mask)
-        return self.retriever.scores(queries, passages.unflatten(0, (queries.shape[0], -1)))
+            passages = batch.passage_vectors
+        else:
+            encoded = self.retriever.encode_passages(batch.passage_ids, batch.passage_token_mask)
+            passages = encoded.unflatten(0, (queries.shape[0], -1))
+        return self.retriever.fused(self.retriever.scores(queries, passages), batch.lexical)
 
     def likelihoods(self, batch: RetrievalBatch, needs: Needs, temperature: float) -> Likelihoods:
         """Scores and the log-probabilities that the objective needs; the reader encodes every passage once."""

@@ -1,0 +1,219 @@
+"""Searching by vectors and by words at once, and choosing among the hits by a re-ranker: between loop and index.
+
+    question texts --> lexical index --+
+                                       +--> fused --> (re-ranked) --> the k that are read
+    query vectors  --> dense index ----+
+
+Who waits for whom: both searches are started when `HybridSearch` is called, and taken in `result()`, which waits for
+the dense hits, then for the lexical ones; each wait is bounded by the service behind it. The dense hits say of which
+state of the corpus they are (`indexing.merge.CorpusState`). Lexical hits of another one are asked for again, for that
+state; what was deleted between the two answers is in neither: no query is answered from two states of the corpus. A
+generation that goes while its vectors are fetched is searched anew.
+
+With `retrieval.rescore` the order is: the candidates of both indexes are fused by the indexed vectors, to as many hits
+as are scored again; `Refusion` fuses these anew, by the scores of fresh vectors (`training/rescore.py`); a re-ranker
+puts what is left in order (`training/rerank.py`).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from indexing.fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalised, union
+from indexing.lexical import LexicalHits
+from indexing.merge import CorpusState, Hits, chosen, without
+from indexing.shard import GenerationGone
+from training.retrieve import DenseIndex
+from training.settings import RetrievalConfig
+
+ATTEMPTS = 10  # searches of a batch whose generation goes again and again
+FIRST_PAUSE_S = 0.05  # before a search that found too few living passages is made again; doubled each time
+
+
+class PendingWords(Protocol):
+    """A lexical search under way."""
+
+    def result(self) -> LexicalHits:
+        """Wait for the hits. Raises TimeoutError that names `index.search_timeout_s`."""
+        ...
+
+
+class LexicalService(Protocol):
+    """A lexical index of a corpus that may change."""
+
+    def submit(
+        self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
+    ) -> PendingWords:
+        """Start a search of question texts for the best `n` passages of the corpus as `wanted` (None: as in the search
+        before, or as it is), with the scores of the passages `of` int64 [batch, m]. Returns at once."""
+        ...
+
+
+class HybridSearch:
+    """A `Search` of both indexes."""
+
+    def __init__(
+        self,
+        service: DenseIndex,
+        lexical: LexicalService,
+        text_of: Callable[[int], str],
+        config: RetrievalConfig,
+        weight: Callable[[], float] = lambda: 0.0,
+        is_living: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        """`text_of` a question number; `weight`: of lexical scores as the retriever has it now (hybrid=learned), asked
+        for once a search, on every rank. `is_living`: which passage numbers are in the corpus now; None: all."""
+        self.service, self.lexical, self.text_of = service, lexical, text_of
+        self.config, self.weight, self.is_living = config, weight, is_living
+        self.last_weight = 0.0
+
+    def __call__(
+        self, numbers: np.ndarray, queries: np.ndarray, k: int, num_vectors: int = 0, again: bool = False
+    ) -> "PendingFused":
+        """Start both searches; a hit comes with its vector where `num_vectors` is not 0 and the index keeps them.
+        `again`: by the weight of the search before."""
+        texts = [self.text_of(int(number)) for number in numbers]
+        if self.config.hybrid == "learned" and not again:
+            self.last_weight = self.weight()
+        return PendingFused(self, texts, queries, k, num_vectors > 0)
+
+    def scores(self, numbers: np.ndarray, passages: Sequence[np.ndarray], corpus: CorpusState) -> np.ndarray:
+        """Normalised lexical scores float32 [batch, k] of passage numbers [batch][up to k] in a state of the corpus; 0
+        where there are fewer."""
+        texts = [self.text_of(int(number)) for number in numbers]
+        width = max(1, max(len(row) for row in passages))
+        ids = np.full((len(passages), width), -1, np.int64)
+        for i, row in enumerate(passages):
+            ids[i, : len(row)] = row
+        found = self.lexical.submit(texts, 1, corpus, ids).result()
+        assert found.of is not None
+        return normalised(found.of, found.scores[:, 0])
+
+
+class PendingFused:
+    """Two searches under way (`PendingHits`)."""
+
+    def __init__(self, search: HybridSearch, texts: list[str], queries: np.ndarray, k: int, with_vectors: bool) -> None:
+        self._search, self._texts, self._queries, self._k = search, texts, queries, k
+        self._with_vectors = with_vectors
+        self._candidates = min(search.config.candidates, search.service.num_passages)
+        self._depth = max(self._candidates, k)  # of the dense ranking, whose rest stands behind the candidates
+        self._weight = search.last_weight
+        self._dense = search.service.submit(queries, self._depth)
+        self._words = search.lexical.submit(texts, self._candidates)
+        self._hits: Hits | None = None
+
+    def result(self) -> Hits:
+        """Fused hits [batch, k] with `lexical` and `places`; `vectors` of all or None. Raises TimeoutError."""
+        if self._hits is None:
+            self._hits = self._fuse()
+        return self._hits
+
+    def _fuse(self) -> Hits:
+        pause_s, why = FIRST_PAUSE_S, ""
+        for _ in range(ATTEMPTS):
+            dense = self._dense.result()
+            words = self._words.result()
+            if words.corpus.added != dense.corpus.added or words.corpus.hidden < dense.corpus.hidden:
+                words = self._search.lexical.submit(self._texts, self._candidates, dense.corpus).result()
+            try:
+                fused = self._of(*self._living(dense, words))
+            except GenerationGone:
+                why = "replaced its generation"
+            else:
+                if fused is not None:
+                    return fused
+                why = "lost passages"  # a deletion that not every shard knows of yet
+                time.sleep(pause_s)
+                pause_s *= 2
+                self._words = self._search.lexical.submit(self._texts, self._candidates, dense.corpus)
+            self._depth = min(self._depth, self._search.service.num_passages)
+            self._dense = self._search.service.submit(self._queries, self._depth)
+        raise TimeoutError(
+            f"the index {why} {ATTEMPTS} times while a search was answered: raise refresh.every_steps, or change the "
+            "corpus less often"
+        )
+
+    def _living(self, dense: Hits, words: LexicalHits) -> tuple[Hits, LexicalHits]:
+        """Both without what was deleted before both had answered."""
+        living = self._search.is_living
+        if living is None:
+            return dense, words
+        gone = (words.ids >= 0) & ~living(words.ids)
+        if gone.any():  # those that count first, in their order
+            order = np.argsort(gone, axis=1, kind="stable")
+            ids = np.take_along_axis(np.where(gone, -1, words.ids), order, axis=1)
+            scores = np.take_along_axis(np.where(gone, np.float32(0), words.scores), order, axis=1)
+            words = replace(words, ids=ids, scores=scores)
+        gone = (dense.ids >= 0) & ~living(dense.ids)
+        if gone.any():
+            order = np.argsort(gone, axis=1, kind="stable")
+            dense = without(chosen(dense, order), np.take_along_axis(gone, order, axis=1))
+        return dense, words
+
+    def _of(self, dense: Hits, words: LexicalHits) -> Hits | None:
+        """Fused hits; None where passages that were deleted meanwhile leave too few."""
+        config, best = self._search.config, words.scores[:, 0]
+        shares, first = normalised(words.scores, best), dense.ids[:, : self._candidates]
+        if config.hybrid == "rrf":
+            fused = fuse_by_rank(first, words.ids, shares, config.rrf_constant, self._k)
+        else:
+            fused = self._weighted(first, dense, words, shares, best)
+        fused = behind(fused, dense.ids)
+        if (fused.ids < 0).any() and (dense.ids < 0).any():
+            return None
+        indexed = self._search.service.indexed(fused.ids, dense.generation, self._with_vectors)
+        vectors = indexed.vectors if self._with_vectors else None
+        uniform = bool((indexed.versions == dense.weights_version).all())
+        places = np.stack([fused.dense_places, fused.lexical_places], axis=-1)
+        return replace(
+            dense, ids=fused.ids, scores=fused.scores, vectors=vectors, versions=None if uniform else indexed.versions,
+            lexical=fused.lexical, places=places,
+        )  # fmt: skip
+
+    def _weighted(
+        self, first: np.ndarray, dense: Hits, words: LexicalHits, shares: np.ndarray, best: np.ndarray
+    ) -> Fused:
+        """Every candidate of either index with its score in both: the lexical ones of the `first` dense hits are looked
+        up, the dense ones of lexical hits are products with the index's vectors. Where the index keeps none, such a hit
+        counts as the last dense one, which it cannot exceed in an exhaustive index."""
+        pending = self._search.lexical.submit(self._texts, 0, words.corpus, first)
+        missing = union(first, words.ids)
+        vectors = self._search.service.indexed(missing, dense.generation).vectors
+        scores = dense.scores[:, : self._candidates]
+        if vectors is None:
+            last = np.where(first < 0, np.inf, scores).min(axis=1, keepdims=True)
+            products = np.broadcast_to(last.astype(np.float32), missing.shape)
+        else:
+            products = np.einsum("bnd,bd->bn", vectors, self._queries, dtype=np.float32)
+        found = pending.result()
+        assert found.of is not None
+        of_dense = first, scores, normalised(found.of, best)
+        return fuse_by_score(of_dense, (words.ids, products, shares), self._weight, self._k)
+
+
+class Refusion:
+    """By which scores the best of some fused hits are chosen once their dense scores are fresh."""
+
+    def __init__(self, config: RetrievalConfig, weight: Callable[[], float]) -> None:
+        """`weight` as in `HybridSearch`; it is asked for on every rank."""
+        self.config, self.weight = config, weight
+
+    def __call__(self, dense: np.ndarray, hits: Hits) -> np.ndarray:
+        """float32 [batch, columns] out of fresh inner products `dense` of the same shape. learned: with the weighted
+        lexical scores. rrf: of the places by these products among all candidates, and the lexical places that the hits
+        have. -inf where there is no hit."""
+        assert hits.lexical is not None
+        if self.config.hybrid == "learned":
+            fused = dense + np.float32(self.weight()) * hits.lexical
+        else:
+            assert hits.places is not None
+            order = np.lexsort((hits.ids, -dense), axis=-1)
+            places = np.empty_like(order)
+            np.put_along_axis(places, order, np.arange(1, order.shape[1] + 1)[None], axis=1)
+            by_words, constant = hits.places[:, :, 1], self.config.rrf_constant
+            fused = 1 / (constant + places) + np.where(by_words > 0, 1 / (constant + np.maximum(by_words, 1)), 0)
+        return np.where(hits.ids < 0, -np.inf, fused).astype(np.float32)
