@@ -61,7 +61,8 @@ class MetadataColumns:
         with self._lock:
             base = self._stop - self._start
             if numbers is None or not len(numbers):
-                return self._mask(where, base)[: base if numbers is None else 0]
+                mask, size = self._mask(where, base), base if numbers is None else 0
+                return mask if len(mask) == size else mask[:size]
             later = numbers - self._num_base() - self._shard  # negative for those of the store itself
             places = np.where(later < 0, numbers - self._start, base + later // self._num_shards)
             return self._mask(where, max(base, int(places.max()) + 1))[places]

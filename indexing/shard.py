@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from indexing.filters import Filter
-from indexing.generation import Generation, View
+from indexing.generation import Generation, Passes
 from indexing.merge import CorpusState, ShardHits, ShardIndexed
 from indexing.metadata import MetadataColumns
 from indexing.probe import UNKNOWN, Figures, RecentQueries
@@ -313,9 +313,10 @@ class Shard:
         """
         if k < 1:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
+        passes = None if where is None else self._passes(where)
         with self._pinned(generation) as (number, served), self._counted() as hidden:
             found = served.generation
-            view = self._view(found, where)
+            view = found.view(where, passes)
             scores, ids, vectors, versions = found.search(queries, k, num_vectors, view)
         self._recent.add(queries)
         num_allowed = -1 if where is None else view.num_rows
@@ -403,14 +404,14 @@ class Shard:
                 figures=open_ones[newest].figures if newest in open_ones else UNKNOWN,
             )
 
-    def _view(self, generation: Generation, where: Filter | None) -> View:
-        """The passages of a generation that may be returned. Raises ValueError."""
-        if where is None:
-            return generation.view()
+    def _passes(self, where: Filter) -> Passes:
+        """Which passages pass; of the base corpus that is found out here, so that nobody waits for it who waits for the
+        end of a search. Raises ValueError."""
         metadata = self._metadata
         if metadata is None:
             raise ValueError(f"retrieval.where is {where}, but shard {self.shard_number} knows no metadata")
-        return generation.view(where, lambda numbers: metadata.passes(where, numbers))
+        metadata.mask(where)
+        return lambda numbers: metadata.passes(where, numbers)
 
     @contextmanager
     def _pinned(self, generation: int | None) -> Iterator[tuple[int, _Served]]:

@@ -61,6 +61,9 @@ def test_a_change_is_committed_by_the_same_two_phases_and_encodes_only_what_is_n
     status = coordinator.status()
     assert (status.generation, status.weights_version, status.corpus_version) == (2, 7, 1)
     assert status.num_passages == NUM_PASSAGES + 4 - 2
+    assert status.figures.recall == 1.0  # of the base; the bytes are those of the delta too
+    assert status.figures.bytes_per_passage == pytest.approx((NUM_PASSAGES * 16 + 4 * 2 * 16) / (NUM_PASSAGES + 2))
+    assert world.coordinator().status().figures == status.figures  # the next coordinator asks the shards
     (event,) = world.named("corpus_changed")
     assert (event["corpus_version"], event["added"], event["deleted"], event["generation"]) == (1, 4, 2, 2)
     assert not coordinator.follow_corpus()

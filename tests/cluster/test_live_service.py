@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from cluster.settings import ClusterConfig, RefreshConfig
 from indexing.corpus import Passage
 from indexing.encode import encode_numbers
 from indexing.exact import search_exactly
+from indexing.filters import parse_filter
 from indexing.live import LiveStore, Wanted, change_corpus
 from indexing.settings import IndexConfig
 from tests.cluster.corpus import ENCODER, NUM_PASSAGES, Corpus
@@ -214,3 +216,44 @@ def test_changes_while_searching_with_deaths_in_between(
     wait_until_served(living.folder, living.store.log.version, WAIT_S)
     living.check(client, 3)
     assert [row["passages"] for row in events(run_dir, "derive_started")][-1] == 1
+
+
+def test_a_filter_of_all_searches_sees_changes_also_on_another_number_of_shards(
+    launch: Callable[..., IndexServiceHandle], corpus: Corpus, run_dir: Path
+) -> None:
+    where = parse_filter({"third": 0})
+    assert where is not None
+    service = launch(where=where)
+    client = service.connect()
+    client.publish(1, corpus.weights(1))
+    client.wait_for_version(1, WAIT_S)
+    living = Living(corpus, run_dir)
+    text = living.store.passage(5).text
+
+    def check(client: IndexClient) -> None:
+        client.submit(QUERIES, 9).result()
+        hits = client.submit(QUERIES, 9).result()
+        numbers = np.arange(len(living.store))
+        passing = np.array([where.passes(living.store.metadata(int(number))) for number in numbers])
+        allowed = passing & living.store.is_living(numbers)
+        np.testing.assert_array_equal(hits.ids, search_exactly(living.vectors(1), QUERIES, 9, allowed)[1])
+        assert client.num_passages == allowed.sum()
+        every = client.submit(QUERIES, 9, where=parse_filter({"third": [0, 1, 2]})).result().ids
+        assert not passing[every].all()
+        assert client.num_passages == allowed.sum()  # another search's filter does not count
+
+    check(client)
+    put = [Passage(f"new-{n}", "", text[n:], {"third": n % 3}) for n in range(7)]
+    living.change(put=put, delete=["p0", "p3", "p4"])
+    check(client)
+    assert client._ask(10.0).figures.recall == 1.0  # pyright: ignore[reportOptionalMemberAccess]
+    path = client.save_generation(client.submit(QUERIES, 1).result().generation, WAIT_S)
+    service.stop()
+
+    index = replace(INDEX, num_shards=3)
+    placement = plan(ClusterConfig(), REFRESH, index, [Node(4, 0)])
+    again = launch(snapshot=path, where=where, index=index, placement=placement).connect()
+    check(again)
+    more = [Passage(f"more-{n}", "", text[n:] + text, {"third": 0}) for n in range(4)]
+    living.change(put=more, delete=["new-0", "p6"])
+    check(again)
