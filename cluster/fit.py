@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.beforehand import uses_index, with_absolute_models
 from cluster.config import to_yaml
-from cluster.corpus import open_to_changes
+from cluster.corpus import open_to_changes, passage_sides
 from cluster.events import EventLog
 from cluster.inherit import inherit_corpus, inherit_index
 from cluster.placement import PlacementPlan
@@ -61,7 +61,7 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
     job = make_job(settings, prepared, init_from, run_dir)
     passages = Store.open(prepared.passages, verify=False)
-    log = inherit_corpus(init_from, run_dir, passages)
+    log = inherit_corpus(init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
     events = EventLog(run_dir / "events.jsonl")
     events("stage_started", step=_resumed_step(run_dir))
     service = None
