@@ -90,7 +90,8 @@ def run(command: Command, settings: "Settings", root: Path, folder: Path) -> int
     wanted = _wanted(command, settings)  # bad lines first: nothing else was read yet
     store, tokenizers = _open(settings, root, folder)
     corpus = folder / "corpus"
-    change = change_corpus(store, wanted, _sides(settings, tokenizers) if wanted.put else [], settings.retrieval.k)
+    sides = passage_sides(settings, tokenizers) if wanted.put else []
+    change = change_corpus(store, wanted, sides, settings.retrieval.k)
     done = f"{len(wanted.put)} put in, {len(change.deleted)} taken away: version {change.version} of the corpus"
     living = store.log.num_living()
     if not is_running(corpus):
@@ -200,7 +201,8 @@ def _read_ids(path: Path) -> list[str]:
     return ids
 
 
-def _sides(settings: "Settings", tokenizers: Path) -> list[TokenSide]:
+def passage_sides(settings: "Settings", tokenizers: Path) -> list[TokenSide]:
+    """How the models of a run read passages, with the tokenisers in this folder."""
     from training.models.reranker import has_own_tokens
     from training.models.sides import generator_passage_side, reranker_side, retriever_passage_side
     from training.models.tokenizers import load_tokenizer

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from cluster.beforehand import check_where, uses_index, with_absolute_models
 from cluster.check_fit import check_fit
 from cluster.config import to_yaml
-from cluster.corpus import open_to_changes
+from cluster.corpus import open_to_changes, passage_sides
 from cluster.events import EventLog
 from cluster.inherit import inherit_corpus, inherit_index
 from cluster.placement import PlacementPlan
@@ -66,7 +66,7 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
     job = make_job(settings, prepared, init_from, run_dir)
     passages = Store.open(prepared.passages, verify=False)
-    log = inherit_corpus(init_from, run_dir, passages)
+    log = inherit_corpus(init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
     check_where(settings, prepared.passages, log.folder)
     events = EventLog(run_dir / "events.jsonl")
     events("stage_started", step=_resumed_step(run_dir))

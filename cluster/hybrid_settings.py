@@ -23,6 +23,9 @@ def check_hybrid(settings: Settings) -> None:
         if retrieval.where:
             allowed = "must be none with retrieval.where: words know no filter"
             raise refuse("retrieval.hybrid", retrieval.hybrid, allowed)
+        if settings.index.on_slow == "refuse":
+            allowed = f"must be wait or hedge with retrieval.hybrid={retrieval.hybrid}: one process has the words"
+            raise refuse("index.on_slow", "refuse", f"{allowed}, and is waited for up to index.search_timeout_s")
         if retrieval.candidates < retrieval.k:
             allowed = f"must be at least retrieval.k={retrieval.k}: the passages that are read are chosen among them"
             raise refuse("retrieval.candidates", retrieval.candidates, allowed)

@@ -4,6 +4,7 @@ encoding the same passages again."""
 import json
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.settings import Settings
@@ -12,15 +13,18 @@ from indexing.build import HALVES
 from indexing.changes import ChangeLog
 from indexing.live import LOCK_S
 from indexing.snapshot import TornSnapshot, write_file
-from indexing.store import Store
+from indexing.store import Store, TokenSide, write_store
 from training.checkpoint import newest_checkpoint
 
 PASSAGES_FIXED = ("query_only", "generator_only", "none")  # training.train that leaves the passage encoder alone
 
 
-def inherit_corpus(init_from: str, run_dir: Path, passages: Store) -> ChangeLog:
+def inherit_corpus(
+    init_from: str, run_dir: Path, passages: Store, sides: Callable[[], Sequence[TokenSide]] = lambda: ()
+) -> ChangeLog:
     """The changes of this run's corpus. A run that has no checkpoint yet goes on with those of the run that it starts
-    from, where that is over the same base; its own changes stay its own from then on."""
+    from, where that is over the same base; its own changes stay its own from then on. `sides`: how passages are
+    tokenised in this run; what was added there is tokenised again where that run's tokenisers were others."""
     own = ChangeLog(run_dir / "corpus", passages.fingerprint, len(passages))
     folder = Path(init_from).parents[1] / "corpus" if init_from else own.folder
     if folder.resolve() == own.folder.resolve() or newest_checkpoint(run_dir, lambda _: None) is not None:
@@ -39,7 +43,11 @@ def inherit_corpus(init_from: str, run_dir: Path, passages: Store) -> ChangeLog:
             if change.num_added and not own.segment_path(change).exists():
                 partial = own.segment_path(change).with_name(f".{change.segment}.tmp")
                 shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(theirs.segment_path(change), partial, copy_function=_link)
+                segment = Store.open(theirs.segment_path(change), verify=False)
+                if all(segment.sides.get(name) == written for name, written in passages.sides.items()):
+                    shutil.copytree(segment.path, partial, copy_function=_link)
+                else:
+                    write_store(partial, [segment.passage(row) for row in range(len(segment))], sides(), segment.extra)
                 partial.rename(own.segment_path(change))
             own.path(change.version).parent.mkdir(parents=True, exist_ok=True)
             write_file(own.path(change.version), [theirs.path(change.version).read_bytes()])

@@ -16,7 +16,8 @@
 9. The corpus may change at any time (`cluster/live.py`). A deleted passage is in no answer from the moment that its
    change is served, whichever generation answers; an added one is committed in a generation that is derived from the
    serving one and shares its big indexes. A refresh that was under way is brought up to the newest version before it
-   commits, and starts without what was deleted before it began.
+   commits, and starts without what was deleted before it began. A lexical index (`cluster/lexical.py`) is no part of a
+   generation: it follows the same log, and answers for the passages that the generation has.
 
 How all or none is kept: `prepare` on every shard builds generation g beside the serving one; only when every shard
 reports it as prepared is the commit decided, and a decided commit is driven to its end: a shard that dies in it comes

@@ -87,7 +87,8 @@ class IndexConfig:
 
 @dataclass
 class LexicalConfig:
-    """BM25 over title and text of the passages (`indexing/lexical.py`); built where retrieval.hybrid asks for it."""
+    """BM25 over title and text of the passages (`indexing/lexical.py`); built where retrieval.hybrid asks for it. How
+    many passages have a word is counted when it is built; what is added later is scored by these counts."""
 
     k1: float = 1.2  # how soon a word that is repeated counts no more
     b: float = 0.75  # how much long passages are discounted: 0 not at all, 1 in full

@@ -110,6 +110,11 @@ class Store:
         self.side_fingerprint(side)
         return self._tokens[side]
 
+    @property
+    def sides(self) -> dict[str, str]:
+        """The fingerprint of each side's tokeniser."""
+        return dict(self._sides)
+
     def side_fingerprint(self, side: str) -> str:
         """Fingerprint of the tokeniser that wrote this side."""
         if side not in self._sides:

@@ -185,7 +185,8 @@ class RetrievalConfig:
     prefetch_depth: int = 1  # batches searched ahead while one trains
     # Candidates are searched so many times k, scored again by the encoders as they are now, and the best k read
     # (training/rescore.py); 0, 1: off. In training only: an evaluation measures the index as it answers, so that runs
-    # with and without are compared by one measure, and a stage's last evaluation has a fresh index anyway.
+    # with and without are compared by one measure, and a stage's last evaluation has a fresh index anyway. With hybrid
+    # the candidates of both indexes are scored again and fused anew; a re-ranker chooses among the best of these.
     rescore: int = 0
     # Words beside vectors (BM25, section `lexical`). none | rrf (reciprocal ranks choose the passages; p(z|q) is the
     # dense one) | learned (p(z|q) is of inner product + weight * lexical score, the weight trains with the retriever)

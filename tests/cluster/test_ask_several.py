@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from cluster.ask import answer_question
+from cluster.corpus import passage_sides
 from cluster.fit import make_job
 from cluster.prepare import prepare_data
 from cluster.settings import RunConfig, Settings
+from indexing.corpus import Passage
 from indexing.lexical import LexicalIndex
+from indexing.live import LiveStore, Wanted, change_corpus
 from indexing.settings import CorpusConfig, WorldConfig
 from indexing.store import Store
 from tests.helpers.local_index import LocalIndex
@@ -99,3 +102,29 @@ def test_words_and_vectors_and_a_reranker(tmp_path: Path, hybrid: str) -> None:
             ranking = words.search([question], 30)[1][0].tolist()
             assert place == (str(ranking.index(passage) + 1) if passage in ranking else "-")
         assert any(place != "-" for place in (*dense, *lexical))
+
+
+def test_an_answer_is_from_the_corpus_as_it_is_now(tmp_path: Path) -> None:
+    """Words, vectors and re-ranker over what was added; nothing of what was deleted, put in one way or in two."""
+    fresh = FreshEncoderConfig(num_layers=1, hidden=16, num_heads=2, intermediate=32)
+    retrieval = RetrievalConfig(k=K, hybrid="learned", candidates=30, lexical_weight=20.0)
+    reranker = RerankerConfig(mode="add", fresh=fresh, candidates=K)
+    settings, checkpoint, _ = trained(tmp_path, retrieval=retrieval, reranker=reranker)
+    path = next((tmp_path / "data").glob("*/passages"))
+    store = LiveStore.open_with(path, tmp_path / "run" / "corpus")
+    question = f"where was {store.passage(0).title} born?"
+    questions = [question, f"{store.passage(0).title} birth place"]
+    before = ids_in(answer_question(settings, tmp_path, checkpoint, questions[:1]), store)
+    put = [Passage("added", "", question)]
+    change_corpus(store, Wanted(put=put, delete=before), passage_sides(settings, tmp_path / "tokenizers"))
+    for asked in (questions[:1], questions):
+        found = ids_in(answer_question(settings, tmp_path, checkpoint, asked), store)
+        assert len(found) == K
+        assert "added" in found
+        assert not set(found) & set(before)
+
+
+def ids_in(answer: str, store: LiveStore) -> list[str]:
+    """The ids of the passages that were read."""
+    words = {word for line in answer.split("passage:\n")[1].splitlines() for word in line.split()}
+    return [id for id in store.ids(range(len(store))) if id in words]

@@ -398,6 +398,10 @@ def test_pretraining_refuses_what_does_not_fit_it(write) -> None:
             "retrieval.candidates=100: must be at least 120: retrieval.rescore=6 times the reranker.candidates=20",
         ),
         (
+            "retrieval.hybrid=rrf index.on_slow=refuse index.slow_after_s=1",
+            "index.on_slow=refuse: must be wait or hedge with retrieval.hybrid=rrf",
+        ),
+        (
             "reranker.mode=replace retrieval.rescore=2",
             "retrieval.rescore=2: must be 0 with reranker.mode=replace: the retriever does not train",
         ),

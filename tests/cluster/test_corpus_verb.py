@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,16 @@ import pytest
 
 from cluster import cli
 from cluster.config import to_yaml
-from cluster.corpus import is_running, open_to_changes, wait_until_served
+from cluster.corpus import is_running, open_to_changes, passage_sides, wait_until_served
 from cluster.inherit import inherit_corpus
 from cluster.prepare import Prepared
 from cluster.settings import RunConfig, Settings
 from indexing.corpus import Passage
 from indexing.live import LiveStore, Wanted, change_corpus
-from indexing.store import write_store
+from indexing.store import TokenSide, write_store
 from training.models.sides import generator_passage_side, retriever_passage_side
 from training.models.tokenizers import build_tokenizer
-from training.settings import EncoderConfig, RetrievalConfig, TokenizerConfig
+from training.settings import EncoderConfig, RerankerConfig, RetrievalConfig, TokenizerConfig
 
 ENCODER = EncoderConfig(tokenizer=TokenizerConfig(vocabulary=120))
 WORDS = "the cat sat on a mat while seven dogs ran over green hills towards an old red house by the sea"
@@ -181,3 +182,32 @@ def test_a_run_goes_on_with_the_changes_of_the_run_that_it_starts_from(run: Path
     change_corpus(before, Wanted(delete=["p4"]), [])
     store = inherited()
     assert [store.row_of(f"p{n}") is None for n in range(1, 5)] == [True, True, True, False]
+
+
+def test_a_re_ranker_reads_what_was_added_before_there_was_one(run: Path, tmp_path: Path) -> None:
+    """A stage with a re-ranker that has a tokeniser of its own goes on with the changes of one without: what was added
+    there is tokenised for it, too."""
+    before, own, settings = store_of(run), tmp_path / "own", read_settings(run)
+    change_corpus(before, Wanted(put=[Passage("n1", "t", "a new cat"), Passage("n2", "", "dogs")]), sides_of(run))
+    shutil.copytree(run / "tokenizers", tmp_path / "tokenizers")
+    shutil.copytree(run / "tokenizers" / "retriever", tmp_path / "tokenizers" / "reranker")
+    settings = replace(settings, reranker=RerankerConfig(mode="add", name="cross-encoder"))
+    sides = passage_sides(settings, tmp_path / "tokenizers")
+    assert [side.name for side in sides] == ["retriever", "generator", "reranker"]
+    texts = [before.passage(row) for row in range(before.num_base)]
+    passages = write_store(tmp_path / "passages", texts, sides)
+    log = inherit_corpus(str(run / "checkpoints" / "step-1"), own, passages, lambda: sides)
+    assert log.version == 1
+    store = LiveStore.open_with(tmp_path / "passages", own / "corpus")
+    assert store.row_of("n2") == before.row_of("n2") == 10
+    pairs = [("t", "a new cat"), ("", "dogs")]
+    for side in sides:
+        assert [row.tolist() for row in store.tokens(side.name).rows([9, 10])] == side.tokenize(pairs)
+
+
+def read_settings(run: Path) -> Settings:
+    return list(cli.read_experiment([str(run)]).stages.values())[-1]
+
+
+def sides_of(run: Path) -> list[TokenSide]:
+    return passage_sides(read_settings(run), run / "tokenizers")
