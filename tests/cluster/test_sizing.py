@@ -38,7 +38,8 @@ def work(**changes: object) -> Work:
         trained=encoder.parameters + reader.parameters, frozen=0, published=encoder.parameters,
         encodes_passages=True, fused=True, uses_index=True, factory="Flat", rescored=False, index_on_gpu=True,
         nprobe=16, training_sample=100_000, batch=8, accumulation=1, trainers=1, k=20, question_tokens=32,
-        prompt_tokens=132.0, answer_tokens=16, checkpointing=(True, True), cached_passages=0, loss_chunk=512, zero_stage=2, offload=False,
+        prompt_tokens=132.0, answer_tokens=16, checkpointing=(True, True), cached_passages=0,
+        loss_chunk=512, zero_stage=2, offload=False,
         precision="bf16", published_bytes=2, every_steps=500, steps=10_000, step_seconds=0.0, batch_tokens=131072,
     )  # fmt: skip
     return replace(base, **changes)  # pyright: ignore[reportArgumentType]
