@@ -84,7 +84,7 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
                     events("snapshot_refused", why=str(torn))
                     print(f"{torn}; the index is encoded again", flush=True)
                     service = _start_index(settings, prepared, placement, run_dir, namespace, snapshot := None)
-                job.index_from_snapshot = snapshot is not None
+                job.index_from_snapshot = snapshot is not None and service.complete
             with _started(service, placement, settings.cluster.start_timeout_s):
                 _fit(job, service, settings, placement)
         finally:

@@ -63,7 +63,7 @@ class LiveCorpus:
         self._abort, self._next_generation, self._weights_of, self._events = abort, next_generation, weights_of, events
         self.log: ChangeLog = builder.log
         self.hidden = 0  # corpus version up to which all shards have confirmed
-        self.needs_weights = False  # nobody has those that added passages should be encoded with
+        self._without_weights = -1  # the generation whose weights nobody has any more
         self._waits = ""
         self._noted: ServedCorpus | None = None
         self._beat_at = 0.0
@@ -74,7 +74,16 @@ class LiveCorpus:
         serving = self._serving()
         corpus, generation = (self.log.version, -1) if serving is None else (serving.corpus_version, serving.generation)
         version = min(self.hidden, corpus)
-        return ServedCorpus(version, generation, self.log.num_living(version), self._waits)
+        waits = self._waits if version < self.log.version else ""
+        return ServedCorpus(version, generation, self.log.num_living(version), waits)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether nobody has the weights that added passages should be encoded with; the next publish then brings
+        them."""
+        serving = self._serving()
+        behind = serving is not None and serving.corpus_version < self.log.version
+        return behind and serving is not None and serving.generation == self._without_weights
 
     def is_behind(self) -> bool:
         """Whether there is something to do; looks for new versions on disk."""
@@ -113,8 +122,8 @@ class LiveCorpus:
             self._waits = ""
             return True
         weights = self._weights_of(serving)
-        self.needs_weights = weights is None
         if weights is None:
+            self._without_weights = serving.generation
             self._wait("the weights of the serving generation are gone; the next publish brings the added passages")
             return False
         try:

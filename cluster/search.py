@@ -290,6 +290,23 @@ class IndexClient:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S[1])
 
+    def wait_for_corpus(self, corpus_version: int, timeout_s: float) -> bool:
+        """Wait until the changes of the corpus up to this version are served; False where what was added waits for
+        weights to be encoded with. Raises TimeoutError after `timeout_s` without a further passage."""
+        deadline, encoded = time.monotonic() + timeout_s, -1
+        while True:
+            status = self._ask(min(ASK_S, max(0.1, deadline - time.monotonic())))
+            if status is not None and status.corpus_version >= corpus_version:
+                self._pinned = status.generation
+                return True
+            if status is not None and status.needs_weights:
+                return False
+            if status is not None and status.passages_encoded != encoded:
+                encoded, deadline = status.passages_encoded, time.monotonic() + timeout_s
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"version {corpus_version} of the corpus is not served after {timeout_s:g} s")
+            time.sleep(POLL_S[0])
+
     def save_generation(self, generation: int, timeout_s: float) -> str:
         """Make sure that `generation` is on disk, and protected; returns its directory.
 

@@ -58,6 +58,9 @@ class IndexServiceHandle:
 
     address: IndexAddress
     workers: tuple[str, ...]
+    complete: bool = (
+        True  # False: it serves a snapshot, and lacks the weights to encode what was added to the corpus since
+    )
 
     @property
     def num_passages(self) -> int:
@@ -174,7 +177,8 @@ def start_index_service(
             _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus)), placement)
         _start(handle, ranges, index, worker, coordinator, placement)
         if wait:
-            await_ready(handle, placement, start_timeout_s, None if initial is None else initial[0])
+            wish = None if initial is None else initial[0]
+            handle = replace(handle, complete=await_ready(handle, placement, start_timeout_s, wish, log.version))
     except BaseException:
         handle.stop()
         raise
@@ -182,9 +186,15 @@ def start_index_service(
 
 
 def await_ready(
-    handle: IndexServiceHandle, placement: PlacementPlan, timeout_s: float, initial: Wish | None = None
-) -> None:
-    """Wait until every actor answers, and `initial`, a snapshot that was named at the start, serves.
+    handle: IndexServiceHandle,
+    placement: PlacementPlan,
+    timeout_s: float,
+    initial: Wish | None = None,
+    corpus_version: int = 0,
+) -> bool:
+    """Wait until every actor answers, and `initial`, a snapshot that was named at the start, serves and has what was
+    added to the corpus since. Returns whether it has that, which it cannot where it was saved without the weights that
+    it was encoded with.
 
     Raises TimeoutError with what Ray has free, and ValueError where the snapshot cannot be served.
     """
@@ -195,9 +205,11 @@ def await_ready(
     asked = [NamedActor(name, handle.address.namespace).submit(method) for name, method in methods.items()]
     _await_all(asked, timeout_s, placement)
     if initial is None:
-        return
+        return True
+    client = handle.connect()
     try:
-        handle.connect().wait_for_version(initial.weights_version, max(0.1, deadline - time.monotonic()))
+        client.wait_for_version(initial.weights_version, max(0.1, deadline - time.monotonic()))
+        return client.wait_for_corpus(corpus_version, timeout_s)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 

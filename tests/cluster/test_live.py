@@ -299,6 +299,7 @@ def test_without_weights_the_deleted_are_gone_and_the_added_wait_for_the_next_pu
     world.check_corpus(follower.status().generation, 8)
     follower.follow_corpus()
     assert follower.status().corpus_version == 1
+    assert not follower.status().needs_weights
 
 
 def test_passages_encoded_again_carry_their_own_version(world: World) -> None:
