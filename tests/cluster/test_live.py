@@ -404,10 +404,10 @@ def test_random_changes_refreshes_and_deaths(world: World) -> None:
     chance = random.Random(0)
     coordinator = world.coordinator()
     build(coordinator, 1)
-    stop = threading.Event()
+    stop, stop_repairing = threading.Event(), threading.Event()
     problems: list[str] = []
 
-    def in_background(step: Callable[[], object]) -> threading.Thread:
+    def in_background(step: Callable[[], object], stop: threading.Event) -> threading.Thread:
         def run() -> None:
             while not stop.is_set():
                 step()
@@ -433,7 +433,8 @@ def test_random_changes_refreshes_and_deaths(world: World) -> None:
         coordinator.publish(weights(2 + len(world.named("refresh_started"))))
         coordinator.wait_and_refresh(0.0)
 
-    threads = [in_background(step) for step in (repair, coordinator.follow_corpus, refresh)]
+    repairing = in_background(repair, stop_repairing)
+    threads = [in_background(step, stop) for step in (coordinator.follow_corpus, refresh)]
     for number, shard in enumerate(world.shards):
         shard.before = perhaps_die(number)
     for _ in range(25):
@@ -448,7 +449,10 @@ def test_random_changes_refreshes_and_deaths(world: World) -> None:
         shard.before = lambda method, generation: None
     stop.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(30)
+        assert not thread.is_alive()
+    stop_repairing.set()
+    repairing.join(30)
     assert not problems
     while coordinator.follow_corpus():
         coordinator.tick()
