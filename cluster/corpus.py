@@ -107,16 +107,17 @@ def run(command: Command, settings: "Settings", root: Path, folder: Path) -> int
 
 
 @contextmanager
-def open_to_changes(corpus: Path, prepared: "Prepared") -> Iterator[None]:
+def open_to_changes(corpus: Path, prepared: "Prepared", has_index: bool = True) -> Iterator[None]:
     """Say in `corpus`, the folder of a run's changes, what they are made to, and while the block runs that they are
-    served."""
+    served, by a job that has an index."""
     corpus.mkdir(parents=True, exist_ok=True)
     base = {"passages": str(prepared.passages.resolve()), "tokenizers": str(prepared.tokenizers.resolve())}
     write_file(corpus / BASE_FILE, [json.dumps(base).encode()])
     (corpus / SERVING_FILE).unlink(missing_ok=True)
     pid = os.getpid()
     driver = {"host": socket.gethostname(), "pid": pid, "created": psutil.Process(pid).create_time()}
-    write_file(corpus / RUNNING_FILE, [json.dumps(driver).encode()])
+    if has_index:
+        write_file(corpus / RUNNING_FILE, [json.dumps(driver).encode()])
     try:
         yield
     finally:

@@ -71,7 +71,7 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     events = EventLog(run_dir / "events.jsonl")
     events("stage_started", step=_resumed_step(run_dir))
     service = None
-    with open_to_changes(log.folder, prepared), _console(run_dir / CONSOLE):
+    with open_to_changes(log.folder, prepared, uses_index(settings)), _console(run_dir / CONSOLE):
         try:
             if uses_index(settings):
                 snapshot = snapshot_to_resume(run_dir)

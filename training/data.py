@@ -192,7 +192,7 @@ class ClozeSource:
         passages: np.ndarray | None = None,
     ) -> None:
         """`passages`: numbers of those that `stream` counts; None: all."""
-        self.tokens, self.passages = store.tokens("retriever"), passages
+        self.store, self.tokens, self.passages = store, store.tokens("retriever"), passages
         self.stream, self.config = stream, config
         self.separator_id, self.pad_id = separator_id, pad_id
 
@@ -201,6 +201,7 @@ class ClozeSource:
         numbers = self.stream.batch(number)
         if self.passages is not None:
             numbers = self.passages[numbers]
+        numbers = self._living(numbers)
         cut = self._crop if self.config.name == "independent_cropping" else self._cloze
         random = self.stream.random(number, purpose=1)
         pairs = [cut(row, rng) for row, rng in zip(self.tokens.rows(numbers), random, strict=True)]
@@ -210,6 +211,15 @@ class ClozeSource:
             *pad_rows(passages, self.pad_id),
             torch.from_numpy(numbers.astype(np.int64)),
         )
+
+    def _living(self, numbers: np.ndarray) -> np.ndarray:
+        """`numbers`, with another passage in place of each that was deleted from the corpus."""
+        gone = ~self.store.is_living(numbers)
+        if not gone.any():
+            return numbers
+        every = np.arange(len(self.tokens))
+        living = every[self.store.is_living(every)]
+        return np.where(gone, living[numbers % len(living)], numbers)
 
     def _body(self, row: np.ndarray) -> tuple[int, int]:
         """Where the text stands in `[CLS] title [SEP] text [SEP]`, or in `[CLS] title text [SEP]`."""
