@@ -149,6 +149,7 @@ def wait_until_served(corpus: Path, version: int, timeout_s: float = SERVED_S) -
     the job waits for, and RuntimeError when the job ends: the change is made in either case."""
     deadline, looked = time.monotonic() + timeout_s, time.monotonic()
     served: dict[str, Any] = {}
+    watched = (corpus / RUNNING_FILE).exists()  # whose end is to be noticed
     while True:
         served = _read(corpus / SERVING_FILE) or served
         if served and served["version"] >= version:
@@ -156,7 +157,7 @@ def wait_until_served(corpus: Path, version: int, timeout_s: float = SERVED_S) -
         if time.monotonic() > deadline:
             why = served.get("waits") or "the job does not say why"
             raise TimeoutError(f"version {version} is made, but not served after {timeout_s:g} s: {why}")
-        if time.monotonic() - looked > ALIVE_S:
+        if watched and time.monotonic() - looked > ALIVE_S:
             looked = time.monotonic()
             if not is_running(corpus):
                 raise RuntimeError(f"version {version} is made, but the job ended before it served it")
