@@ -1,10 +1,12 @@
 """Which passages a partial refresh encodes first: those that training reads most, and whose vectors are oldest.
 
-priority = (hits since the passage was encoded + FLOOR) x steps since then
+priority = (hits since the passage was encoded + the mean over all passages) x steps since then
 
 Hits are those of every rank's batches, fading with the refreshes (`HALF_LIFE`). How far a single passage's vector has
-moved is not known without encoding it; it grows with the steps since it was encoded, which stand for it. FLOOR brings
-up what nobody reads: a stale vector may be the reason why.
+moved is not known without encoding it; it grows with the steps since it was encoded, which stand for it. The mean is
+what a passage that nobody reads goes by, so that about half of the choice follows age: a stale vector may be the very
+reason why it isn't read. With hits alone the freshly encoded are read, and encoded again because they were read, while
+the rest of the corpus falls behind both (measured: `benchmarks/results/partial.md`).
 
 Ranks note what they read; at a refresh all of it goes to rank 0, which alone keeps the counts and chooses. A passage
 counts as encoded when a status shows the weights version that it was asked for with: a refresh that failed, or that a
@@ -18,7 +20,7 @@ import numpy as np
 from training.ranks import Ranks
 
 HALF_LIFE = 4.0  # refreshes after which a hit counts half
-FLOOR = 0.05  # of a hit
+FLOOR = 1e-6  # of a hit: where nothing was read yet, age alone counts
 
 
 class Heat:
@@ -53,7 +55,7 @@ class Heat:
     def choose(self, share: float, step: int) -> np.ndarray:
         """Numbers of the most urgent passages, rising, int64; rank 0. At least one; equal ones by number."""
         number = max(1, round(share * self.num_passages))
-        priority = (self.hits + FLOOR) * np.maximum(1, step - self.encoded_at)
+        priority = (self.hits + max(FLOOR, float(self.hits.mean()))) * np.maximum(1, step - self.encoded_at)
         return np.sort(np.argsort(-priority, kind="stable")[:number]).astype(np.int64)
 
     def ask(self, version: int, passages: np.ndarray | None) -> None:

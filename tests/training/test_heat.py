@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.heat import FLOOR, HALF_LIFE, Heat
+from training.heat import HALF_LIFE, Heat
 
 FADE = 0.5 ** (1 / HALF_LIFE)
 
@@ -49,13 +49,12 @@ def test_age_counts_as_hits_do():
     found = heat(3)
     found.read(np.array([0, 0, 1]))
     found.gather(0)
-    found.encoded_at[:] = [18, 0, 0]  # 2 hits x 2 steps, 1 hit x 20 steps
+    found.encoded_at[:] = [18, 0, 0]  # the mean is 1 hit: 3 x 2 steps, 2 x 20 steps, 1 x 20 steps
     assert found.choose(1 / 3, step=20).tolist() == [1]
-    assert found.choose(2 / 3, step=20).tolist() == [0, 1]  # 2.05 x 2 against FLOOR x 20
-    assert FLOOR * 1000 > 2.05 * 2
-    assert found.choose(2 / 3, step=1000).tolist() == [0, 1]
-    found.encoded_at[0] = 998
-    assert found.choose(2 / 3, step=1000).tolist() == [1, 2]  # what nobody reads comes up in time
+    assert found.choose(2 / 3, step=20).tolist() == [1, 2]  # what nobody reads comes up in time
+    assert found.choose(2 / 3, step=30).tolist() == [0, 1]  # 3 x 12 against 1 x 30
+    found.hits[:] = 0
+    assert found.choose(2 / 3, step=20).tolist() == [1, 2]  # nothing read: age alone
 
 
 def test_hits_fade_with_the_refreshes_and_start_again_when_their_passage_was_encoded():
