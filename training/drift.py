@@ -64,7 +64,8 @@ class DriftProbe:
     def measure(self) -> Drift:
         """Probe the generation that serves. Raises what a search raises."""
         queries = self.fresh.questions(self._mine)
-        hits = self.service.submit(queries, self.depth, self.depth).result()
+        depth = min(self.depth, self.service.num_passages)  # fewer where passages were deleted meanwhile
+        hits = self.service.submit(queries, depth, depth).result()
         vectors = candidate_vectors(self.fresh, hits.ids)
         scores = pair_scores(queries, vectors, hits.ids)
         order = np.lexsort((hits.ids, -scores), axis=-1)[:, : self.k]
@@ -74,7 +75,7 @@ class DriftProbe:
         overlaps = overlap_of(hits.ids[:, : self.k], best)
         columns = np.stack([overlaps, np.array(correlations), self._query_shift(queries)], axis=1)
         self._now = _Vectors(queries, _by_number(hits.ids, vectors))
-        stale = hits.vectors if hits.vectors is not None and hits.vectors.shape[1] == self.depth else None
+        stale = hits.vectors if hits.vectors is not None and hits.vectors.shape[1] == depth else None
         shifts = self._passage_shifts(stale, vectors, np.where(self._repeated[:, None], -1, hits.ids))
         own = (dict(zip(self._mine.tolist(), columns, strict=True)), shifts, hits.weights_version)
         everyone = self.fresh.engine.gather_objects(own)
