@@ -217,7 +217,7 @@ class ClozeSource:
         gone = ~self.store.is_living(numbers)
         if not gone.any():
             return numbers
-        every = np.arange(len(self.tokens))
+        every = np.arange(len(self.tokens)) if self.passages is None else self.passages
         living = every[self.store.is_living(every)]
         return np.where(gone, living[numbers % len(living)], numbers)
 

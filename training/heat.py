@@ -90,7 +90,7 @@ class Heat:
         if self._asked is None or self._asked[0] != serving_version:
             return
         version, passages, counted = self._asked
-        chosen = slice(None) if passages is None else passages
+        chosen = slice(len(counted)) if passages is None else passages  # further passages came later
         self.encoded_at[chosen] = version
         self.hits[chosen] = np.maximum(0.0, self.hits[chosen] - counted)
         self._asked = None

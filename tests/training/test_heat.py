@@ -111,6 +111,11 @@ def test_passages_that_came_later_are_counted_too():
     assert found.hits.tolist() == [0, 1, 0, 0, 2]
     assert found.encoded_at.tolist() == [10] * 5
     assert found.choose(0.4, step=20).tolist() == [1, 4]
+    found.ask(20, None)
+    found.read(np.array([6]))
+    found.gather(10)  # not there yet
+    found.gather(20)
+    assert found.encoded_at.tolist() == [20] * 5 + [10] * 2
 
 
 def test_a_restored_one_goes_on_with_the_same_choice():
