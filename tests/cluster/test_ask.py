@@ -4,17 +4,20 @@ index is brought up to the corpus as it is now."""
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.ask import _search, encode_function
+from cluster.ask import encode_function
+from cluster.ask_index import OneGeneration
 from cluster.settings import Settings
 from indexing.corpus import Passage
 from indexing.encode import encode_numbers
 from indexing.exact import search_exactly
 from indexing.live import LiveStore, Wanted, change_corpus
+from indexing.merge import Hits
 from indexing.settings import IndexConfig
 from indexing.shard import Shard, shard_ranges
 from indexing.snapshot import write_once
@@ -22,6 +25,13 @@ from tests.cluster.corpus import ENCODER, NUM_PASSAGES, Corpus
 from training.models.sides import retriever_passage_side
 from training.models.tokenizers import load_tokenizer
 from training.settings import RetrievalConfig
+
+
+def search(
+    settings: Settings, store: LiveStore, encoder: torch.nn.Module, checkpoint: Path, queries: np.ndarray
+) -> Hits:
+    index = OneGeneration(settings, store, checkpoint, encode_function(cast(Any, encoder)), None)
+    return index.submit(queries, min(settings.retrieval.k, index.num_passages)).result()
 
 
 def test_ask_searches_among_what_passes(corpus: Corpus, tmp_path: Path) -> None:
@@ -35,7 +45,7 @@ def test_ask_searches_among_what_passes(corpus: Corpus, tmp_path: Path) -> None:
     def found(where: dict) -> list[int]:
         asked = replace(settings, retrieval=replace(settings.retrieval, where=where))
         with torch.inference_mode():
-            return _search(asked, store, encoder, tmp_path, queries).ids[0].tolist()
+            return search(asked, store, encoder, tmp_path, queries).ids[0].tolist()
 
     for where, allowed in (
         ({}, numbers >= 0),
@@ -43,7 +53,8 @@ def test_ask_searches_among_what_passes(corpus: Corpus, tmp_path: Path) -> None:
     ):
         assert found(where) == search_exactly(vectors, queries, 5, allowed)[1][0].tolist()
     assert sorted(found({"number": {"<": 2}})) == [0, 1]
-    assert found({"number": 1000}) == []
+    with pytest.raises(ValueError, match=r"no passage passes the filter retrieval\.where="):
+        found({"number": 1000})
     with pytest.raises(ValueError, match=r"retrieval\.where\.lang: no passage has this field; .* number, third"):
         found({"lang": "en"})
 
@@ -83,6 +94,6 @@ def test_a_saved_index_serves_a_changed_corpus_under_a_filter(corpus: Corpus, tm
             allowed = passing & store.is_living(numbers)
             settings = Settings(retrieval=RetrievalConfig(k=6, where=where), index=IndexConfig(num_shards=3))
             encoded.clear()
-            hits = _search(settings, store, Counting(), checkpoint, queries)  # type: ignore[arg-type]
+            hits = search(settings, store, Counting(), checkpoint, queries)
             assert hits.ids.tolist() == search_exactly(now, queries, 6, allowed)[1].tolist()
             assert sum(encoded) == 6
