@@ -153,7 +153,8 @@ class IndexClient:
         self._status = CoordinatorStatus()
         self._status_at = 0.0
         self._asked: Any = None  # the status call under way
-        self._silent_since: float | None = None  # since when no status has come that was asked for
+        self._probe: Any = None  # the oldest status call that the coordinator may not have answered
+        self._probe_at = 0.0
         self._publish_failures = 0
 
     def __reduce__(self) -> tuple[type["IndexClient"], tuple[IndexAddress]]:
@@ -337,7 +338,8 @@ class IndexClient:
             self._collect()
             if self._asked is None and time.monotonic() - self._status_at > STATUS_AGE_S:
                 self._asked = self._coordinator.submit("status")
-                self._silent_since = self._silent_since or time.monotonic()
+                if self._probe is None:
+                    self._probe, self._probe_at = self._asked, time.monotonic()
             status, counts = self._status, self._fanout.counts
         return IndexStatus(
             generation=status.generation,
@@ -367,16 +369,12 @@ class IndexClient:
 
     def _collect(self) -> bool:
         """Take a status that has arrived; returns whether one has. Call with the lock held."""
+        self._end_silence()
         if self._asked is None:
             return time.monotonic() - self._status_at <= STATUS_AGE_S
         if not ray.wait([self._asked], timeout=0)[0]:
-            silent_s = time.monotonic() - (self._silent_since or time.monotonic())
-            if self._published is not None and silent_s > HUNG_S:  # one client sees to it
-                self._events("coordinator_killed", why=f"silent for {silent_s:.0f} s")
-                self._coordinator.kill()
-                self._asked = self._silent_since = None
             return False
-        asked, self._asked, self._silent_since = self._asked, None, None
+        asked, self._asked = self._asked, None
         try:
             self._status, self._coordinator.place = get(asked)
         except RayError:  # it is being restarted
@@ -391,11 +389,22 @@ class IndexClient:
             self._hand_in()
         return True
 
+    def _end_silence(self) -> None:
+        """Kill a coordinator that hangs; one client sees to it, the one that publishes. Call with the lock held."""
+        if self._probe is None:
+            return
+        if ray.wait([self._probe], timeout=0)[0]:
+            self._probe = None
+            return
+        silent_s = time.monotonic() - self._probe_at
+        if self._published is not None and silent_s > HUNG_S:
+            self._events("coordinator_killed", why=f"silent for {silent_s:.0f} s")
+            self._coordinator.kill()
+            self._asked = self._probe = None
+
     def _hand_in(self) -> None:
         """Send the published weights to the coordinator. Call with the lock held."""
         self._handed_in, self._taken_by = self._coordinator.submit("publish", self._published), None
-        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
-            self._silent_since = None  # otherwise it is as silent as before, however often is published
         self._asked = None  # a status from before would seem to have forgotten them
 
     def _forgotten(self) -> bool:

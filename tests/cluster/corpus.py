@@ -1,5 +1,6 @@
 """A small corpus with a tokeniser and a tower, and what an index over it must answer."""
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from training.models.weights import to_numpy
 from training.settings import EncoderConfig, FreshEncoderConfig, TokenizerConfig
 
 NUM_PASSAGES = 301
+SEEDING = threading.Lock()  # torch's generator belongs to all threads
 ENCODER = EncoderConfig(
     fresh=FreshEncoderConfig(num_layers=1, hidden=16, num_heads=2, intermediate=32),
     tokenizer=TokenizerConfig(vocabulary=120),
@@ -33,8 +35,9 @@ class Corpus:
 
     def encoder(self, version: int) -> TextEncoder:
         """The tower as it is at optimiser step `version`."""
-        torch.manual_seed(version)
-        return build_encoder(ENCODER, len(load_tokenizer(self.tokenizer))).eval()
+        with SEEDING:
+            torch.manual_seed(version)
+            return build_encoder(ENCODER, len(load_tokenizer(self.tokenizer))).eval()
 
     def weights(self, version: int) -> dict[str, np.ndarray]:
         """What the trainer publishes at that step."""

@@ -160,17 +160,18 @@ def test_a_stopped_coordinator_and_a_stopped_shard_are_replaced(
     does."""
     monkeypatch.setattr("cluster.search.HUNG_S", 3.0)
     generation, killed = answer(victim), len(victim.events("shard_killed"))
+    hung = len(victim.events("coordinator_killed"))
     victim.client.save_generation(generation, 30.0)
     frozen = [process_of(victim.service.address.coordinator), process_of(victim.shards[1])]
     with victim.checker(), stopped(*frozen):
         deadline = time.monotonic() + 20
-        while not victim.events("coordinator_killed"):
+        while len(victim.events("coordinator_killed")) == hung:
             assert time.monotonic() < deadline
             version = victim.publish()
             victim.client.status()
             time.sleep(0.5)
         victim.await_version(version)
         assert answer(victim) > generation
-    assert len(victim.events("coordinator_killed")) == 1
-    assert len(victim.events("shard_killed")) == killed + 1
+    assert len(victim.events("coordinator_killed")) == hung + 1
+    assert len(victim.events("shard_killed")) > killed
     assert not victim.events("index_not_started")
