@@ -1,10 +1,9 @@
-"""The index service on a real Ray: what it answers, and what it survives."""
+"""The index service on a real Ray: what it answers. What it survives: `tests/cluster/survival`."""
 
 import json
 import os
 import pickle
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -260,64 +259,6 @@ def test_weights_of_another_encoder_are_given_up_and_the_old_generation_serves(
     assert events(service, "refresh_failed")[-1]["given_up"]
 
 
-class Searcher(threading.Thread):
-    """Searches without a pause, and checks that each answer is that of one version."""
-
-    def __init__(self, client: IndexClient, vectors: dict[int, np.ndarray]) -> None:
-        super().__init__(daemon=True)
-        self.client, self.vectors = client, vectors
-        self.stopped = threading.Event()
-        self.error: Exception | None = None
-        self.versions: list[int] = []
-
-    def run(self) -> None:
-        try:
-            while not self.stopped.is_set():
-                hits = self.client.submit(QUERIES, 9).result()
-                check(hits, self.vectors)
-                self.versions.append(hits.weights_version)
-        except Exception as error:
-            self.error = error
-
-    def finish(self) -> list[int]:
-        """Stop, and raise what went wrong."""
-        self.stopped.set()
-        self.join(90)
-        assert not self.is_alive()
-        if self.error is not None:
-            raise self.error
-        return self.versions
-
-
-def test_kill_9_of_shard_worker_and_coordinator_while_searching_and_refreshing(
-    launch: Launch, corpus: Corpus, run_dir: Path
-) -> None:
-    """The service goes on by itself, and no query is ever answered by two generations."""
-    service = launch()
-    client = service.connect()
-    client.publish(1, corpus.weights(1))
-    client.wait_for_version(1, WAIT_S)
-    searcher = Searcher(service.connect(), {version: corpus.vectors(version) for version in range(1, 6)})
-    searcher.start()
-    victims = [service.address.shards[1], service.workers[0], service.address.coordinator]
-    for version, victim in enumerate(victims, start=2):
-        process = process_of(victim)
-        client.publish(version, corpus.weights(version))
-        os.kill(process, signal.SIGKILL)
-        client.wait_for_version(version, WAIT_S)
-        check(client.submit(QUERIES, 9).result(), {version: corpus.vectors(version)})
-        assert process_of(victim) != process
-    os.kill(process_of(service.address.shards[0]), signal.SIGKILL)  # while nothing is refreshed
-    check(client.submit(QUERIES, 9).result(), {4: corpus.vectors(4)})
-    versions = searcher.finish()
-    assert versions == sorted(versions)
-    assert client.status().weights_version == 4
-    generations = [event["generation"] for event in events(service, "refresh_committed")]
-    assert generations == sorted(set(generations))
-    restored = [event["shard"] for event in events(service, "shard_restored")]
-    assert 0 in restored
-
-
 def test_coordinator_and_shard_die_before_the_snapshot(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
     """Nobody has the weights any more but the trainer, whose waiting search hands them in again."""
     service = launch()
@@ -330,44 +271,6 @@ def test_coordinator_and_shard_die_before_the_snapshot(launch: Launch, corpus: C
     os.kill(process_of(service.address.coordinator), signal.SIGKILL)
     check(client.submit(QUERIES, 9).result(), {1: corpus.vectors(1)})
     assert events(service, "refresh_committed")[-1]["generation"] != 1
-
-
-def test_a_stopped_worker_and_a_stopped_shard_are_replaced(launch: Launch, corpus: Corpus, run_dir: Path) -> None:
-    """SIGSTOP breaks no connection: only the bounds find it."""
-    refresh, index = replace(REFRESH, chunk_timeout_s=15.0), replace(INDEX, search_timeout_s=60.0)
-    service = launch(refresh=refresh, index=index)
-    client = service.connect()
-    client.publish(1, corpus.weights(1))
-    client.wait_for_version(1, WAIT_S)
-    client.save_generation(client.status().generation, WAIT_S)  # the shard is repaired without the worker
-    os.kill(process_of(service.workers[0]), signal.SIGSTOP)
-    os.kill(process_of(service.address.shards[2]), signal.SIGSTOP)
-    begin = time.monotonic()
-    client.publish(2, corpus.weights(2))
-    assert time.monotonic() - begin < 1.0
-    check(client.submit(QUERIES, 9).result(), {version: corpus.vectors(version) for version in (1, 2)})
-    client.wait_for_version(2, WAIT_S)
-    check(client.submit(QUERIES, 9).result(), {2: corpus.vectors(2)})
-    assert "took longer than 15 s" in events(service, "worker_lost")[0]["why"]
-    assert events(service, "shard_killed")
-
-
-def test_a_stopped_coordinator_is_replaced(launch: Launch, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searches go on without it; the client that publishes notices."""
-    monkeypatch.setattr("cluster.search.HUNG_S", 6.0)
-    service = launch()
-    client = service.connect()
-    client.publish(1, corpus.weights(1))
-    client.wait_for_version(1, WAIT_S)
-    os.kill(process_of(service.address.coordinator), signal.SIGSTOP)
-    begin = time.monotonic()
-    client.publish(2, corpus.weights(2))
-    client.status()
-    assert time.monotonic() - begin < 1.0
-    check(client.submit(QUERIES, 9).result(), {1: corpus.vectors(1)})
-    client.wait_for_version(2, WAIT_S)
-    check(client.submit(QUERIES, 9).result(), {2: corpus.vectors(2)})
-    assert len(events(service, "coordinator_killed")) == 1
 
 
 @pytest.mark.gpu
