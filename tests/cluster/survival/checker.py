@@ -23,6 +23,7 @@ from indexing.merge import Hits
 
 TOLERANCE = 1e-4  # of a score: an encoder's batches have other shapes here than in a refresh worker
 BATCH, K = 4, 9
+COMMITS = ("refresh_committed", "corpus_changed", "passages_encoded_again", "index_taken_over")  # name a generation
 
 
 class Oracle(Protocol):
@@ -78,6 +79,7 @@ def wrong(hits: Hits, queries: np.ndarray, oracle: Oracle, gone: np.ndarray | No
     if gone is not None and np.isin(hits.ids, gone).any():
         return f"{where}: passages {np.intersect1d(hits.ids, gone)} were gone"
     sure = oracle.found_in(hits.generation)
+    sure = sure[sure < len(vectors)]  # more may have come since
     for line, row, last in zip(hits.ids, scores, hits.scores[:, -1], strict=True):
         missing = np.setdiff1d(sure[row[sure] > last + TOLERANCE], line)
         if len(missing):
@@ -116,6 +118,7 @@ class Checker(threading.Thread):
             gone, begin = self._oracle.gone(), time.monotonic()
             try:
                 hits = self._client.submit(queries, K).result()
+                why = wrong(hits, queries, self._oracle, gone)
             except Exception as error:  # a violation like a wrong answer
                 self.violations.append(f"{type(error).__name__}: {error}")
                 continue
@@ -129,7 +132,7 @@ class Checker(threading.Thread):
             newest = hits.generation
             if self.answered.setdefault(hits.generation, hits.weights_version) != hits.weights_version:
                 self.violations.append(f"generation {hits.generation} has two weights versions")
-            if why := wrong(hits, queries, self._oracle, gone):
+            if why:
                 self.violations.append(why)
 
     def finish(self) -> None:
@@ -138,7 +141,7 @@ class Checker(threading.Thread):
         self.join(self._bound_s + 10)
         if self.is_alive():
             self.violations.append("a search hangs")
-        rows = events_of(self._client.address.events_path, "refresh_committed", "index_taken_over")
+        rows = events_of(self._client.address.events_path, *COMMITS)
         taken_over = {row["generation"] for row in rows if row["event"] == "index_taken_over"}
         for newer, older in self._steps_back:
             self.back += older in taken_over
