@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from tests.cluster.survival.checker import Checker, K, Versions, events_of, wron
 INDEX = IndexConfig(num_shards=3, search_timeout_s=36.0)
 REFRESH = RefreshConfig(num_workers=1, chunk_passages=5, chunk_timeout_s=20.0)
 
+BOUND_S = 100.0  # of a search while something dies: an overloaded machine starts a process in half a minute
 QUERIES = np.random.default_rng(5).normal(size=(5, 16)).astype(np.float32)
 
 
@@ -78,9 +79,10 @@ class Victim:
         """Events of these kinds so far."""
         return events_of(self.service.address.events_path, *kinds)
 
-    def checker(self, bound_s: float = INDEX.search_timeout_s) -> Checker:
+    def checker(self, bound_s: float = BOUND_S) -> Checker:
         """A client of its own that searches and checks while a block runs."""
-        return Checker(self.service.connect(), self.oracle, bound_s)
+        address = replace(self.service.address, search_timeout_s=bound_s)
+        return Checker(IndexClient(address), self.oracle, bound_s)
 
 
 def answer(victim: Victim) -> int:
