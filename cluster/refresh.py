@@ -45,7 +45,7 @@ from cluster.chunks import EncodePool
 from cluster.live import LiveCorpus
 from cluster.ports import Events, RefreshFailed, Serving, ShardPort, Weights
 from cluster.repair import Repair
-from cluster.shards import ShardGroup, status_or_none
+from cluster.shards import ShardGroup, figures_of
 from cluster.snapshots import Snapshots, Wish
 from cluster.takeover import take_over
 from indexing.changes import ChangeLog
@@ -333,17 +333,18 @@ class RefreshCoordinator:
 
     def _switch(self, new: Serving) -> None:
         self.shards.call(lambda shard: shard.commit(new.generation))
-        oldest, figures = self._oldest(new), self.shards.figures(new.generation)
+        oldest, figures = self._look_at(new)
         with self._changed:
             self._serving, self._oldest_version, self._figures = new, oldest, figures
             self._replaced_at = time.monotonic()
 
-    def _oldest(self, serving: Serving) -> int:
-        """Weights version of the passage of a generation that was encoded longest ago. A shard that was lost is given
-        all its passages from the snapshot, or anew from newer weights."""
-        statuses = [status_or_none(shard) for shard in self.shards]
-        there = [s.oldest_version for s in statuses if s is not None and s.committed == serving.generation]
-        return min(there, default=serving.weights_version)
+    def _look_at(self, serving: Serving) -> tuple[int, Figures]:
+        """Of a generation the weights version of the passage that was encoded longest ago, and its figures, from the
+        shards that have it. A shard that was lost is given all its passages from the snapshot, or anew from newer
+        weights."""
+        there = self.shards.serving(serving.generation)
+        oldest = min((status.oldest_version for status in there), default=serving.weights_version)
+        return oldest, figures_of(there)
 
     def _clear(self, keep: set[int], abort: bool) -> None:
         """Release what is older than the serving generation, but `keep`; with `abort` forget what else is staged."""
@@ -419,11 +420,10 @@ class RefreshCoordinator:
         first = self.settings.first_generation
         hung_s, hide = self.settings.search_timeout_s / 4, self._builder.hide
         serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s, hung_s, hide)
-        oldest = -1 if serving is None else self._oldest(serving)
-        figures = UNKNOWN if serving is None else self.shards.figures(serving.generation)
+        oldest, figures = (-1, UNKNOWN) if serving is None else self._look_at(serving)
         with self._changed:
-            self._serving, self._next_generation, self._oldest_version = serving, number, oldest
-            self._figures = figures
+            self._serving, self._next_generation = serving, number
+            self._oldest_version, self._figures = oldest, figures
         self.live.hidden = self.log.version  # the shards that answered hide it, the others will when they come back
 
     def remember(self, committed: int, failures: int) -> None:

@@ -139,6 +139,7 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
         for number, version in first.generations.items()
         if all(status.generations.get(number) == version for status in statuses)
     }
+    newest = [status for status in statuses if status.committed == max(one.committed for one in statuses)]
     staged = max(status.staged for status in statuses)
     derived = max(status.derived for status in statuses)
     building = next(status for status in statuses if status.staged == staged)
@@ -149,7 +150,7 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
         shard_number=first.shard_number,
         start=first.start,
         stop=first.stop,
-        committed=max(status.committed for status in statuses),
+        committed=newest[0].committed,
         generations=generations,
         staged=staged,
         staged_weights_version=building.staged_weights_version,
@@ -167,7 +168,8 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
         corpora={number: first.corpora.get(number, 0) for number in generations},
         hidden=min(status.hidden for status in statuses),
         num_living=min(status.num_living for status in statuses),
-        figures=next((s.figures for s in statuses if s.figures.recall is not None), first.figures),
+        oldest_version=min(status.oldest_version for status in newest),
+        figures=next((s.figures for s in newest if s.figures.recall is not None), newest[0].figures),
     )
 
 

@@ -52,11 +52,10 @@ class ShardGroup:
         statuses = [(shard.number, status_or_none(shard)) for shard in self._shards]
         return {number for number, status in statuses if status is None or not has(status, generation)}
 
-    def figures(self, generation: int) -> Figures:
-        """What `generation` costs and finds, over the shards that answer with it as their newest."""
+    def serving(self, generation: int) -> list[ShardStatus]:
+        """The status of each shard that answers, with `generation` as its newest."""
         statuses = [status_or_none(shard) for shard in self._shards]
-        there = [status for status in statuses if status is not None and status.committed == generation]
-        return combined([(status.num_living, status.figures) for status in there if status.num_living])
+        return [status for status in statuses if status is not None and status.committed == generation]
 
     def wait(
         self,
@@ -85,6 +84,11 @@ class ShardGroup:
                 time.sleep(POLL_S)
             statuses.append(status)
         return statuses
+
+
+def figures_of(statuses: Iterable[ShardStatus]) -> Figures:
+    """What the newest generation of these shards costs and finds."""
+    return combined([(status.num_living, status.figures) for status in statuses if status.num_living])
 
 
 def status_or_none(shard: ShardPort) -> ShardStatus | None:

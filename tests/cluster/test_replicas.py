@@ -12,6 +12,7 @@ import pytest
 from cluster.ports import ShardLost, has_staged_all
 from cluster.refresh import RefreshCoordinator
 from cluster.replicas import ReplicatedShard, in_common
+from indexing.probe import Figures
 from indexing.shard import ShardStatus, shard_ranges
 from tests.cluster import test_live, test_refresh
 from tests.cluster.fakes import NUM_PASSAGES, FakeShard, World, weights
@@ -206,6 +207,10 @@ def test_what_replicas_have_in_common() -> None:
     empty = in_common([status({2: 2}), status({})])
     assert (empty.generations, empty.staged, empty.staged_rows, empty.prepared) == ({}, -1, 0, False)
     assert empty.hidden == 0
+    read, measured = Figures(20.0), Figures(20.0, 1.5, 0.9)  # one replica read it from disk, one is empty
+    old = replace(status({2: 2}), oldest_version=1, figures=read)
+    three = in_common([status({}), old, replace(old, oldest_version=2, figures=measured)])
+    assert (three.oldest_version, three.figures) == (1, measured)
     for other, staged_all in ((status({2: 2}, derived=3), True), (status({2: 2}), False)):  # a delta without rows here
         deriving = in_common([status({2: 2}, derived=3), other])
         assert (deriving.derived, has_staged_all(deriving, 3)) == (3, staged_all)
