@@ -78,8 +78,8 @@ class Approximate:
     ) -> tuple[np.ndarray, np.ndarray]:
         if share < WIDE_SHARE:
             return self._search_some_codes(queries, k, np.flatnonzero(allowed))
-        proposed = self._inner.search(queries, min(len(allowed), math.ceil(k / share) + SPARE))
-        scores, rows, short = _allowed_first(*proposed, k, allowed)
+        scores, rows = self._inner.search(queries, min(len(allowed), math.ceil(k / share) + SPARE))
+        scores, rows, short = _allowed_first(scores, rows, k, allowed)
         if len(short):
             scores[short], rows[short] = self._search_some_codes(queries[short], k, np.flatnonzero(allowed))
         return scores, rows

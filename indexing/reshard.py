@@ -181,7 +181,10 @@ def _taken(
         verify(saved.path)
     extra = verify(saved.base, contents=False) if saved.extra.get("derived") else saved.extra
     part = _Part(saved.base, extra, rows, np.array(numbers[rows]))
-    return part, tuple(each[mine] for each in read_delta(saved.path)) if len(mine) else None
+    if not len(mine):
+        return part, None
+    numbers, versions, vectors = read_delta(saved.path)
+    return part, (numbers[mine], versions[mine], vectors[mine])
 
 
 def _of_one_version(parts: list[_Part]) -> tuple[list[_Part], list[_Part]]:
