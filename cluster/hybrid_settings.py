@@ -29,12 +29,13 @@ def check_hybrid(settings: Settings) -> None:
         if retrieval.candidates < retrieval.k:
             allowed = f"must be at least retrieval.k={retrieval.k}: the passages that are read are chosen among them"
             raise refuse("retrieval.candidates", retrieval.candidates, allowed)
-    if retrieval.hybrid != "none" and retrieval.rescore > 1:
+    if retrieval.hybrid != "none":
         deepest = retrieval.k if reranker.mode == "off" else max(retrieval.k, reranker.candidates)
-        if retrieval.candidates < deepest * retrieval.rescore:
-            allowed = f"must be at least {deepest * retrieval.rescore}: retrieval.rescore={retrieval.rescore} times the"
+        wanted = deepest * max(1, retrieval.rescore)
+        if retrieval.candidates < wanted:
+            again = f"retrieval.rescore={retrieval.rescore} times " if wanted > deepest else ""
             chosen = "retrieval.k" if deepest == retrieval.k else "reranker.candidates"
-            allowed = f"{allowed} {chosen}={deepest} that are chosen, which are fused before they are scored again"
+            allowed = f"must be at least {wanted}: {again}{chosen}={deepest} are chosen among those that are fused"
             raise refuse("retrieval.candidates", retrieval.candidates, allowed)
     if reranker.mode == "off":
         return

@@ -10,9 +10,9 @@ state of the corpus that it wants an answer from, and the answer says which one 
 dense and lexical hits together only where these agree.
 
 Who waits for whom: `submit` returns at once. `result` waits for the actor. One that died is started again by Ray, maps
-its directory again, and is asked again; one that stays silent for a quarter of index.search_timeout_s is killed first.
-Whatever happens, `result` ends with hits or an error within index.search_timeout_s. The constructor of the actor waits
-for nothing: the first call maps the index.
+its directory again, and is asked again, as is one that does not see the newest change of the corpus yet; one that
+stays silent for a quarter of index.search_timeout_s is killed first. Whatever happens, `result` ends with hits or an
+error within index.search_timeout_s. The constructor of the actor waits for nothing: the first call maps the index.
 """
 
 import threading
@@ -28,7 +28,7 @@ from cluster.events import EventLog
 from cluster.handles import NamedActor, get, own_error
 from cluster.processes import Place, here
 from indexing.lexical import LexicalHits
-from indexing.live_lexical import LiveLexical
+from indexing.live_lexical import CorpusLag, LiveLexical
 from indexing.merge import CorpusState
 
 POLL_S = (0.02, 0.5)  # between attempts: the first pause, and the longest
@@ -120,7 +120,10 @@ class PendingWords:
                     return hits
                 why = "there is no such actor"
             except RayTaskError as error:
-                raise own_error(error) from error
+                own = own_error(error)
+                if not isinstance(own, CorpusLag):
+                    raise own from error
+                why = str(own)
             except GetTimeoutError:
                 why = f"silent for {hung_s:g} s"
                 self._kill(why)

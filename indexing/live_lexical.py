@@ -10,8 +10,8 @@ statistics are those of the base store until the corpus is prepared anew.
 
 A search names the state of the corpus (`indexing.merge.CorpusState`) that it needs, so that words and vectors answer
 for the same one: passages of later versions are left out, and what was deleted up to that version, or meanwhile, is
-not found. Who waits for whom: nobody, unless a state is asked for that the log does not show here yet, which may be on
-a file system that several machines share: it is looked for during `LAG_S`.
+not found. Who waits for whom: nobody, unless a state is asked for that the log does not show here yet, as on a file
+system that several machines share: it is looked for during `LAG_S`, and the caller may ask again.
 """
 
 import threading
@@ -27,7 +27,11 @@ from indexing.lexical import LexicalHits, LexicalIndex, build_lexical, texts_of
 from indexing.live import LiveStore
 from indexing.merge import UNCHANGED, CorpusState, best_first
 
-LAG_S, POLL_S = 60.0, 0.05
+LAG_S, POLL_S = 5.0, 0.05
+
+
+class CorpusLag(TimeoutError):
+    """The log does not show a version of the corpus here that is served elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class LiveLexical:
         self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
     ) -> LexicalHits:
         """The best `n` passages (0: none) of the corpus as `wanted` (None: as it is now), with the scores of passages
-        `of` int64 [batch, m]. Raises TimeoutError where the log does not show that state."""
+        `of` int64 [batch, m]. Raises CorpusLag where the log does not show that state."""
         view = self._follow(wanted or UNCHANGED)
         state = CorpusState(view.version if wanted is None else wanted.added, view.version)
         scores, ids = np.zeros((len(texts), 0), np.float32), np.zeros((len(texts), 0), np.int64)
@@ -95,7 +99,7 @@ class LiveLexical:
         log, needed, deadline = self.store.log, max(wanted.added, wanted.hidden), time.monotonic() + self.lag_s
         while self.store.refresh() or log.version < needed:
             if log.version < needed and time.monotonic() > deadline:
-                raise TimeoutError(
+                raise CorpusLag(
                     f"{log.folder} shows version {log.version} of the corpus, and not {needed} after {self.lag_s:g} s, "
                     "which the index serves: it must be the same folder on every machine"
                 )

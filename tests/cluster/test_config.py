@@ -391,11 +391,15 @@ def test_pretraining_refuses_what_does_not_fit_it(write) -> None:
         ("retrieval.rrf_constant=-1", "retrieval.rrf_constant=-1.0: must not be negative"),
         (
             "retrieval.hybrid=rrf retrieval.rescore=4 retrieval.candidates=15",
-            "retrieval.candidates=15: must be at least 16: retrieval.rescore=4 times the retrieval.k=4 that are chosen",
+            "retrieval.candidates=15: must be at least 16: retrieval.rescore=4 times retrieval.k=4 are chosen",
         ),
         (
             "retrieval.hybrid=learned retrieval.rescore=6 reranker.mode=add",
-            "retrieval.candidates=100: must be at least 120: retrieval.rescore=6 times the reranker.candidates=20",
+            "retrieval.candidates=100: must be at least 120: retrieval.rescore=6 times reranker.candidates=20",
+        ),
+        (
+            "retrieval.hybrid=learned retrieval.candidates=19 reranker.mode=add",
+            "retrieval.candidates=19: must be at least 20: reranker.candidates=20 are chosen among those",
         ),
         (
             "retrieval.hybrid=rrf index.on_slow=refuse index.slow_after_s=1",

@@ -12,7 +12,7 @@ import pytest
 from indexing.corpus import Passage
 from indexing.lexical import build_lexical, lexical_name, write_lexical
 from indexing.live import LiveStore, Wanted, change_corpus
-from indexing.live_lexical import LiveLexical
+from indexing.live_lexical import CorpusLag, LiveLexical
 from indexing.merge import CorpusState
 from indexing.settings import LexicalConfig
 from indexing.store import Store, write_store
@@ -120,7 +120,7 @@ def test_words_that_the_base_does_not_know_count_among_what_was_added(base: Stor
 def test_a_state_that_the_log_does_not_show_is_waited_for_and_not_for_ever(base: Store) -> None:
     writer, index = writer_of(base), live(base, lag_s=0.3)
     for state in (CorpusState(1, 0), CorpusState(0, 1)):
-        with pytest.raises(TimeoutError, match=r"shows version 0 of the corpus, and not 1 after 0\.3 s"):
+        with pytest.raises(CorpusLag, match=r"shows version 0 of the corpus, and not 1 after 0\.3 s"):
             index.search(QUESTIONS, 3, state)
     index.lag_s = 20.0
     later = threading.Timer(0.3, lambda: change_corpus(writer, Wanted(delete=["p3"]), SIDES))
