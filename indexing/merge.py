@@ -195,7 +195,7 @@ def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.n
     if len(parts) < len(shard_hits):
         return None
     dim = max(part.shape[2] for part in parts)  # 0 of a shard without passages
-    parts = [part if part.shape[2] else np.empty((len(part), part.shape[1], dim), np.float32) for part in parts]
+    parts = [part if part.shape[2] else np.empty((part.shape[0], part.shape[1], dim), np.float32) for part in parts]
     slots, first = [], 0
     for hits, part in zip(shard_hits, parts, strict=True):
         slots.append(np.pad(np.arange(first, first + part.shape[1]), (0, hits.ids.shape[1] - part.shape[1])))
