@@ -12,6 +12,7 @@ import torch
 
 from indexing.corpus import Passage
 from indexing.duplicates import duplicate_groups
+from indexing.settings import LexicalConfig
 from indexing.store import Store, write_store
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
@@ -411,6 +412,39 @@ def test_the_source_is_not_read_where_candidates_are_scored_again(world, tmp_pat
         own = stage.corpus.groups[stage.corpus.training.sources(examples)]
         assert fetched.passages is not None
         assert not (stage.corpus.groups[fetched.passages.reshape(4, -1)] == own[:, None]).any()
+
+
+@pytest.mark.parametrize("rescore", [0, 10])
+def test_examples_are_searched_by_words_too_and_their_scores_are_part_of_the_loss(world, tmp_path, rescore):
+    """Beside pairs of a contrastive task; the source of an example is found by neither index."""
+    mixed = replace(ALL, held_out=0.4, held_out_examples=6, inverse_cloze=1.0)
+    retrieval = RetrievalConfig(k=3, hybrid="learned", candidates=40, rescore=rescore, lexical_weight=1.0)
+    job = pretrain_job(world, tmp_path, pretraining=mixed, evaluate_questions="", retrieval=retrieval)
+    stage = Stage(job, index := world.index(lexical=LexicalConfig()))
+    stage.run()
+    assert index.lexical is not None
+    assert stage.corpus is not None
+    source = stage.make_source(None)
+    fetched = source.next()
+    batch = fetched.batch
+    assert isinstance(batch, RetrievalBatch)
+    assert batch.contrast is not None
+    assert batch.lexical is not None
+    assert fetched.passages is not None
+    passages, examples = fetched.passages.reshape(4, -1), np.arange(4)
+    questions = stage.corpus.training
+    own = stage.corpus.groups[questions.sources(examples)]
+    assert not (stage.corpus.groups[passages] == own[:, None]).any()
+    texts = [questions.text(int(number)) for number in examples]
+    words = index.lexical.index.scores(texts, np.tile(np.arange(index.num_passages), (4, 1)))
+    expected = np.take_along_axis(words, passages, axis=1) / words.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(batch.lexical.numpy(), expected, rtol=1e-5)
+    assert (expected > 0).any()
+    outputs = stage.system("likelihoods", batch, needs(job.objective), 1.0)
+    lexical = stage.system.retriever.lexical
+    assert lexical is not None
+    (gradient,) = torch.autograd.grad(compute(job.objective, outputs)[0], [lexical.raw])
+    assert float(gradient.abs().sum()) > 0
 
 
 def test_closed_book_pretraining_reads_no_passage(world, tmp_path):
