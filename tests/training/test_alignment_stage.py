@@ -123,7 +123,7 @@ def test_margins_are_differences_of_rag_sequence_losses(world, tmp_path, start, 
     objective = ObjectiveConfig(name="rag_sequence")
     for row in rows[:6]:
         number = np.array([row["number"]])
-        passages = stage.measures.preferences._passages(number)
+        passages, _ = stage.measures.preferences._passages(number)
         log_likelihoods = []
         for answer in collator.questions.answer_tokens(row["number"]):
             plain = Collator.__call__(collator, number, passages, with_answers=False)
