@@ -115,7 +115,7 @@ def test_a_re_ranker_chooses_among_the_best_of_what_was_scored_again(
     assert stage.system.reranker is not None
     with torch.no_grad():  # a fresh head says next to nothing
         for parameter in stage.system.reranker.model.classifier.parameters():  # pyright: ignore
-            parameter.normal_(std=100.0)
+            parameter.normal_(std=3000.0)
     questions = questions_of(stage, 0)
     products, words = fresh_scores(stage, index, questions)
     weight = stage.parts.lexical_weight() if hybrid == "learned" else 0.0
