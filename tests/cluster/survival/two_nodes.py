@@ -27,7 +27,7 @@ from cluster.service import IndexServiceHandle  # noqa: E402
 from cluster.settings import ClusterConfig  # noqa: E402
 from tests.cluster.corpus import make_corpus  # noqa: E402
 from tests.cluster.survival.actors import inside, serve  # noqa: E402
-from tests.cluster.survival.checker import Checker, Versions, events_of  # noqa: E402
+from tests.cluster.survival.checker import Checker, Versions  # noqa: E402
 from tests.cluster.survival.conftest import BOUND_S, INDEX, REFRESH, start  # noqa: E402
 
 STORE_BYTES = 100 * 2**20
@@ -90,7 +90,6 @@ def lose(cluster: Cluster, second: Any, folder: Path) -> dict[str, Any]:
             "searches": checker.searches,
             "longest_s": checker.longest_s,
             "weights_version": hits.weights_version,
-            "restored": [row["shard"] for row in events_of(service.address.events_path, "shard_restored")],
         }
     finally:
         service.stop()
