@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     settings = replace(settings, retrieval=replace(settings.retrieval, hybrid="learned"))
     torch.set_num_threads(settings.cluster.threads_per_trainer)
     prepared = prepare_data(settings, experiment.directory, print, [settings.questions.evaluate])
-    tokenizers = tuple(load_tokenizer(prepared.tokenizers / name) for name in ("retriever", "generator"))
+    tokenizers = load_tokenizer(prepared.tokenizers / "retriever"), load_tokenizer(prepared.tokenizers / "generator")
     system = build_system(settings.encoder, settings.generator, "none", tokenizers, settings.run.seed).eval()
     start = starting_checkpoint(settings, experiment.stages)
     if start:

@@ -126,6 +126,7 @@ def measure_updates(data: Path, size: int, folder: Path) -> dict[str, float]:
         vectors = encode(encoder, store, np.arange(len(store)))
         random = np.random.default_rng(0)
         rows: dict[str, list[tuple[float, int]]] = {}
+        living, queries = np.arange(len(store)), vectors[:16]  # until the first update
         old_found = differing = compared = 0
         for day, batch in batches(read_updates(data), size):
             put = [Passage(u["_id"], u["title"], u["text"]) for u in batch if u["op"] == "upsert"]
@@ -213,8 +214,11 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
     side = TokenSide("retriever", words, "words")
     base = write_store(folder / "store", (Passage(f"p{n}", "", f"passage {n}") for n in range(num_rows)), [side])
     store = LiveStore.open_with(base.path, folder / "run" / "corpus")
-    remote: Any = ray.remote(concurrency_groups=SHARD_THREADS)(ShardActor)
-    actor = remote.options(name="million", namespace=NAMESPACE, num_cpus=0).remote(0, 0, num_rows, IndexConfig(), 1)
+    remote: Any = ray.remote
+    shard_class = remote(concurrency_groups=SHARD_THREADS)(ShardActor)
+    actor = shard_class.options(name="million", namespace=NAMESPACE, num_cpus=0).remote(
+        0, 0, num_rows, IndexConfig(), 1
+    )
     shards = ShardGroup([RayShard(0, 0, num_rows, NamedActor("million", NAMESPACE), 600.0)])
     known: dict[int, np.ndarray] = {}
     pool = EncodePool([KnowingWorker(known)], shards, lambda event, **fields: None, 3, 600.0)

@@ -50,6 +50,7 @@ from cluster.search import IndexAddress, IndexClient  # noqa: E402
 from cluster.shards import ShardGroup  # noqa: E402
 from cluster.sizing import RAY_CALL_S, RAY_SHARD_S  # noqa: E402
 from cluster.snapshots import IndexIdentity, Snapshots  # noqa: E402
+from indexing.changes import ChangeLog  # noqa: E402
 from indexing.settings import IndexConfig  # noqa: E402
 from indexing.shard import shard_ranges  # noqa: E402
 
@@ -269,13 +270,15 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
     shards = [TimedShard(n, *ranges[n], NamedActor(name, NAMESPACE), 3600.0) for n, name in enumerate(names)]
     events = EventLog(folder / "events.jsonl")
     worker, group = BlockWorker(), ShardGroup(shards)
+    log = ChangeLog(folder / "corpus", "", passages)  # of a corpus that nobody changes
     coordinator = RefreshCoordinator(
         RefreshSettings(CHUNK, 0, 3600.0, 3600.0, 1),
         group,
         EncodePool([worker], shards, events, 0, 3600.0),
-        Snapshots(folder / "index", shards, IndexIdentity("", "", factory, tuple(ranges)), events, 1, 1),
+        Snapshots(folder / "index", shards, IndexIdentity("", "", factory, tuple(ranges)), events, 1, 1, log),
         lambda weights: weights,
         events,
+        log,
     )
     client = IndexClient(IndexAddress(NAMESPACE, "none", names, passages, 600.0, str(folder / "events.jsonl")))
     queries = make_block(0, BATCH, 99)

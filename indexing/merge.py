@@ -191,7 +191,7 @@ def _each(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.ndarray | No
 def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.ndarray | None:
     """Vectors of the first columns of `order`, which counts through the columns of all shards; None if a shard has
     none. The n best of all are among the n best of their own shard, so its leading vectors suffice."""
-    parts = [hits.vectors for hits in shard_hits if hits.vectors is not None]
+    parts: list[np.ndarray] = [hits.vectors for hits in shard_hits if hits.vectors is not None]
     if len(parts) < len(shard_hits):
         return None
     dim = max(part.shape[2] for part in parts)  # 0 of a shard without passages

@@ -71,8 +71,15 @@ class Search(Protocol):
 class IndexService(Protocol):
     """A sharded index that follows the encoder."""
 
-    num_passages: int
-    lexical: "LexicalService | None"  # where retrieval.hybrid asks for one
+    @property
+    def num_passages(self) -> int:
+        """How many passages a search may find."""
+        ...
+
+    @property
+    def lexical(self) -> "LexicalService | None":
+        """The index of words, where `retrieval.hybrid` asks for one."""
+        ...
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
         """Start a search of float32 `queries` [batch, dim]; every query is answered by one generation. The first
@@ -108,7 +115,10 @@ class IndexService(Protocol):
 class DenseIndex(Protocol):
     """What a search needs of an `IndexService`."""
 
-    num_passages: int
+    @property
+    def num_passages(self) -> int:
+        """As `IndexService.num_passages`."""
+        ...
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
         """As `IndexService.submit`."""

@@ -66,17 +66,19 @@ class FakeShard:
         self.before("status", -1)
         return self.shard.status()
 
-    def begin(self, generation: int, version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
-        self._do("begin", generation, version, numbers, corpus_version)
+    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
+        self._do("begin", generation, weights_version, numbers, corpus_version)
 
-    def derive(self, generation: int, origin: int, numbers: np.ndarray, version: int, corpus_version: int) -> None:
-        self._do("derive", generation, origin, numbers, version, corpus_version)
+    def derive(
+        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
+    ) -> None:
+        self._do("derive", generation, origin, numbers, weights_version, corpus_version)
 
     def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
         self._do("hide", corpus_version, numbers)
 
-    def stage(self, generation: int, version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
-        self._do("stage", generation, version, start, vectors)
+    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
+        self._do("stage", generation, weights_version, start, vectors)
 
     def prepare(self, generation: int) -> None:
         self._do("prepare", generation)

@@ -65,7 +65,7 @@ def client(service: IndexServiceHandle, corpus: Corpus) -> IndexClient:
 def texts(corpus: Corpus) -> list[str]:
     """Questions: words of passages."""
     store = Store.open(corpus.store)
-    return [" ".join(store.passage(7 * number).text.split()[:3]) for number in NUMBERS]
+    return [" ".join(store.passage(7 * int(number)).text.split()[:3]) for number in NUMBERS]
 
 
 def expected_hits(corpus: Corpus, words: Path, version: int, k: int) -> np.ndarray:
@@ -90,6 +90,7 @@ def test_both_parts_answer_and_the_generation_names_them(
 ) -> None:
     hits = hybrid(client, corpus)(NUMBERS, QUERIES, 6, 6).result()
     np.testing.assert_array_equal(hits.ids, expected_hits(corpus, words, 1, 6))
+    assert hits.vectors is not None
     np.testing.assert_allclose(hits.vectors, corpus.vectors(1)[hits.ids], rtol=1e-4, atol=1e-6)
     store = Store.open(corpus.store)
     assert hits.corpus == UNCHANGED
@@ -112,6 +113,7 @@ def test_what_is_known_of_passages_wherever_they_lie(client: IndexClient, corpus
     status = client.status()
     found = client.indexed(ids, status.generation)
     expected = np.where(ids[:, :, None] < 0, 0, corpus.vectors(status.weights_version)[ids])
+    assert found.vectors is not None
     np.testing.assert_allclose(found.vectors, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(found.versions, np.full(ids.shape, status.weights_version))
     assert client.indexed(ids, status.generation, with_vectors=False).vectors is None

@@ -62,6 +62,7 @@ class Both(Living):
             or not self.store.log.added_between(hits.corpus.added, self.store.log.version).size
         )
         assert hits.corpus.hidden == self.store.log.version
+        assert hits.lexical is not None
         np.testing.assert_array_equal(hits.lexical, np.where(lexical_places(hits.ids, lexical), hits.lexical, 0))
 
 
@@ -111,7 +112,7 @@ class Searcher(threading.Thread):
 def test_words_follow_the_changes_of_the_corpus(ray_session: Session, corpus: Corpus, run_dir: Path) -> None:
     base = Store.open(corpus.store)
     words = write_lexical(CONFIG, base, run_dir / lexical_name(CONFIG, base.fingerprint))
-    questions = [" ".join(base.passage(7 * number).text.split()[:3]) for number in NUMBERS]
+    questions = [" ".join(base.passage(7 * int(number)).text.split()[:3]) for number in NUMBERS]
     service = start(corpus, run_dir, lexical=run_dir / lexical_name(CONFIG, base.fingerprint))
     try:
         client, both = service.connect(), Both(corpus, run_dir, questions)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayError
 
 from cluster.corpus import wait_until_served
 from cluster.placement import Node, plan
@@ -133,14 +134,14 @@ def launch(ray_session: Session, corpus: Corpus, run_dir: Path) -> Iterator[Call
 def kill(name: str) -> None:
     """SIGKILL an actor's process; returns when another one answers."""
     actor: Any = ray.get_actor(name, namespace="tests")
-    process = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=60)
+    process: int = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=60)
     os.kill(process, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while True:
         try:
             if ray.get(actor.__ray_call__.remote(lambda self: os.getpid()), timeout=60) != process:
                 return
-        except ray.exceptions.RayError:
+        except RayError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
 

@@ -38,17 +38,17 @@ def test_a_small_constant_trusts_the_first_places() -> None:
 
 def test_fused_by_rank_knows_where_each_came_from() -> None:
     dense, lexical = np.array([[3, 7, 5]]), np.array([[7, 9, -1]])
-    fused = fuse_by_rank(dense, lexical, np.float32([[1.0, 0.25, 0.0]]), 60, 4)
+    fused = fuse_by_rank(dense, lexical, np.array([[1.0, 0.25, 0.0]], np.float32), 60, 4)
     np.testing.assert_array_equal(fused.ids, [[7, 3, 9, 5]])
     np.testing.assert_array_equal(fused.dense_places, [[2, 1, 0, 3]])
     np.testing.assert_array_equal(fused.lexical_places, [[1, 0, 2, 0]])
-    np.testing.assert_array_equal(fused.lexical, np.float32([[1.0, 0.0, 0.25, 0.0]]))
+    np.testing.assert_array_equal(fused.lexical, np.array([[1.0, 0.0, 0.25, 0.0]], np.float32))
 
 
 def test_fused_by_score_by_hand() -> None:
     """Scores .9 .8 .1 and weight .5; passage 7 stands in both and counts once, with the same numbers."""
-    dense = np.array([[3, 7, 5]]), np.float32([[0.9, 0.8, 0.1]]), np.float32([[0.0, 0.6, 0.2]])
-    lexical = np.array([[9, 7, -1]]), np.float32([[0.5, 0.8, 0.0]]), np.float32([[1.0, 0.6, 0.0]])
+    dense = np.array([[3, 7, 5]]), np.array([[0.9, 0.8, 0.1]], np.float32), np.array([[0.0, 0.6, 0.2]], np.float32)
+    lexical = np.array([[9, 7, -1]]), np.array([[0.5, 0.8, 0.0]], np.float32), np.array([[1.0, 0.6, 0.0]], np.float32)
     fused = fuse_by_score(dense, lexical, 0.5, 5)
     np.testing.assert_array_equal(fused.ids, [[7, 9, 3, 5, -1]])
     np.testing.assert_allclose(fused.scores, [[1.1, 1.0, 0.9, 0.2, -np.inf]], rtol=1e-6)
@@ -86,11 +86,13 @@ def test_what_was_no_candidate_stands_behind() -> None:
     assert (np.diff(filled.scores, axis=1) <= 0).all()
     short = behind(fused, np.array([[3, 7], [1, 2]]))
     np.testing.assert_array_equal(short.ids, fused.ids)
-    deep = np.array([[3]]), np.float32([[0.5]]), np.float32([[0.0]])
+    deep = np.array([[3]]), np.array([[0.5]], np.float32), np.array([[0.0]], np.float32)
     assert fuse_by_score(deep, deep, 1.0, 4).ids.tolist() == [[3, -1, -1, -1]]
 
 
 def test_small_parts() -> None:
     np.testing.assert_array_equal(union(np.array([[1, 2]]), np.array([[2, 3, 1]])), [[-1, 3, -1]])
-    np.testing.assert_array_equal(normalised(np.float32([[2, 1], [0, 0]]), np.float32([2, 0])), [[1, 0.5], [0, 0]])
+    np.testing.assert_array_equal(
+        normalised(np.array([[2, 1], [0, 0]], np.float32), np.array([2, 0], np.float32)), [[1, 0.5], [0, 0]]
+    )
     np.testing.assert_array_equal(places_of(np.array([[4, -1, 6]]), np.array([[6, -1, 4]])), [[3, 0, 1]])

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -35,11 +36,14 @@ def full_scores(index: LexicalIndex, texts: list[str]) -> np.ndarray:
 def test_scores_are_those_of_bm25s(config: LexicalConfig) -> None:
     texts, questions = random_texts(200, 0), ["the lions of 3 . 11", "running running cities café", "release the lion"]
     index = build_lexical(config, "c", texts)
-    options = {"token_pattern": config.token_pattern, "stopwords": config.stop_words or [], "show_progress": False}
-    stemmer = Stemmer.Stemmer(config.stemmer) if config.stemmer else None
+    options: dict[str, Any] = {"token_pattern": config.token_pattern, "stopwords": config.stop_words or []}
+    options["show_progress"] = False
+    if config.stemmer:
+        options["stemmer"] = Stemmer.Stemmer(config.stemmer)
     theirs = bm25s.BM25(method="lucene", k1=config.k1, b=config.b)
-    theirs.index(bm25s.tokenize(texts, stemmer=stemmer, **options), show_progress=False)
-    asked = bm25s.tokenize(questions, stemmer=stemmer, return_ids=False, **options)
+    theirs.index(bm25s.tokenize(texts, **options), show_progress=False)
+    asked = bm25s.tokenize(questions, return_ids=False, **options)
+    assert isinstance(asked, list)
     expected = np.stack([theirs.get_scores(row) for row in asked])
     np.testing.assert_allclose(full_scores(index, questions), expected, rtol=1e-5)
     scores, ids = index.search(questions, 7)
@@ -78,7 +82,7 @@ def test_scores_of_named_passages() -> None:
     found = index.scores(["a b", "z"], np.array([[3, -1, 2, 0], [0, 1, 2, 3]]))
     scores, ids = index.search(["a b"], 4)
     by_number = dict(zip(ids[0].tolist(), scores[0].tolist(), strict=True))
-    np.testing.assert_array_equal(found[0], np.float32([by_number[3], 0, 0, by_number[0]]))
+    np.testing.assert_array_equal(found[0], np.array([by_number[3], 0, 0, by_number[0]], np.float32))
     assert not found[1].any()
 
 

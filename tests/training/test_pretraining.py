@@ -377,12 +377,15 @@ def test_pairs_are_cut_from_training_passages_alone_and_weigh_their_share(world,
     stage.serve_index(fresh=True)
     assert stage.corpus is not None
     source, allowed = stage.make_source(None), set(stage.corpus.training.candidates.tolist())
+    batches: list[RetrievalBatch] = []
     for _ in range(4):
         batch = source.next().batch
         assert isinstance(batch, RetrievalBatch)
         assert batch.contrast is not None
         assert batch.contrast_share == pytest.approx(0.5)
         assert set(batch.contrast.passage_numbers.tolist()) <= allowed
+        batches.append(batch)
+    batch = batches[-1]
     needed = needs(stage.job.objective)
     outputs = stage.system("likelihoods", batch, needed, 1.0)
     alone = stage.system("likelihoods", replace(batch, contrast=None), needed, 1.0)

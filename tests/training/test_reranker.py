@@ -125,6 +125,7 @@ def cross_encoder(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) ->
     """A folder as Hugging Face writes it."""
     folder = tmp_path_factory.mktemp("cross-encoder")
     torch.manual_seed(0)
+    labels: dict[str, Any] = {"num_labels": 1}
     shape = BertConfig(
         vocab_size=len(world.tokenizer),
         hidden_size=16,
@@ -133,7 +134,7 @@ def cross_encoder(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) ->
         intermediate_size=32,
         max_position_embeddings=200,
         initializer_range=0.4,
-        num_labels=1,
+        **labels,
     )
     model = BertForSequenceClassification(shape)
     torch.nn.init.normal_(model.classifier.weight, std=3.0)
@@ -301,7 +302,7 @@ def test_the_best_candidates_by_their_score_go_on(world: TinyWorld) -> None:
 def test_a_question_with_few_hits_keeps_them_first() -> None:
     from indexing.merge import Hits
 
-    hits = Hits(np.array([[4, 2, -1]]), np.float32([[0.9, 0.8, -np.inf]]), 1, 1)
+    hits = Hits(np.array([[4, 2, -1]]), np.array([[0.9, 0.8, -np.inf]], np.float32), 1, 1)
     moved = reordered(hits, np.array([[1, 0, 2]]))
     assert moved.ids.tolist() == [[2, 4, -1]]
 

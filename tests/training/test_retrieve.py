@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from indexing.merge import Hits
+from indexing.merge import Hits, Indexed
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.data import Collator, Stream
@@ -102,10 +102,14 @@ class ToldService:
 
     log: list[str] = field(default_factory=list)
     num_passages: int = 10
+    lexical: None = None
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> "ToldHits":
         self.log.append(f"submit {int(queries[0, 0])}")
         return ToldHits(self, int(queries[0, 0]))
+
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
+        raise AssertionError("the prefetcher looks no passage up")
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
         raise AssertionError("the prefetcher publishes nothing")

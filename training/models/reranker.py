@@ -122,7 +122,7 @@ def _checkpoint(config: RerankerConfig, attention: str) -> PreTrainedModel:
 def _fresh(config: RerankerConfig, encoder: EncoderConfig, vocab_size: int, attention: str) -> PreTrainedModel:
     """BERT of `reranker.fresh`'s size with random weights; its first scores are near 0."""
     fresh = config.fresh
-    options: dict[str, Any] = {"attn_implementation": attention}
+    options: dict[str, Any] = {"attn_implementation": attention, "num_labels": 1}
     shape = BertConfig(
         vocab_size=vocab_size,
         hidden_size=fresh.hidden,
@@ -132,7 +132,6 @@ def _fresh(config: RerankerConfig, encoder: EncoderConfig, vocab_size: int, atte
         hidden_dropout_prob=fresh.dropout,
         attention_probs_dropout_prob=fresh.dropout,
         max_position_embeddings=encoder.max_question_tokens + encoder.max_passage_tokens,
-        num_labels=1,
         **options,
     )
     return cast(PreTrainedModel, BertForSequenceClassification(shape))

@@ -50,7 +50,11 @@ def damage(path: Path, chance: np.random.Generator) -> Callable[[], None]:
     broken = bytearray(whole)
     broken[offset] ^= 1 << int(chance.integers(8))
     path.write_bytes(whole[:offset] if chance.random() < 0.25 else bytes(broken))
-    return lambda: path.write_bytes(whole) and None
+
+    def undo() -> None:
+        path.write_bytes(whole)
+
+    return undo
 
 
 def test_no_service_starts_from_a_damaged_snapshot(

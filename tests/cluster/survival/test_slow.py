@@ -12,6 +12,7 @@ import ray
 from cluster.fanout import SearchRefused, Slowness
 from cluster.search import IndexClient
 from cluster.session import Session
+from indexing.merge import ShardHits
 from indexing.settings import IndexConfig
 from tests.cluster.corpus import Corpus
 from tests.cluster.survival.actors import Held, actor, kill, process_of, serve, status_of, stopped, wait_until
@@ -137,6 +138,7 @@ def test_all_replicas_commit_or_none(pairs: Victim, step: str) -> None:
         wait_until(lambda: len({status_of(name).committed for name in pairs.shards}) == 1, "one generation everywhere")
     newest = status_of(pairs.shards[0]).committed
     for first, second in names:
-        one, two = (ray.get(actor(name).search.remote(QUERIES, K, newest, 0), timeout=30) for name in (first, second))
+        one: ShardHits = ray.get(actor(first).search.remote(QUERIES, K, newest, 0), timeout=30)
+        two: ShardHits = ray.get(actor(second).search.remote(QUERIES, K, newest, 0), timeout=30)
         np.testing.assert_array_equal(one.ids, two.ids)
         np.testing.assert_array_equal(one.scores, two.scores)

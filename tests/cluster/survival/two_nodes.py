@@ -43,6 +43,7 @@ def main(folder: Path) -> dict[str, Any]:
     try:
         second = cluster.add_node(num_cpus=4, object_store_memory=STORE_BYTES)
         cluster.wait_for_nodes(60)
+        assert cluster.address is not None
         os.environ["RAY_ADDRESS"] = cluster.address
         connection = session.start_or_join("tests", log_to_driver=False)
         try:
