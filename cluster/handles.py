@@ -189,7 +189,7 @@ class RayWorker:
 def write_weights(weights: Weights, path: Path, timeout_s: float) -> None:
     """Write published weights to one file. Raises OSError, where they are gone too."""
     try:
-        arrays: dict[str, np.ndarray] = ray.get(weights.reference[0], timeout=timeout_s)
+        arrays: dict[str, Any] = ray.get(weights.reference[0], timeout=timeout_s)  # arrays by name
     except RayError as error:
         raise OSError(f"weights of version {weights.version} are lost: {type(error).__name__}") from error
     with named_errors(path), path.open("wb") as file:
