@@ -128,13 +128,24 @@ def test_what_a_remote_call_raised_is_shown_as_itself(tmp_path: Path, capsys: py
     assert capsys.readouterr().err == "tandem: index.factory=PQ: must be Flat\n"
 
 
-def test_checks_run_in_order_and_pass_options_to_pytest() -> None:
-    commands = [" ".join(command[1:]) for command in check.commands(["-m", "gpu"])]
+def test_checks_run_in_order() -> None:
+    commands = [" ".join(command[1:]) for command in check.commands()]
     assert commands[0] == "-m ruff check ."
     assert commands[1] == "-m ruff format --check ."
     assert "pyright" in commands[2]
-    assert check.commands([])[3][0].endswith("lint-imports")
-    assert commands[4] == "-m pytest -m gpu"
+    assert check.commands()[3][0].endswith("lint-imports")
+
+
+def test_every_test_is_in_one_of_the_two_halves() -> None:
+    halves = [ROOT / folder for folder in (*check.WAITING, *check.COMPUTING)]
+    tests = list((ROOT / "tests").rglob("test_*.py"))
+    assert tests
+    assert all(sum(half in path.parents for half in halves) == 1 for path in tests)
+
+
+def test_options_go_to_pytest(capfd: pytest.CaptureFixture[str]) -> None:
+    assert check.run_tests(["--version"]) == 0
+    assert "pytest --version" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["trian"], ["show", "nowhere.yaml"]])
