@@ -49,7 +49,7 @@ ARGUMENTS = [
         "generator.fresh.hidden=126: must be a multiple of 2 * num_heads=12 with generator.kind=causal",
     ),
     (QUICKSTART, "refresh.max_staleness_steps=10", "refresh.max_staleness_steps=10: must be 0 (no bound) or at least"),
-    (QUICKSTART, "index.factory=PQ64", "index.factory=PQ64: must be Flat, SQfp16 or IVFn,Flat"),
+    (QUICKSTART, "index.factory=PQ64", "index.factory is 'PQ64', which trains on 256 vectors or more"),
     (QUICKSTART, "update.as_of=tomorrow", 'update.as_of=tomorrow: must be empty, "end" or a date'),
     (QUICKSTART, "cluster.num_trainers=1000", "no node has room for trainer"),
     (QUICKSTART, "cluster.trainer_gpus=100", "and no node has room for trainer 1 of 1 (1 CPU, 100 GPU)"),

@@ -74,7 +74,10 @@ def test_a_job_takes_changes_and_what_comes_after_it_knows_them(tmp_path: Path) 
     call("evaluate", str(run))
     assert hits(run / "evaluate")
     assert not hits(run / "evaluate") & {*deleted, "first"}
-    assert rows(run / "evaluate" / "events.jsonl", "refresh_committed")[-1]["passages"] == 239
+    # The saved index is taken over; what was added since is all that is encoded.
+    (change,) = rows(run / "evaluate" / "events.jsonl", "corpus_changed")
+    assert (change["corpus_version"], change["added"], change["deleted"]) == (5, 1, 1)
+    assert not rows(run / "evaluate" / "events.jsonl", "refresh_committed")
     assert "version 5" in call("corpus", "show", str(run))
 
 
