@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from cluster.contexts import context_table
+from cluster.findings import Measured, read_measured
 from cluster.matrix import Matrix
 from cluster.settings import Settings
-from cluster.summary import HEADLINE, Measured, read_measured
+from cluster.summary import HEADLINE
 from cluster.validate import values_of
 from training.jsonl import plain
 from training.metrics import paired_difference

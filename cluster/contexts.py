@@ -1,13 +1,11 @@
 """What each way of giving a generator its context costs and brings: one table, and needles as heat maps."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cluster.findings import Measured
 from training.plots import HeatMap, heat_svg
 from training.report import Section, Table
-
-if TYPE_CHECKING:
-    from cluster.summary import Measured
 
 GIGA, KIBI = 1e9, 2**10
 COLUMNS = {
@@ -25,7 +23,7 @@ NOTES = (
 )
 
 
-def context_table(stages: Mapping[str, "Measured"]) -> Table | None:
+def context_table(stages: Mapping[str, Measured]) -> Table | None:
     """One row per stage and context that was measured with its costs; None where there is none."""
     rows: list[list[Any]] = []
     for name, measured in stages.items():
@@ -39,7 +37,7 @@ def context_table(stages: Mapping[str, "Measured"]) -> Table | None:
     return Table("What the context costs", ["context", "exact_match", "f1", *COLUMNS], rows, NOTES)
 
 
-def needle_sections(stages: Mapping[str, "Measured"]) -> list[Section]:
+def needle_sections(stages: Mapping[str, Measured]) -> list[Section]:
     """A heat map for each stage that was swept."""
     sections = []
     for name, measured in stages.items():

@@ -60,12 +60,12 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     of the traceback when the trainers fail for good.
     """
     settings = with_absolute_models(settings)
-    check_fit(settings, placement, len(Store.open(prepared.passages, verify=False)))
+    passages = Store.open(prepared.passages, verify=False)
+    check_fit(settings, placement, len(passages))
     run_dir = Path(settings.run.directory) / settings.run.name
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
     job = make_job(settings, prepared, init_from, run_dir)
-    passages = Store.open(prepared.passages, verify=False)
     log = inherit_corpus(init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
     check_where(settings, prepared.passages, log.folder)
     events = EventLog(run_dir / "events.jsonl")

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from cluster.common import newest_of, placement_of, prepared_data, ray_session, run_folder, say
 from cluster.config import Experiment
+from cluster.findings import Findings, read_measured
 from cluster.fit import is_finished, run_stage
 from cluster.settings import Settings
-from cluster.summary import Findings, read_measured, write_findings
+from cluster.summary import write_findings
 from cluster.validate import refuse
 from training.objectives.choose import needs
 from training.settings import NeedleConfig, ObjectiveConfig, PretrainingConfig

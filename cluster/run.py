@@ -19,12 +19,13 @@ from cluster.common import (
 )
 from cluster.compare import run_matrix
 from cluster.config import Experiment
+from cluster.findings import Findings, read_measured
 from cluster.fit import is_finished, run_stage
 from cluster.measure import at_date, build_index, measure
 from cluster.placement import nodes_of_cluster
 from cluster.prepare import Prepared
 from cluster.settings import Settings
-from cluster.summary import Findings, read_measured, seconds_of, write_findings
+from cluster.summary import seconds_of, write_findings
 
 
 def train(experiment: Experiment) -> int:

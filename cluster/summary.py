@@ -3,19 +3,17 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cluster.contexts import context_table, needle_sections
+from cluster.findings import Findings, Measured
 from cluster.updates import swap, update_table
-from training.jsonl import plain, read_rows
-from training.measures import PREDICTIONS_FILE
+from training.jsonl import plain
 from training.metrics import paired_difference
 from training.report import Example, Table, print_table, run_report
-from training.stage import EVALUATION_FILE
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 HEADLINE = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")
@@ -23,41 +21,6 @@ FURTHER = ("accuracy", "refusal_unanswerable", "refusal_answerable", "held_out/l
 ALIGNMENT = ("preference_accuracy", "preference_accuracy_per_token")  # where pairs were measured
 CONTROLS = ("closed_book", "gold", "long", "fused", "marginal", "top1")
 NUM_EXAMPLES = 6
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One stage's evaluation: means, and one row per question."""
-
-    name: str
-    result: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return self.result["metrics"]
-
-    def column(self, name: str) -> dict[str, float]:
-        """A metric by question id; questions without it are left out."""
-        return {row["id"]: float(row[name]) for row in self.rows if row.get(name) is not None}
-
-
-@dataclass
-class Findings:
-    """Everything measured in one experiment, in the order of its stages."""
-
-    stages: dict[str, Measured] = field(default_factory=dict)
-    updates: dict[str, tuple[Measured, Measured]] = field(default_factory=dict)  # stage: before and after the update
-    seconds: float = 0.0
-
-
-def read_measured(name: str, run_dir: Path) -> Measured | None:
-    """What a stage left in its run directory; None where it was not evaluated."""
-    path = run_dir / EVALUATION_FILE
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return Measured(name, result, list(read_rows(run_dir / PREDICTIONS_FILE))) if result["metrics"] else None
 
 
 def seconds_of(directory: Path) -> float:

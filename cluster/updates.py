@@ -1,18 +1,16 @@
 """What a swap of facts did: the same weights, asked before and after the corpus was encoded anew."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from cluster.findings import Measured
 from training.evaluate import changed_questions
 from training.report import Table
 
-if TYPE_CHECKING:
-    from cluster.summary import Measured
 
-
-def swap(before: "Measured", after: "Measured") -> dict[str, float]:
+def swap(before: Measured, after: Measured) -> dict[str, float]:
     """Shares, NaN where no question is left to count.
 
     Of the `num_changed` questions whose answer changed: answered anew (`new`), with the former answer (`old`), right

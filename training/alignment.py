@@ -21,10 +21,11 @@ from training.loop import Fetched, Source
 from training.models.candidates import AskedBatch, CandidateBatch, answer_tensors, moved
 from training.models.decode import restore_spelling
 from training.models.generator import Generator
+from training.models.modes import evaluating
 from training.models.system import RetrievalBatch
 from training.objectives.check import samples_answers
 from training.objectives.sampling import sample_log_probs
-from training.reference import Reference, evaluating
+from training.reference import Reference
 from training.rewards import load_reward, measure
 from training.settings import AlignmentConfig, ObjectiveConfig
 

@@ -21,6 +21,7 @@ from training.long_context import LongContext
 from training.metrics import answer_metrics, answer_recall, exact_match, means, normalize_answer, ranking_metrics
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.likelihood import collate_answers
+from training.models.modes import evaluating
 from training.models.system import RetrievalBatch, System
 from training.rerank import Reranking
 from training.retrieve import IndexService, Search, dense_search
@@ -113,22 +114,20 @@ class Evaluator:
         if not len(numbers):
             raise ValueError("questions.evaluate: the split has no question left to ask")
         mine = self._my_share(numbers)
-        was_training = self.engine.module.training
-        self.engine.module.eval()
         try:
-            evaluation = Evaluation()
-            begin = time.monotonic()
-            rows, known = self._rank(mine, evaluation, texts)
-            if costs:
-                assert isinstance(self.engine.module, System)
-                reranked = 0 if self.select is None else self.select.candidates
-                self._costs = CostModel(self.engine.module, self._value_bytes, len(self.store), reranked)
-                self._search_seconds = (time.monotonic() - begin) / len(rows)
-            for mode in (self.config.decoding.mode, *also):
-                self._answer(mine, rows, mode, known)
+            with evaluating(self.engine.module):
+                evaluation = Evaluation()
+                begin = time.monotonic()
+                rows, known = self._rank(mine, evaluation, texts)
+                if costs:
+                    assert isinstance(self.engine.module, System)
+                    reranked = 0 if self.select is None else self.select.candidates
+                    self._costs = CostModel(self.engine.module, self._value_bytes, len(self.store), reranked)
+                    self._search_seconds = (time.monotonic() - begin) / len(rows)
+                for mode in (self.config.decoding.mode, *also):
+                    self._answer(mine, rows, mode, known)
         finally:
             self._costs = None
-            self.engine.module.train(was_training)
         everyone = self.engine.gather_objects(rows)
         by_number = {row["number"]: row for part in everyone for row in part}
         evaluation.rows = [by_number[int(number)] for number in numbers]
@@ -154,10 +153,8 @@ class Evaluator:
         """Exact match by question, on every rank, when each is answered from the passages that `choose` names, all of
         them in one prompt of about `prompt_tokens`. Collective."""
         mine = self._my_share(numbers)
-        was_training = self.engine.module.training
-        self.engine.module.eval()
         found: dict[int, float] = {}
-        try:
+        with evaluating(self.engine.module):
             for part in self._batches(mine, self._size_of(prompt_tokens)):
                 chunk = mine[part]
                 passages = [choose(int(number)) for number in chunk]
@@ -165,8 +162,6 @@ class Evaluator:
                 answers = [self.questions.question(int(number)).answers for number in chunk]
                 values = answer_metrics(written.predictions, answers)["exact_match"]
                 found |= dict(zip(chunk.tolist(), values.tolist(), strict=True))
-        finally:
-            self.engine.module.train(was_training)
         return {number: value for part in self.engine.gather_objects(found) for number, value in part.items()}
 
     def _size_of(self, prompt_tokens: int) -> int:
@@ -367,11 +362,8 @@ class Evaluator:
 def encode_questions(engine: Engine, collator: Collator, numbers: np.ndarray) -> np.ndarray:
     """float32 vectors [batch, dim] of questions, by the query encoder as it is now, without dropout."""
     ids, mask = collator.question_tensors(numbers)
-    was_training = engine.module.training
-    engine.module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(engine.module):
         vectors = engine("encode_questions", ids.to(engine.device), mask.to(engine.device))
-    engine.module.train(was_training)
     return vectors.float().cpu().numpy()
 
 

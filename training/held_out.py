@@ -9,6 +9,7 @@ import torch
 from training.data import Collator
 from training.engine import Engine
 from training.evaluate import encode_questions
+from training.models.modes import evaluating
 from training.models.system import RetrievalBatch
 from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
 from training.pretraining import CorpusQuestions, FairSearch
@@ -41,12 +42,8 @@ class HeldOut:
     def __call__(self) -> dict[str, float]:
         """`log_likelihood` of an answer and `loss`, its negative per token, means over all examples; likewise
         `TASK/log_likelihood`. Marginal over the passages, or fused where answers are decoded so. Collective."""
-        was_training = self.engine.module.training
-        self.engine.module.eval()
-        try:
+        with evaluating(self.engine.module):
             mine = self._measure()
-        finally:
-            self.engine.module.train(was_training)
         rows = [row for part in self.engine.gather_objects(mine) for row in part]
         by_number = {number: (task, value, tokens) for number, task, value, tokens in rows}
         found: dict[str, list[float]] = defaultdict(list)

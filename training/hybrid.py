@@ -18,7 +18,6 @@ puts what is left in order (`training/rerank.py`).
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 
@@ -26,30 +25,11 @@ from indexing.fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalis
 from indexing.lexical import LexicalHits
 from indexing.merge import CorpusState, Hits, chosen, without
 from indexing.shard import GenerationGone
-from training.retrieve import DenseIndex
+from training.retrieve import DenseIndex, LexicalService
 from training.settings import RetrievalConfig
 
 ATTEMPTS = 10  # searches of a batch whose generation goes again and again
 FIRST_PAUSE_S = 0.05  # before a search that found too few living passages is made again; doubled each time
-
-
-class PendingWords(Protocol):
-    """A lexical search under way."""
-
-    def result(self) -> LexicalHits:
-        """Wait for the hits. Raises TimeoutError that names `index.search_timeout_s`."""
-        ...
-
-
-class LexicalService(Protocol):
-    """A lexical index of a corpus that may change."""
-
-    def submit(
-        self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
-    ) -> PendingWords:
-        """Start a search of question texts for the best `n` passages of the corpus as `wanted` (None: as in the search
-        before, or as it is), with the scores of the passages `of` int64 [batch, m]. Returns at once."""
-        ...
 
 
 class HybridSearch:

@@ -10,9 +10,9 @@ from training.alignment import PairCollator
 from training.engine import Engine
 from training.evaluate import encode_questions
 from training.metrics import means, ranking_metrics
+from training.models.modes import evaluating
 from training.objectives.likelihoods import retrieval_log_probs
 from training.objectives.preference import Candidates, marginal_log_probs
-from training.reference import evaluating
 from training.rerank import Reranking
 from training.retrieve import IndexService, Search, dense_search
 from training.settings import RetrievalConfig

@@ -9,20 +9,18 @@ adapters trains, the reference is the system itself with its adapters off (`trai
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from training.adapters import adapters_disabled, trains_adapters_only
 from training.checkpoint import load_weights
 from training.engine import Engine
 from training.models.build import fit_weights
 from training.models.candidates import CandidateBatch
+from training.models.modes import evaluating
 from training.models.system import System
 from training.named_weights import load_weights_into, named_weights
 from training.objectives.preference import Candidates
@@ -95,17 +93,6 @@ def initial_copy(system: System) -> System | None:
     """The system as built, to be kept from the engine, which may shard or cast the original; None where nothing but
     adapters trains."""
     return None if trains_adapters_only(system) else copy.deepcopy(system)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` drops nothing."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def _share(module: System, engine: Engine) -> None:

@@ -12,17 +12,17 @@ encoding of its candidates does not.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from indexing.merge import Hits, Indexed, chosen, without
+from indexing.lexical import LexicalHits
+from indexing.merge import CorpusState, Hits, Indexed, chosen, without
 from indexing.probe import UNKNOWN, Figures
 
 if TYPE_CHECKING:
-    from training.hybrid import LexicalService
     from training.rerank import Select
 
 
@@ -47,6 +47,25 @@ class IndexStatus:
     def oldest(self) -> int:
         """Weights version of the passage that was encoded longest ago."""
         return self.weights_version if self.oldest_version is None else self.oldest_version
+
+
+class PendingWords(Protocol):
+    """A lexical search under way."""
+
+    def result(self) -> LexicalHits:
+        """Wait for the hits. Raises TimeoutError that names `index.search_timeout_s`."""
+        ...
+
+
+class LexicalService(Protocol):
+    """A lexical index of a corpus that may change."""
+
+    def submit(
+        self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
+    ) -> PendingWords:
+        """Start a search of question texts for the best `n` passages of the corpus as `wanted` (None: as in the search
+        before, or as it is), with the scores of the passages `of` int64 [batch, m]. Returns at once."""
+        ...
 
 
 class PendingHits(Protocol):
@@ -77,7 +96,7 @@ class IndexService(Protocol):
         ...
 
     @property
-    def lexical(self) -> "LexicalService | None":
+    def lexical(self) -> LexicalService | None:
         """The index of words, where `retrieval.hybrid` asks for one."""
         ...
 

@@ -10,6 +10,7 @@ from cluster import session
 session.set_environment()
 
 from tests.cluster.corpus import Corpus, make_corpus  # noqa: E402  (imports Ray's users)
+from tests.cluster.fakes import World  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,21 @@ def ray_session() -> Iterator[session.Session]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """A small store with its tokeniser."""
     return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator among fakes tries again at once."""
+    monkeypatch.setattr("cluster.refresh.RETRY_S", 0.0)
+    monkeypatch.setattr("cluster.refresh.DISK_S", 0.0)
+    monkeypatch.setattr("cluster.chunks.RETRY_S", 0.0)
+    monkeypatch.setattr("cluster.shards.POLL_S", 0.01)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """Fakes behind the ports of a coordinator."""
+    return World(tmp_path)
 
 
 @pytest.fixture

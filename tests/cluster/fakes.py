@@ -1,6 +1,7 @@
 """Ports that are plain objects: real shards and a real queue in one process, deaths on demand, and a log of calls."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -245,3 +246,17 @@ def read_weights(version: int, publish_id: int, path: Path) -> Weights:
     """What `write_weights` wrote."""
     assert json.loads(path.read_text(encoding="utf-8")) == version
     return Weights(version, publish_id, None)
+
+
+def build(coordinator: RefreshCoordinator, version: int) -> None:
+    """Publish weights, and make a generation of them."""
+    coordinator.publish(weights(version))
+    assert coordinator.wait_and_refresh(0.0)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)

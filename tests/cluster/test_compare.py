@@ -11,10 +11,10 @@ import pytest
 from cluster.compare import Task, run_matrix
 from cluster.comparison import compare_cells, comparison_table, paired_to, points_of, spread
 from cluster.config import Experiment, load
+from cluster.findings import Measured
 from cluster.fit import fingerprint
 from cluster.matrix import folder_of
 from cluster.prepare import Prepared
-from cluster.summary import Measured
 from training.measures import PREDICTIONS_FILE
 from training.report import print_table
 from training.stage import EVALUATION_FILE

@@ -17,7 +17,7 @@ import ray
 from cluster.placement import Node, PlacementPlan, plan
 from cluster.refresh import CoordinatorStatus
 from cluster.search import IndexClient
-from cluster.service import IndexServiceHandle, start_index_service
+from cluster.service import IndexServiceHandle
 from cluster.session import Session
 from cluster.settings import ClusterConfig, RefreshConfig
 from indexing.exact import recall, search_exactly
@@ -26,6 +26,7 @@ from indexing.merge import Hits
 from indexing.settings import IndexConfig
 from indexing.snapshot import TornSnapshot
 from tests.cluster.corpus import ENCODER, NUM_PASSAGES, Corpus
+from tests.cluster.services import start_service
 
 INDEX = IndexConfig(num_shards=3, search_timeout_s=60.0)
 REFRESH = RefreshConfig(num_workers=1, chunk_passages=40, chunk_timeout_s=60.0)
@@ -39,18 +40,8 @@ def placement(index: IndexConfig = INDEX) -> PlacementPlan:
 
 
 def start(corpus: Corpus, run_dir: Path, **changes: Any) -> IndexServiceHandle:
-    settings: dict[str, Any] = {
-        "run_dir": run_dir,
-        "namespace": "tests",
-        "store": corpus.store,
-        "tokenizer": corpus.tokenizer,
-        "encoder": ENCODER,
-        "index": INDEX,
-        "refresh": REFRESH,
-        "placement": placement(),
-        "start_timeout_s": 60.0,
-    }
-    return start_index_service(**(settings | changes))
+    fixed: dict[str, Any] = {"placement": placement(), "start_timeout_s": 60.0}
+    return start_service(corpus, run_dir, INDEX, REFRESH, **fixed | changes)
 
 
 @pytest.fixture(scope="module")

@@ -10,36 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster import refresh as refresh_module
 from cluster.ports import Chunk, RefreshFailed, ShardLost, Weights
 from cluster.refresh import RefreshCoordinator
 from indexing.snapshot import TornSnapshot
-from tests.cluster.fakes import NUM_PASSAGES, World, weights
+from tests.cluster.fakes import NUM_PASSAGES, World, build, wait_until, weights
 
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh_module, "RETRY_S", 0.0)
-    monkeypatch.setattr(refresh_module, "DISK_S", 0.0)
-    monkeypatch.setattr("cluster.chunks.RETRY_S", 0.0)
-    monkeypatch.setattr("cluster.shards.POLL_S", 0.01)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
-
-
-def build(coordinator: RefreshCoordinator, version: int) -> None:
-    coordinator.publish(weights(version))
-    assert coordinator.wait_and_refresh(0.0)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def test_a_change_is_committed_by_the_same_two_phases_and_encodes_only_what_is_new(world: World) -> None:

@@ -1,12 +1,10 @@
 """Refreshes that encode some passages: which vectors serve afterwards, in what order, and what becomes of lost ones."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cluster import refresh as refresh_module
 from cluster.ports import Chunk, Weights
 from cluster.refresh import RefreshCoordinator, with_those_of
 from tests.cluster.fakes import NUM_PASSAGES, World, weights
@@ -14,17 +12,7 @@ from tests.cluster.fakes import NUM_PASSAGES, World, weights
 SOME = np.array([2, 9, 20])  # two shards of three have some, or all
 
 
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh_module, "RETRY_S", 0.0)
-    monkeypatch.setattr(refresh_module, "DISK_S", 0.0)
-    monkeypatch.setattr("cluster.chunks.RETRY_S", 0.0)
-    monkeypatch.setattr("cluster.shards.POLL_S", 0.01)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def part(version: int, only: np.ndarray | list[int]) -> Weights:

@@ -4,7 +4,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,34 +11,10 @@ import pytest
 from cluster import refresh as refresh_module
 from cluster.chunks import split
 from cluster.ports import Chunk, ShardLost, Weights
-from cluster.refresh import RefreshCoordinator
 from tests.cluster import fakes
-from tests.cluster.fakes import DIM, NUM_PASSAGES, World, vectors_of, weights
+from tests.cluster.fakes import DIM, NUM_PASSAGES, World, build, vectors_of, wait_until, weights
 
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh_module, "RETRY_S", 0.0)
-    monkeypatch.setattr(refresh_module, "DISK_S", 0.0)
-    monkeypatch.setattr("cluster.chunks.RETRY_S", 0.0)
-    monkeypatch.setattr("cluster.shards.POLL_S", 0.01)
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
-
-
-def build(coordinator: RefreshCoordinator, version: int) -> None:
-    coordinator.publish(weights(version))
-    assert coordinator.wait_and_refresh(0.0)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def test_chunks_never_cross_a_shard(world: World) -> None:

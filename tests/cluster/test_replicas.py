@@ -15,7 +15,7 @@ from cluster.replicas import ReplicatedShard, in_common
 from indexing.probe import Figures
 from indexing.shard import ShardStatus, shard_ranges
 from tests.cluster import test_live, test_refresh
-from tests.cluster.fakes import NUM_PASSAGES, FakeShard, World, weights
+from tests.cluster.fakes import NUM_PASSAGES, FakeShard, World, build
 
 REPLICAS = 2
 
@@ -48,11 +48,6 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def world(tmp_path: Path) -> ReplicatedWorld:
     return ReplicatedWorld(tmp_path)
-
-
-def build(coordinator: RefreshCoordinator, version: int) -> None:
-    coordinator.publish(weights(version))
-    assert coordinator.wait_and_refresh(0.0)
 
 
 @contextmanager

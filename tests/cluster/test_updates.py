@@ -11,9 +11,10 @@ from transformers import GPT2Config, LlamaConfig
 from cluster.beforehand import check_long_prompts
 from cluster.config import load
 from cluster.contexts import context_table, needle_sections
+from cluster.findings import Findings, Measured
 from cluster.measure import at_date, measure
 from cluster.settings import Settings
-from cluster.summary import Findings, Measured, summarise
+from cluster.summary import summarise
 from cluster.updates import swap, update_table
 from training.metrics import exact_match
 from training.plots import HeatMap, Points, heat_svg, points_svg

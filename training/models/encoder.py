@@ -19,7 +19,7 @@ from training.models.packing import by_length, row_lengths
 from training.models.pretrained import choose_attention, load_pretrained, num_positions
 from training.models.recompute import recomputed
 from training.models.weights import from_numpy
-from training.settings import EncoderConfig
+from training.settings import EncoderConfig, FreshEncoderConfig
 
 TRAIN = ("both", "query_only", "retriever_only", "generator_only", "none")
 
@@ -305,15 +305,9 @@ def _token_limits(config: EncoderConfig) -> dict[str, int]:
     }
 
 
-def _fresh_encoder(config: EncoderConfig, vocab_size: int | None) -> TextEncoder:
-    """BERT of `encoder.fresh`'s size with random weights, without pooler."""
-    if not vocab_size:
-        raise ValueError("encoder.name is empty: a fresh encoder needs the tokeniser's vocabulary size")
-    fresh = config.fresh
-    if fresh.hidden % fresh.num_heads:
-        raise ValueError(f"encoder.fresh.hidden is {fresh.hidden}; allowed: a multiple of num_heads={fresh.num_heads}")
-    options: dict[str, Any] = {"attn_implementation": choose_attention(config.attention, "encoder.attention")}
-    shape = BertConfig(
+def bert_config(fresh: FreshEncoderConfig, vocab_size: int, num_positions: int, **options: Any) -> BertConfig:
+    """BERT of this size, for so many tokens; `options` are transformers' own."""
+    return BertConfig(
         vocab_size=vocab_size,
         hidden_size=fresh.hidden,
         num_hidden_layers=fresh.num_layers,
@@ -321,9 +315,20 @@ def _fresh_encoder(config: EncoderConfig, vocab_size: int | None) -> TextEncoder
         intermediate_size=fresh.intermediate,
         hidden_dropout_prob=fresh.dropout,
         attention_probs_dropout_prob=fresh.dropout,
-        max_position_embeddings=max(_token_limits(config).values()),
+        max_position_embeddings=num_positions,
         **options,
     )
+
+
+def _fresh_encoder(config: EncoderConfig, vocab_size: int | None) -> TextEncoder:
+    """BERT of `encoder.fresh`'s size with random weights, without pooler."""
+    if not vocab_size:
+        raise ValueError("encoder.name is empty: a fresh encoder needs the tokeniser's vocabulary size")
+    fresh = config.fresh
+    if fresh.hidden % fresh.num_heads:
+        raise ValueError(f"encoder.fresh.hidden is {fresh.hidden}; allowed: a multiple of num_heads={fresh.num_heads}")
+    attention = choose_attention(config.attention, "encoder.attention")
+    shape = bert_config(fresh, vocab_size, max(_token_limits(config).values()), attn_implementation=attention)
     backbone = BertModel(shape, add_pooling_layer=False)
     pooling = ("mean",) if config.pooling == "auto" else (config.pooling,)
     return TextEncoder(backbone, pooling, _normalize(config, True), length_groups=config.length_groups)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from training.models.encoder import bert_config
 from training.models.packing import length_groups, restore_order
 from training.models.pairs import PairBatch, Pairing, own_pairing, shared_pairing
 from training.models.pretrained import choose_attention, load_pretrained, num_positions
@@ -121,17 +121,6 @@ def _checkpoint(config: RerankerConfig, attention: str) -> PreTrainedModel:
 
 def _fresh(config: RerankerConfig, encoder: EncoderConfig, vocab_size: int, attention: str) -> PreTrainedModel:
     """BERT of `reranker.fresh`'s size with random weights; its first scores are near 0."""
-    fresh = config.fresh
-    options: dict[str, Any] = {"attn_implementation": attention, "num_labels": 1}
-    shape = BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=fresh.hidden,
-        num_hidden_layers=fresh.num_layers,
-        num_attention_heads=fresh.num_heads,
-        intermediate_size=fresh.intermediate,
-        hidden_dropout_prob=fresh.dropout,
-        attention_probs_dropout_prob=fresh.dropout,
-        max_position_embeddings=encoder.max_question_tokens + encoder.max_passage_tokens,
-        **options,
-    )
+    longest = encoder.max_question_tokens + encoder.max_passage_tokens
+    shape = bert_config(config.fresh, vocab_size, longest, attn_implementation=attention, num_labels=1)
     return cast(PreTrainedModel, BertForSequenceClassification(shape))

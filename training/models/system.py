@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from training.models.encoder import Retriever
 from training.models.generator import Decoded, Generator, ReaderBatch
+from training.models.modes import evaluating
 from training.models.pairs import PairBatch
 from training.models.reranker import Reranker
 from training.objectives.contrastive import gather_rows, in_batch
@@ -193,11 +194,8 @@ class System(nn.Module):
         """A distillation target: dropout off; the passages are encoded again only if dropout touched their encoding."""
         if not (self.generator.training and has_dropout(self.generator)):
             return score(reading, batch)
-        self.generator.eval()
-        try:
+        with evaluating(self.generator):
             return score(self.generator.read(batch), batch)
-        finally:
-            self.generator.train()
 
     def _fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
         """One pass for both; where dropout would touch the attention, another one without it."""

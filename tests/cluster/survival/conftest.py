@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.placement import Node, plan
 from cluster.search import IndexClient
-from cluster.service import IndexServiceHandle, start_index_service
+from cluster.service import IndexServiceHandle
 from cluster.session import Session
-from cluster.settings import ClusterConfig, RefreshConfig
+from cluster.settings import RefreshConfig
 from indexing.settings import IndexConfig
-from tests.cluster.corpus import ENCODER, Corpus
+from tests.cluster.corpus import Corpus
+from tests.cluster.services import start_service
 from tests.cluster.survival.actors import WAIT_S, serve
 from tests.cluster.survival.checker import Checker, K, Versions, events_of, wrong
 
@@ -30,18 +30,7 @@ QUERIES = np.random.default_rng(5).normal(size=(5, 16)).astype(np.float32)
 
 def start(corpus: Corpus, run_dir: Path, **changes: Any) -> IndexServiceHandle:
     """A service with these settings, but for `changes`."""
-    settings: dict[str, Any] = {
-        "run_dir": run_dir,
-        "namespace": "tests",
-        "store": corpus.store,
-        "tokenizer": corpus.tokenizer,
-        "encoder": ENCODER,
-        "index": INDEX,
-        "refresh": REFRESH,
-        "placement": plan(ClusterConfig(), REFRESH, changes.get("index", INDEX), [Node(4, 0)]),
-        "start_timeout_s": 90.0,
-    }
-    return start_index_service(**(settings | changes))
+    return start_service(corpus, run_dir, INDEX, REFRESH, **{"start_timeout_s": 90.0} | changes)
 
 
 @dataclass
