@@ -27,7 +27,7 @@ def run_folder(settings: Settings) -> Path:
 def prepared_data(settings: Settings, root: Path, splits: list[str] | None = None) -> Prepared:
     """The stores of a stage, with an index that fits them. Raises ValueError."""
     prepared = prepare_data(settings, root, say, splits)
-    check_index(settings, len(Store.open(prepared.passages, verify=False)))
+    check_index(settings, num_passages(prepared))
     check_where(settings, prepared.passages, _changes(settings))
     return prepared
 
