@@ -14,7 +14,6 @@ def start_service(
     corpus: Corpus, run_dir: Path, index: IndexConfig, refresh: RefreshConfig, **changes: Any
 ) -> IndexServiceHandle:
     """An index service over `corpus`, on one machine of four processors, with these settings but for `changes`."""
-    index = changes.get("index", index)
     settings: dict[str, Any] = {
         "run_dir": run_dir,
         "namespace": "tests",

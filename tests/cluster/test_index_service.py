@@ -40,8 +40,13 @@ def placement(index: IndexConfig = INDEX) -> PlacementPlan:
 
 
 def start(corpus: Corpus, run_dir: Path, **changes: Any) -> IndexServiceHandle:
-    fixed: dict[str, Any] = {"placement": placement(), "start_timeout_s": 60.0}
-    return start_service(corpus, run_dir, INDEX, REFRESH, **fixed | changes)
+    settings: dict[str, Any] = {
+        "index": INDEX,
+        "refresh": REFRESH,
+        "placement": placement(),
+        "start_timeout_s": 60.0,
+    }
+    return start_service(corpus, run_dir, **settings | changes)
 
 
 @pytest.fixture(scope="module")

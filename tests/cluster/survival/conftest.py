@@ -30,7 +30,8 @@ QUERIES = np.random.default_rng(5).normal(size=(5, 16)).astype(np.float32)
 
 def start(corpus: Corpus, run_dir: Path, **changes: Any) -> IndexServiceHandle:
     """A service with these settings, but for `changes`."""
-    return start_service(corpus, run_dir, INDEX, REFRESH, **{"start_timeout_s": 90.0} | changes)
+    settings: dict[str, Any] = {"index": INDEX, "refresh": REFRESH, "start_timeout_s": 90.0}
+    return start_service(corpus, run_dir, **settings | changes)
 
 
 @dataclass
