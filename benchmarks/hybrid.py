@@ -24,13 +24,13 @@ from cluster.prepare import prepare_data
 from indexing.live import LiveStore
 from indexing.questions import QuestionStore
 from training.checkpoint import load_weights
-from training.data import Collator
-from training.hybrid import HybridSearch
-from training.metrics import ranking_metrics
+from training.feeding.data import Collator
+from training.measuring.metrics import ranking_metrics
 from training.models.build import build_system, fit_weights
 from training.models.tokenizers import load_tokenizer, pad_id
 from training.named_weights import load_weights_into
-from training.retrieve import dense_search
+from training.retrieving.hybrid import HybridSearch
+from training.retrieving.retrieve import dense_search
 
 DEPTH = 100
 WEIGHTS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)

@@ -29,8 +29,8 @@ from cluster.settings import Settings
 from indexing.store import Store
 from tests.helpers.local_index import LocalIndex
 from training.checkpoint import newest_checkpoint
-from training.jsonl import read_rows
 from training.models.tokenizers import load_tokenizer
+from training.reporting.jsonl import read_rows
 from training.stage import Stage
 
 ARMS: dict[str, list[str]] = {

@@ -42,20 +42,20 @@ from cluster.prepare import Prepared
 from cluster.settings import Settings
 from indexing.questions import QuestionStore
 from indexing.store import Store
-from training.data import Collator, Stream
 from training.engine import Engine
 from training.engine_setup import concrete_precision
-from training.evaluate import encode_questions
+from training.feeding.data import Collator, Stream
+from training.feeding.sources import RetrievedBatches
+from training.measuring.evaluate import encode_questions
 from training.models.build import parameter_groups
 from training.models.generator import Generator
 from training.models.system import RetrievalBatch
 from training.models.tokenizers import load_tokenizer, pad_id
-from training.monitor import Timer
 from training.objectives.choose import compute, needs
 from training.objectives.likelihoods import Likelihoods
-from training.retrieve import IndexService, Prefetcher, Searched
+from training.reporting.monitor import Timer
+from training.retrieving.retrieve import IndexService, Prefetcher, Searched
 from training.settings import EncoderConfig, EngineConfig, ObjectiveConfig, RetrievalConfig
-from training.sources import RetrievedBatches
 
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad-mini"
 BATCH, K, DEPTHS = 4, 10, (0, 1, 2)

@@ -37,7 +37,7 @@ from indexing.merge import ShardHits, ShardIndexed
 from indexing.metadata import MetadataColumns
 from indexing.settings import IndexConfig
 from indexing.shard import GenerationGone, Shard, ShardStatus
-from training.jsonl import read_rows
+from training.reporting.jsonl import read_rows
 from training.settings import EncoderConfig
 
 TICK_S = 1.0

@@ -18,8 +18,7 @@ from indexing.live import LiveStore
 from indexing.merge import Hits, chosen
 from indexing.questions import QuestionStore, write_questions
 from training.checkpoint import load_weights
-from training.data import Collator
-from training.hybrid import HybridSearch
+from training.feeding.data import Collator
 from training.models.build import build_system, fit_weights
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.encoder import TextEncoder
@@ -33,8 +32,9 @@ from training.models.sides import (
 from training.models.system import Answers, System
 from training.models.tokenizers import load_tokenizer, pad_id, to_text
 from training.named_weights import load_weights_into
-from training.rerank import Reranking
-from training.retrieve import dense_search
+from training.retrieving.hybrid import HybridSearch
+from training.retrieving.rerank import Reranking
+from training.retrieving.retrieve import dense_search
 
 WIDTH = 100  # characters of a passage that are printed
 

@@ -14,13 +14,13 @@ from indexing.merge import check_k
 from indexing.metadata import count_passing
 from indexing.shard import shard_ranges
 from training.checkpoint import newest_checkpoint
-from training.mixture import pretrains
+from training.feeding.mixture import pretrains
+from training.feeding.rewards import load_reward
+from training.feeding.tasks import find_recognizer
 from training.models.reranker import check_cross_encoder, has_own_tokens
 from training.models.shape import check_context, read_shape
 from training.objectives.check import samples_answers
 from training.objectives.choose import needs
-from training.rewards import load_reward
-from training.tasks import find_recognizer
 
 # A resume goes on with the same model, data and seed; everything else may be set anew.
 SAME_RUN = (

@@ -27,7 +27,7 @@ from cluster.fit import fingerprint, is_finished, run_stage
 from cluster.matrix import Matrix, folder_of
 from cluster.prepare import Prepared
 from cluster.settings import Settings
-from training.progress import duration
+from training.reporting.progress import duration
 
 MARK_FILE, ERROR_FILE = "compared.json", "error.log"
 

@@ -13,11 +13,11 @@ from cluster.matrix import Matrix
 from cluster.settings import Settings
 from cluster.summary import HEADLINE
 from cluster.validate import values_of
-from training.jsonl import plain
-from training.metrics import paired_difference
-from training.plots import Points, points_svg
-from training.report import Section, Table, print_table, write_report
-from training.tables import table_html
+from training.measuring.metrics import paired_difference
+from training.reporting.jsonl import plain
+from training.reporting.plots import Points, points_svg
+from training.reporting.report import Section, Table, print_table, write_report
+from training.reporting.tables import table_html
 
 COMPARISON_FILE, REPORT_FILE = "comparison.json", "report.html"
 SHOWN = ("recall@1", "exact_match")  # in the table and the plot; the file has every headline metric

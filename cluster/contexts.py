@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.findings import Measured
-from training.plots import HeatMap, heat_svg
-from training.report import Section, Table
+from training.reporting.plots import HeatMap, heat_svg
+from training.reporting.report import Section, Table
 
 GIGA, KIBI = 1e9, 2**10
 COLUMNS = {
@@ -19,7 +19,7 @@ COLUMNS = {
 }
 NOTES = (
     "Of one question, means over the split. GFLOP: 2 a weight and token, and the attention of dense kernels, for "
-    "prompt and answer; retrieval apart. KV cache and state: at the end of the prompt. See training/costs.py.",
+    "prompt and answer; retrieval apart. KV cache and state: at the end of the prompt. See measuring/costs.py.",
 )
 
 

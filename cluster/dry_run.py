@@ -8,7 +8,7 @@ import torch
 from cluster.placement import Node, PlacementPlan, plan
 from cluster.settings import Settings
 from indexing.corpus import corpus_path
-from training.mixture import mixture, pretrains
+from training.feeding.mixture import mixture, pretrains
 from training.objectives.choose import needs
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.jsonl import append_line
+from training.reporting.jsonl import append_line
 
 
 class EventLog:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.jsonl import read_rows
-from training.measures import PREDICTIONS_FILE
+from training.measuring.measures import PREDICTIONS_FILE
+from training.reporting.jsonl import read_rows
 from training.stage import EVALUATION_FILE
 
 

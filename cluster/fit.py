@@ -36,11 +36,11 @@ from indexing.filters import parse_filter
 from indexing.snapshot import TornSnapshot, is_complete
 from indexing.store import Store
 from training.checkpoint import newest_checkpoint
+from training.feeding.mixture import pretrains
 from training.job import StageJob
-from training.mixture import pretrains
 from training.objectives.check import PREFERENCE
 from training.objectives.choose import needs
-from training.policy import RefreshPlan
+from training.refreshing.policy import RefreshPlan
 from training.stage import EVALUATION_FILE
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from cluster.refusal import refuse
 from cluster.settings import Settings
 from indexing.lexical_check import check_lexical
-from training.mixture import pretrains
+from training.feeding.mixture import pretrains
 
 SEARCHES = ("index", "fixed", "gold")  # values of retrieval.source that ask the index
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives that search nothing

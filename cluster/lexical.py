@@ -6,8 +6,8 @@
 
 It depends on the corpus alone: no refresh touches it, and every generation names it in its manifest. It follows the
 changes of the corpus by itself, from the log on disk (`indexing/live_lexical.py`): nobody tells it. A search names the
-state of the corpus that it wants an answer from, and the answer says which one it came from; `training/hybrid.py` puts
-dense and lexical hits together only where these agree.
+state of the corpus that it wants an answer from, and the answer says which one it came from;
+`training/retrieving/hybrid.py` puts dense and lexical hits together only where these agree.
 
 Who waits for whom: `submit` returns at once. `result` waits for the actor. One that died is started again by Ray, maps
 its directory again, and is asked again, as is one that does not see the newest change of the corpus yet; one that
@@ -65,7 +65,7 @@ class LexicalActor:
 
 
 class LexicalClient:
-    """Implements `training.hybrid.LexicalService`."""
+    """Implements `training.retrieving.hybrid.LexicalService`."""
 
     def __init__(self, name: str, namespace: str, timeout_s: float, events_path: str) -> None:
         self.actor = NamedActor(name, namespace)

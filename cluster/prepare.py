@@ -30,7 +30,7 @@ from indexing.questions import QuestionStore, write_questions
 from indexing.snapshot import is_complete
 from indexing.store import Store, TokenSide, write_store
 from indexing.world import write_world
-from training.mixture import pretrains
+from training.feeding.mixture import pretrains
 from training.models.prompts import QuestionText
 from training.models.reranker import has_own_tokens
 from training.models.sides import (

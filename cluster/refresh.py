@@ -9,7 +9,7 @@
 6. A failed refresh leaves the old generation serving, is retried, is an event in the metrics, and ends the run only
    when the staleness bound is passed. Nothing hangs: every wait has a bound and a message.
 7. When to refresh: every N steps, or when measured drift passes a threshold (the training loop decides, by publishing;
-   `training/policy.py`). It may name the passages to encode: the generation then has their new vectors beside all
+   `refreshing/policy.py`). It may name the passages to encode: the generation then has their new vectors beside all
    others' old ones, goes by the new version, and each hit tells its own.
 8. A newer version that arrives while one is being built is kept, older waiting ones are dropped. What a dropped or
    failed one was to encode is encoded with the next weights.

@@ -1,4 +1,4 @@
-"""The index as a trainer sees it: `training.retrieve.IndexService` over the actors of one index service.
+"""The index as a trainer sees it: `training.retrieving.retrieve.IndexService` over the actors of one index service.
 
 A search goes from this process to every shard at once and back, without anything in between. The client pins a
 generation: all shards are asked for it, and a query whose answers are not all of it is asked again as a whole. Every
@@ -35,7 +35,7 @@ from cluster.refresh import CoordinatorStatus
 from indexing.filters import Filter
 from indexing.merge import Hits, Indexed, ShardHits, ShardIndexed, check_k, joined, merge
 from indexing.shard import GenerationGone
-from training.retrieve import IndexStatus
+from training.retrieving.retrieve import IndexStatus
 
 INLINE_BYTES = 100_000  # larger queries are put into the object store once instead of being sent with every call
 POLL_S = (0.02, 0.5)  # between attempts: the first pause, and the longest
@@ -131,7 +131,7 @@ class Search:
 
 
 class IndexClient:
-    """Implements `training.retrieve.IndexService`; may be pickled, and used from several threads."""
+    """Implements `training.retrieving.retrieve.IndexService`; may be pickled, and used from several threads."""
 
     def __init__(self, address: IndexAddress) -> None:
         self.address = address

@@ -42,7 +42,7 @@ from indexing.metadata import count_passing
 from indexing.settings import IndexConfig
 from indexing.shard import shard_ranges
 from indexing.store import Store
-from training.jsonl import read_rows
+from training.reporting.jsonl import read_rows
 from training.settings import EncoderConfig
 
 SIDE = "retriever"  # whose tokens are encoded

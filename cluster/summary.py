@@ -11,9 +11,9 @@ import numpy as np
 from cluster.contexts import context_table, needle_sections
 from cluster.findings import Findings, Measured
 from cluster.updates import swap, update_table
-from training.jsonl import plain
-from training.metrics import paired_difference
-from training.report import Example, Table, print_table, run_report
+from training.measuring.metrics import paired_difference
+from training.reporting.jsonl import plain
+from training.reporting.report import Example, Table, print_table, run_report
 
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 HEADLINE = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")

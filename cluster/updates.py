@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from cluster.findings import Measured
-from training.evaluate import changed_questions
-from training.report import Table
+from training.measuring.evaluate import changed_questions
+from training.reporting.report import Table
 
 
 def swap(before: Measured, after: Measured) -> dict[str, float]:

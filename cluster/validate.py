@@ -15,9 +15,9 @@ from cluster.settings import Settings
 from indexing.filters import parse_filter
 from indexing.kinds import check_gpu_kind, parse
 from indexing.settings import IndexConfig
-from training.mixture import contrasted, mixture, pretrains
+from training.feeding.mixture import contrasted, mixture, pretrains
 from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
-from training.policy import POLICIES
+from training.refreshing.policy import POLICIES
 from training.settings import FRESH_CONTEXT, ObjectiveConfig
 
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a generator

@@ -11,17 +11,17 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.settings import QuestionsConfig
 from indexing.store import Store
-from training.data import Collator, Questions
 from training.engine import Engine
-from training.hybrid import HybridSearch, Refusion
+from training.feeding.data import Collator, Questions
+from training.feeding.reference import evaluating
 from training.models.reranker import make_pairing
 from training.models.system import RetrievalBatch, System
 from training.models.tokenizers import pad_id, to_text
-from training.monitor import Monitor
-from training.policy import RefreshPlan
-from training.reference import evaluating
-from training.rerank import Reranking
-from training.retrieve import IndexService
+from training.refreshing.policy import RefreshPlan
+from training.reporting.monitor import Monitor
+from training.retrieving.hybrid import HybridSearch, Refusion
+from training.retrieving.rerank import Reranking
+from training.retrieving.retrieve import IndexService
 from training.settings import (
     AlignmentConfig,
     CheckpointConfig,

@@ -16,9 +16,9 @@ from indexing.probe import Figures
 from training.engine import Engine
 from training.models.system import ContrastBatch, RetrievalBatch
 from training.models.weights import to_numpy
-from training.monitor import Monitor, Timer, memory_metrics
 from training.objectives.choose import compute, task_of
-from training.retrieve import IndexService, IndexStatus
+from training.reporting.monitor import Monitor, Timer, memory_metrics
+from training.retrieving.retrieve import IndexService, IndexStatus
 from training.settings import ObjectiveConfig, TrainingConfig
 
 
@@ -33,7 +33,7 @@ class Fetched:
     weights_version: int = 0
     gold_in_k: float = 0.0  # share of questions with a labelled passage among the K
     rescore_s: float = 0.0
-    rescore_overlap: float | None = None  # see training/rescore.py
+    rescore_overlap: float | None = None  # see training/retrieving/rescore.py
     passages: np.ndarray | None = None  # int64 [any]: numbers of the passages that are read, -1 for none
     # Weights version of each hit's own vector where a generation mixes them; None: all are of `weights_version`
     hit_versions: np.ndarray | None = None
@@ -63,7 +63,9 @@ class LoopState:
     skipped_steps: int = 0  # updates left out because something was not finite
     seconds: float = 0.0  # of training, over all attempts
     blocked_steps: int = 0  # steps that waited because of refresh.max_staleness_steps
-    start: dict[str, float] = field(default_factory=dict)  # retrieval at the stage's start, see training/collapse.py
+    start: dict[str, float] = field(
+        default_factory=dict
+    )  # retrieval at the stage's start, see training/measuring/collapse.py
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Hooks:
     evaluate_every: int = 0
     save: Callable[[LoopState], None] | None = None
     save_every: int = 0
-    # Sees every step and its batches, asks for refreshes of the index, says what it measured (training/freshness.py)
+    # Sees every step and its batches, asks for refreshes of the index, says what it measured (refreshing/freshness.py)
     refresh: Callable[[LoopState, Sequence[Fetched], Timer], dict[str, float]] | None = None
     max_staleness_steps: int = 0
     passages_fixed: bool = False  # the passage encoder does not train: hits are never stale

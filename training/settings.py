@@ -150,7 +150,7 @@ class AlignmentConfig:
 
 @dataclass
 class PretrainingConfig:
-    """Training examples cut from the corpus itself (`training/tasks.py`). The first six are the mixture's weights; none
+    """Training examples cut from the corpus itself (`feeding/tasks.py`). The first six are the mixture's weights; none
     set: the stage trains on questions."""
 
     span_corruption: float | None = None  # spans of a passage are masked; the answer is what was there
@@ -184,7 +184,7 @@ class RetrievalConfig:
     max_context_tokens: int = 0  # long: of a prompt and its answer; 0: what the generator takes (causal only)
     prefetch_depth: int = 1  # batches searched ahead while one trains
     # Candidates are searched so many times k, scored again by the encoders as they are now, and the best k read
-    # (training/rescore.py); 0, 1: off. In training only: an evaluation measures the index as it answers, so that runs
+    # (retrieving/rescore.py); 0, 1: off. In training only: an evaluation measures the index as it answers, so that runs
     # with and without are compared by one measure, and a stage's last evaluation has a fresh index anyway. With hybrid
     # the candidates of both indexes are scored again and fused anew; a re-ranker chooses among the best of these.
     rescore: int = 0
@@ -226,7 +226,9 @@ class TrainingConfig:
     schedule: str = "linear"  # linear (to zero) | constant
     log_every: int = 1
     stop_after_nonfinite: int = 5  # updates skipped in a row before the run stops
-    on_collapse: str = "warn"  # retrieval got worse than at the start (training/collapse.py): warn | stop | ignore
+    on_collapse: str = (
+        "warn"  # retrieval got worse than at the start (training/measuring/collapse.py): warn | stop | ignore
+    )
 
 
 @dataclass

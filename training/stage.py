@@ -23,19 +23,19 @@ from training.checkpoint import (
     set_rng_state,
 )
 from training.engine import Engine
-from training.feed import CorpusExamples, make_probe, make_source
-from training.freshness import Freshness
+from training.feeding.feed import CorpusExamples, make_probe, make_source
+from training.feeding.mixture import pretrains
+from training.feeding.reference import Reference, build_reference, initial_copy
 from training.job import Parts, StageJob
-from training.jsonl import plain
 from training.loop import Hooks, LoopState, Source, publish, train
-from training.measures import Measures
-from training.mixture import pretrains
+from training.measuring.measures import Measures
 from training.models.build import build_system, built_parts, fit_weights, parameter_groups
 from training.models.tokenizers import load_tokenizer
-from training.monitor import Monitor
 from training.objectives.check import needs_reference
-from training.reference import Reference, build_reference, initial_copy
-from training.retrieve import IndexService
+from training.refreshing.freshness import Freshness
+from training.reporting.jsonl import plain
+from training.reporting.monitor import Monitor
+from training.retrieving.retrieve import IndexService
 
 EVALUATION_FILE = "evaluation.json"
 

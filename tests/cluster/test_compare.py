@@ -15,8 +15,8 @@ from cluster.findings import Measured
 from cluster.fit import fingerprint
 from cluster.matrix import folder_of
 from cluster.prepare import Prepared
-from training.measures import PREDICTIONS_FILE
-from training.report import print_table
+from training.measuring.measures import PREDICTIONS_FILE
+from training.reporting.report import print_table
 from training.stage import EVALUATION_FILE
 
 STAGED = """

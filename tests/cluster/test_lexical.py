@@ -26,7 +26,7 @@ from indexing.snapshot import TornSnapshot, verify
 from indexing.store import Store
 from tests.cluster.corpus import NUM_PASSAGES, Corpus
 from tests.cluster.test_index_service import INDEX, QUERIES, WAIT_S, events, process_of, start, wait_until
-from training.hybrid import HybridSearch
+from training.retrieving.hybrid import HybridSearch
 from training.settings import RetrievalConfig
 
 CONFIG = LexicalConfig(stemmer="", stop_words="")

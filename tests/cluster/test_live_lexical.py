@@ -21,7 +21,7 @@ from tests.cluster.corpus import Corpus
 from tests.cluster.test_index_service import INDEX, QUERIES, WAIT_S, process_of, start, wait_until
 from tests.cluster.test_live_service import Living
 from tests.indexing.test_live_lexical import bm25
-from training.hybrid import HybridSearch
+from training.retrieving.hybrid import HybridSearch
 from training.settings import RetrievalConfig
 
 CONFIG = LexicalConfig(stemmer="", stop_words="")

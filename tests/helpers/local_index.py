@@ -15,7 +15,7 @@ from indexing.settings import IndexConfig, LexicalConfig
 from indexing.shard import Shard, shard_ranges
 from indexing.store import Store
 from training.models.encoder import build_encoder, load_passage_weights
-from training.retrieve import IndexStatus
+from training.retrieving.retrieve import IndexStatus
 from training.settings import EncoderConfig
 
 BATCH_TOKENS = 8192

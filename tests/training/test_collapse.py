@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny_world import TinyWorld
-from training.collapse import WINDOW_STEPS, Collapsed, CollapseDetector
+from training.measuring.collapse import WINDOW_STEPS, Collapsed, CollapseDetector
 from training.settings import DecodingConfig, EvaluationConfig, ObjectiveConfig, TrainingConfig
 from training.stage import Stage
 

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from tests.helpers.tiny_world import TinyWorld
-from training.costs import (
+from training.feeding.data import Collator
+from training.measuring.costs import (
     CostModel,
     answer_flops,
     kept_bytes,
@@ -35,7 +36,6 @@ from training.costs import (
     read_flops,
     write_flops,
 )
-from training.data import Collator
 from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
 from training.models.build import build_system
 from training.models.copy_reader import CopyBatch

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.helpers.tiny_world import TinyWorld
-from training.drift import DriftProbe, shift, spearman
-from training.feed import make_probe
-from training.policy import RefreshPlan
+from training.feeding.feed import make_probe
+from training.refreshing.drift import DriftProbe, shift, spearman
+from training.refreshing.policy import RefreshPlan
 from training.settings import RetrievalConfig
 from training.stage import Stage
 

@@ -14,8 +14,8 @@ from tests.training.test_stage import Failure, failing, final_weights, resumable
 from training.loop import LoopState, Window, step_metrics
 from training.models.encoder import passage_state
 from training.models.weights import to_numpy
-from training.policy import RefreshPlan
-from training.retrieve import IndexStatus
+from training.refreshing.policy import RefreshPlan
+from training.retrieving.retrieve import IndexStatus
 from training.settings import CheckpointConfig, RetrievalConfig, TrainingConfig
 from training.stage import Stage
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training.heat import HALF_LIFE, Heat
+from training.refreshing.heat import HALF_LIFE, Heat
 
 FADE = 0.5 ** (1 / HALF_LIFE)
 

@@ -19,12 +19,12 @@ from indexing.shard import GenerationGone
 from tests.helpers.local_index import LocalHits, LocalIndex, LocalWordHits, LocalWords
 from tests.helpers.tiny_world import TinyWorld
 from tests.training.test_stage import FailingIndex, Failure, final_weights, rows_by_step, run_stage, same
-from training.data import Collator
-from training.hybrid import HybridSearch
+from training.feeding.data import Collator
 from training.models.build import LEXICAL_WEIGHT, build_system, fit_weights, parameter_groups
 from training.models.encoder import LexicalWeight
 from training.models.system import System
 from training.objectives.choose import compute, needs
+from training.retrieving.hybrid import HybridSearch
 from training.settings import CheckpointConfig, EvaluationConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 from training.stage import Stage
 
@@ -215,7 +215,7 @@ def test_what_was_deleted_before_both_have_answered_is_in_neither(world: TinyWor
 
 def test_too_few_living_passages_are_searched_again(world: TinyWorld, index: LocalIndex, monkeypatch) -> None:
     """Until every shard knows what was deleted; with a bound."""
-    monkeypatch.setattr("training.hybrid.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("training.retrieving.hybrid.FIRST_PAUSE_S", 0.0)
     search = search_of(index, world, retrieval("rrf", candidates=5))
     calls: list[int] = []
 

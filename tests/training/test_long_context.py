@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tests.helpers.tiny_world import TinyWorld
-from training.costs import prompt_lengths
-from training.data import Collator
-from training.long_context import LongContext
-from training.metrics import exact_match
+from training.feeding.data import Collator
+from training.feeding.long_context import LongContext
+from training.measuring.costs import prompt_lengths
+from training.measuring.metrics import exact_match
+from training.measuring.needle import needle_sweep
 from training.models.build import build_system
-from training.needle import needle_sweep
 from training.settings import (
     DecodingConfig,
     EvaluationConfig,

@@ -15,13 +15,13 @@ import torch
 from indexing.probe import UNKNOWN, Figures
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
-from training.freshness import Freshness
 from training.loop import Fetched, Hooks, LoopState, Source, Window, index_metrics, learning_rates, step_metrics, train
 from training.models.encoder import passage_state
 from training.models.system import ContrastBatch
 from training.models.weights import from_numpy, to_numpy
-from training.policy import RefreshPlan
-from training.retrieve import IndexStatus
+from training.refreshing.freshness import Freshness
+from training.refreshing.policy import RefreshPlan
+from training.retrieving.retrieve import IndexStatus
 from training.settings import EngineConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 from training.stage import Stage
 

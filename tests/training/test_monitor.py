@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from training.jsonl import append_line, read_rows
-from training.meters import Timer, memory_metrics
-from training.monitor import Monitor
-from training.progress import Progress, duration, share
-from training.redact import REDACTED, redact, redact_text
+from training.reporting.jsonl import append_line, read_rows
+from training.reporting.meters import Timer, memory_metrics
+from training.reporting.monitor import Monitor
+from training.reporting.progress import Progress, duration, share
+from training.reporting.redact import REDACTED, redact, redact_text
+from training.reporting.wandb_settings import wandb_mode
 from training.settings import MonitorConfig
-from training.wandb_settings import wandb_mode
 
 QUIET = MonitorConfig(console=False, wandb="off")
 OFFLINE = MonitorConfig(console=True, wandb="offline")
@@ -208,7 +208,7 @@ DIES_MIDWAY = """
 import io, sys, time
 from pathlib import Path
 import psutil
-from training.monitor import Monitor
+from training.reporting.monitor import Monitor
 from training.settings import MonitorConfig
 
 stream = io.StringIO()
@@ -240,7 +240,7 @@ def test_wandb_that_dies_midway_is_reported_once(tmp_path: Path) -> None:
 def test_off_never_imports_wandb() -> None:
     code = (
         "import sys, pathlib, tempfile\n"
-        "from training.monitor import Monitor\n"
+        "from training.reporting.monitor import Monitor\n"
         "from training.settings import MonitorConfig\n"
         "monitor = Monitor(pathlib.Path(tempfile.mkdtemp()), MonitorConfig(wandb='off'), {}, 1, 0)\n"
         "monitor.log({'loss/total': 1.0}, 1)\n"

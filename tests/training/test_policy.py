@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.policy import Decision, RefreshPlan, decide
+from training.refreshing.policy import Decision, RefreshPlan, decide
 
 CLOCK = RefreshPlan(every_steps=10)
 DRIFT = RefreshPlan(every_steps=10, policy="on_drift", drift_threshold=0.8, check_every_steps=4)

@@ -17,9 +17,11 @@ from indexing.store import Store, write_store
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.checkpoint import load_weights, newest_checkpoint
-from training.data import Collator, Stream
+from training.feeding.data import Collator, Stream
+from training.feeding.mixture import TASKS
+from training.feeding.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
+from training.feeding.sources import RetrievedBatches
 from training.job import StageJob
-from training.mixture import TASKS
 from training.models.build import build_generator, build_system
 from training.models.encoder import passage_state
 from training.models.sides import generator_passage_side, retriever_passage_side
@@ -27,9 +29,8 @@ from training.models.system import RetrievalBatch
 from training.models.weights import to_numpy
 from training.objectives.choose import compute, needs
 from training.objectives.contrastive import info_nce
-from training.policy import RefreshPlan
-from training.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
-from training.retrieve import Prefetcher
+from training.refreshing.policy import RefreshPlan
+from training.retrieving.retrieve import Prefetcher
 from training.settings import (
     CheckpointConfig,
     EngineConfig,
@@ -40,7 +41,6 @@ from training.settings import (
     RetrievalConfig,
     TrainingConfig,
 )
-from training.sources import RetrievedBatches
 from training.stage import Stage
 
 ALL = PretrainingConfig(

@@ -11,15 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.training.test_system import ENCODER, FRESH, collate, make
 from training.adapters import adapters_disabled, trains_adapters_only
-from training.alignment import with_candidates
 from training.engine import Engine
+from training.feeding.alignment import with_candidates
+from training.feeding.reference import Reference, build_reference, initial_copy
 from training.models.build import build_system, parameter_groups
 from training.models.candidates import CandidateBatch, answer_tensors, sample
 from training.models.decode import sample as sample_tokens
 from training.models.system import System
 from training.models.tokenizers import train_wordpiece
 from training.objectives.choose import compute
-from training.reference import Reference, build_reference, initial_copy
 from training.settings import EngineConfig, GeneratorConfig, LoraConfig, ObjectiveConfig, TokenizerConfig
 
 KINDS = ("copy", "fusion", "causal")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from training.jsonl import append_line
-from training.plots import COLOURS, Plot, plot_svg, running_mean
-from training.report import (
+from training.reporting.jsonl import append_line
+from training.reporting.plots import COLOURS, Plot, plot_svg, running_mean
+from training.reporting.report import (
     Example,
     ReadPassage,
     Section,

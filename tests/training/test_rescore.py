@@ -20,17 +20,17 @@ from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld, make_world, tiny_encoder, tiny_generator
 from tests.training.test_retrieve import ToldService
 from training import engine_setup
-from training.data import Collator
-from training.drift import Drift, DriftProbe
 from training.engine import Engine
+from training.feeding.data import Collator
 from training.loop import Fetched
 from training.models.build import build_system, parameter_groups
 from training.models.encoder import passage_state
 from training.models.system import RetrievalBatch
 from training.models.tokenizers import load_tokenizer
 from training.models.weights import to_numpy
-from training.rescore import FreshVectors, overlap_of
-from training.retrieve import Prefetcher, Rescored
+from training.refreshing.drift import Drift, DriftProbe
+from training.retrieving.rescore import FreshVectors, overlap_of
+from training.retrieving.retrieve import Prefetcher, Rescored
 from training.settings import EngineConfig, EvaluationConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 from training.stage import Stage
 
@@ -79,7 +79,9 @@ def passages_of(fetched: Fetched) -> np.ndarray:
 
 @pytest.mark.parametrize("batch_tokens", [64, 16384])
 def test_with_all_passages_as_candidates_the_hits_are_those_of_brute_force(world, tmp_path, batch_tokens, monkeypatch):
-    monkeypatch.setattr("training.feed.FreshVectors", lambda *parts: FreshVectors(*parts, batch_tokens=batch_tokens))
+    monkeypatch.setattr(
+        "training.feeding.feed.FreshVectors", lambda *parts: FreshVectors(*parts, batch_tokens=batch_tokens)
+    )
     stage = stale_stage(world, tmp_path, rescore=PASSAGES // K)
     stage.source = stage.make_source(None)
     for number in range(2):

@@ -11,14 +11,14 @@ import torch
 from indexing.merge import Hits, Indexed
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
-from training.data import Collator, Stream
+from training.feeding.data import Collator, Stream
+from training.feeding.sources import ClosedBookBatches, RetrievedBatches
 from training.models.build import build_system
 from training.models.encoder import passage_state
 from training.models.system import RetrievalBatch
 from training.models.weights import to_numpy
-from training.retrieve import IndexStatus, Prefetcher
+from training.retrieving.retrieve import IndexStatus, Prefetcher
 from training.settings import RetrievalConfig
-from training.sources import ClosedBookBatches, RetrievedBatches
 
 K = 5
 

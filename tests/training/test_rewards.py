@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.rewards import load_reward, measure
+from training.feeding.rewards import load_reward, measure
 
 QUESTION, GOLDS, PASSAGES = "where was Ada born?", ["Rome", "the city of Rome"], ["Ada was born in Rome in 1815."]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from training.costs import read_flops
+from training.measuring.costs import read_flops
 from training.models.arithmetic import encoder_stack, fusion_shape
 from training.models.encoder import build_encoder
 from training.models.sizes import encoder_size, reader_size, three_numbers

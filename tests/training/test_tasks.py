@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from indexing.corpus import Passage
-from training.mixture import TASKS, mixture, pretrains
-from training.settings import PretrainingConfig
-from training.tasks import (
+from training.feeding.mixture import TASKS, mixture, pretrains
+from training.feeding.tasks import (
     MASK,
     Example,
     MaskWords,
@@ -23,6 +22,7 @@ from training.tasks import (
     span_corruption,
     title_to_section,
 )
+from training.settings import PretrainingConfig
 
 TEXT = (
     "Ada Lovelace was born on 10 December 1815 in London. She wrote the first program for the Analytical Engine, "

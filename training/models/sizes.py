@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from training.costs import answer_flops, read_flops
+from training.measuring.costs import answer_flops, read_flops
 from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
 from training.models.checkpoint_layout import find_file, read_layout
 from training.models.copy_reader import CopyReader

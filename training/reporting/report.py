@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from training.jsonl import read_rows
-from training.metrics import exact_match
-from training.plots import COLOURS, Plot, plot_svg
-from training.redact import redact, redact_text
-from training.tables import Cell, Table, print_table, table_html
+from training.measuring.metrics import exact_match
+from training.reporting.jsonl import read_rows
+from training.reporting.plots import COLOURS, Plot, plot_svg
+from training.reporting.redact import redact, redact_text
+from training.reporting.tables import Cell, Table, print_table, table_html
 
 __all__ = ["Example", "ReadPassage", "Section", "Table", "print_table", "read_metrics", "run_report", "write_report"]
 

@@ -7,19 +7,12 @@ import numpy as np
 
 from indexing.duplicates import open_groups
 from indexing.questions import QuestionStore
-from training.alignment import aligned, make_collator
-from training.answers import MORE_FOR_REFUSALS, TrainingAnswers
-from training.data import ClozeSource, Collator, Stream
-from training.drift import PROBE_FACTOR, DriftProbe
-from training.evaluate import encode_questions
-from training.job import Parts
-from training.long_context import LongContext, LongContextBatches
-from training.loop import Source
-from training.mixture import contrasted
-from training.models.sides import generator_answer_side
-from training.objectives.check import PREFERENCE, samples_answers
-from training.objectives.choose import needs
-from training.pretraining import (
+from training.feeding.alignment import aligned, make_collator
+from training.feeding.answers import MORE_FOR_REFUSALS, TrainingAnswers
+from training.feeding.data import ClozeSource, Collator, Stream
+from training.feeding.long_context import LongContext, LongContextBatches
+from training.feeding.mixture import contrasted
+from training.feeding.pretraining import (
     HELD_OUT,
     HELD_OUT_SEED,
     TRAINING,
@@ -28,10 +21,17 @@ from training.pretraining import (
     example_sides,
     split_passages,
 )
-from training.reference import Reference
-from training.rescore import FreshVectors, Rescorer
-from training.retrieve import Prefetcher
-from training.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches, WithPairs
+from training.feeding.reference import Reference
+from training.feeding.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches, WithPairs
+from training.job import Parts
+from training.loop import Source
+from training.measuring.evaluate import encode_questions
+from training.models.sides import generator_answer_side
+from training.objectives.check import PREFERENCE, samples_answers
+from training.objectives.choose import needs
+from training.refreshing.drift import PROBE_FACTOR, DriftProbe
+from training.retrieving.rescore import FreshVectors, Rescorer
+from training.retrieving.retrieve import Prefetcher
 
 PROBE = 21  # purpose of the random generator that draws the probe
 

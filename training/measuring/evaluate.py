@@ -14,17 +14,24 @@ import torch
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
-from training.costs import CostModel
-from training.data import Collator
 from training.engine import Engine
-from training.long_context import LongContext
-from training.metrics import answer_metrics, answer_recall, exact_match, means, normalize_answer, ranking_metrics
+from training.feeding.data import Collator
+from training.feeding.long_context import LongContext
+from training.measuring.costs import CostModel
+from training.measuring.metrics import (
+    answer_metrics,
+    answer_recall,
+    exact_match,
+    means,
+    normalize_answer,
+    ranking_metrics,
+)
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.likelihood import collate_answers
 from training.models.modes import evaluating
 from training.models.system import RetrievalBatch, System
-from training.rerank import Reranking
-from training.retrieve import IndexService, Search, dense_search
+from training.retrieving.rerank import Reranking
+from training.retrieving.retrieve import IndexService, Search, dense_search
 from training.settings import DecodingConfig, EvaluationConfig, GeneratorConfig, ObjectiveConfig, RetrievalConfig
 
 CONTROLS = ("closed_book", "gold")  # reads no passage; reads the labelled passage
@@ -39,7 +46,9 @@ class Evaluation:
 
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0, in the order of the questions
-    costs: dict[str, dict[str, float]] = field(default_factory=dict)  # means by mode: `training/costs.py`, seconds
+    costs: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # means by mode: `training/measuring/costs.py`, seconds
     generation: int = -1
     weights_version: int = -1
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
-from training.jsonl import append_line, drop_torn_line, plain, read_rows
-from training.meters import Timer, memory_metrics
-from training.progress import Progress
-from training.redact import redact
+from training.reporting.jsonl import append_line, drop_torn_line, plain, read_rows
+from training.reporting.meters import Timer, memory_metrics
+from training.reporting.progress import Progress
+from training.reporting.redact import redact
+from training.reporting.wandb_settings import run_identifier, wandb_mode
 from training.settings import MonitorConfig
-from training.wandb_settings import run_identifier, wandb_mode
 
 __all__ = ["Monitor", "Timer", "memory_metrics"]
 

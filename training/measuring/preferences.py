@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.alignment import PairCollator
 from training.engine import Engine
-from training.evaluate import encode_questions
-from training.metrics import means, ranking_metrics
+from training.feeding.alignment import PairCollator
+from training.measuring.evaluate import encode_questions
+from training.measuring.metrics import means, ranking_metrics
 from training.models.modes import evaluating
 from training.objectives.likelihoods import retrieval_log_probs
 from training.objectives.preference import Candidates, marginal_log_probs
-from training.rerank import Reranking
-from training.retrieve import IndexService, Search, dense_search
+from training.retrieving.rerank import Reranking
+from training.retrieving.retrieve import IndexService, Search, dense_search
 from training.settings import RetrievalConfig
 
 

@@ -9,13 +9,13 @@ gathered and published, which returns at once. Every decision is an event with i
 from collections.abc import Sequence
 from typing import Any
 
-from training.drift import Drift, DriftProbe
 from training.engine import Engine
-from training.heat import Heat
 from training.loop import Fetched, LoopState, publish
-from training.monitor import Monitor, Timer
-from training.policy import Decision, RefreshPlan, decide
-from training.retrieve import IndexService
+from training.refreshing.drift import Drift, DriftProbe
+from training.refreshing.heat import Heat
+from training.refreshing.policy import Decision, RefreshPlan, decide
+from training.reporting.monitor import Monitor, Timer
+from training.retrieving.retrieve import IndexService
 
 
 class Freshness:

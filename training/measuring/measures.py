@@ -6,19 +6,19 @@ from typing import Any
 import numpy as np
 
 from indexing.questions import QuestionStore
-from training.alignment import PairCollator
-from training.collapse import Collapsed, CollapseDetector
-from training.data import Collator
-from training.evaluate import Evaluation, Evaluator
-from training.feed import CorpusExamples
-from training.held_out import HeldOut
+from training.feeding.alignment import PairCollator
+from training.feeding.data import Collator
+from training.feeding.feed import CorpusExamples
 from training.job import Parts
-from training.jsonl import append_line
 from training.loop import LoopState
+from training.measuring.collapse import Collapsed, CollapseDetector
+from training.measuring.evaluate import Evaluation, Evaluator
+from training.measuring.held_out import HeldOut
+from training.measuring.needle import check_needle, needle_sweep
+from training.measuring.preferences import PreferenceEvaluator
 from training.models.build import parameter_groups
-from training.needle import check_needle, needle_sweep
 from training.objectives.choose import needs
-from training.preferences import PreferenceEvaluator
+from training.reporting.jsonl import append_line
 
 PREDICTIONS_FILE, PAIRS_FILE = "predictions.jsonl", "preferences.jsonl"
 

@@ -11,8 +11,8 @@ state; what was deleted between the two answers is in neither: no query is answe
 generation that goes while its vectors are fetched is searched anew.
 
 With `retrieval.rescore` the order is: the candidates of both indexes are fused by the indexed vectors, to as many hits
-as are scored again; `Refusion` fuses these anew, by the scores of fresh vectors (`training/rescore.py`); a re-ranker
-puts what is left in order (`training/rerank.py`).
+as are scored again; `Refusion` fuses these anew, by the scores of fresh vectors (`retrieving/rescore.py`); a re-ranker
+puts what is left in order (`training/retrieving/rerank.py`).
 """
 
 import time
@@ -25,7 +25,7 @@ from indexing.fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalis
 from indexing.lexical import LexicalHits
 from indexing.merge import CorpusState, Hits, chosen, without
 from indexing.shard import GenerationGone
-from training.retrieve import DenseIndex, LexicalService
+from training.retrieving.retrieve import DenseIndex, LexicalService
 from training.settings import RetrievalConfig
 
 ATTEMPTS = 10  # searches of a batch whose generation goes again and again

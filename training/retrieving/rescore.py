@@ -5,7 +5,7 @@ weights; the trainer then encodes the question and every candidate once more, wi
 k by these scores are what the generator reads. With all passages as candidates this is brute force by fresh encoders;
 with fewer, a passage that the old weights rank below them is still missed, which a refresh alone can mend. Where words
 are searched, too, the candidates are those of both indexes, fused; a re-ranker chooses among the best
-`reranker.candidates` of those that were scored again (`training/hybrid.py` has the order as a whole).
+`reranker.candidates` of those that were scored again (`training/retrieving/hybrid.py` has the order as a whole).
 
 Every method is collective under ZeRO 3: each forward gathers weights from all ranks. Ranks hold different candidates,
 so they first agree on a number of forwards; a rank that needs fewer fills up with a passage whose vector is dropped.
@@ -20,11 +20,11 @@ import torch
 
 from indexing.encode import length_batches
 from indexing.merge import Hits, chosen
-from training.data import Collator
 from training.engine import Engine
-from training.evaluate import encode_questions
-from training.reference import evaluating
-from training.retrieve import Rescored
+from training.feeding.data import Collator
+from training.feeding.reference import evaluating
+from training.measuring.evaluate import encode_questions
+from training.retrieving.retrieve import Rescored
 
 BATCH_TOKENS = 16384  # padded tokens of one forward; without a graph only one layer's activations are kept
 
@@ -63,7 +63,7 @@ class FreshVectors:
 
 
 class Rescorer:
-    """Chooses the best `k` of a search's candidates (`training.retrieve.Rescore`)."""
+    """Chooses the best `k` of a search's candidates (`training.retrieving.retrieve.Rescore`)."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Rescorer:
     ) -> None:
         """`vectors_are_fresh`: the passage encoder does not train, so that vectors which come with hits are its own and
         nothing is encoded again but the question. `keep_vectors`: hand on those of the best k. `fuse`: fresh inner
-        products to what the best are chosen by, where words are searched, too (`training.hybrid.Refusion`)."""
+        products to what the best are chosen by, where words are searched, too (`hybrid.Refusion`)."""
         self.fresh, self.k, self.fuse = fresh, k, fuse
         self.vectors_are_fresh, self.keep_vectors = vectors_are_fresh, keep_vectors
 

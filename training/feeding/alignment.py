@@ -15,8 +15,10 @@ from torch import Tensor
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
-from training.data import Collator
 from training.engine import Engine
+from training.feeding.data import Collator
+from training.feeding.reference import Reference
+from training.feeding.rewards import load_reward, measure
 from training.loop import Fetched, Source
 from training.models.candidates import AskedBatch, CandidateBatch, answer_tensors, moved
 from training.models.decode import restore_spelling
@@ -25,8 +27,6 @@ from training.models.modes import evaluating
 from training.models.system import RetrievalBatch
 from training.objectives.check import samples_answers
 from training.objectives.sampling import sample_log_probs
-from training.reference import Reference
-from training.rewards import load_reward, measure
 from training.settings import AlignmentConfig, ObjectiveConfig
 
 MISMATCH_TRIES = 20  # draws until another question's answer is found

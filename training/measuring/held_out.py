@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from training.data import Collator
 from training.engine import Engine
-from training.evaluate import encode_questions
+from training.feeding.data import Collator
+from training.feeding.pretraining import CorpusQuestions, FairSearch
+from training.measuring.evaluate import encode_questions
 from training.models.modes import evaluating
 from training.models.system import RetrievalBatch
 from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
-from training.pretraining import CorpusQuestions, FairSearch
-from training.rerank import Reranking
+from training.retrieving.rerank import Reranking
 from training.settings import EvaluationConfig, ObjectiveConfig, RetrievalConfig
 
 

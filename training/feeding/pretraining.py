@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.merge import Hits, chosen, filled, without
 from indexing.store import Store, TokenSide
-from training.mixture import answered
+from training.feeding.mixture import answered
+from training.feeding.tasks import MASK_WORD, MaskWords, find_recognizer, make_example
 from training.models.sides import generator_answer_side, generator_question_side, retriever_question_side
-from training.retrieve import IndexService, PendingHits, Search, dense_search
+from training.retrieving.retrieve import IndexService, PendingHits, Search, dense_search
 from training.settings import EncoderConfig, GeneratorConfig, PretrainingConfig
-from training.tasks import MASK_WORD, MaskWords, find_recognizer, make_example
 
 ATTEMPTS = 200  # passages that may lack what a task needs before it is refused
 CACHED = 4096  # examples: more than are searched ahead
@@ -67,7 +67,7 @@ def example_sides(
 
 
 class CorpusQuestions:
-    """Examples by their number, which has no end; a `Questions` of `training/data.py`."""
+    """Examples by their number, which has no end; a `Questions` of `training/feeding/data.py`."""
 
     def __init__(
         self, store: Store, rows: np.ndarray, config: PretrainingConfig, sides: ExampleSides, seed: int, purpose: int

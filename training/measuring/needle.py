@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from training.evaluate import Evaluator
-from training.long_context import LongContext
+from training.feeding.long_context import LongContext
+from training.measuring.evaluate import Evaluator
 from training.settings import NeedleConfig
 
 SEED = 0  # of the sample of questions and of the haystacks: the same for every system

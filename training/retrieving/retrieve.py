@@ -23,7 +23,7 @@ from indexing.merge import CorpusState, Hits, Indexed, chosen, without
 from indexing.probe import UNKNOWN, Figures
 
 if TYPE_CHECKING:
-    from training.rerank import Select
+    from training.retrieving.rerank import Select
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.rescore import FreshVectors, candidate_vectors, overlap_of, pair_scores
-from training.retrieve import IndexService
+from training.retrieving.rescore import FreshVectors, candidate_vectors, overlap_of, pair_scores
+from training.retrieving.retrieve import IndexService
 
 PROBE_FACTOR = 4  # candidates are so many times k, or retrieval.rescore times where that is more
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from indexing.merge import Hits
-from training.answers import TrainingAnswers
-from training.data import ClozeSource, Collator, Stream, gold_first
-from training.hybrid import HybridSearch
+from training.feeding.answers import TrainingAnswers
+from training.feeding.data import ClozeSource, Collator, Stream, gold_first
 from training.loop import Fetched, Source
 from training.models.system import RetrievalBatch
-from training.retrieve import Prefetcher, Searched
+from training.retrieving.hybrid import HybridSearch
+from training.retrieving.retrieve import Prefetcher, Searched
 from training.settings import RetrievalConfig
 
 PAIRS = 13  # purpose of a random generator

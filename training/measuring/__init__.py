@@ -1,0 +1,1 @@
+"""What is measured of a system, while it trains and at its end."""

@@ -1,0 +1,1 @@
+"""When the index follows the encoder, and which passages first."""

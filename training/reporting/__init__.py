@@ -1,0 +1,1 @@
+"""Where measurements go: console, JSONL, W&B, plots and the report."""
