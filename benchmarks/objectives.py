@@ -31,7 +31,7 @@ from benchmarks.step import BATCH, MODELS, Bench, K, make_bench
 from benchmarks.step_setting import make_settings, prepare, write_random_corpus
 from indexing.store import Store
 from training.measuring.evaluate import encode_questions
-from training.models.system import RetrievalBatch
+from training.models.batches import RetrievalBatch
 from training.settings import ObjectiveConfig
 
 OBJECTIVES = ("rag_sequence", "emdr2", "pdist", "loop", "adist")

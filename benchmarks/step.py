@@ -47,9 +47,9 @@ from training.engine_setup import concrete_precision
 from training.feeding.data import Collator, Stream
 from training.feeding.sources import RetrievedBatches
 from training.measuring.evaluate import encode_questions
+from training.models.batches import RetrievalBatch
 from training.models.build import parameter_groups
 from training.models.generator import Generator
-from training.models.system import RetrievalBatch
 from training.models.tokenizers import load_tokenizer, pad_id
 from training.objectives.choose import compute, needs
 from training.objectives.likelihoods import Likelihoods

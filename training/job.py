@@ -14,8 +14,9 @@ from indexing.store import Store
 from training.engine import Engine
 from training.feeding.data import Collator, Questions
 from training.feeding.reference import evaluating
+from training.models.batches import RetrievalBatch
 from training.models.reranker import make_pairing
-from training.models.system import RetrievalBatch, System
+from training.models.system import System
 from training.models.tokenizers import pad_id, to_text
 from training.refreshing.policy import RefreshPlan
 from training.reporting.monitor import Monitor

@@ -14,7 +14,7 @@ import torch
 
 from indexing.probe import Figures
 from training.engine import Engine
-from training.models.system import ContrastBatch, RetrievalBatch
+from training.models.batches import ContrastBatch, RetrievalBatch
 from training.models.weights import to_numpy
 from training.objectives.choose import compute, task_of
 from training.reporting.monitor import Monitor, Timer, memory_metrics

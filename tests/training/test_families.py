@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from tests.helpers.families import CAUSAL, FUSION, STATE_SPACE, generator_config, write_families, write_tokenizer
+from training.models.batches import RetrievalBatch
 from training.models.build import build_generator, build_system
 from training.models.causal import CausalBatch
 from training.models.fusion import FusionBatch
 from training.models.packing import pad_rows
-from training.models.system import RetrievalBatch
 from training.models.tokenizers import load_tokenizer
 from training.objectives.choose import compute, needs
 from training.settings import (

@@ -15,9 +15,10 @@ from training import engine_setup
 from training.adapters import adapters_disabled, merged
 from training.engine import Engine
 from training.models import head
+from training.models.batches import RetrievalBatch
 from training.models.build import build_system, parameter_groups
 from training.models.packing import pad_rows
-from training.models.system import RetrievalBatch, System
+from training.models.system import System
 from training.models.tokenizers import load_tokenizer
 from training.models.weights import to_numpy
 from training.objectives.choose import compute, needs

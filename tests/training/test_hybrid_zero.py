@@ -23,10 +23,11 @@ from tests.training.test_system_zero import (
 )
 from training import engine_setup
 from training.engine import Engine
+from training.models.batches import RetrievalBatch
 from training.models.build import LEXICAL_WEIGHT, build_system, parameter_groups
 from training.models.packing import pad_rows
 from training.models.pairs import Pairing
-from training.models.system import RetrievalBatch, System
+from training.models.system import System
 from training.models.tokenizers import load_tokenizer
 from training.models.weights import from_numpy, to_numpy
 from training.objectives.choose import compute, needs

@@ -16,8 +16,8 @@ from indexing.probe import UNKNOWN, Figures
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.loop import Fetched, Hooks, LoopState, Source, Window, index_metrics, learning_rates, step_metrics, train
+from training.models.batches import ContrastBatch
 from training.models.encoder import passage_state
-from training.models.system import ContrastBatch
 from training.models.weights import from_numpy, to_numpy
 from training.refreshing.freshness import Freshness
 from training.refreshing.policy import RefreshPlan

@@ -22,10 +22,10 @@ from training.feeding.mixture import TASKS
 from training.feeding.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
 from training.feeding.sources import RetrievedBatches
 from training.job import StageJob
+from training.models.batches import RetrievalBatch
 from training.models.build import build_generator, build_system
 from training.models.encoder import passage_state
 from training.models.sides import generator_passage_side, retriever_passage_side
-from training.models.system import RetrievalBatch
 from training.models.weights import to_numpy
 from training.objectives.choose import compute, needs
 from training.objectives.contrastive import info_nce

@@ -14,8 +14,9 @@ from training.adapters import adapters_disabled, trains_adapters_only
 from training.engine import Engine
 from training.feeding.alignment import with_candidates
 from training.feeding.reference import Reference, build_reference, initial_copy
+from training.models.batches import CandidateBatch
 from training.models.build import build_system, parameter_groups
-from training.models.candidates import CandidateBatch, answer_tensors, sample
+from training.models.candidates import answer_tensors, sample
 from training.models.decode import sample as sample_tokens
 from training.models.system import System
 from training.models.tokenizers import train_wordpiece
@@ -154,7 +155,7 @@ def test_samples_have_the_likelihood_that_scoring_gives(tokenizer: PreTrainedTok
     torch.manual_seed(0)
     system = make(tokenizer, kind).eval()
     batch = collate(system.generator)
-    written = sample(system, batch.reader, 4, 1.0)
+    written = sample(system.generator, batch.reader, 4, 1.0)
     assert len(written.tokens) == batch.reader.passage_mask.numel()
     assert len({tuple(tokens) for tokens in written.tokens}) > 1
     for place in (0, 1, 2):  # the first question's passages

@@ -23,9 +23,9 @@ from training import engine_setup
 from training.engine import Engine
 from training.feeding.data import Collator
 from training.loop import Fetched
+from training.models.batches import RetrievalBatch
 from training.models.build import build_system, parameter_groups
 from training.models.encoder import passage_state
-from training.models.system import RetrievalBatch
 from training.models.tokenizers import load_tokenizer
 from training.models.weights import to_numpy
 from training.refreshing.drift import Drift, DriftProbe

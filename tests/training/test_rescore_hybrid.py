@@ -14,9 +14,9 @@ from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from tests.training.test_rescore import PASSAGES, K, fresh_collator, passages_of, questions_of
 from training.loop import Fetched
+from training.models.batches import RetrievalBatch
 from training.models.build import build_system
 from training.models.encoder import passage_state
-from training.models.system import RetrievalBatch
 from training.models.weights import to_numpy
 from training.retrieving.hybrid import Refusion
 from training.retrieving.rescore import FreshVectors

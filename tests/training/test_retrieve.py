@@ -13,9 +13,9 @@ from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.feeding.data import Collator, Stream
 from training.feeding.sources import ClosedBookBatches, RetrievedBatches
+from training.models.batches import RetrievalBatch
 from training.models.build import build_system
 from training.models.encoder import passage_state
-from training.models.system import RetrievalBatch
 from training.models.weights import to_numpy
 from training.retrieving.retrieve import IndexStatus, Prefetcher
 from training.settings import RetrievalConfig

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from training.models.batches import RetrievalBatch
 from training.models.build import build_system
 from training.models.generator import Generator
 from training.models.packing import pad_rows
-from training.models.system import RetrievalBatch, System, has_dropout
+from training.models.system import System, has_dropout
 from training.models.tokenizers import train_wordpiece
 from training.objectives.choose import compute, needs
 from training.settings import (

@@ -12,9 +12,10 @@ import torch
 from tests.helpers.distributed import spawn
 from training import engine_setup
 from training.engine import Engine
+from training.models.batches import ContrastBatch, RetrievalBatch
 from training.models.build import build_system, parameter_groups
 from training.models.packing import pad_rows
-from training.models.system import Answers, ContrastBatch, RetrievalBatch, System
+from training.models.system import Answers, System
 from training.models.tokenizers import load_tokenizer, train_wordpiece
 from training.models.weights import from_numpy, to_numpy
 from training.objectives.choose import compute, needs

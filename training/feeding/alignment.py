@@ -20,11 +20,11 @@ from training.feeding.data import Collator
 from training.feeding.reference import Reference
 from training.feeding.rewards import load_reward, measure
 from training.loop import Fetched, Source
-from training.models.candidates import AskedBatch, CandidateBatch, answer_tensors, moved
+from training.models.batches import AskedBatch, CandidateBatch, RetrievalBatch, moved
+from training.models.candidates import answer_tensors
 from training.models.decode import restore_spelling
 from training.models.generator import Generator
 from training.models.modes import evaluating
-from training.models.system import RetrievalBatch
 from training.objectives.check import samples_answers
 from training.objectives.sampling import sample_log_probs
 from training.settings import AlignmentConfig, ObjectiveConfig

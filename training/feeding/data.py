@@ -13,10 +13,10 @@ import torch
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
+from training.models.batches import ContrastBatch, RetrievalBatch
 from training.models.generator import Generator
 from training.models.packing import pad_rows
 from training.models.pairs import PairBatch, Pairing
-from training.models.system import ContrastBatch, RetrievalBatch
 from training.settings import ObjectiveConfig
 
 

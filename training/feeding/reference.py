@@ -18,8 +18,8 @@ import torch.distributed as dist
 from training.adapters import adapters_disabled, trains_adapters_only
 from training.checkpoint import load_weights
 from training.engine import Engine
+from training.models.batches import CandidateBatch
 from training.models.build import fit_weights
-from training.models.candidates import CandidateBatch
 from training.models.modes import evaluating
 from training.models.system import System
 from training.named_weights import load_weights_into, named_weights

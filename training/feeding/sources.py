@@ -11,7 +11,7 @@ from indexing.merge import Hits
 from training.feeding.answers import TrainingAnswers
 from training.feeding.data import ClozeSource, Collator, Stream, gold_first
 from training.loop import Fetched, Source
-from training.models.system import RetrievalBatch
+from training.models.batches import RetrievalBatch
 from training.retrieving.hybrid import HybridSearch
 from training.retrieving.retrieve import Prefetcher, Searched
 from training.settings import RetrievalConfig

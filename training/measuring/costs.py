@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from training.models.arithmetic import Shape, Stack, classifier_stack, encoder_stack, shape_of
+from training.models.batches import RetrievalBatch
 from training.models.causal import CausalBatch
 from training.models.copy_reader import CopyBatch
 from training.models.fusion import FusionBatch
 from training.models.generator import ReaderBatch
-from training.models.system import RetrievalBatch, System
+from training.models.system import System
 
 OPERATIONS_PER_STATE = 6
 COSTS = ("prompt_tokens", "flops", "retrieval_flops", "kv_cache_bytes", "state_bytes", "seconds")

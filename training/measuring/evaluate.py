@@ -26,10 +26,11 @@ from training.measuring.metrics import (
     normalize_answer,
     ranking_metrics,
 )
+from training.models.batches import RetrievalBatch
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.likelihood import collate_answers
 from training.models.modes import evaluating
-from training.models.system import RetrievalBatch, System
+from training.models.system import System
 from training.retrieving.rerank import Reranking
 from training.retrieving.retrieve import IndexService, Search, dense_search
 from training.settings import DecodingConfig, EvaluationConfig, GeneratorConfig, ObjectiveConfig, RetrievalConfig

@@ -10,8 +10,8 @@ from training.engine import Engine
 from training.feeding.data import Collator
 from training.feeding.pretraining import CorpusQuestions, FairSearch
 from training.measuring.evaluate import encode_questions
+from training.models.batches import RetrievalBatch
 from training.models.modes import evaluating
-from training.models.system import RetrievalBatch
 from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
 from training.retrieving.rerank import Reranking
 from training.settings import EvaluationConfig, ObjectiveConfig, RetrievalConfig

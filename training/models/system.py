@@ -5,85 +5,22 @@ engine's own hooks whatever part runs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from training.models.batches import CandidateBatch, ContrastBatch, RetrievalBatch
+from training.models.candidates import sample, score_answers
 from training.models.encoder import Retriever
 from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.modes import evaluating
-from training.models.pairs import PairBatch
 from training.models.reranker import Reranker
 from training.objectives.contrastive import gather_rows, in_batch
 from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
+from training.objectives.preference import Candidates
 from training.settings import DecodingConfig
-
-
-@dataclass
-class ContrastBatch:
-    """Query spans and the passages they were cut from."""
-
-    query_ids: Tensor  # int64 [batch, tokens]
-    query_mask: Tensor  # bool
-    passage_ids: Tensor  # int64 [batch, tokens]
-    passage_token_mask: Tensor  # bool
-    passage_numbers: Tensor  # int64 [batch]: equal numbers are one passage, never a negative of itself
-
-    def to(self, device: torch.device | str) -> "ContrastBatch":
-        """The same batch on `device`."""
-        tensors = (self.query_ids, self.query_mask, self.passage_ids, self.passage_token_mask, self.passage_numbers)
-        return ContrastBatch(*(t.to(device, non_blocking=True) for t in tensors))
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens that the encoders see."""
-        return int(self.query_mask.sum()) + int(self.passage_token_mask.sum())
-
-
-@dataclass
-class RetrievalBatch:
-    """Questions with their K retrieved passages, as both models read them."""
-
-    question_ids: Tensor  # int64 [batch, tokens], retriever's tokeniser
-    question_mask: Tensor  # bool
-    passage_ids: Tensor  # int64 [batch * k, tokens]; no rows where the vectors are known
-    passage_token_mask: Tensor  # bool
-    reader: ReaderBatch
-    # float32 [batch, k, dim]: of a passage encoder that does not change
-    passage_vectors: Tensor | None = field(default=None, kw_only=True)
-    # float32 [batch, k]: normalised lexical scores, where the retriever weighs them
-    lexical: Tensor | None = field(default=None, kw_only=True)
-    pairs: PairBatch | None = field(default=None, kw_only=True)  # batch * k rows, where a re-ranker reads them
-    contrast: ContrastBatch | None = field(default=None, kw_only=True)  # of a mixture with a contrastive task
-    contrast_share: float = field(default=0.0, kw_only=True)  # of the loss
-
-    def to(self, device: torch.device | str) -> "RetrievalBatch":
-        """The same batch on `device`."""
-        tensors = (self.question_ids, self.question_mask, self.passage_ids, self.passage_token_mask)
-        known, lexical = (
-            None if tensor is None else tensor.to(device, non_blocking=True)
-            for tensor in (self.passage_vectors, self.lexical)
-        )
-        moved = (t.to(device, non_blocking=True) for t in tensors)
-        return RetrievalBatch(
-            *moved,
-            reader=self.reader.to(device),
-            passage_vectors=known,
-            lexical=lexical,
-            pairs=None if self.pairs is None else self.pairs.to(device),
-            contrast=None if self.contrast is None else self.contrast.to(device),
-            contrast_share=self.contrast_share,
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens that encoders, re-ranker and reader see."""
-        answers = int(self.reader.answer_mask.sum())
-        pairs = 0 if self.pairs is None else int(self.pairs.mask.sum())
-        contrast = 0 if self.contrast is None else self.contrast.num_tokens
-        return int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum()) + answers + pairs + contrast
 
 
 @dataclass
@@ -106,7 +43,7 @@ class System(nn.Module):
 
     def forward(self, task: str, *arguments: Any) -> Any:
         """One entrance for the engine: `likelihoods | contrast | encode_questions | encode_passages | answer | score |
-        rank | lexical_weight`, and of `training/models/candidates.py` `candidates | prior | sample`."""
+        rank | lexical_weight | candidates | prior | sample`."""
         match task:
             case "likelihoods":
                 return self.likelihoods(*arguments)
@@ -125,15 +62,12 @@ class System(nn.Module):
             case "lexical_weight":
                 assert self.retriever.lexical is not None
                 return self.retriever.lexical(torch.ones(1, device=self.retriever.lexical.raw.device))
-            case "candidates" | "prior" | "sample":
-                from training.models import candidates
-
-                match task:
-                    case "candidates":
-                        return candidates.score(self, *arguments)
-                    case "prior":
-                        return candidates.prior(self, *arguments)
-                return candidates.sample(self, *arguments)
+            case "candidates":
+                return self.candidates(*arguments)
+            case "prior":
+                return self.prior(*arguments)
+            case "sample":
+                return sample(self.generator, *arguments)
         raise AssertionError(f"no task named {task}")
 
     def scores(self, batch: RetrievalBatch) -> Tensor:
@@ -154,6 +88,15 @@ class System(nn.Module):
             encoded = self.retriever.encode_passages(batch.passage_ids, batch.passage_token_mask)
             passages = encoded.unflatten(0, (queries.shape[0], -1))
         return self.retriever.fused(self.retriever.scores(queries, passages), batch.lexical)
+
+    def candidates(self, batch: CandidateBatch) -> Candidates:
+        """Scores of fresh encoders and log-probabilities of all answers of each question."""
+        return score_answers(self.generator, self.scores(batch), batch)
+
+    @torch.no_grad()
+    def prior(self, batch: RetrievalBatch, temperature: float) -> Tensor:
+        """log p(z|q), float32 [batch, k]; -inf at padded passages."""
+        return retrieval_log_probs(self.scores(batch), batch.reader.passage_mask, temperature)
 
     def likelihoods(self, batch: RetrievalBatch, needs: Needs, temperature: float) -> Likelihoods:
         """Scores and the log-probabilities that the objective needs; the reader encodes every passage once."""

@@ -14,7 +14,7 @@ import torch
 
 from indexing.merge import COLUMNS, Hits, chosen
 from training.feeding.data import Collator
-from training.models.system import RetrievalBatch
+from training.models.batches import RetrievalBatch
 
 
 class Select(Protocol):
