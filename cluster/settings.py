@@ -38,9 +38,8 @@ class RefreshConfig:
     # Training waits when a passage of the index is staler (after partial refreshes: the one encoded longest ago); 0: it
     # never waits
     max_staleness_steps: int = 0
-    policy: str = (
-        "every_steps"  # every_steps | on_drift | both: what asks for a refresh (training/refreshing/policy.py)
-    )
+    # every_steps | on_drift | both: what asks for a refresh (training/refreshing/policy.py)
+    policy: str = "every_steps"
     # Share of the k best that fresh scores keep among the k best, on the probe; below it, drift asks for a refresh
     drift_threshold: float = 0.0
     check_every_steps: int = 0  # drift is looked at every so many steps; every_steps looks at every publish

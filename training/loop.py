@@ -63,9 +63,7 @@ class LoopState:
     skipped_steps: int = 0  # updates left out because something was not finite
     seconds: float = 0.0  # of training, over all attempts
     blocked_steps: int = 0  # steps that waited because of refresh.max_staleness_steps
-    start: dict[str, float] = field(
-        default_factory=dict
-    )  # retrieval at the stage's start, see training/measuring/collapse.py
+    start: dict[str, float] = field(default_factory=dict)  # retrieval at the stage's start: measuring/collapse.py
 
 
 @dataclass

@@ -226,9 +226,8 @@ class TrainingConfig:
     schedule: str = "linear"  # linear (to zero) | constant
     log_every: int = 1
     stop_after_nonfinite: int = 5  # updates skipped in a row before the run stops
-    on_collapse: str = (
-        "warn"  # retrieval got worse than at the start (training/measuring/collapse.py): warn | stop | ignore
-    )
+    # Retrieval got worse than at the start (training/measuring/collapse.py): warn | stop | ignore
+    on_collapse: str = "warn"
 
 
 @dataclass

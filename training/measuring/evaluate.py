@@ -47,9 +47,7 @@ class Evaluation:
 
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0, in the order of the questions
-    costs: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # means by mode: `training/measuring/costs.py`, seconds
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)  # means by mode: `costs.py`, seconds
     generation: int = -1
     weights_version: int = -1
 

@@ -151,12 +151,13 @@ class Measures:
         sign = self.parts.engine.broadcast_object(sign)
         if sign is None:
             return
-        self.parts.monitor.message(f"step {step}: retrieval collapses: {sign}")
+        advice = "Warm up the reader, lower training.lr_retriever or objective.weight"
+        self.parts.monitor.message(f"step {step}: retrieval collapses: {sign}. {advice}")
         self.parts.monitor.event("retrieval_collapse", step=step, message=sign)
         if self.parts.job.training.on_collapse == "stop":
             raise Collapsed(
-                f"retrieval collapses at step {step}: {sign} (training.on_collapse=stop). Warm up the reader, lower "
-                "training.lr_retriever or objective.weight, or set training.on_collapse=warn"
+                f"retrieval collapses at step {step}: {sign} (training.on_collapse=stop). {advice}, or set "
+                "training.on_collapse=warn"
             )
 
     def _log(self, evaluation: Evaluation, step: int) -> None:
