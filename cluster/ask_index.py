@@ -61,7 +61,7 @@ class OneGeneration:
             directory = checkpoint.parent.parent / "index" / f"generation-{saved}"
         known = saved >= 0 and fits_changes(directory, store.log)
         self.generation, self.where = saved + 1, parse_filter(settings.retrieval.where)
-        self.lexical = None if lexical is None else DoneWords(LiveLexical(LexicalIndex.load(lexical), store))
+        self.lexical = None if lexical is None else self._words(lexical, store)
         ranges = shard_ranges(store.log.num_base, config.num_shards)
         metadata = [MetadataColumns(store, *bounds, number, len(ranges)) for number, bounds in enumerate(ranges)]
         self.shards = [
@@ -74,6 +74,9 @@ class OneGeneration:
             self.num_passages = count_passing(store.path, self.where, store.log.folder)
             if not self.num_passages:
                 raise ValueError(f"no passage passes the filter retrieval.where={settings.retrieval.where}")
+
+    def _words(self, lexical: Path, store: LiveStore) -> DoneWords:
+        return DoneWords(LiveLexical(LexicalIndex.load(lexical), store, where=self.where))
 
     def _fill(self, shard: Shard, store: LiveStore, saved: Path | None, encode: Encode, batch_tokens: int) -> None:
         """Load what was saved of a shard's passages, encode the others, and serve them all."""

@@ -20,9 +20,6 @@ def check_hybrid(settings: Settings) -> None:
         if retrieval.source not in SEARCHES:
             allowed = f"must be none with retrieval.source={retrieval.source}, which searches no index"
             raise refuse("retrieval.hybrid", retrieval.hybrid, allowed)
-        if retrieval.where:
-            allowed = "must be none with retrieval.where: words know no filter"
-            raise refuse("retrieval.hybrid", retrieval.hybrid, allowed)
         if settings.index.on_slow == "refuse":
             allowed = f"must be wait or hedge with retrieval.hybrid={retrieval.hybrid}: one process has the words"
             raise refuse("index.on_slow", "refuse", f"{allowed}, and is waited for up to index.search_timeout_s")

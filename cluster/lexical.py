@@ -27,6 +27,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from cluster.events import EventLog
 from cluster.handles import NamedActor, get, own_error
 from cluster.processes import Place, here
+from indexing.filters import Filter
 from indexing.lexical import LexicalHits
 from indexing.live_lexical import CorpusLag, LiveLexical
 from indexing.merge import CorpusState
@@ -38,9 +39,9 @@ THREADS = {"search": 4, "status": 2}
 class LexicalActor:
     """`indexing.live_lexical.LiveLexical` in its own process."""
 
-    def __init__(self, path: str, store: str, corpus: str) -> None:
-        """Where the index, its base store and the folder of changes lie."""
-        self._places = path, store, corpus
+    def __init__(self, path: str, store: str, corpus: str, where: Filter | None) -> None:
+        """Where the index, its base store and the folder of changes lie, and which passages may be found."""
+        self._parts = path, store, corpus, where
         self._index: LiveLexical | None = None
         self._lock = threading.Lock()
 
@@ -60,7 +61,7 @@ class LexicalActor:
     def _open(self) -> LiveLexical:
         with self._lock:
             if self._index is None:
-                self._index = LiveLexical.open(*self._places)
+                self._index = LiveLexical.open(*self._parts)
             return self._index
 
 

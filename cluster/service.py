@@ -174,7 +174,7 @@ def start_index_service(
     )
     try:
         if lexical is not None:
-            _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus)), placement)
+            _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus), where), placement)
         _start(handle, ranges, index, worker, coordinator, placement)
         if wait:
             wish = None if initial is None else initial[0]
@@ -270,11 +270,13 @@ def _start(
     _keep_alive(handle, [*shards, *workers, chief])
 
 
-def _start_lexical(handle: IndexServiceHandle, places: tuple[str, str, str], placement: PlacementPlan) -> None:
-    """Start the actor; `places` of index, store and changes."""
+def _start_lexical(
+    handle: IndexServiceHandle, parts: tuple[str, str, str, Filter | None], placement: PlacementPlan
+) -> None:
+    """Start the actor; `parts`: where index, store and changes lie, and who may be found."""
     remote: Any = ray.remote
     options = _options(handle.address.lexical, handle, Seat("lexical", 1, 0.0, 0.0, 0), placement)
-    actor = remote(concurrency_groups=THREADS)(LexicalActor).options(**options).remote(*places)
+    actor = remote(concurrency_groups=THREADS)(LexicalActor).options(**options).remote(*parts)
     actor.load.remote()
     _ALIVE[handle.address.lexical] = [actor]
 

@@ -2,7 +2,7 @@
 
     base     the lexical index of the base store, mapped; it never changes
     added    the same of all passages of later versions, in memory; extended when a version is read
-    masks    passages that were deleted; they are never found
+    masks    passages that were deleted, or that do not pass the filter; they are never found
 
 How many passages have a word, and how long passages are, is counted in the base: a score means the same in both parts,
 and a change costs its own passages alone. Words that the base does not know are counted among what was added. The
@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from indexing.changes import contains
+from indexing.filters import Filter
 from indexing.lexical import LexicalHits, LexicalIndex, build_lexical, texts_of
 from indexing.live import LiveStore
 from indexing.merge import UNCHANGED, CorpusState, best_first
+from indexing.metadata import MetadataColumns
 
 LAG_S, POLL_S = 5.0, 0.05
 
@@ -40,29 +42,31 @@ class _View:
 
     version: int  # of the corpus
     added: LexicalIndex
-    living: np.ndarray | None  # bool [passages of the base]; None: all
-    added_living: np.ndarray  # bool [passages added]
+    allowed: np.ndarray | None  # bool [passages of the base]: who may be found; None: all
+    added_allowed: np.ndarray  # bool [passages added]
 
 
 class LiveLexical:
     """Searches the words of a store and its changes. Safe from several threads."""
 
-    def __init__(self, base: LexicalIndex, store: LiveStore, lag_s: float = LAG_S) -> None:
-        """Raises ValueError where `base` was built from another store."""
+    def __init__(self, base: LexicalIndex, store: LiveStore, lag_s: float = LAG_S, where: Filter | None = None) -> None:
+        """Only passages that pass `where` are found. Raises ValueError where `base` was built from another store, and
+        for a field that no passage has."""
         if base.corpus != store.fingerprint:
             raise ValueError(f"the lexical index was built from another corpus than {store.path}: it cannot serve it")
-        self.base, self.store, self.lag_s = base, store, lag_s
+        self.base, self.store, self.lag_s, self.where = base, store, lag_s, where
+        self._metadata = MetadataColumns(store, 0, base.num_passages)
         empty = build_lexical(base.config, base.corpus, ())
         added = LexicalIndex(base.config, base.corpus, empty.postings, statistics=base.postings)
-        self._view = _View(0, added, None, np.empty(0, bool))
         self._lock = threading.Lock()
+        self._view = self._see(_View(0, added, None, np.empty(0, bool)), 0)
         self._follow(UNCHANGED)
 
     @staticmethod
-    def open(path: str | Path, store: str | Path, corpus: str | Path) -> "LiveLexical":
+    def open(path: str | Path, store: str | Path, corpus: str | Path, where: Filter | None = None) -> "LiveLexical":
         """The lexical index at `path` of a base store, with the changes in the folder `corpus`. Raises as its parts
         do."""
-        return LiveLexical(LexicalIndex.load(path), LiveStore.open_with(store, corpus))
+        return LiveLexical(LexicalIndex.load(path), LiveStore.open_with(store, corpus), where=where)
 
     def search(
         self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
@@ -78,9 +82,9 @@ class LiveLexical:
 
     def _search(self, view: _View, texts: Sequence[str], n: int, numbers: int) -> tuple[np.ndarray, np.ndarray]:
         """Among the first `numbers` passages."""
-        scores, ids = self.base.search(texts, n, view.living)
+        scores, ids = self.base.search(texts, n, view.allowed)
         first = self.base.num_passages
-        allowed = view.added_living & (np.arange(len(view.added_living)) < numbers - first)
+        allowed = view.added_allowed & (np.arange(len(view.added_allowed)) < numbers - first)
         if not allowed.any():
             return scores, ids
         more, places = view.added.search(texts, n, allowed)
@@ -116,5 +120,7 @@ class LiveLexical:
         added, known = view.added, first + view.added.num_passages
         if numbers > known:
             added = added.extended(texts_of(self.store, range(known, numbers)))
-        living = ~contains(deleted, np.arange(numbers))
-        return _View(version, added, None if living[:first].all() else living[:first], living[first:])
+        allowed = ~contains(deleted, np.arange(numbers))
+        if self.where is not None:
+            allowed &= self._metadata.passes(self.where, np.arange(numbers))
+        return _View(version, added, None if allowed[:first].all() else allowed[:first], allowed[first:])

@@ -385,7 +385,6 @@ def test_pretraining_refuses_what_does_not_fit_it(write) -> None:
             "retrieval.hybrid=rrf retrieval.source=none training.train=generator_only",
             "retrieval.hybrid=rrf: must be none with retrieval.source=none",
         ),
-        ("retrieval.hybrid=rrf retrieval.where.lang=en", "retrieval.hybrid=rrf: must be none with retrieval.where"),
         ("retrieval.hybrid=rrf retrieval.candidates=3", "retrieval.candidates=3: must be at least retrieval.k=4"),
         ("retrieval.candidates=0", "retrieval.candidates=0: must be at least 1"),
         ("retrieval.rrf_constant=-1", "retrieval.rrf_constant=-1.0: must not be negative"),

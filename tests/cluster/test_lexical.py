@@ -17,6 +17,7 @@ from cluster.search import IndexClient
 from cluster.service import IndexServiceHandle
 from cluster.session import Session
 from indexing.exact import search_exactly
+from indexing.filters import parse_filter
 from indexing.fusion import reciprocal_rank_fusion
 from indexing.lexical import LexicalIndex, build_lexical, lexical_name, write_lexical
 from indexing.merge import UNCHANGED, Hits
@@ -68,10 +69,10 @@ def texts(corpus: Corpus) -> list[str]:
     return [" ".join(store.passage(7 * int(number)).text.split()[:3]) for number in NUMBERS]
 
 
-def expected_hits(corpus: Corpus, words: Path, version: int, k: int) -> np.ndarray:
-    """Ids of brute force over both indexes."""
-    dense = search_exactly(corpus.vectors(version), QUERIES, RETRIEVAL.candidates)[1]
-    lexical = LexicalIndex.load(words).search(texts(corpus), RETRIEVAL.candidates)[1]
+def expected_hits(corpus: Corpus, words: Path, version: int, k: int, allowed: np.ndarray | None = None) -> np.ndarray:
+    """Ids of brute force over both indexes, among those that are `allowed`."""
+    dense = search_exactly(corpus.vectors(version), QUERIES, RETRIEVAL.candidates, allowed)[1]
+    lexical = LexicalIndex.load(words).search(texts(corpus), RETRIEVAL.candidates, allowed)[1]
     return reciprocal_rank_fusion([dense, lexical], RETRIEVAL.rrf_constant, k)[1]
 
 
@@ -97,6 +98,24 @@ def test_both_parts_answer_and_the_generation_names_them(
     identity = verify(client.save_generation(hits.generation, WAIT_S))
     assert identity["lexical"] == words.name
     assert identity["corpus_fingerprint"] == store.fingerprint == verify(words)["corpus_fingerprint"]
+
+
+def test_a_filter_holds_for_vectors_and_for_words(
+    ray_session: Session, corpus: Corpus, words: Path, tmp_path: Path
+) -> None:
+    """Brute force over both indexes among the passages that pass, and among them alone."""
+    where = parse_filter({"third": 1})
+    handle = start(corpus, tmp_path, lexical=words, where=where)
+    try:
+        client = handle.connect()
+        client.publish(1, corpus.weights(1))
+        client.wait_for_version(1, WAIT_S)
+        passing = np.arange(NUM_PASSAGES) % 3 == 1
+        hits = hybrid(client, corpus)(NUMBERS, QUERIES, 6).result()
+        np.testing.assert_array_equal(hits.ids, expected_hits(corpus, words, 1, 6, passing))
+        assert passing[hits.ids].all()
+    finally:
+        handle.stop()
 
 
 def test_scores_of_named_passages(client: IndexClient, corpus: Corpus, words: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from indexing.corpus import Passage
+from indexing.filters import Filter, parse_filter
 from indexing.lexical import build_lexical, lexical_name, write_lexical
 from indexing.live import LiveStore, Wanted, change_corpus
 from indexing.live_lexical import CorpusLag, LiveLexical
@@ -55,12 +56,12 @@ def base(tmp_path: Path) -> Store:
     return write_store(tmp_path / "store", [Passage(f"p{n}", "", random_text(random)) for n in range(25)], SIDES)
 
 
-def live(base: Store, lag_s: float = 1.0) -> LiveLexical:
+def live(base: Store, lag_s: float = 1.0, where: Filter | None = None) -> LiveLexical:
     """As another process opens it."""
     path = base.path.parent / lexical_name(PLAIN, base.fingerprint)
     if not path.exists():
         write_lexical(PLAIN, base, path)
-    found = LiveLexical.open(path, base.path, base.path.parent / "corpus")
+    found = LiveLexical.open(path, base.path, base.path.parent / "corpus", where)
     found.lag_s = lag_s
     return found
 
@@ -101,6 +102,29 @@ def test_every_state_of_the_corpus_is_answered_as_by_hand(base: Store) -> None:
                 assert found.of is not None
                 expected = np.where(of < 0, 0, np.take_along_axis(scores, np.maximum(of, 0), axis=1))
                 np.testing.assert_allclose(found.of, expected, rtol=1e-5)
+
+
+def test_a_filter_finds_what_brute_force_finds_among_those_that_pass(tmp_path: Path) -> None:
+    """In the base and in what was added, by an index that was open all the time and by one that opens now."""
+    random = np.random.default_rng(2)
+    some = [Passage(f"p{n}", "", random_text(random), {"year": 2000 + n}) for n in range(25)]
+    base = write_store(tmp_path / "store", some, SIDES)
+    first, where = [passage.text for passage in some], parse_filter({"year": {">=": 2010, "<": 2030}})
+    writer, early = writer_of(base), live(base, where=where)
+    for step in range(5):
+        years = random.integers(2000, 2040, 3)
+        put = [Passage(f"new-{step}-{i}", "", random_text(random), {"year": int(y)}) for i, y in enumerate(years)]
+        deleted = [f"p{n}" for n in (step, 10 + step)]
+        change_corpus(writer, Wanted(put=put, delete=deleted), SIDES)
+        texts = texts_of_numbers(writer)
+        there = writer.log.is_living(np.arange(len(texts)))
+        there &= [2010 <= writer.metadata(number)["year"] < 2030 for number in range(len(texts))]
+        for index in (early, live(base, where=where)):
+            found = index.search(QUESTIONS, 9)
+            for row, question in enumerate(QUESTIONS):
+                assert found.ids[row].tolist() == best(bm25(first, texts, question), there, 9)
+    with pytest.raises(ValueError, match=r"retrieval\.where\.month"):
+        live(base, where=parse_filter({"month": 3}))
 
 
 def test_words_that_the_base_does_not_know_count_among_what_was_added(base: Store) -> None:
