@@ -35,8 +35,9 @@ from indexing.filters import Filter
 from indexing.live import LiveStore
 from indexing.merge import ShardHits, ShardIndexed
 from indexing.metadata import MetadataColumns
+from indexing.serving import GenerationGone
 from indexing.settings import IndexConfig
-from indexing.shard import GenerationGone, Shard, ShardStatus
+from indexing.shard import Shard, ShardStatus
 from training.reporting.jsonl import read_rows
 from training.settings import EncoderConfig
 

@@ -13,7 +13,8 @@ from cluster.chunks import EncodePool, split_numbers
 from cluster.ports import Chunk, Events, RefreshFailed, ShardLost, ShardPort, Weights, has_prepared, has_staged_all
 from cluster.shards import ShardGroup
 from indexing.changes import ChangeLog
-from indexing.shard import GenerationGone, ShardStatus
+from indexing.serving import GenerationGone
+from indexing.shard import ShardStatus
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from indexing.shard import MAX_COMMITTED
+from indexing.serving import MAX_COMMITTED
 
 FLOAT, ID = 4, 8  # bytes
 SCALAR_BITS = {"SQ8": 8, "SQ6": 6, "SQ4": 4, "SQfp16": 16, "SQbf16": 16}

@@ -13,7 +13,8 @@ from cluster.building import Builder
 from cluster.chunks import EncodePool
 from cluster.ports import Events, RefreshFailed, Serving, ShardLost, ShardPort, has_prepared
 from cluster.snapshots import Snapshots
-from indexing.shard import MAX_COMMITTED, ShardStatus
+from indexing.serving import MAX_COMMITTED
+from indexing.shard import ShardStatus
 from indexing.snapshot import TornSnapshot
 
 

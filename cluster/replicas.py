@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from cluster.ports import ShardLost, ShardPort
-from indexing.shard import MAX_COMMITTED, GenerationGone, ShardStatus
+from indexing.serving import MAX_COMMITTED, GenerationGone
+from indexing.shard import ShardStatus
 
 T = TypeVar("T")
 

@@ -34,7 +34,7 @@ from cluster.processes import Place
 from cluster.refresh import CoordinatorStatus
 from indexing.filters import Filter
 from indexing.merge import Hits, Indexed, ShardHits, ShardIndexed, check_k, joined, merge
-from indexing.shard import GenerationGone
+from indexing.serving import GenerationGone
 from training.retrieving.retrieve import IndexStatus
 
 INLINE_BYTES = 100_000  # larger queries are put into the object store once instead of being sent with every call

@@ -19,7 +19,7 @@ from pathlib import Path
 from cluster.ports import Events, Serving, ShardLost, ShardPort, Weights
 from indexing.changes import ChangeLog
 from indexing.reshard import check_ranges
-from indexing.shard import GenerationGone
+from indexing.serving import GenerationGone
 from indexing.snapshot import (
     MANIFEST,
     TornSnapshot,

@@ -12,17 +12,13 @@ then on, be it old or new. Who consumes: clients call `search`.
 
 What waits on what: what concerns a generation that is built takes turns on the staging lock, which `prepare` holds
 while it builds; what concerns one that is derived, on the delta lock. `search` takes neither: it takes the table lock
-twice, for the moment of pinning a generation and of unpinning it, and holds no lock inside FAISS. `release` takes a
-generation off the table at once and waits, with a bound, until the last search that pinned it is done; `hide` waits
-likewise for the searches that began before it. That search's end unblocks them.
+twice, for the moment of pinning a generation and of unpinning it, and holds no lock inside FAISS. Who waits for
+searches: `indexing/serving.py`.
 """
 
 import itertools
 import shutil
 import threading
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,24 +31,11 @@ from indexing.merge import CorpusState, ShardHits, ShardIndexed
 from indexing.metadata import MetadataColumns
 from indexing.probe import UNKNOWN, Figures, RecentQueries
 from indexing.reshard import fits, load_range
+from indexing.serving import GenerationGone, Serving
 from indexing.settings import IndexConfig
 from indexing.shard_files import KIND, read_generation, write_generation
 from indexing.snapshot import is_complete, verify
 from indexing.staging import Staging
-
-MAX_COMMITTED = 2  # big indexes that are served
-MAX_OPEN = 16  # generations that are served; those derived from one another share their big index
-
-
-class GenerationGone(Exception):
-    """The generation asked for is not, or no longer, served; `committed` is the newest that is (-1: none)."""
-
-    def __init__(self, generation: int, committed: int) -> None:
-        super().__init__(generation, committed)
-        self.generation, self.committed = generation, committed
-
-    def __str__(self) -> str:
-        return f"generation {self.generation} is not served, the newest is {self.committed}"
 
 
 class NotBegun(Exception):
@@ -88,13 +71,6 @@ class ShardStatus:
     figures: Figures = UNKNOWN  # of the newest committed generation
 
 
-@dataclass
-class _Served:
-    generation: Generation
-    users: int = 0
-    released: bool = False
-
-
 class Shard:
     """Passages `start` to `stop` - 1 of the base corpus, and some added ones. Every method may be called from any
     thread."""
@@ -115,13 +91,10 @@ class Shard:
         self._config, self._seed, self._metadata = config, seed + shard_number, metadata
         self._recent = RecentQueries(config.probe_queries)
         self._staging_lock, self._delta_lock = threading.Lock(), threading.Lock()
-        self._table = threading.Condition()
-        self._served: dict[int, _Served] = {}  # guarded by _table
+        self._serving = Serving(shard_number)
+        self._table = self._serving.lock
         self._staging: Staging | None = None  # replaced under _table and, to be filled, under _staging_lock
         self._deriving: Staging | None = None  # likewise, under _delta_lock
-        self._hidden, self._hidden_version = np.empty(0, np.int64), 0  # guarded by _table
-        self._era = 0  # grows with every `hide`
-        self._searching: Counter[int] = Counter()  # searches under way, by the era that they began in
 
     def begin(
         self, generation: int, weights_version: int, numbers: np.ndarray | None = None, corpus_version: int = 0
@@ -151,9 +124,9 @@ class Shard:
         ValueError for a generation that is not newer than what serves.
         """
         with self._delta_lock, self._table:
-            if generation in self._served:
+            if generation in self._serving.served:
                 return
-            newest = self._newest()
+            newest = self._serving.newest()
             if generation <= newest:
                 raise ValueError(f"generation {generation} is not newer than {newest}")
             found = self._find(origin)
@@ -202,7 +175,7 @@ class Shard:
     def staged_rows(self, generation: int) -> int:
         """How many different rows of `generation` are staged; all of them once it is prepared or committed."""
         with self._table:
-            served = self._served.get(generation)
+            served = self._serving.served.get(generation)
             if served is not None:
                 return served.generation.base.num_rows
             for staging in (self._staging, self._deriving):
@@ -236,14 +209,14 @@ class Shard:
         Raises ValueError when it is not prepared, not newer than what serves, or when two big indexes serve already.
         """
         with self._table:
-            if self._is_open(generation):
+            if self._serving.is_open(generation):
                 return
             ready = [one for one in (self._staging, self._deriving) if one is not None and one.generation == generation]
             if not ready or ready[0].built is None:
                 raise ValueError(f"generation {generation} is not prepared on shard {self.shard_number}")
-            if generation <= self._newest():
-                raise ValueError(f"generation {generation} is not newer than {self._newest()}")
-            self._add(generation, ready[0].built)
+            if generation <= self._serving.newest():
+                raise ValueError(f"generation {generation} is not newer than {self._serving.newest()}")
+            self._serving.add(generation, ready[0].built)
             source = ready[0].source
             if self._staging is not None and self._staging.generation in (generation, source):
                 self._staging = None  # committed, or what was committed was derived from it
@@ -264,16 +237,7 @@ class Shard:
         Does nothing for one that is not there. Raises ValueError for the newest one, which nothing would replace, and
         TimeoutError when a search takes longer than `timeout_s` (its end frees the generation then).
         """
-        with self._table:
-            served = self._served.get(generation)
-            if served is None:
-                return
-            if generation == self._newest():
-                raise ValueError(f"generation {generation} is the newest on shard {self.shard_number}: it has to serve")
-            served.released = True
-            self._free(generation)
-            if not self._table.wait_for(lambda: self._served.get(generation) is not served, timeout_s):
-                raise TimeoutError(f"generation {generation} still has {served.users} users after {timeout_s:g} s")
+        self._serving.release(generation, timeout_s)
 
     def hide(self, corpus_version: int, numbers: np.ndarray, timeout_s: float = 60.0) -> None:
         """Return none of `numbers` (int64, sorted: everything that was deleted up to this version) any more, from
@@ -282,19 +246,7 @@ class Shard:
         An older version than one that is known changes nothing. Raises TimeoutError when a search under way takes
         longer than `timeout_s`; it is the last that may return them.
         """
-        with self._table:
-            if corpus_version > self._hidden_version:
-                self._hidden, self._hidden_version = np.asarray(numbers, np.int64), corpus_version
-                for served in self._served.values():
-                    served.generation.hide(self._hidden)
-                self._era += 1
-            now = self._era
-
-            def earlier() -> bool:
-                return any(count for era, count in self._searching.items() if era < now)
-
-            if not self._table.wait_for(lambda: not earlier(), timeout_s):
-                raise TimeoutError(f"searches that began before {corpus_version} was hidden last {timeout_s:g} s")
+        self._serving.hide(corpus_version, numbers, timeout_s)
 
     def search(
         self,
@@ -314,22 +266,21 @@ class Shard:
         if k < 1:
             raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
         passes = None if where is None else self._passes(where)
-        with self._pinned(generation) as (number, served), self._counted() as hidden:
-            found = served.generation
+        with self._serving.pinned(generation) as (number, found), self._serving.counted() as hidden:
             view = found.view(where, passes)
             scores, ids, vectors, versions = found.search(queries, k, num_vectors, view)
         self._recent.add(queries)
         num_allowed = -1 if where is None else view.num_rows
         with self._table:
             return ShardHits(
-                ids, scores, number, found.weights_version, self._newest(), vectors, versions, found.num_living,
+                ids, scores, number, found.weights_version, self._serving.newest(), vectors, versions, found.num_living,
                 num_allowed, CorpusState(found.corpus_version, hidden),
             )  # fmt: skip
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> ShardIndexed:
         """What this shard has of the passages `ids` int64 [n] in `generation`. Raises GenerationGone."""
-        with self._pinned(generation) as (_, served):
-            return served.generation.indexed(ids, with_vectors)
+        with self._serving.pinned(generation) as (_, found):
+            return found.indexed(ids, with_vectors)
 
     def save(self, generation: int, directory: str | Path, earlier: str | Path | None = None) -> Path:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.
@@ -340,7 +291,7 @@ class Shard:
         """
         name = f"shard-{self.shard_number:04d}"
         path = Path(directory) / name
-        with self._pinned(generation) as (number, served):
+        with self._serving.pinned(generation) as (number, found):
             if path.exists():
                 if is_complete(path):
                     self._check_saved(path, verify(path, contents=False), number)
@@ -349,7 +300,7 @@ class Shard:
             config = self._config
             place = {"start": self.start, "stop": self.stop, "factory": config.factory, "num_shards": config.num_shards}
             other = None if earlier is None else Path(earlier) / name
-            write_generation(path, number, served.generation, place, other)
+            write_generation(path, number, found, place, other)
         return path
 
     def load(self, generation: int, directory: str | Path) -> int:
@@ -360,8 +311,8 @@ class Shard:
         """
         path = Path(directory) / f"shard-{self.shard_number:04d}"
         with self._table:
-            if self._is_open(generation):
-                return self._served[generation].generation.weights_version
+            if self._serving.is_open(generation):
+                return self._serving.served[generation].generation.weights_version
         if fits(directory, self.shard_number, self.start, self.stop, self._config.num_shards):
             self._check_saved(path, verify(path, contents=False), generation)
             found, _ = read_generation(path, self._config)
@@ -369,15 +320,15 @@ class Shard:
             bounds = self.start, self.stop
             found = load_range(directory, self.shard_number, *bounds, generation, self._config, self._seed)
         with self._table:
-            if generation not in self._served:
-                self._add(generation, found)
+            if generation not in self._serving.served:
+                self._serving.add(generation, found)
         return found.weights_version
 
     def status(self) -> ShardStatus:
         """What is served and staged now; never waits for a search, a save or a build."""
         with self._table:
-            staging, deriving, newest = self._staging, self._deriving, self._newest()
-            open_ones = {number: one.generation for number, one in self._served.items() if not one.released}
+            staging, deriving, newest = self._staging, self._deriving, self._serving.newest()
+            open_ones = self._serving.open_ones()
             return ShardStatus(
                 shard_number=self.shard_number,
                 start=self.start,
@@ -388,7 +339,7 @@ class Shard:
                 staged_weights_version=-1 if staging is None else staging.weights_version,
                 staged_rows=0 if staging is None else staging.num_filled,
                 prepared=staging is not None and staging.built is not None,
-                in_flight=sum(one.users for one in self._served.values()),
+                in_flight=sum(one.users for one in self._serving.served.values()),
                 staged_wanted=0 if staging is None else staging.num_rows,
                 staged_corpus=0 if staging is None else staging.corpus_version,
                 derived=-1 if deriving is None else deriving.generation,
@@ -398,7 +349,7 @@ class Shard:
                 derived_corpus=0 if deriving is None else deriving.corpus_version,
                 derived_prepared=deriving is not None and deriving.built is not None,
                 corpora={number: one.corpus_version for number, one in open_ones.items()},
-                hidden=self._hidden_version,
+                hidden=self._serving.hidden_version,
                 num_living=open_ones[newest].num_living if newest in open_ones else 0,
                 oldest_version=open_ones[newest].oldest_version if newest in open_ones else -1,
                 figures=open_ones[newest].figures if newest in open_ones else UNKNOWN,
@@ -413,80 +364,14 @@ class Shard:
         metadata.mask(where)
         return lambda numbers: metadata.passes(where, numbers)
 
-    @contextmanager
-    def _pinned(self, generation: int | None) -> Iterator[tuple[int, _Served]]:
-        """Keep a generation from being freed while the block runs. Raises GenerationGone."""
-        with self._table:
-            number = self._newest() if generation is None else generation
-            served = self._served.get(number)
-            if served is None or served.released:
-                raise GenerationGone(number, self._newest())
-            served.users += 1
-        try:
-            yield number, served
-        finally:
-            with self._table:
-                served.users -= 1
-                if served.released:
-                    self._free(number)
-
-    @contextmanager
-    def _counted(self) -> Iterator[int]:
-        """Let `hide` know of a search that began before it; which corpus version's deletions the search keeps to."""
-        with self._table:
-            era, hidden = self._era, self._hidden_version
-            self._searching[era] += 1
-        try:
-            yield hidden
-        finally:
-            with self._table:
-                self._searching[era] -= 1
-                if era < self._era and not self._searching[era]:
-                    del self._searching[era]
-                    self._table.notify_all()
-
-    def _free(self, generation: int) -> None:
-        """Forget a released generation without users. Call with the table lock held."""
-        served = self._served.get(generation)
-        if served is not None and served.released and not served.users:
-            del self._served[generation]
-            self._table.notify_all()
-
-    def _add(self, number: int, generation: Generation) -> None:
-        """Put a generation on the table, without what was deleted. Call with the table lock held."""
-        indexes = {one.generation.base.key for one in self._served.values()} | {generation.base.key}
-        if len(indexes) > MAX_COMMITTED or len(self._served) >= MAX_OPEN:
-            raise ValueError(
-                f"shard {self.shard_number} serves generations {sorted(self._served)}: release the older one before "
-                f"{number} comes"
-            )
-        for other_number, other in self._served.items():
-            dims = {other.generation.dim, generation.dim} - {0}
-            if len(dims) > 1:
-                raise ValueError(
-                    f"generation {other_number} has {other.generation.dim} dimensions, {number} {generation.dim}"
-                )
-        if len(self._hidden):
-            generation.hide(self._hidden)
-        self._served[number] = _Served(generation)
-        self._table.notify_all()
-
-    def _newest(self) -> int:
-        """The newest committed generation, -1 without one. Call with the table lock held."""
-        return max((number for number, served in self._served.items() if not served.released), default=-1)
-
-    def _is_open(self, generation: int) -> bool:
-        """Call with the table lock held."""
-        return generation in self._served and not self._served[generation].released
-
     def _is_served(self, generation: int) -> bool:
         with self._table:
-            return self._is_open(generation)
+            return self._serving.is_open(generation)
 
     def _find(self, generation: int) -> Generation | None:
         """A generation that is served, or staged and prepared. Call with the table lock held."""
-        if self._is_open(generation):
-            return self._served[generation].generation
+        if self._serving.is_open(generation):
+            return self._serving.served[generation].generation
         staging = self._staging
         return staging.built if staging is not None and staging.generation == generation else None
 
@@ -505,8 +390,8 @@ class Shard:
         there, 0 for none; `wanted`: passages and corpus version, where they are told. Call with the staging lock
         held."""
         with self._table:
-            staging, committed = self._staging, self._served.get(generation)
-            served = [one.generation for one in self._served.values() if not one.released]
+            staging, committed = self._staging, self._serving.served.get(generation)
+            served = list(self._serving.open_ones().values())
             dims = {one.dim for one in served} - {0}
             built = max((one.base.generation for one in served), default=-1)
         if committed is not None and committed.generation.weights_version == weights_version:

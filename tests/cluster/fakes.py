@@ -18,8 +18,9 @@ from cluster.snapshots import IndexIdentity, Snapshots
 from indexing.changes import ChangeLog
 from indexing.exact import search_exactly
 from indexing.merge import merge
+from indexing.serving import GenerationGone
 from indexing.settings import IndexConfig
-from indexing.shard import GenerationGone, Shard, ShardStatus, shard_ranges
+from indexing.shard import Shard, ShardStatus, shard_ranges
 
 NUM_PASSAGES, DIM = 23, 4
 MAX_PASSAGES = 200  # with those that are added

@@ -8,8 +8,8 @@ import pytest
 from cluster import estimate
 from cluster.estimate import index_bytes, index_kind, search_work, shard_bytes, state_bytes
 from indexing.library import load_faiss
+from indexing.serving import MAX_COMMITTED
 from indexing.settings import IndexConfig
-from indexing.shard import MAX_COMMITTED
 from indexing.waiting import WaitingVectors
 from tests.indexing.helpers import unit_vectors
 

@@ -21,8 +21,8 @@ from indexing.filters import parse_filter
 from indexing.fusion import reciprocal_rank_fusion
 from indexing.lexical import LexicalIndex, build_lexical, lexical_name, write_lexical
 from indexing.merge import UNCHANGED, Hits
+from indexing.serving import GenerationGone
 from indexing.settings import LexicalConfig
-from indexing.shard import GenerationGone
 from indexing.snapshot import TornSnapshot, verify
 from indexing.store import Store
 from tests.cluster.corpus import NUM_PASSAGES, Corpus

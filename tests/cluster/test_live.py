@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_pauses")
 def test_a_change_is_committed_by_the_same_two_phases_and_encodes_only_what_is_new(world: World) -> None:
     coordinator = world.coordinator()
     build(coordinator, 7)
-    indexes = [shard.shard._served[1].generation.base for shard in world.shards]
+    indexes = [shard.shard._serving.served[1].generation.base for shard in world.shards]
     assert not coordinator.follow_corpus()
     world.log.clear()
     world.workers[0].chunks.clear()
@@ -32,7 +32,7 @@ def test_a_change_is_committed_by_the_same_two_phases_and_encodes_only_what_is_n
     assert kinds == ["hide"] * 3 + ["derive"] * 3 + ["stage"] * 3 + ["prepare"] * 3 + ["commit"] * 3
     encoded = [n for worker in world.workers for chunk in worker.chunks for n in chunk.numbers or ()]
     assert sorted(encoded) == [23, 24, 25, 26]
-    assert [shard.shard._served[2].generation.base for shard in world.shards] == indexes  # shared
+    assert [shard.shard._serving.served[2].generation.base for shard in world.shards] == indexes  # shared
     world.check_corpus(2, 7)
     status = coordinator.status()
     assert (status.generation, status.weights_version, status.corpus_version) == (2, 7, 1)
@@ -78,7 +78,7 @@ def test_the_next_refresh_holds_no_deleted_rows(world: World) -> None:
     coordinator.follow_corpus()
     build(coordinator, 8)
     generation = coordinator.status().generation
-    served = [shard.shard._served[generation].generation for shard in world.shards]
+    served = [shard.shard._serving.served[generation].generation for shard in world.shards]
     assert all(one.delta is None for one in served)
     rows = np.concatenate([one.base.number_of(np.arange(one.base.num_rows)) for one in served])
     log = world.changes()

@@ -93,12 +93,12 @@ def test_a_replica_that_comes_back_empty_is_loaded_and_the_other_is_left_alone(w
     build(coordinator, 1)
     coordinator.snapshots.work()
     assert sorted(call[2] for call in world.calls("save")) == [0, 1]  # once a shard
-    found = world.shards[0].shard._served[1].generation
+    found = world.shards[0].shard._serving.served[1].generation
     world.shards[1].die()
     coordinator.tick()
     assert world.named("shard_restored")[0]["source"] == "snapshot"
     world.check_contents(1, 1)
-    assert world.shards[0].shard._served[1].generation is found
+    assert world.shards[0].shard._serving.served[1].generation is found
 
 
 def test_without_a_snapshot_it_is_encoded_again(world: ReplicatedWorld) -> None:

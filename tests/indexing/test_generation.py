@@ -12,8 +12,9 @@ from indexing.changes import contains
 from indexing.exact import search_exactly
 from indexing.kinds import EXHAUSTIVE
 from indexing.merge import merge
+from indexing.serving import GenerationGone
 from indexing.settings import IndexConfig
-from indexing.shard import GenerationGone, NotBegun, Shard, shard_ranges
+from indexing.shard import NotBegun, Shard, shard_ranges
 from indexing.snapshot import TornSnapshot
 from tests.indexing.helpers import unit_vectors
 
@@ -218,10 +219,10 @@ def test_the_big_index_is_shared_in_memory_and_on_disk(tmp_path: Path) -> None:
     corpus = Corpus(40, 1, 3)
     shard = corpus.shards[0]
     first = shard.save(corpus.generation, tmp_path / "a")
-    index = shard._served[corpus.generation].generation.base.index
+    index = shard._serving.served[corpus.generation].generation.base.index
     corpus.add(5)
     corpus.encode_again(4)
-    assert shard._served[corpus.generation].generation.base.index is index
+    assert shard._serving.served[corpus.generation].generation.base.index is index
     second = shard.save(corpus.generation, tmp_path / "b", tmp_path / "a")
     assert (second / "base" / "index.faiss").samefile(first / "index.faiss")
     corpus.delete(3)

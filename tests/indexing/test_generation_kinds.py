@@ -117,8 +117,8 @@ def test_a_delta_beside_every_kind(config: IndexConfig) -> None:
 def test_figures_of_a_derived_generation_are_those_of_its_base(tmp_path: Path) -> None:
     config = IndexConfig("IVF8,SQ8", 1, nprobe=1, probe_queries=30)
     (built,) = derived(config)
-    figures, found = built.status().figures, built._served[1].generation.figures
-    base = built._served[2].generation.base.figures
+    figures, found = built.status().figures, built._serving.served[1].generation.figures
+    base = built._serving.served[2].generation.base.figures
     assert figures.recall == base.recall == found.recall
     assert figures.recall is not None
     assert 0.1 < figures.recall < 1

@@ -12,8 +12,9 @@ import pytest
 from indexing.build import Index
 from indexing.exact import search_exactly
 from indexing.merge import Hits, merge
+from indexing.serving import GenerationGone
 from indexing.settings import IndexConfig
-from indexing.shard import GenerationGone, Shard, shard_ranges
+from indexing.shard import Shard, shard_ranges
 from indexing.snapshot import TornSnapshot
 from tests.indexing.helpers import unit_vectors
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from indexing.fusion import reciprocal_rank_fusion
 from indexing.lexical import build_lexical, texts_of
 from indexing.merge import CorpusState, Indexed
+from indexing.serving import GenerationGone
 from indexing.settings import LexicalConfig
-from indexing.shard import GenerationGone
 from tests.helpers.local_index import LocalHits, LocalIndex, LocalWordHits, LocalWords
 from tests.helpers.tiny_world import TinyWorld
 from tests.training.test_stage import FailingIndex, Failure, final_weights, rows_by_step, run_stage, same

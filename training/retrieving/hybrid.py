@@ -24,7 +24,7 @@ import numpy as np
 from indexing.fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalised, union
 from indexing.lexical import LexicalHits
 from indexing.merge import CorpusState, Hits, chosen, without
-from indexing.shard import GenerationGone
+from indexing.serving import GenerationGone
 from training.retrieving.retrieve import DenseIndex, LexicalService
 from training.settings import RetrievalConfig
 
