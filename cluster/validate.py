@@ -271,6 +271,9 @@ def _check_objective(settings: Settings) -> None:
     _check_attention(settings)
     if train not in TRAINS_RETRIEVER:
         return
+    delay, steps = settings.training.retriever_delay_steps, settings.training.steps
+    if delay and delay >= steps:
+        raise refuse("training.retriever_delay_steps", delay, f"must be below training.steps={steps}")
     if objective.name == "fused" and not objective.score_bias:
         allowed = "must be true, or training.train must be generator_only: without it no gradient reaches the retriever"
         raise refuse("objective.score_bias", "false", allowed)

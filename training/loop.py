@@ -282,10 +282,21 @@ def index_metrics(figures: Figures) -> dict[str, float]:
 
 
 def learning_rates(config: TrainingConfig, step: int) -> dict[str, float]:
-    """Learning rate of each group in optimiser step `step + 1`: linear warm-up, then linear to zero or constant."""
-    factor = 1.0
+    """Learning rate of each group in optimiser step `step + 1`: linear warm-up, then linear to zero or constant; the
+    retriever's begins after `training.retriever_delay_steps`, where both train, and ends with the other's."""
+    delay = config.retriever_delay_steps if config.train in ("both", "query_only") else 0
+    return {
+        "retriever": config.lr_retriever * _schedule(config, step - delay, config.steps - delay),
+        "generator": config.lr_generator * _schedule(config, step, config.steps),
+    }
+
+
+def _schedule(config: TrainingConfig, step: int, steps: int) -> float:
+    """Share of the learning rate in step `step + 1` of `steps`; 0 before the first."""
+    if step < 0:
+        return 0.0
     if step < config.warmup_steps:
-        factor = (step + 1) / (config.warmup_steps + 1)
-    elif config.schedule == "linear":
-        factor = max(0.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
-    return {"retriever": config.lr_retriever * factor, "generator": config.lr_generator * factor}
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "linear":
+        return max(0.0, (steps - step) / max(1, steps - config.warmup_steps))
+    return 1.0

@@ -223,6 +223,9 @@ class TrainingConfig:
     lr_retriever: float = 1e-3
     lr_generator: float = 2e-3
     warmup_steps: int = 20
+    # Steps in which the generator learns alone, before the retriever's warm-up begins: for objectives that hand it the
+    # reader's verdict (pdist, loop, adist, reinforce), which is noise until the reader can read
+    retriever_delay_steps: int = 0
     schedule: str = "linear"  # linear (to zero) | constant
     log_every: int = 1
     stop_after_nonfinite: int = 5  # updates skipped in a row before the run stops

@@ -237,6 +237,8 @@ def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
         ("encoder.temperature=0", "encoder.temperature=0.0: must be above 0"),
         ("training.lr_generator=nan", "training.lr_generator=nan: must be a finite number"),
         ("training.warmup_steps=-1", "training.warmup_steps=-1: must not be negative"),
+        ("training.retriever_delay_steps=-1", "training.retriever_delay_steps=-1: must not be negative"),
+        ("training.retriever_delay_steps=300", "training.retriever_delay_steps=300: must be below training.steps="),
         ("objective.drop_probability=1.5", "must be between 0 and 1"),
         ("cluster.trainer_gpus=1.5", "cluster.trainer_gpus=1.5: must be -1"),
         ("index.factory=IVF,Flat", "index.factory is 'IVF,Flat': allowed are Flat, SQfp16, SQ8, PQm, IVFn,"),

@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,16 @@ def test_rates_warm_up_and_fall_to_zero():
     expected = [0.2, 0.4, 0.6, 0.8, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert [rate["retriever"] for rate in rates] == pytest.approx(expected)
     assert [rate["generator"] for rate in rates] == pytest.approx([20 * factor for factor in expected])
+
+
+def test_a_delayed_retriever_warms_up_later_and_ends_with_the_generator():
+    config = TrainingConfig(steps=10, warmup_steps=2, lr_retriever=1.0, lr_generator=1.0, retriever_delay_steps=4)
+    rates = [learning_rates(config, step) for step in range(10)]
+    assert [rate["retriever"] for rate in rates] == pytest.approx([0, 0, 0, 0, 1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4])
+    alone = [learning_rates(replace(config, retriever_delay_steps=0), step) for step in range(10)]
+    assert [rate["generator"] for rate in rates] == [rate["generator"] for rate in alone]
+    only = replace(config, train="retriever_only")
+    assert [learning_rates(only, step)["retriever"] for step in range(10)] == [rate["retriever"] for rate in alone]
 
 
 def test_constant_rates_and_odd_lengths():

@@ -151,7 +151,7 @@ class Measures:
         sign = self.parts.engine.broadcast_object(sign)
         if sign is None:
             return
-        advice = "Warm up the reader, lower training.lr_retriever or objective.weight"
+        advice = "Warm up the reader (training.retriever_delay_steps), lower training.lr_retriever"
         self.parts.monitor.message(f"step {step}: retrieval collapses: {sign}. {advice}")
         self.parts.monitor.event("retrieval_collapse", step=step, message=sign)
         if self.parts.job.training.on_collapse == "stop":
