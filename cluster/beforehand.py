@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.config import load
+from cluster.refusal import refuse
 from cluster.settings import Settings
-from cluster.validate import refuse, values_of
+from cluster.values import values_of
 from indexing.build import check_config
 from indexing.filters import parse_filter
 from indexing.kinds import check_dim, parse

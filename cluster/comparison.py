@@ -12,7 +12,7 @@ from cluster.findings import Measured, read_measured
 from cluster.matrix import Matrix
 from cluster.settings import Settings
 from cluster.summary import HEADLINE
-from cluster.validate import values_of
+from cluster.values import values_of
 from training.measuring.metrics import paired_difference
 from training.reporting.jsonl import plain
 from training.reporting.plots import Points, points_svg

@@ -20,9 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.matrix import Matrix, check_matrix, check_start, combined, folder_of, read_matrix
+from cluster.refusal import refuse
 from cluster.schema import COMMAND_LINE, checked, kind_of, read_yaml, unknown
 from cluster.settings import CompareConfig, Settings, UpdateConfig
-from cluster.validate import check_date, refuse, suggestion, validate
+from cluster.validate import validate
+from cluster.values import check_date, suggestion
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_FILE = ROOT / "configs" / "quickstart.yaml"

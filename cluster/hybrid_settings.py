@@ -2,11 +2,11 @@
 
 from cluster.refusal import refuse
 from cluster.settings import Settings
+from cluster.values import CONTRASTIVE
 from indexing.lexical_check import check_lexical
 from training.feeding.mixture import pretrains
 
 SEARCHES = ("index", "fixed", "gold")  # values of retrieval.source that ask the index
-CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives that search nothing
 
 
 def check_hybrid(settings: Settings) -> None:

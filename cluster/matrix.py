@@ -17,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.refusal import refuse
 from cluster.schema import checked, unknown
 from cluster.settings import CompareConfig, Settings
-from cluster.validate import refuse, suggestion
+from cluster.values import suggestion
 
 KEYS = ("base_stage", "baseline", "seeds", "cells", "axes")
 SAME_FOR_ALL = ("training.steps", "training.batch_size", "engine.gradient_accumulation")  # the budget

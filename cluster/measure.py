@@ -8,9 +8,9 @@ from cluster.common import newest_of, placement_of, prepared_data, ray_session, 
 from cluster.config import Experiment
 from cluster.findings import Findings, read_measured
 from cluster.fit import is_finished, run_stage
+from cluster.refusal import refuse
 from cluster.settings import Settings
 from cluster.summary import write_findings
-from cluster.validate import refuse
 from training.objectives.choose import needs
 from training.settings import NeedleConfig, ObjectiveConfig, PretrainingConfig
 

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from cluster.settings import CompareConfig, Settings, UpdateConfig
-from cluster.validate import suggestion, values_of
+from cluster.values import suggestion, values_of
 
 COMMAND_LINE = "command line"
 SETTING_NAMES = [*values_of(Settings()), *values_of(UpdateConfig(), "update."), *values_of(CompareConfig(), "compare.")]

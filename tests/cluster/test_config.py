@@ -11,7 +11,7 @@ import pytest
 from cluster.beforehand import check_index, check_models, check_where
 from cluster.config import ROOT, Experiment, experiment_to_yaml, load, to_yaml
 from cluster.settings import Settings
-from cluster.validate import CHOICES, GPUS, POSITIVE, SHARES, values_of
+from cluster.values import CHOICES, GPUS, POSITIVE, SHARES, values_of
 from indexing.corpus import Passage
 from indexing.filters import parse_filter
 from indexing.store import write_store

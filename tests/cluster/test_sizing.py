@@ -177,7 +177,7 @@ def test_the_overrides_are_accepted_by_the_placement() -> None:
 
 
 def test_the_section_documents_what_the_table_knows() -> None:
-    from cluster.validate import CHOICES
+    from cluster.values import CHOICES
 
     assert {*GPUS, "cpu", "auto"} == set(CHOICES["plan.gpu"])
     assert PlanConfig().gpu == "auto"
