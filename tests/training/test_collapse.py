@@ -1,5 +1,6 @@
 """When retrieval counts as collapsed, and what a stage does then."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny_world import TinyWorld
+from training.loop import LoopState
 from training.measuring.collapse import WINDOW_STEPS, Collapsed, CollapseDetector
-from training.settings import DecodingConfig, EvaluationConfig, ObjectiveConfig, TrainingConfig
+from training.settings import DecodingConfig, EvaluationConfig, MonitorConfig, ObjectiveConfig, TrainingConfig
 from training.stage import Stage
 
 HEALTHY = (0.6, 0.3)  # share of the largest entropy, labelled passages among the K
@@ -96,6 +98,24 @@ def test_a_destroyed_retriever(world: TinyWorld, tmp_path: Path, setting: str) -
     found = [event for event in events if event["event"] == "retrieval_collapse"]
     assert [event["step"] for event in found] == [1]
     assert "recall fell to" in found[0]["message"]
+
+
+@pytest.mark.parametrize(("staleness", "named"), [(14.0, False), (16.0, True)])
+def test_a_collapse_beside_a_late_index_names_it(
+    world: TinyWorld, tmp_path: Path, staleness: float, named: bool
+) -> None:
+    """A retriever that learns from hits of weights long gone collapses whatever its objective is."""
+    console = io.StringIO()
+    shown = MonitorConfig(wandb="off")
+    job = world.job(tmp_path / "run", objective=ObjectiveConfig("pdist"), publish_every=10, monitor=shown)
+    measures = Stage(job, world.index(), console).measures
+    measures.watch(LoopState())
+    assert measures.collapse is not None
+    measures.collapse.start |= {"entropy": 0.9, "gold": 0.9}
+    for step in range(1, WINDOW_STEPS + 1):
+        measures.after_step(step, {"retrieval/entropy": math.log(job.retrieval.k), "index/staleness_steps": staleness})
+    assert "p(z|q) is uniform" in console.getvalue()
+    assert ("The hits are of weights 16 steps old: bound that (refresh.max" in console.getvalue()) == named
 
 
 def test_the_start_is_remembered_by_a_resume(world: TinyWorld, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from training.objectives.choose import needs
 from training.reporting.jsonl import append_line
 
 PREDICTIONS_FILE, PAIRS_FILE = "predictions.jsonl", "preferences.jsonl"
+STALE = 1.5  # times the steps between refreshes: hits older than that are named where retrieval collapses
 
 
 class Measures:
@@ -33,6 +34,7 @@ class Measures:
         self.held_out = self._make_held_out(corpus) if corpus is not None else None
         self.preferences = self._make_preferences() if parts.job.evaluate_preferences else None
         self.collapse: CollapseDetector | None = None
+        self.staleness = 0.0  # of the last step's hits, in steps
 
     @property
     def any_while_training(self) -> bool:
@@ -52,6 +54,7 @@ class Measures:
         """Look at the metrics of one optimiser step. Raises Collapsed."""
         assert self.collapse is not None
         k, gold = self.parts.job.retrieval.k, metrics.get("retrieval/gold_in_k", 0.0)
+        self.staleness = metrics.get("index/staleness_steps", 0.0)
         sign = self.collapse.after_step(metrics["retrieval/entropy"], k, gold)
         if self.collapse.window.steps == 0:  # ranks see different questions: the first one's word counts
             self._report_collapse(step, sign)
@@ -152,6 +155,11 @@ class Measures:
         if sign is None:
             return
         advice = "Warm up the reader (training.retriever_delay_steps), lower training.lr_retriever"
+        if self.staleness > STALE * self.parts.job.publish_every > 0:
+            late = f"The hits are of weights {self.staleness:.0f} steps old"
+            advice = (
+                f"{late}: bound that (refresh.max_staleness_steps) or encode faster (refresh.num_workers). {advice}"
+            )
         self.parts.monitor.message(f"step {step}: retrieval collapses: {sign}. {advice}")
         self.parts.monitor.event("retrieval_collapse", step=step, message=sign)
         if self.parts.job.training.on_collapse == "stop":
