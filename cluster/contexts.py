@@ -19,7 +19,8 @@ COLUMNS = {
 }
 NOTES = (
     "Of one question, means over the split. GFLOP: 2 a weight and token, and the attention of dense kernels, for "
-    "prompt and answer; retrieval apart. KV cache and state: at the end of the prompt. See measuring/costs.py.",
+    "prompt and answer; retrieval apart. KV cache and state: at the end of the prompt. See "
+    "training/measuring/costs.py.",
 )
 
 
