@@ -80,6 +80,7 @@ class CoordinatorStatus:
     refresh_passages_per_s: float = 0.0
     failures: int = 0
     given_up: str = ""  # why the newest publish will not become a generation
+    given_up_publish: int = 0  # which publish that is; 0: unknown
     needs_weights: bool = False  # the serving generation cannot be completed without a new publish
     passages_encoded: int = 0  # by this coordinator so far: grows while a generation is built
     corpus_version: int = 0  # of the live corpus, that is served
@@ -144,7 +145,7 @@ class RefreshCoordinator:
         self._newest_publish_id = 0
         self._oldest_version = -1
         self._owed: Weights | None = None  # given up: the next publish does its part
-        self._given_up = ""
+        self._given_up, self._given_up_publish = "", 0
         self._committed = 0
         self._failures = 0
         self._seconds = 0.0
@@ -182,6 +183,7 @@ class RefreshCoordinator:
                 refresh_passages_per_s=self._passages_per_s,
                 failures=self._failures,
                 given_up=self._given_up,
+                given_up_publish=self._given_up_publish if self._given_up else 0,
                 needs_weights=self.repair.beyond_repair or self.live.needs_weights,
                 passages_encoded=self.pool.passages_encoded,
                 corpus_version=served.version,
@@ -239,6 +241,7 @@ class RefreshCoordinator:
                     elif last:
                         self._owed = replace(weights, reference=None)
                     self._given_up = str(failed) if last and not overtaken else ""
+                    self._given_up_publish = weights.publish_id
                 self._events(
                     "refresh_failed", weights_version=weights.version, why=str(failed), given_up=last or overtaken
                 )

@@ -280,7 +280,7 @@ class IndexClient:
             if status is not None and self._serves(status, weights_version):
                 self._pinned = status.generation
                 return
-            if status is not None and status.given_up and not self._forgotten():
+            if status is not None and self._gave_up(status, weights_version) and not self._forgotten():
                 raise RuntimeError(f"no index of version {weights_version}: {status.given_up}")
             if time.monotonic() + pause_s > deadline:
                 newest = self._status.weights_version
@@ -424,6 +424,13 @@ class IndexClient:
             return status.weights_version >= weights_version
         restarted = status.publish_id == 0 and status.weights_version == weights_version
         return restarted or status.publish_id == published.publish_id or status.weights_version > weights_version
+
+    def _gave_up(self, status: CoordinatorStatus, weights_version: int) -> bool:
+        """Whether that is said of what is waited for: an answer may be older than the newest publish of this client."""
+        published = self._published
+        ours = published is not None and published.version == weights_version
+        earlier = published is not None and status.given_up_publish not in (0, published.publish_id)
+        return bool(status.given_up) and not (ours and earlier)
 
     def _note_failure(self, weights_version: int, error: Exception) -> None:
         self._publish_failures += 1
