@@ -114,7 +114,7 @@ def test_a_chunk_that_kills_every_worker_fails_the_refresh_and_leaves_the_old_ge
     build(coordinator, 8)
     assert coordinator.status().weights_version == 7
     assert "lost 3 times" in coordinator.status().given_up
-    assert coordinator.status().given_up_publish == 8
+    assert coordinator.status().given_up_publish == weights(8).publish_id
     assert coordinator.status().failures == 3 == len(world.named("refresh_failed"))
     assert [event["given_up"] for event in world.named("refresh_failed")] == [False, False, True]
     assert all(served == {1: 7} for served in world.served())
