@@ -61,7 +61,8 @@ class OneGeneration:
             directory = checkpoint.parent.parent / "index" / f"generation-{saved}"
         known = saved >= 0 and fits_changes(directory, store.log)
         self.generation, self.where = saved + 1, parse_filter(settings.retrieval.where)
-        self.lexical = None if lexical is None else self._words(lexical, store)
+        words = None if lexical is None else LiveLexical(LexicalIndex.load(lexical), store, where=self.where)
+        self.lexical = None if words is None else DoneWords(words)
         ranges = shard_ranges(store.log.num_base, config.num_shards)
         metadata = [MetadataColumns(store, *bounds, number, len(ranges)) for number, bounds in enumerate(ranges)]
         self.shards = [
@@ -74,9 +75,6 @@ class OneGeneration:
             self.num_passages = count_passing(store.path, self.where, store.log.folder)
             if not self.num_passages:
                 raise ValueError(f"no passage passes the filter retrieval.where={settings.retrieval.where}")
-
-    def _words(self, lexical: Path, store: LiveStore) -> DoneWords:
-        return DoneWords(LiveLexical(LexicalIndex.load(lexical), store, where=self.where))
 
     def _fill(self, shard: Shard, store: LiveStore, saved: Path | None, encode: Encode, batch_tokens: int) -> None:
         """Load what was saved of a shard's passages, encode the others, and serve them all."""

@@ -9,8 +9,8 @@
 6. A failed refresh leaves the old generation serving, is retried, is an event in the metrics, and ends the run only
    when the staleness bound is passed. Nothing hangs: every wait has a bound and a message.
 7. When to refresh: every N steps, or when measured drift passes a threshold (the training loop decides, by publishing;
-   `refreshing/policy.py`). It may name the passages to encode: the generation then has their new vectors beside all
-   others' old ones, goes by the new version, and each hit tells its own.
+   `training/refreshing/policy.py`). It may name the passages to encode: the generation then has their new vectors
+   beside all others' old ones, goes by the new version, and each hit tells its own.
 8. A newer version that arrives while one is being built is kept, older waiting ones are dropped. What a dropped or
    failed one was to encode is encoded with the next weights.
 9. The corpus may change at any time (`cluster/live.py`). A deleted passage is in no answer from the moment that its
@@ -54,6 +54,7 @@ from indexing.shard import ShardStatus
 
 GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
 RETRY_S = 1.0  # before a failed refresh is tried again
+NOT_GIVEN_UP = "", 0  # no reason, of no publish
 DISK_S = 60.0  # that a commit waits for the snapshot of a generation that has to make room
 
 
@@ -145,7 +146,7 @@ class RefreshCoordinator:
         self._newest_publish_id = 0
         self._oldest_version = -1
         self._owed: Weights | None = None  # given up: the next publish does its part
-        self._given_up, self._given_up_publish = "", 0
+        self._given_up = NOT_GIVEN_UP
         self._committed = 0
         self._failures = 0
         self._seconds = 0.0
@@ -164,7 +165,7 @@ class RefreshCoordinator:
                 weights = weights if older is None else with_those_of(older, weights)
             self._waiting, self._owed = weights, None
             self._newest_publish_id = weights.publish_id
-            self._given_up = ""
+            self._given_up = NOT_GIVEN_UP
             self._changed.notify_all()
         if dropped is not None:
             self._events("publish_dropped", weights_version=dropped.version, newer=weights.version)
@@ -182,8 +183,8 @@ class RefreshCoordinator:
                 refresh_seconds=self._seconds,
                 refresh_passages_per_s=self._passages_per_s,
                 failures=self._failures,
-                given_up=self._given_up,
-                given_up_publish=self._given_up_publish if self._given_up else 0,
+                given_up=self._given_up[0],
+                given_up_publish=self._given_up[1],
                 needs_weights=self.repair.beyond_repair or self.live.needs_weights,
                 passages_encoded=self.pool.passages_encoded,
                 corpus_version=served.version,
@@ -240,8 +241,7 @@ class RefreshCoordinator:
                         self._waiting = with_those_of(weights, self._waiting)
                     elif last:
                         self._owed = replace(weights, reference=None)
-                    self._given_up = str(failed) if last and not overtaken else ""
-                    self._given_up_publish = weights.publish_id
+                    self._given_up = (str(failed), weights.publish_id) if last and not overtaken else NOT_GIVEN_UP
                 self._events(
                     "refresh_failed", weights_version=weights.version, why=str(failed), given_up=last or overtaken
                 )

@@ -419,18 +419,21 @@ class IndexClient:
         return self._published is not None and self._handed_in is None and self._taken_by != self._coordinator.place
 
     def _serves(self, status: CoordinatorStatus, weights_version: int) -> bool:
-        published = self._published
-        if published is None or published.version != weights_version:
+        published = self._own(weights_version)
+        if published is None:
             return status.weights_version >= weights_version
         restarted = status.publish_id == 0 and status.weights_version == weights_version
         return restarted or status.publish_id == published.publish_id or status.weights_version > weights_version
 
     def _gave_up(self, status: CoordinatorStatus, weights_version: int) -> bool:
         """Whether that is said of what is waited for: an answer may be older than the newest publish of this client."""
+        published = self._own(weights_version)
+        return bool(status.given_up) and (published is None or status.given_up_publish in (0, published.publish_id))
+
+    def _own(self, weights_version: int) -> Weights | None:
+        """The newest publish of this client, where that is what is waited for."""
         published = self._published
-        ours = published is not None and published.version == weights_version
-        earlier = published is not None and status.given_up_publish not in (0, published.publish_id)
-        return bool(status.given_up) and not (ours and earlier)
+        return published if published is not None and published.version == weights_version else None
 
     def _note_failure(self, weights_version: int, error: Exception) -> None:
         self._publish_failures += 1

@@ -59,7 +59,7 @@ class LiveLexical:
         empty = build_lexical(base.config, base.corpus, ())
         added = LexicalIndex(base.config, base.corpus, empty.postings, statistics=base.postings)
         self._lock = threading.Lock()
-        self._view = self._see(_View(0, added, None, np.empty(0, bool)), 0)
+        self._view = _View(-1, added, None, np.empty(0, bool))  # of no version: the first look sees all
         self._follow(UNCHANGED)
 
     @staticmethod

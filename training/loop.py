@@ -63,7 +63,8 @@ class LoopState:
     skipped_steps: int = 0  # updates left out because something was not finite
     seconds: float = 0.0  # of training, over all attempts
     blocked_steps: int = 0  # steps that waited because of refresh.max_staleness_steps
-    start: dict[str, float] = field(default_factory=dict)  # retrieval at the stage's start: measuring/collapse.py
+    # Retrieval at the stage's start, see training/measuring/collapse.py
+    start: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,7 +75,8 @@ class Hooks:
     evaluate_every: int = 0
     save: Callable[[LoopState], None] | None = None
     save_every: int = 0
-    # Sees every step and its batches, asks for refreshes of the index, says what it measured (refreshing/freshness.py)
+    # Sees every step and its batches, asks for refreshes of the index, says what it measured
+    # (training/refreshing/freshness.py)
     refresh: Callable[[LoopState, Sequence[Fetched], Timer], dict[str, float]] | None = None
     max_staleness_steps: int = 0
     passages_fixed: bool = False  # the passage encoder does not train: hits are never stale

@@ -150,8 +150,8 @@ class AlignmentConfig:
 
 @dataclass
 class PretrainingConfig:
-    """Training examples cut from the corpus itself (`feeding/tasks.py`). The first six are the mixture's weights; none
-    set: the stage trains on questions."""
+    """Training examples cut from the corpus itself (`training/feeding/tasks.py`). The first six are the mixture's
+    weights; none set: the stage trains on questions."""
 
     span_corruption: float | None = None  # spans of a passage are masked; the answer is what was there
     salient_span: float | None = None  # a name, a date or a number is masked
@@ -184,9 +184,9 @@ class RetrievalConfig:
     max_context_tokens: int = 0  # long: of a prompt and its answer; 0: what the generator takes (causal only)
     prefetch_depth: int = 1  # batches searched ahead while one trains
     # Candidates are searched so many times k, scored again by the encoders as they are now, and the best k read
-    # (retrieving/rescore.py); 0, 1: off. In training only: an evaluation measures the index as it answers, so that runs
-    # with and without are compared by one measure, and a stage's last evaluation has a fresh index anyway. With hybrid
-    # the candidates of both indexes are scored again and fused anew; a re-ranker chooses among the best of these.
+    # (training/retrieving/rescore.py); 0, 1: off. In training only: an evaluation measures the index as it answers, so
+    # that runs with and without are compared by one measure, and a stage's last evaluation has a fresh index anyway.
+    # With hybrid the candidates of both indexes are scored again and fused anew; a re-ranker chooses among the best.
     rescore: int = 0
     # Words beside vectors (BM25, section `lexical`). none | rrf (reciprocal ranks choose the passages; p(z|q) is the
     # dense one) | learned (p(z|q) is of inner product + weight * lexical score, the weight trains with the retriever)

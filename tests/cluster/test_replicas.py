@@ -17,6 +17,8 @@ from indexing.shard import ShardStatus, shard_ranges
 from tests.cluster import test_live, test_refresh
 from tests.cluster.fakes import NUM_PASSAGES, FakeShard, World, build
 
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
 REPLICAS = 2
 
 
@@ -36,13 +38,6 @@ class ReplicatedWorld(World):
             self.shards = everybody[replica::REPLICAS]
             super().check_corpus(generation, versions)
         self.shards = everybody
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.refresh.RETRY_S", 0.0)
-    monkeypatch.setattr("cluster.refresh.DISK_S", 0.0)
-    monkeypatch.setattr("cluster.shards.POLL_S", 0.01)
 
 
 @pytest.fixture

@@ -68,7 +68,8 @@ class TokenRows(Protocol):
 
 
 class Questions(Protocol):
-    """What batches are made of: a question store, or examples cut from the corpus (`feeding/pretraining.py`)."""
+    """What batches are made of: a question store, or examples cut from the corpus
+    (`training/feeding/pretraining.py`)."""
 
     def tokens(self, side: str) -> TokenRows:
         """Token rows of the question text by question number."""

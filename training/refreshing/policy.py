@@ -2,7 +2,7 @@
 
     every_steps   every `refresh.every_steps` steps, whatever the drift
     on_drift      when, at one of the checks every `refresh.check_every_steps` steps, the index's k best and the k best
-                  by fresh scores overlap by less than `refresh.drift_threshold` on the probe (`refreshing/drift.py`)
+                  by fresh scores overlap by less than `refresh.drift_threshold` on the probe (`drift.py`)
     both          the first is kept, and drift may ask in between
 
 The budget `refresh.max_share` counts passages, not seconds: it is the share of the corpus that refreshes may encode per

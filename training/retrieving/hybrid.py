@@ -11,8 +11,8 @@ state; what was deleted between the two answers is in neither: no query is answe
 generation that goes while its vectors are fetched is searched anew.
 
 With `retrieval.rescore` the order is: the candidates of both indexes are fused by the indexed vectors, to as many hits
-as are scored again; `Refusion` fuses these anew, by the scores of fresh vectors (`retrieving/rescore.py`); a re-ranker
-puts what is left in order (`training/retrieving/rerank.py`).
+as are scored again; `Refusion` fuses these anew, by the scores of fresh vectors (`training/retrieving/rescore.py`); a
+re-ranker puts what is left in order (`training/retrieving/rerank.py`).
 """
 
 import time
