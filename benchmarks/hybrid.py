@@ -24,8 +24,8 @@ from cluster.prepare import prepare_data
 from indexing.live import LiveStore
 from indexing.questions import QuestionStore
 from training.checkpoint import load_weights
-from training.feeding.data import Collator
-from training.measuring.metrics import ranking_metrics
+from training.data import Collator
+from training.metrics import ranking_metrics
 from training.models.build import build_system, fit_weights
 from training.models.tokenizers import load_tokenizer, pad_id
 from training.named_weights import load_weights_into

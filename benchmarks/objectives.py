@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.step import BATCH, MODELS, Bench, K, make_bench
 from benchmarks.step_setting import make_settings, prepare, write_random_corpus
 from indexing.store import Store
-from training.measuring.evaluate import encode_questions
+from training.data import encode_questions
 from training.models.batches import RetrievalBatch
 from training.settings import ObjectiveConfig
 

@@ -22,7 +22,7 @@ from cluster.config import load
 from cluster.prepare import with_corpus
 from indexing.corpus import Passage, Question, read_corpus, read_questions
 from indexing.exact import search_exactly
-from training.measuring.metrics import means, ranking_metrics
+from training.metrics import means, ranking_metrics
 from training.reporting.tables import Table, print_table
 
 DEPTH = 100

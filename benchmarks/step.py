@@ -42,11 +42,10 @@ from cluster.prepare import Prepared
 from cluster.settings import Settings
 from indexing.questions import QuestionStore
 from indexing.store import Store
+from training.data import Collator, Stream, encode_questions
 from training.engine import Engine
 from training.engine_setup import concrete_precision
-from training.feeding.data import Collator, Stream
 from training.feeding.sources import RetrievedBatches
-from training.measuring.evaluate import encode_questions
 from training.models.batches import RetrievalBatch
 from training.models.build import parameter_groups
 from training.models.generator import Generator

@@ -18,7 +18,7 @@ from indexing.live import LiveStore
 from indexing.merge import Hits, chosen
 from indexing.questions import QuestionStore, write_questions
 from training.checkpoint import load_weights
-from training.feeding.data import Collator
+from training.data import Collator
 from training.models.build import build_system, fit_weights
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.encoder import TextEncoder

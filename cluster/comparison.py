@@ -13,7 +13,7 @@ from cluster.matrix import Matrix
 from cluster.settings import Settings
 from cluster.summary import HEADLINE
 from cluster.values import values_of
-from training.measuring.metrics import paired_difference
+from training.metrics import paired_difference
 from training.reporting.jsonl import plain
 from training.reporting.plots import Points, points_svg
 from training.reporting.report import Section, Table, print_table, write_report

@@ -19,7 +19,7 @@ from cluster.sizing import MAX_PLANNED, SHARED_GPU, Costs, Counts, Machines, Wor
 from indexing.corpus import corpus_path, iterate_corpus
 from indexing.snapshot import is_complete
 from indexing.store import Store
-from training.models.sizes import encoder_size, reader_size
+from training.measuring.sizes import encoder_size, reader_size
 from training.objectives.check import PREFERENCE, SAMPLING
 from training.objectives.choose import needs
 from training.settings import LoraConfig

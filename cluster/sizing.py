@@ -16,7 +16,7 @@ from cluster import estimate
 from cluster.hardware import BANDWIDTH_SHARE, CPU_SHARE, GB, Device, Host
 
 if TYPE_CHECKING:
-    from training.models.sizes import EncoderSize, ReaderSize
+    from training.measuring.sizes import EncoderSize, ReaderSize
 
 ENCODING_SHARE = 0.5  # of the time between two publishes
 SHARED_GPU = (0.6, 0.2, 0.2)  # of one GPU that does it all: trainer, refresh worker, shard

@@ -11,7 +11,7 @@ import numpy as np
 from cluster.contexts import context_table, needle_sections
 from cluster.findings import Findings, Measured
 from cluster.updates import swap, update_table
-from training.measuring.metrics import paired_difference
+from training.metrics import paired_difference
 from training.reporting.jsonl import plain
 from training.reporting.report import Example, Table, print_table, run_report
 

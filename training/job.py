@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.settings import QuestionsConfig
 from indexing.store import Store
+from training.data import Collator, Questions
 from training.engine import Engine
-from training.feeding.data import Collator, Questions
-from training.feeding.reference import evaluating
 from training.models.batches import RetrievalBatch
+from training.models.modes import evaluating
 from training.models.reranker import make_pairing
 from training.models.system import System
 from training.models.tokenizers import pad_id, to_text

@@ -23,7 +23,7 @@ from training.checkpoint import (
     set_rng_state,
 )
 from training.engine import Engine
-from training.feeding.feed import CorpusExamples, make_probe, make_source
+from training.feed import CorpusExamples, make_probe, make_source
 from training.feeding.mixture import pretrains
 from training.feeding.reference import Reference, build_reference, initial_copy
 from training.job import Parts, StageJob

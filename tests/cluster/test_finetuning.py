@@ -15,8 +15,8 @@ from cluster.settings import Settings
 from indexing.questions import QuestionStore
 from indexing.store import Store
 from tests.helpers.local_index import LocalIndex
+from training.data import Stream
 from training.feeding.answers import TrainingAnswers
-from training.feeding.data import Stream
 from training.models.tokenizers import load_tokenizer
 from training.stage import Stage
 

@@ -21,7 +21,7 @@ from cluster.sizing import (
     trainer_bytes,
 )
 from indexing.settings import IndexConfig
-from training.models.sizes import encoder_size, reader_size
+from training.measuring.sizes import encoder_size, reader_size
 from training.settings import EncoderConfig, GeneratorConfig
 
 LAPTOP = Host(4, 16 * GB, 5e10, 2e10, 8e9, 5e9, 3e10)

@@ -16,7 +16,7 @@ from cluster.measure import at_date, measure
 from cluster.settings import Settings
 from cluster.summary import summarise
 from cluster.updates import swap, update_table
-from training.measuring.metrics import exact_match
+from training.metrics import exact_match
 from training.reporting.plots import HeatMap, Points, heat_svg, points_svg
 from training.reporting.report import print_table
 from training.settings import GeneratorConfig

@@ -16,7 +16,7 @@ from tests.helpers.preferences import preference_store
 from tests.helpers.tiny_world import TinyWorld
 from tests.training.test_stage import Failure, failing, final_weights, part, rows_by_step, run_stage, same
 from training.checkpoint import load_weights, newest_checkpoint
-from training.feeding.data import Collator
+from training.data import Collator
 from training.job import StageJob
 from training.objectives.choose import compute, needs
 from training.settings import (

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from tests.helpers.tiny_world import TinyWorld
-from training.feeding.data import Collator
+from training.data import Collator
 from training.measuring.costs import (
     CostModel,
     answer_flops,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny_world import TinyWorld
-from training.feeding.data import ClozeSource, Collator, Stream, gold_first, stream_slice
+from training.data import ClozeSource, Collator, Stream, gold_first, stream_slice
 from training.models.build import build_generator
 from training.models.copy_reader import CopyBatch
 from training.settings import ObjectiveConfig

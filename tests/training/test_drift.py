@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny_world import TinyWorld
-from training.feeding.feed import make_probe
+from training.feed import make_probe
 from training.refreshing.drift import DriftProbe, shift, spearman
 from training.refreshing.policy import RefreshPlan
 from training.settings import RetrievalConfig

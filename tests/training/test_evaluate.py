@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.helpers.tiny_world import TinyWorld
-from training.feeding.data import Collator
+from training.data import Collator
 from training.measuring.evaluate import Evaluation, Evaluator, changed_questions, mean_of_rows
-from training.measuring.metrics import contains_answer, exact_match, f1
+from training.metrics import contains_answer, exact_match, f1
 from training.models.generator import Decoded
 from training.objectives.choose import compute, needs
 from training.settings import DecodingConfig, EvaluationConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig

@@ -19,7 +19,7 @@ from indexing.settings import LexicalConfig
 from tests.helpers.local_index import LocalHits, LocalIndex, LocalWordHits, LocalWords
 from tests.helpers.tiny_world import TinyWorld
 from tests.training.test_stage import FailingIndex, Failure, final_weights, rows_by_step, run_stage, same
-from training.feeding.data import Collator
+from training.data import Collator
 from training.models.build import LEXICAL_WEIGHT, build_system, fit_weights, parameter_groups
 from training.models.encoder import LexicalWeight
 from training.models.system import System

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.helpers.tiny_world import TinyWorld
-from training.feeding.data import Collator
+from training.data import Collator
 from training.feeding.long_context import LongContext
 from training.measuring.costs import prompt_lengths
-from training.measuring.metrics import exact_match
 from training.measuring.needle import needle_sweep
+from training.metrics import exact_match
 from training.models.build import build_system
 from training.settings import (
     DecodingConfig,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from training.measuring.metrics import (
+from training.metrics import (
     answer_metrics,
     answer_recall,
     contains_answer,

@@ -17,7 +17,7 @@ from indexing.store import Store, write_store
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.checkpoint import load_weights, newest_checkpoint
-from training.feeding.data import Collator, Stream
+from training.data import Collator, Stream
 from training.feeding.mixture import TASKS
 from training.feeding.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
 from training.feeding.sources import RetrievedBatches

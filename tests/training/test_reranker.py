@@ -16,7 +16,7 @@ from indexing.settings import LexicalConfig
 from indexing.store import write_store
 from tests.helpers.tiny_world import TinyWorld
 from tests.training.test_stage import FailingIndex, Failure, final_weights, part, rows_by_step, run_stage, same
-from training.feeding.data import Collator
+from training.data import Collator
 from training.models.build import build_system, built_parts, fit_weights, parameter_groups
 from training.models.pairs import own_pairing, shared_pairing
 from training.models.reranker import Reranker, build_reranker

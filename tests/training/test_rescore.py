@@ -20,8 +20,8 @@ from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld, make_world, tiny_encoder, tiny_generator
 from tests.training.test_retrieve import ToldService
 from training import engine_setup
+from training.data import Collator
 from training.engine import Engine
-from training.feeding.data import Collator
 from training.loop import Fetched
 from training.models.batches import RetrievalBatch
 from training.models.build import build_system, parameter_groups
@@ -79,9 +79,7 @@ def passages_of(fetched: Fetched) -> np.ndarray:
 
 @pytest.mark.parametrize("batch_tokens", [64, 16384])
 def test_with_all_passages_as_candidates_the_hits_are_those_of_brute_force(world, tmp_path, batch_tokens, monkeypatch):
-    monkeypatch.setattr(
-        "training.feeding.feed.FreshVectors", lambda *parts: FreshVectors(*parts, batch_tokens=batch_tokens)
-    )
+    monkeypatch.setattr("training.feed.FreshVectors", lambda *parts: FreshVectors(*parts, batch_tokens=batch_tokens))
     stage = stale_stage(world, tmp_path, rescore=PASSAGES // K)
     stage.source = stage.make_source(None)
     for number in range(2):

@@ -11,7 +11,7 @@ import torch
 from indexing.merge import Hits, Indexed
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
-from training.feeding.data import Collator, Stream
+from training.data import Collator, Stream
 from training.feeding.sources import ClosedBookBatches, RetrievedBatches
 from training.models.batches import RetrievalBatch
 from training.models.build import build_system

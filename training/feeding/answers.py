@@ -6,8 +6,8 @@ import numpy as np
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
-from training.feeding.data import Stream
-from training.measuring.metrics import contains_answer
+from training.data import Stream
+from training.metrics import contains_answer
 
 REFUSED, SAMPLED = 3, 4  # purposes of the random generators
 MORE_FOR_REFUSALS = 8  # hits searched beyond retrieval.k, in place of those that hold an answer

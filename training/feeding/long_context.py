@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from indexing.table import TokenTable
-from training.feeding.data import Collator, Stream
+from training.data import Collator, Stream
 from training.loop import Fetched
 from training.models.causal import CausalGenerator
 from training.models.copy_reader import CopyReader

@@ -67,7 +67,7 @@ def example_sides(
 
 
 class CorpusQuestions:
-    """Examples by their number, which has no end; a `Questions` of `training/feeding/data.py`."""
+    """Examples by their number, which has no end; a `Questions` of `training/data.py`."""
 
     def __init__(
         self, store: Store, rows: np.ndarray, config: PretrainingConfig, sides: ExampleSides, seed: int, purpose: int

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
-from training.measuring.metrics import contains_answer, exact_match, f1
+from training.metrics import contains_answer, exact_match, f1
 
 Reward = Callable[[str, str, Sequence[str], Sequence[str]], float]
 

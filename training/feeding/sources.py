@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from indexing.merge import Hits
+from training.data import ClozeSource, Collator, Stream, gold_first
 from training.feeding.answers import TrainingAnswers
-from training.feeding.data import ClozeSource, Collator, Stream, gold_first
 from training.loop import Fetched, Source
 from training.models.batches import RetrievalBatch
 from training.retrieving.hybrid import HybridSearch

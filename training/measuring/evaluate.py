@@ -14,11 +14,11 @@ import torch
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
+from training.data import Collator, encode_questions
 from training.engine import Engine
-from training.feeding.data import Collator
 from training.feeding.long_context import LongContext
 from training.measuring.costs import CostModel
-from training.measuring.metrics import (
+from training.metrics import (
     answer_metrics,
     answer_recall,
     exact_match,
@@ -365,14 +365,6 @@ class Evaluator:
             read = passages[question] if per_question == 1 else passages[question][place : place + 1]
             texts.append(restore_spelling(self.to_text(row), self._texts(read)))
         return texts
-
-
-def encode_questions(engine: Engine, collator: Collator, numbers: np.ndarray) -> np.ndarray:
-    """float32 vectors [batch, dim] of questions, by the query encoder as it is now, without dropout."""
-    ids, mask = collator.question_tensors(numbers)
-    with torch.no_grad(), evaluating(engine.module):
-        vectors = engine("encode_questions", ids.to(engine.device), mask.to(engine.device))
-    return vectors.float().cpu().numpy()
 
 
 def mean_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

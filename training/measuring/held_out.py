@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from training.data import Collator, encode_questions
 from training.engine import Engine
-from training.feeding.data import Collator
 from training.feeding.pretraining import CorpusQuestions, FairSearch
-from training.measuring.evaluate import encode_questions
 from training.models.batches import RetrievalBatch
 from training.models.modes import evaluating
 from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from indexing.questions import QuestionStore
+from training.data import Collator
+from training.feed import CorpusExamples
 from training.feeding.alignment import PairCollator
-from training.feeding.data import Collator
-from training.feeding.feed import CorpusExamples
 from training.job import Parts
 from training.loop import LoopState
 from training.measuring.collapse import Collapsed, CollapseDetector

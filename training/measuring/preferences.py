@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from training.data import encode_questions
 from training.engine import Engine
 from training.feeding.alignment import PairCollator
-from training.measuring.evaluate import encode_questions
-from training.measuring.metrics import means, ranking_metrics
+from training.metrics import means, ranking_metrics
 from training.models.modes import evaluating
 from training.objectives.likelihoods import retrieval_log_probs
 from training.objectives.preference import Candidates, marginal_log_probs

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from training.measuring.metrics import exact_match
+from training.metrics import exact_match
 from training.reporting.jsonl import read_rows
 from training.reporting.plots import COLOURS, Plot, plot_svg
 from training.reporting.redact import redact, redact_text

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from indexing.merge import COLUMNS, Hits, chosen
-from training.feeding.data import Collator
+from training.data import Collator
 from training.models.batches import RetrievalBatch
 
 

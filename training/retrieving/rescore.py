@@ -20,10 +20,9 @@ import torch
 
 from indexing.encode import length_batches
 from indexing.merge import Hits, chosen
+from training.data import Collator, encode_questions
 from training.engine import Engine
-from training.feeding.data import Collator
-from training.feeding.reference import evaluating
-from training.measuring.evaluate import encode_questions
+from training.models.modes import evaluating
 from training.retrieving.retrieve import Rescored
 
 BATCH_TOKENS = 16384  # padded tokens of one forward; without a graph only one layer's activations are kept

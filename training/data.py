@@ -13,8 +13,10 @@ import torch
 
 from indexing.questions import QuestionStore
 from indexing.store import Store
+from training.engine import Engine
 from training.models.batches import ContrastBatch, RetrievalBatch
 from training.models.generator import Generator
+from training.models.modes import evaluating
 from training.models.packing import pad_rows
 from training.models.pairs import PairBatch, Pairing
 from training.settings import ObjectiveConfig
@@ -249,3 +251,11 @@ class ClozeSource:
         start, stop = self._body(row)
         query = self._query(row, *self._span(start, stop, rng), rng)
         return query, self._query(row, *self._span(start, stop, rng), rng)
+
+
+def encode_questions(engine: Engine, collator: Collator, numbers: np.ndarray) -> np.ndarray:
+    """float32 vectors [batch, dim] of questions, by the query encoder as it is now, without dropout."""
+    ids, mask = collator.question_tensors(numbers)
+    with torch.no_grad(), evaluating(engine.module):
+        vectors = engine("encode_questions", ids.to(engine.device), mask.to(engine.device))
+    return vectors.float().cpu().numpy()

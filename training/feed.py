@@ -7,9 +7,9 @@ import numpy as np
 
 from indexing.duplicates import open_groups
 from indexing.questions import QuestionStore
+from training.data import ClozeSource, Collator, Stream, encode_questions
 from training.feeding.alignment import aligned, make_collator
 from training.feeding.answers import MORE_FOR_REFUSALS, TrainingAnswers
-from training.feeding.data import ClozeSource, Collator, Stream
 from training.feeding.long_context import LongContext, LongContextBatches
 from training.feeding.mixture import contrasted
 from training.feeding.pretraining import (
@@ -25,7 +25,6 @@ from training.feeding.reference import Reference
 from training.feeding.sources import ClosedBookBatches, ClozeBatches, RetrievedBatches, WithPairs
 from training.job import Parts
 from training.loop import Source
-from training.measuring.evaluate import encode_questions
 from training.models.sides import generator_answer_side
 from training.objectives.check import PREFERENCE, samples_answers
 from training.objectives.choose import needs
