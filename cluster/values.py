@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "alignment.reference": ("copy", "offload", "none"),
     "objective.level": ("sequence", "token"),
     "objective.normalization": ("length", "none"),
+    "objective.advantage": ("normalized", "centered"),
     "objective.reduction": ("batch", "elements"),
     "objective.null_score": ("learned", "fixed"),
     "retrieval.source": ("index", "fixed", "gold", "long", "none"),

@@ -129,6 +129,9 @@ class ObjectiveConfig:
     num_selected: int = 2  # stochastic_rag: passages drawn of the retrieved ones
     relaxation: float = 1.0  # stochastic_rag: temperature of the soft selection that the gradient flows through
     group_size: int = 4  # reinforce, grpo: samples of a question
+    # reinforce, grpo: rewards against their group's mean, in units of its deviation (normalized) or of the reward
+    # (centered): what differs little then counts little
+    advantage: str = "normalized"
     # reinforce, grpo: exact_match, f1, grounded (the answer stands in its passage), module:function, file.py:function
     # (of question, answer, gold answers, passages read); likelihood (reinforce only): of the gold answer
     reward: str = "exact_match"

@@ -223,12 +223,25 @@ def test_worked_reinforce_over_passages() -> None:
         noise=torch.tensor([[[5.0, 0.0], [0.0, 5.0]]]),
     )
     loss, stats = compute(ObjectiveConfig(name="reinforce", reward="likelihood"), outputs)
-    assert stats["loss/generator"].item() == pytest.approx(1.5 * math.log(2), rel=1e-9)
+    assert stats["loss/generator"].item() == pytest.approx(-math.log((0.5 + 0.25) / 2), rel=1e-9)
     loss.backward()
     assert scores.grad is not None
     assert per_passage.grad is not None
     assert scores.grad[0].tolist() == pytest.approx([-0.5, 0.5], rel=1e-5)
-    assert per_passage.grad.flatten().tolist() == pytest.approx([-0.5, -0.5], rel=1e-9)
+    assert per_passage.grad.flatten().tolist() == pytest.approx([-2 / 3, -1 / 3], rel=1e-9)
+
+
+def test_worked_centered_advantage() -> None:
+    """log .5 and log .25 differ by log 2: each is log 2 / 2 from the mean, whatever the deviation."""
+    rewards = torch.tensor([[0.5, 0.25], [0.3, 0.3]], dtype=torch.float64).log()
+    half = math.log(2) / 2
+    assert advantages(rewards, "centered").flatten().tolist() == pytest.approx([half, -half, 0.0, 0.0])
+    scores, outputs = samples([1.0, 0.0])
+    loss, _ = compute(ObjectiveConfig(name="reinforce", advantage="centered"), outputs)
+    assert loss.item() == pytest.approx(-0.5 * (math.log(0.3) - math.log(0.1)) / 2, rel=1e-9)
+    loss.backward()
+    assert scores.grad is not None
+    assert scores.grad[0].tolist() == pytest.approx([-0.25, 0.25], rel=1e-9)
 
 
 @pytest.mark.parametrize("rewards", [[0.1, 0.1, 0.1], [1e4, 1e4, 1e4], [0.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
@@ -505,6 +518,7 @@ def test_needs() -> None:
         (ObjectiveConfig(name="grpo", reward="exact"), "objective.reward='exact': allowed are likelihood, exact_match"),
         (ObjectiveConfig(name="grpo", reward="a/b.py:"), "objective.reward='a/b.py:'"),
         (ObjectiveConfig(name="grpo", clip=0.0), "objective.clip=0.0: must be a finite number, above 0"),
+        (ObjectiveConfig(name="grpo", advantage="raw"), "objective.advantage='raw': allowed are normalized, centered"),
         (ObjectiveConfig(name="dpo", beta=math.nan), "objective.beta=nan"),
         (ObjectiveConfig(name="kto", desirable_weight=-1.0), "objective.desirable_weight=-1.0"),
         (ObjectiveConfig(name="stochastic_rag", num_selected=0), "objective.num_selected=0"),

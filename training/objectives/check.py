@@ -19,6 +19,7 @@ def check_objective(config: ObjectiveConfig) -> None:
     _one_of("normalization", config.normalization, ("length", "none"))
     _one_of("reduction", config.reduction, ("batch", "elements"))
     _one_of("null_score", config.null_score, ("learned", "fixed"))
+    _one_of("advantage", config.advantage, ("normalized", "centered"))
     _require("temperature", config.temperature, config.temperature > 0, "above 0")
     _require("target_temperature", config.target_temperature, config.target_temperature > 0, "above 0")
     _require("scale", config.scale, config.scale > 0, "above 0")

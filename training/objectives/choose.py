@@ -99,11 +99,13 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_
                 _candidates(outputs), config.beta, *weights, config.length_normalized, config.temperature, reduce
             )
         case "grpo":
-            loss, stats = grpo(_candidates(outputs), config.clip, config.kl_weight, config.temperature)
+            loss, stats = grpo(
+                _candidates(outputs), config.clip, config.kl_weight, config.advantage, config.temperature
+            )
         case "reinforce" if samples_answers(config):
-            loss, stats = reinforce(_candidates(outputs), config.kl_weight, config.temperature)
+            loss, stats = reinforce(_candidates(outputs), config.kl_weight, config.advantage, config.temperature)
         case "reinforce":
-            loss, stats = reinforce_passages(outputs, config.temperature)
+            loss, stats = reinforce_passages(outputs, config.advantage, config.temperature)
         case "stochastic_rag":
             loss, stats = stochastic_rag(outputs, config.num_selected, config.relaxation, config.temperature)
         case _:

@@ -8,6 +8,8 @@ A sample is a passage and an answer: `log pi(z, y|q) = log p(z|q) + log P(y|q, z
 never enter it. Randomness comes in as Gumbel noise or as samples, so that the functions are pure.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,10 +76,12 @@ def gumbel_top_k(logits: Tensor, passage_mask: Tensor, num_selected: int, relaxa
     return hard, soft
 
 
-def reinforce_passages(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, Stats]:
+def reinforce_passages(
+    outputs: Likelihoods, advantage: str = "normalized", temperature: float = 1.0
+) -> tuple[Tensor, Stats]:
     """REINFORCE over passages alone, rewarded by the gold answer's mean token log-probability: passages are drawn with
-    replacement from p(z|q), `-mean_g(A_g log p(z_g))` trains the retriever, and `-mean_g L_{z_g}`, of the answer given
-    each drawn passage, the generator."""
+    replacement from p(z|q), `-mean_g(A_g log p(z_g))` trains the retriever, and `-log mean_g exp(L_{z_g})` the
+    generator: the marginal likelihood of the answer, its mixture estimated from the draws."""
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
     assert outputs.noise is not None
@@ -90,26 +94,32 @@ def reinforce_passages(outputs: Likelihoods, temperature: float = 1.0) -> tuple[
     totals = answer_tokens(outputs.per_passage, outputs.answer_mask).sum(dim=-1).masked_fill(~mask, 0.0)
     gained = totals.gather(1, drawn)
     rewards = gained.detach() / answer_lengths(outputs.answer_mask).unsqueeze(-1)
-    policy = (advantages(rewards) * real.gather(1, drawn)).mean(dim=-1)
-    loss = -mean_over_questions(policy + gained.mean(dim=-1), outputs.num_questions)
-    generator = -mean_over_questions(gained.detach().mean(dim=-1), outputs.num_questions)
+    policy = (advantages(rewards, advantage) * real.gather(1, drawn)).mean(dim=-1)
+    marginal = gained.logsumexp(dim=-1) - math.log(gained.shape[1])
+    loss = -mean_over_questions(policy + marginal, outputs.num_questions)
     return loss, {
-        "loss/generator": generator,
+        "loss/generator": -mean_over_questions(marginal.detach(), outputs.num_questions),
         "alignment/reward": rewards.mean(),
         "retrieval/entropy": entropy(prior, mask),
     }
 
 
-def reinforce(outputs: Candidates, kl_weight: float = 0.0, temperature: float = 1.0) -> tuple[Tensor, Stats]:
+def reinforce(
+    outputs: Candidates, kl_weight: float = 0.0, advantage: str = "normalized", temperature: float = 1.0
+) -> tuple[Tensor, Stats]:
     """-mean_g(A_g log pi(z_g, y_g|q)) plus `kl_weight` times the divergence from the reference."""
     log_prob, prior = sample_log_probs(outputs, temperature)
     assert outputs.rewards is not None
-    gain = advantages(outputs.rewards.to(log_prob.dtype)) * log_prob
+    gain = advantages(outputs.rewards.to(log_prob.dtype), advantage) * log_prob
     return _sampled(gain, log_prob, prior, outputs, kl_weight, temperature)
 
 
 def grpo(
-    outputs: Candidates, clip: float = 0.2, kl_weight: float = 0.0, temperature: float = 1.0
+    outputs: Candidates,
+    clip: float = 0.2,
+    kl_weight: float = 0.0,
+    advantage: str = "normalized",
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Stats]:
     """-mean_g min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) plus `kl_weight` times the divergence from the reference;
     ratio = pi / pi_old of a sample, passage and answer together."""
@@ -117,20 +127,29 @@ def grpo(
     assert outputs.rewards is not None
     old = log_prob if outputs.old_log_probs is None else outputs.old_log_probs.to(log_prob.dtype)
     ratio = (log_prob - old.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    advantage = advantages(outputs.rewards.to(log_prob.dtype))
-    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    better = advantages(outputs.rewards.to(log_prob.dtype), advantage)
+    gain = torch.minimum(ratio * better, ratio.clamp(1 - clip, 1 + clip) * better)
     loss, stats = _sampled(gain, log_prob, prior, outputs, kl_weight, temperature)
     clipped = ((ratio.detach() - 1).abs() > clip).float().mean()
     return loss, stats | {"alignment/clipped": clipped}
 
 
-def advantages(rewards: Tensor) -> Tensor:
+def advantages(rewards: Tensor, advantage: str = "normalized") -> Tensor:
     """(R - mean) / (std + 1e-6) in each group of rewards [batch, group], std being the group's own (divided by its
-    size). Exactly 0 in a group of equal rewards, which rounding of the mean must not turn into a preference."""
+    size), or R - mean (`advantage` centered), in which a group whose rewards hardly differ counts hardly (Liu et al.
+    2025, "Understanding R1-Zero-Like Training", section 3.2). Exactly 0 in a group of equal rewards, which rounding of
+    the mean must not turn into a preference."""
     mean = rewards.mean(dim=-1, keepdim=True)
     deviation = rewards.std(dim=-1, keepdim=True, correction=0)
     equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
-    return ((rewards - mean) / (deviation + EPSILON)).masked_fill(equal, 0.0)
+    match advantage:
+        case "normalized":
+            scale = deviation + EPSILON
+        case "centered":
+            scale = torch.ones_like(deviation)
+        case _:
+            raise ValueError(f"objective.advantage={advantage!r}: allowed are normalized, centered")
+    return ((rewards - mean) / scale).masked_fill(equal, 0.0)
 
 
 def sample_log_probs(outputs: Candidates, temperature: float, of_reference: bool = False) -> tuple[Tensor, Tensor]:
