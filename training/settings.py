@@ -108,6 +108,7 @@ class ObjectiveConfig:
     name: str = "rag_sequence"
     temperature: float = 1.0  # of p(z|q), on top of the encoder's own
     target_temperature: float = 1.0  # pdist, loop, adist
+    confidence: bool = False  # pdist, loop, adist: a question counts by how sure the generator is of its best passage
     weight: float = 1.0  # of the retriever loss beside the generator loss (emdr2, pdist, loop, adist)
     level: str = "sequence"  # emdr2: sequence | token
     normalization: str = "length"  # pdist: length | none

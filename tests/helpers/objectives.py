@@ -20,6 +20,7 @@ GENERATIVE = [
     ObjectiveConfig(name="pdist", normalization="length", reduction="elements", weight=2.0),
     ObjectiveConfig(name="pdist", normalization="none", reduction="batch", temperature=0.7),
     ObjectiveConfig(name="pdist", normalization="none", reduction="elements"),
+    ObjectiveConfig(name="pdist", confidence=True),
     ObjectiveConfig(name="loop", target_temperature=0.5),
     ObjectiveConfig(name="loop", reduction="elements", weight=2.0, temperature=0.7),
     ObjectiveConfig(name="adist", weight=0.5),
@@ -37,7 +38,8 @@ def label(config: ObjectiveConfig) -> str:
         case "emdr2":
             return f"emdr2-{config.level}"
         case "pdist":
-            return f"pdist-{config.normalization}-{config.reduction}"
+            sure = "-confidence" if config.confidence else ""
+            return f"pdist-{config.normalization}-{config.reduction}{sure}"
         case "loop" | "adist":
             return f"{config.name}-{config.reduction}"
         case "fused":

@@ -69,6 +69,21 @@ def test_worked_perplexity_distillation_exactly() -> None:
     )
 
 
+def test_a_generator_that_cannot_tell_passages_apart_moves_no_retriever() -> None:
+    """Its target is uniform: the divergence pulls the scores together with all its strength, and with none by
+    confidence."""
+    gradients = []
+    for confidence in (False, True):
+        scores, outputs = case_a()
+        assert outputs.per_passage is not None
+        outputs.per_passage = outputs.per_passage.detach()[:, :1].expand_as(outputs.per_passage).clone()
+        compute(ObjectiveConfig(name="pdist", confidence=confidence), outputs)[0].backward()
+        assert scores.grad is not None
+        gradients.append(scores.grad[0].tolist())
+    assert gradients[0] == pytest.approx([0.1, -0.1])
+    assert gradients[1] == pytest.approx([0.0, 0.0], abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("config", "first"),
     [
@@ -84,6 +99,8 @@ def test_worked_perplexity_distillation_exactly() -> None:
         # target_temperature .5 squares it
         (ObjectiveConfig(name="loop", target_temperature=0.5), 0.6 - 0.1 / 0.14),
         (ObjectiveConfig(name="adist"), 0.6 - 0.75),
+        # times 1 - H(.75, .25) / log 2
+        (ObjectiveConfig(name="adist", confidence=True), (0.6 - 0.75) * 0.1887219),
         (ObjectiveConfig(name="adist", weight=2.0, target_temperature=0.5), 2 * (0.6 - 0.9)),
         (ObjectiveConfig(name="pdist", normalization="none", weight=3.0, scale=0.5), 1.5 * (0.6 - 0.1 / 0.14)),
     ],

@@ -83,11 +83,17 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_
                 config.weight,
                 config.temperature,
                 config.target_temperature,
+                config.confidence,
             )
         case "loop" | "adist":
             distil = loop if config.name == "loop" else adist
             loss, stats = distil(
-                outputs, config.reduction, config.weight, config.temperature, config.target_temperature
+                outputs,
+                config.reduction,
+                config.weight,
+                config.temperature,
+                config.target_temperature,
+                config.confidence,
             )
         case "inverse_cloze" | "independent_cropping":
             loss, stats = info_nce(outputs, config.temperature)

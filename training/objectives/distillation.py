@@ -6,8 +6,13 @@ published code sums over passages at every token (`token`). PDist is perplexity 
 and ADist are its leave-one-out and attention distillation, the latter after Izacard and Grave 2021, "Distilling
 Knowledge from Reader to Retriever", with the norms of the values. The targets are detached here, whatever graph they
 come with.
+
+A target is uniform where the generator cannot tell the passages apart: while it cannot read yet, or where none of them
+has the answer. Such a target has nothing to teach, but its divergence pulls as strongly as any, towards equal scores,
+that is, one vector for all passages. `confidence` weighs each question's divergence by 1 - H(target) / log K.
 """
 
+import torch
 from torch import Tensor
 
 from training.objectives.likelihoods import (
@@ -15,6 +20,7 @@ from training.objectives.likelihoods import (
     Stats,
     answer_lengths,
     answer_tokens,
+    entropies,
     entropy,
     mean_over_questions,
     mean_over_tokens,
@@ -51,6 +57,7 @@ def pdist(
     weight: float = 1.0,
     temperature: float = 1.0,
     target_temperature: float = 1.0,
+    confidence: bool = False,
 ) -> tuple[Tensor, Stats]:
     """-mean_t f + weight * KL(target || p) with target = sg(softmax_k(g / target_temperature)).
 
@@ -68,7 +75,7 @@ def pdist(
             pass
         case _:
             raise ValueError(f"objective.normalization={normalization!r}: allowed are length, none")
-    return _distil(gains, prior, outputs, reduction, weight, target_temperature)
+    return _distil(gains, prior, outputs, reduction, weight, target_temperature, confidence)
 
 
 def loop(
@@ -77,6 +84,7 @@ def loop(
     weight: float = 1.0,
     temperature: float = 1.0,
     target_temperature: float = 1.0,
+    confidence: bool = False,
 ) -> tuple[Tensor, Stats]:
     """As `pdist` with g = -mean_t f^(-k)_t: the fused loss without passage k, larger the more it is missed."""
     assert outputs.left_out is not None
@@ -84,7 +92,7 @@ def loop(
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
     totals = answer_tokens(outputs.left_out.detach(), outputs.answer_mask).sum(dim=-1)
     gains = -totals / answer_lengths(outputs.answer_mask).unsqueeze(-1)
-    return _distil(gains, prior, outputs, reduction, weight, target_temperature)
+    return _distil(gains, prior, outputs, reduction, weight, target_temperature, confidence)
 
 
 def adist(
@@ -93,19 +101,28 @@ def adist(
     weight: float = 1.0,
     temperature: float = 1.0,
     target_temperature: float = 1.0,
+    confidence: bool = False,
 ) -> tuple[Tensor, Stats]:
     """As `pdist` with g = what the answer's tokens take from passage k by attention (`Likelihoods.attention`)."""
     assert outputs.attention is not None
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
-    return _distil(outputs.attention.detach(), prior, outputs, reduction, weight, target_temperature)
+    return _distil(outputs.attention.detach(), prior, outputs, reduction, weight, target_temperature, confidence)
 
 
 def _distil(
-    gains: Tensor, prior: Tensor, outputs: Likelihoods, reduction: str, weight: float, target_temperature: float
+    gains: Tensor,
+    prior: Tensor,
+    outputs: Likelihoods,
+    reduction: str,
+    weight: float,
+    target_temperature: float,
+    confidence: bool,
 ) -> tuple[Tensor, Stats]:
     """-mean_t f + weight * KL(softmax_k(gains / target_temperature) || p); gains [batch, k] without gradient."""
     target = retrieval_log_probs(gains, outputs.passage_mask, target_temperature)
     divergence = kl_to_target(target, prior, outputs.passage_mask)
+    if confidence:
+        divergence = divergence * certainty(target, outputs.passage_mask)
     match reduction:
         case "batch":
             pass
@@ -115,6 +132,14 @@ def _distil(
             raise ValueError(f"objective.reduction={reduction!r}: allowed are batch, elements")
     loss, stats = _total(mean_over_questions(divergence, outputs.num_questions), weight, prior, outputs)
     return loss, stats | {"retrieval/target_entropy": entropy(target, outputs.passage_mask)}
+
+
+def certainty(target: Tensor, passage_mask: Tensor) -> Tensor:
+    """1 - H(target) / log K [batch], from 0 (uniform over the K real passages, or one alone) to 1; target [batch, k]
+    are log-probabilities."""
+    real = passage_mask.sum(dim=-1)
+    most = real.clamp(min=2).to(target.dtype).log()
+    return torch.where(real > 1, (1 - entropies(target, passage_mask) / most).clamp(0, 1), 0.0)
 
 
 def kl_to_target(target: Tensor, prior: Tensor, passage_mask: Tensor) -> Tensor:

@@ -103,5 +103,9 @@ def mean_over_questions(values: Tensor, num_questions: float | None) -> Tensor:
 @torch.no_grad()
 def entropy(log_probs: Tensor, passage_mask: Tensor) -> Tensor:
     """Mean entropy in nats of distributions [batch, k] over their real passages."""
-    terms = (log_probs.exp() * log_probs).masked_fill(~passage_mask, 0.0)
-    return -terms.sum(dim=-1).mean()
+    return entropies(log_probs, passage_mask).mean()
+
+
+def entropies(log_probs: Tensor, passage_mask: Tensor) -> Tensor:
+    """Entropy in nats, [batch], of each distribution [batch, k] over its real passages."""
+    return -(log_probs.exp() * log_probs).masked_fill(~passage_mask, 0.0).sum(dim=-1)
