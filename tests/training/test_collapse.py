@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.tiny_world import TinyWorld
 from training.loop import LoopState
-from training.measuring.collapse import WINDOW_STEPS, Collapsed, CollapseDetector
+from training.measuring.collapse import WINDOW_STEPS, Collapsed, CollapseDetector, remedy
 from training.settings import DecodingConfig, EvaluationConfig, MonitorConfig, ObjectiveConfig, TrainingConfig
 from training.stage import Stage
 
@@ -22,6 +22,28 @@ def window(detector: CollapseDetector, share: float, gold: float, k: int = 4) ->
     said = [detector.after_step(share * math.log(k), k, gold) for _ in range(WINDOW_STEPS)]
     assert said[:-1] == [None] * (WINDOW_STEPS - 1)
     return [text for text in said if text is not None]
+
+
+@pytest.mark.parametrize(
+    ("objective", "staleness", "first"),
+    [
+        (ObjectiveConfig(name="pdist"), 10.0, "Let a question count by how sure the reader is (objective.confidence"),
+        (ObjectiveConfig(name="adist", confidence=True), 10.0, "Warm up the reader (training.retriever_delay_steps)"),
+        (
+            ObjectiveConfig(name="grpo"),
+            10.0,
+            "Let a question count by how much its rewards differ (objective.",
+        ),
+        (ObjectiveConfig(name="reinforce", advantage="centered"), 10.0, "Warm up the reader"),
+        (
+            ObjectiveConfig(name="pdist"),
+            31.0,
+            "The hits are of weights 31 steps old: bound that (refresh.",
+        ),
+    ],
+)
+def test_what_is_advised_fits_the_objective(objective: ObjectiveConfig, staleness: float, first: str) -> None:
+    assert remedy(objective, staleness, refresh_every=20).startswith(first)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,30 @@ that is no collapse.
 import math
 from dataclasses import dataclass, field
 
+from training.settings import ObjectiveConfig
+
 WINDOW_STEPS = 20  # steps whose means are compared
 EXTREME = 0.01  # share of log(k) from either end that counts as single passage or as uniform
 RECALL_LOSS = 0.02  # below the start's recall by more than this
+STALE = 1.5  # times the steps between refreshes: hits older than that are named
 
 
 class Collapsed(ValueError):
     """Retrieval collapsed and training.on_collapse=stop; starting again from the last checkpoint would end alike."""
+
+
+def remedy(objective: ObjectiveConfig, staleness: float, refresh_every: int) -> str:
+    """What to set against a collapse: sentences without a full stop at the end. `staleness`: of the hits, in steps."""
+    advice = []
+    if staleness > STALE * refresh_every > 0:
+        late = f"The hits are of weights {staleness:.0f} steps old"
+        advice.append(f"{late}: bound that (refresh.max_staleness_steps) or encode faster (refresh.num_workers)")
+    if objective.name in ("pdist", "loop", "adist") and not objective.confidence:
+        advice.append("Let a question count by how sure the reader is (objective.confidence=true)")
+    elif objective.name in ("reinforce", "grpo") and objective.advantage != "centered":
+        advice.append("Let a question count by how much its rewards differ (objective.advantage=centered)")
+    advice.append("Warm up the reader (training.retriever_delay_steps), lower training.lr_retriever")
+    return ". ".join(advice)
 
 
 @dataclass

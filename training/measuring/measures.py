@@ -11,7 +11,7 @@ from training.feed import CorpusExamples
 from training.feeding.alignment import PairCollator
 from training.job import Parts
 from training.loop import LoopState
-from training.measuring.collapse import Collapsed, CollapseDetector
+from training.measuring.collapse import Collapsed, CollapseDetector, remedy
 from training.measuring.evaluate import Evaluation, Evaluator
 from training.measuring.held_out import HeldOut
 from training.measuring.needle import check_needle, needle_sweep
@@ -21,7 +21,6 @@ from training.objectives.choose import needs
 from training.reporting.jsonl import append_line
 
 PREDICTIONS_FILE, PAIRS_FILE = "predictions.jsonl", "preferences.jsonl"
-STALE = 1.5  # times the steps between refreshes: hits older than that are named where retrieval collapses
 
 
 class Measures:
@@ -154,15 +153,11 @@ class Measures:
         sign = self.parts.engine.broadcast_object(sign)
         if sign is None:
             return
-        advice = "Warm up the reader (training.retriever_delay_steps), lower training.lr_retriever"
-        if self.staleness > STALE * self.parts.job.publish_every > 0:
-            late = f"The hits are of weights {self.staleness:.0f} steps old"
-            advice = (
-                f"{late}: bound that (refresh.max_staleness_steps) or encode faster (refresh.num_workers). {advice}"
-            )
+        job = self.parts.job
+        advice = remedy(job.objective, self.staleness, job.publish_every)
         self.parts.monitor.message(f"step {step}: retrieval collapses: {sign}. {advice}")
         self.parts.monitor.event("retrieval_collapse", step=step, message=sign)
-        if self.parts.job.training.on_collapse == "stop":
+        if job.training.on_collapse == "stop":
             raise Collapsed(
                 f"retrieval collapses at step {step}: {sign} (training.on_collapse=stop). {advice}, or set "
                 "training.on_collapse=warn"
