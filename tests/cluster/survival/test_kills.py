@@ -127,13 +127,17 @@ def test_the_coordinator_dies_while_shards_stage(victim: Victim) -> None:
 
 def test_a_refresh_worker_dies(victim: Victim) -> None:
     """Its chunk is encoded by the one that takes its place."""
-    lost, process = len(victim.events("worker_lost")), process_of(victim.service.workers[0])
+
+    def deaths() -> int:  # on a busy machine its successor may also be late with a chunk, while it loads its libraries
+        return sum("took longer" not in event["why"] for event in victim.events("worker_lost"))
+
+    lost, process = deaths(), process_of(victim.service.workers[0])
     with victim.checker(bound_s=10.0):
         version = victim.publish()
         wait_until(lambda: status_of(victim.shards[1]).staged_rows, "staged rows")
         kill(victim.service.workers[0])
         victim.await_version(version)
-    assert len(victim.events("worker_lost")) == lost + 1
+    assert deaths() == lost + 1
     assert process_of(victim.service.workers[0]) != process
 
 
