@@ -76,25 +76,11 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_
         case "emdr2":
             loss, stats = emdr2(outputs, config.level, config.weight, config.temperature)
         case "pdist":
-            loss, stats = pdist(
-                outputs,
-                config.normalization,
-                config.reduction,
-                config.weight,
-                config.temperature,
-                config.target_temperature,
-                config.confidence,
-            )
-        case "loop" | "adist":
-            distil = loop if config.name == "loop" else adist
-            loss, stats = distil(
-                outputs,
-                config.reduction,
-                config.weight,
-                config.temperature,
-                config.target_temperature,
-                config.confidence,
-            )
+            loss, stats = pdist(outputs, config.normalization, *_distillation(config))
+        case "loop":
+            loss, stats = loop(outputs, *_distillation(config))
+        case "adist":
+            loss, stats = adist(outputs, *_distillation(config))
         case "inverse_cloze" | "independent_cropping":
             loss, stats = info_nce(outputs, config.temperature)
         case "dpo":
@@ -122,6 +108,11 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_
         stats |= {"loss/contrast": pairs.detach(), "retrieval/in_batch_accuracy": known["retrieval/in_batch_accuracy"]}
     touch = (0.0 * outputs.scores.masked_fill(~outputs.passage_mask, 0.0)).sum()
     return config.scale * (loss + touch), stats
+
+
+def _distillation(config: ObjectiveConfig) -> tuple[str, float, float, float, bool]:
+    """What pdist, loop and adist take alike."""
+    return config.reduction, config.weight, config.temperature, config.target_temperature, config.confidence
 
 
 def _candidates(outputs: Likelihoods) -> Candidates:

@@ -139,17 +139,15 @@ def advantages(rewards: Tensor, advantage: str = "normalized") -> Tensor:
     size), or R - mean (`advantage` centered), in which a group whose rewards hardly differ counts hardly (Liu et al.
     2025, "Understanding R1-Zero-Like Training", section 3.2). Exactly 0 in a group of equal rewards, which rounding of
     the mean must not turn into a preference."""
-    mean = rewards.mean(dim=-1, keepdim=True)
-    deviation = rewards.std(dim=-1, keepdim=True, correction=0)
     equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
+    centered = (rewards - rewards.mean(dim=-1, keepdim=True)).masked_fill(equal, 0.0)
     match advantage:
         case "normalized":
-            scale = deviation + EPSILON
+            return centered / (rewards.std(dim=-1, keepdim=True, correction=0) + EPSILON)
         case "centered":
-            scale = torch.ones_like(deviation)
+            return centered
         case _:
             raise ValueError(f"objective.advantage={advantage!r}: allowed are normalized, centered")
-    return ((rewards - mean) / scale).masked_fill(equal, 0.0)
 
 
 def sample_log_probs(outputs: Candidates, temperature: float, of_reference: bool = False) -> tuple[Tensor, Tensor]:
