@@ -44,7 +44,7 @@ from indexing.questions import QuestionStore
 from indexing.store import Store
 from training.data import Collator, Stream, encode_questions
 from training.engine import Engine
-from training.engine_setup import concrete_precision
+from training.engine_setup import multiplies_bf16
 from training.feeding.sources import RetrievedBatches
 from training.models.batches import RetrievalBatch
 from training.models.build import parameter_groups
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
-    parser.add_argument("--precisions", nargs="+", default=sorted({"fp32", concrete_precision("auto")}, reverse=True))
+    parser.add_argument("--precisions", nargs="+", default=["fp32", *["bf16_autocast"] * multiplies_bf16()])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()

@@ -61,7 +61,7 @@ class Engine(Ranks):
         self._trained = [name for name in self._group_names if parameter_groups[name]]
         check_groups(module, {name: parameter_groups[name] for name in self._trained})
         super().__init__(config.timeout_s)
-        config = replace(config, precision=self.broadcast_object(concrete_precision(config.precision)))
+        config = replace(config, precision=self.broadcast_object(concrete_precision(config.precision, module)))
         self.config = config
         self._parameters = {name: list(parameter_groups[name]) for name in self._trained}
         self._engine: Any = None

@@ -243,7 +243,7 @@ class EngineConfig:
 
     zero_stage: int = 0
     # fp32 | bf16 (16-bit weights, fp32 masters) | bf16_autocast (fp32 weights, 16-bit compute) | auto (bf16_autocast
-    # where the trainers' processor multiplies in bf16, else fp32)
+    # where the trainers' GPU has products of bf16, or their CPU has and the matrices are wide; else fp32)
     precision: str = "fp32"
     gradient_accumulation: int = 1
     clip_norm: float = 1.0  # of retriever and of generator, separately; 0: none
