@@ -4,9 +4,10 @@
 
 Raw: `IndexFlatIP.search` in this process, FAISS's BLAS threshold tuned; the faster of one OpenMP thread and of shards x
 threads. Sharded: `IndexClient.submit(...).result()` over shard actors with `threads` each: calls, search, exact
-re-scoring, merge. All answer the same batches of 16 queries, k 20, 384 dimensions, taking turns; medians count, in
-milliseconds. Prints a table, then one JSON line; `ratio_to_raw_200k` is sharded / raw time at 200,000 vectors (1: as
-fast; 2: half as fast). A million vectors (`--sizes 1000000`) take 3.1 GB, in both ways together.
+re-scoring, merge. Halves: the same with `index.products=bfloat16`, where the processor has such products. All answer
+the same batches of 16 queries, k 20, 384 dimensions, taking turns; medians count, in milliseconds. Prints a table, then
+one JSON line; `ratio_to_raw_200k` is sharded / raw time at 200,000 vectors (1: as fast; 2: half as fast),
+`halves_to_raw_200k` that of halves. A million vectors (`--sizes 1000000`) take 5.4 GB, in all ways together.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from cluster.search import IndexAddress, IndexClient  # noqa: E402
 from indexing.library import load_faiss  # noqa: E402
 from indexing.settings import IndexConfig  # noqa: E402
 from indexing.shard import shard_ranges  # noqa: E402
+from training.engine_setup import processor_multiplies_bf16  # noqa: E402
 
 DIM, BATCH, K = 384, 16, 20
 SIZES = "25000,200000"
@@ -42,14 +44,16 @@ def random_vectors(count: int, seed: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def start_shards(vectors: np.ndarray, num_shards: int, threads: int) -> tuple[IndexClient, list]:
+def start_shards(
+    vectors: np.ndarray, num_shards: int, threads: int, products: str = "float32"
+) -> tuple[IndexClient, list]:
     """Shard actors that serve `vectors`, and a client of them."""
-    names = tuple(f"shards-{len(vectors)}-{number}" for number in range(num_shards))
+    names = tuple(f"shards-{products}-{len(vectors)}-{number}" for number in range(num_shards))
     remote = ray.remote(concurrency_groups=SHARD_THREADS)(ShardActor)  # pyright: ignore[reportCallIssue]
     actors = []
     for number, (start, stop) in enumerate(shard_ranges(len(vectors), num_shards)):
         options = {"name": names[number], "namespace": NAMESPACE, "num_cpus": 0}
-        actor = remote.options(**options).remote(number, start, stop, IndexConfig(), threads)
+        actor = remote.options(**options).remote(number, start, stop, IndexConfig(products=products), threads)
         for begin in range(start, stop, BLOCK):
             ray.get(actor.stage.remote(1, 0, begin, vectors[begin : min(begin + BLOCK, stop)]))
         ray.get(actor.prepare.remote(1))
@@ -59,7 +63,7 @@ def start_shards(vectors: np.ndarray, num_shards: int, threads: int) -> tuple[In
 
 
 def measure(vectors: np.ndarray, num_shards: int, threads: int, repeats: int) -> dict[str, float]:
-    """Median and 99th percentile of both ways, milliseconds a batch."""
+    """Median of each way and 99th percentile of the sharded one, milliseconds a batch."""
     faiss = load_faiss()
     faiss.cvar.distance_compute_blas_threshold = 20
     raw = faiss.IndexFlatIP(DIM)
@@ -75,6 +79,10 @@ def measure(vectors: np.ndarray, num_shards: int, threads: int, repeats: int) ->
         "raw n": partial(raw_search, num_shards * threads),
         "sharded": lambda queries: client.submit(queries, K).result(),
     }
+    half_actors = []
+    if processor_multiplies_bf16():
+        half_client, half_actors = start_shards(vectors, num_shards, threads, "bfloat16")
+        ways["halves"] = lambda queries: half_client.submit(queries, K).result()
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(-2, repeats):
         queries = random_vectors(BATCH, 1000 + repeat)
@@ -83,7 +91,7 @@ def measure(vectors: np.ndarray, num_shards: int, threads: int, repeats: int) ->
             way(queries)
             if repeat >= 0:
                 times[name].append(1000 * (time.perf_counter() - begin))
-    for actor in actors:
+    for actor in [*actors, *half_actors]:
         ray.kill(actor)
     medians = {name: statistics.median(values) for name, values in times.items()}
     medians["raw"] = min(medians["raw 1"], medians["raw n"])
@@ -99,14 +107,21 @@ def main() -> None:
     arguments = parser.parse_args()
     connection = session.start_or_join(NAMESPACE, object_store_bytes=2**29, log_to_driver=False)
     print(f"{BATCH} queries x {DIM}, k {K}, {arguments.shards} shards x {arguments.threads} threads; ms a batch")
-    print(f"{'vectors':>10} {'raw 1':>8} {'raw n':>8} {'sharded':>8} {'p99':>8} {'sharded / raw':>14}")
+    print(
+        f"{'vectors':>10} {'raw 1':>8} {'raw n':>8} {'sharded':>8} {'p99':>8} {'sharded / raw':>14}"
+        f" {'halves':>8} {'halves / raw':>13}"
+    )
     ratios = {}
     try:
         for size in map(int, arguments.sizes.split(",")):
             row = measure(random_vectors(size, 0), arguments.shards, arguments.threads, arguments.repeats)
             ratio = ratios[f"ratio_to_raw_{size // 1000}k"] = row["sharded"] / row["raw"]
             columns = " ".join(f"{row[name]:>8.2f}" for name in ("raw 1", "raw n", "sharded", "p99"))
-            print(f"{size:>10,} {columns} {ratio:>14.2f}")
+            line = f"{size:>10,} {columns} {ratio:>14.2f}"
+            if "halves" in row:
+                ratio = ratios[f"halves_to_raw_{size // 1000}k"] = row["halves"] / row["raw"]
+                line += f" {row['halves']:>8.2f} {ratio:>13.2f}"
+            print(line)
     finally:
         connection.stop()
     print(json.dumps({name: round(ratio, 3) for name, ratio in ratios.items()}))

@@ -31,6 +31,7 @@ from cluster.snapshots import IndexIdentity, Snapshots, Wish
 from indexing.build import bad_rows
 from indexing.changes import ChangeLog
 from indexing.encode import encode_numbers
+from indexing.exhaustive import offer
 from indexing.filters import Filter
 from indexing.live import LiveStore
 from indexing.merge import ShardHits, ShardIndexed
@@ -72,6 +73,8 @@ class ShardActor:
         """`store`, and `corpus`, the folder of its changes: where the passages' metadata lie, for searches with a
         filter."""
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before FAISS is imported, which reads it once
+        if config.products == "bfloat16":
+            offer_half_products(threads)
         metadata = None if store is None else MetadataColumns(store, start, stop, number, config.num_shards, corpus)
         self._shard = Shard(number, start, stop, config, metadata=metadata)
 
@@ -234,6 +237,18 @@ class RefreshWorkerActor:
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
             vectors = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
         return vectors.float().cpu().numpy()
+
+
+def offer_half_products(threads: int) -> None:
+    """Have this process search by products of bfloat16, where its processor has them."""
+    import torch
+
+    from cluster.half_products import HalfProducts
+    from training.engine_setup import processor_multiplies_bf16
+
+    torch.set_num_threads(threads)
+    if processor_multiplies_bf16():
+        offer(HalfProducts)
 
 
 def _step_back(threads: int) -> None:

@@ -50,15 +50,15 @@ class IndexKind:
         return self.factory in ("Flat", "SQfp16")
 
 
-def index_kind(factory: str, dim: int, rescored: bool = False) -> IndexKind:
-    """The numbers of a factory string for vectors of `dim` numbers; `rescored`: with the float16 vectors beside it that
-    index.rescore_candidates needs. Raises ValueError for one that is not known.
+def index_kind(factory: str, dim: int, halves: bool = False) -> IndexKind:
+    """The numbers of a factory string for vectors of `dim` numbers; `halves`: with 16-bit vectors beside it, as
+    index.rescore_candidates and index.products=bfloat16 need them. Raises ValueError for one that is not known.
 
     Bytes as https://github.com/facebookresearch/faiss/wiki/Faiss-indexes has them.
     """
     parts = factory.split(",")
     lists = links = sub_quantizers = codewords = 0
-    beside, fixed = 2.0 * dim * rescored, 0.0
+    beside, fixed = 2.0 * dim * halves, 0.0
     code: float | None = None
     if re.fullmatch(r"OPQ[1-9]\d*", parts[0]):  # a rotation before everything else
         parts, fixed = parts[1:], dim * dim * FLOAT

@@ -13,6 +13,7 @@ what there is of it, so that the trainers fail too, and its own error is the one
 import hashlib
 import json
 import logging
+import pickle
 import sys
 import threading
 import time
@@ -249,7 +250,6 @@ def _trainer(
     job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan
 ) -> "TorchTrainer":
     """One attempt, not started yet."""
-    from ray import cloudpickle
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -257,7 +257,7 @@ def _trainer(
     resources = {"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {})
     return TorchTrainer(
         _train_loop,
-        train_loop_config={"told": cloudpickle.dumps((job, service))},  # bytes: the controller need not import torch
+        train_loop_config={"told": pickle.dumps((job, service))},  # bytes: the controller need not import torch
         scaling_config=ScalingConfig(num_workers=seat.number, use_gpu=seat.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",
@@ -280,12 +280,11 @@ def _train_loop(config: dict[str, Any]) -> None:
 
     import ray.train
     import torch
-    from ray import cloudpickle
 
     from training.stage import Stage
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    job, service = cloudpickle.loads(config["told"])
+    job, service = pickle.loads(config["told"])
     context = ray.train.get_context()
     if torch.cuda.is_available():
         torch.cuda.set_device(context.get_local_rank())

@@ -92,7 +92,7 @@ def work_of(
         fused=needed.fused,
         uses_index=uses_index(settings),
         factory=settings.index.factory,
-        rescored=settings.index.rescore_candidates > 0,
+        halves=settings.index.rescore_candidates > 0 or settings.index.products == "bfloat16",
         index_on_gpu=settings.index.device == "gpu",
         nprobe=settings.index.nprobe,
         training_sample=settings.index.training_sample,

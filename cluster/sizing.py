@@ -41,7 +41,7 @@ class Work:
     fused: bool
     uses_index: bool
     factory: str
-    rescored: bool  # index.rescore_candidates: float16 vectors beside the index
+    halves: bool  # 16-bit vectors beside the index: index.rescore_candidates, index.products
     index_on_gpu: bool
     nprobe: int
     training_sample: int
@@ -153,7 +153,7 @@ class Costs:
 
 def shard_bytes(work: Work, shards: int) -> estimate.ShardBytes:
     """Of the largest of `shards` shards."""
-    kind = estimate.index_kind(work.factory, work.dim, work.rescored)
+    kind = estimate.index_kind(work.factory, work.dim, work.halves)
     rows = math.ceil(work.passages / max(1, shards))
     return estimate.shard_bytes(kind, rows, work.dim, work.training_sample, work.index_on_gpu)
 
@@ -244,7 +244,7 @@ def ray_seconds(counts: Counts) -> float:
 
 def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
     """One batch in the slowest shard: shards work side by side, as far as there are processors for them."""
-    kind = estimate.index_kind(work.factory, work.dim, work.rescored)
+    kind = estimate.index_kind(work.factory, work.dim, work.halves)
     rows = math.ceil(work.passages / max(1, counts.shards))
     on_gpu = work.index_on_gpu and machines.device is not None
     scan, coarse, read = estimate.search_work(kind, rows, work.dim, work.batch, work.nprobe, on_gpu)
@@ -262,7 +262,7 @@ def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
 
 def build_seconds(work: Work, machines: Machines, counts: Counts) -> float:
     """From staged vectors to prepared indexes, all shards beside each other."""
-    kind = estimate.index_kind(work.factory, work.dim, work.rescored)
+    kind = estimate.index_kind(work.factory, work.dim, work.halves)
     rows = math.ceil(work.passages / max(1, counts.shards))
     flops, copied = estimate.build_work(kind, rows, work.dim, work.training_sample)
     host, threads, here = machines.host, shard_threads(machines, counts), shards_here(counts)

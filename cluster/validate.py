@@ -11,7 +11,7 @@ from cluster.refusal import refuse
 from cluster.settings import Settings
 from cluster.values import CONTRASTIVE, check_values
 from indexing.filters import parse_filter
-from indexing.kinds import check_gpu_kind, parse
+from indexing.kinds import check_gpu_kind, check_products, parse
 from indexing.settings import IndexConfig
 from training.feeding.mixture import contrasted, mixture, pretrains
 from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
@@ -220,6 +220,7 @@ def _check_index(settings: Settings) -> None:
     kind = parse(index.factory)
     if index.device == "gpu":
         check_gpu_kind(kind)
+    check_products(index.products, kind, index.device)
     parse_filter(settings.retrieval.where)
     if 0 < index.rescore_candidates < k:
         allowed = f"must be 0 (off) or at least retrieval.k={k}: proposals are scored again and cut to k"

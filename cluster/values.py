@@ -7,6 +7,7 @@ from difflib import get_close_matches
 
 from cluster.refusal import refuse
 from cluster.settings import Settings
+from indexing.kinds import PRODUCTS
 from training.objectives.check import PREFERENCE, SAMPLING
 from training.refreshing.policy import POLICIES
 
@@ -44,6 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "reranker.mode": ("off", "add", "replace"),
     "reranker.attention": ("auto", "eager", "sdpa", "flash_attention_2"),
     "index.device": ("cpu", "gpu"),
+    "index.products": PRODUCTS,
     "index.on_slow": ("wait", "hedge", "refuse"),
     "refresh.precision": ("float32", "bfloat16"),
     "refresh.policy": POLICIES,

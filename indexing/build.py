@@ -1,14 +1,12 @@
 """Vectors to a FAISS index, from one factory string (`indexing/kinds.py`), on CPU or GPU.
 
 Scores are inner products. An exhaustive index (`Flat`, `SQfp16`) on CPU answers exactly, ties by row, also under a
-filter: FAISS proposes a few candidates more than asked for, they are scored again independently of batch and matrix
-shapes (`indexing/exact.py`), and where a rounding error could hide a better row the query is searched by brute force.
-A compressed index proposes `index.rescore_candidates`, which are scored again the same way from float16 vectors beside
-it: 2 bytes a number in memory while the generation is new, a memory map once it was read from disk.
+filter (`indexing/exhaustive.py`). A compressed index proposes `index.rescore_candidates`, which are scored again from
+float16 vectors beside it: 2 bytes a number in memory while the generation is new, a memory map once it was read from
+disk.
 """
 
 import errno
-import math
 import os
 import secrets
 from pathlib import Path
@@ -18,9 +16,10 @@ import numpy as np
 
 from indexing.adding import add_to_lists
 from indexing.approximate import Approximate
-from indexing.exact import score_pairs, search_exactly
-from indexing.kinds import Kind, check_dim, check_kind, parse
-from indexing.library import check_faiss_install, check_gpu, load_faiss, selector, tune_blas, whole_vectors
+from indexing.exact import score_pairs
+from indexing.exhaustive import Exhaustive
+from indexing.kinds import Kind, check_dim, check_kind, check_products, parse
+from indexing.library import check_faiss_install, check_gpu, load_faiss, whole_vectors
 from indexing.merge import best_first
 from indexing.raw import empty_index, exhaustive_on_cpu, exhaustive_on_gpu, to_gpu
 from indexing.settings import IndexConfig
@@ -28,8 +27,6 @@ from indexing.snapshot import sync_directory, write_file
 
 __all__ = ["Index", "bad_rows", "build_index", "check_config", "check_faiss_install", "check_vectors", "load_faiss"]
 
-SPARE_CANDIDATES = 16  # that FAISS proposes beyond k
-WIDE_FILTER = 0.5  # share of rows: with more allowed, proposals that are not are dropped; with fewer FAISS skips them
 FLOAT16_MAX = 65504.0
 HALVES = ".f16"  # ending of the file with the float16 vectors beside an index
 
@@ -46,8 +43,9 @@ class Index:
         self.halves = halves
         self._approximate = Approximate(faiss_index, self.kind, config.device, config.nprobe, config.ef_search)
         self._stored = None if config.device == "gpu" else _stored(faiss_index, self.kind)  # whole vectors, at hand
-        self._exhaustive = self._stored is not None and self.kind.exhaustive
-        self._largest_norm = _largest_norm(self._stored) if self._stored is not None and self._exhaustive else 0.0
+        self._exhaustive: Exhaustive | None = None
+        if self._stored is not None and self.kind.exhaustive:
+            self._exhaustive = Exhaustive(faiss_index, self._stored, config.products)
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The `k` best rows for each of float32 `queries` [batch, dim], of those that are true in `allowed`, bool
@@ -69,9 +67,8 @@ class Index:
         if count == self.num_vectors:
             allowed = None
         fine = self._stored if self.halves is None else self.halves
-        if self._exhaustive:
-            assert self._stored is not None
-            scores, rows = self._search_exhaustively(queries, columns, self._stored, allowed, count)
+        if self._exhaustive is not None:
+            scores, rows = self._exhaustive.search(queries, columns, allowed, count)
         elif fine is not None:
             candidates = min(max(columns, self._config.rescore_candidates), count)
             _, rows = self._approximate.search(queries, candidates, allowed)
@@ -87,9 +84,10 @@ class Index:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of vectors, lists and links, and of the float16 vectors beside them."""
+        """Memory of vectors, lists and links, and of the 16-bit vectors beside them."""
         kind, total = self.kind, self.num_vectors
         size = kind.code_bytes(self.dim) * total + (0 if self.halves is None else self.halves.nbytes)
+        size += 0 if self._exhaustive is None else self._exhaustive.num_bytes
         if kind.lists:
             size += 8 * total + 4 * kind.lists * self.dim
         if kind.links:
@@ -104,35 +102,6 @@ class Index:
                 f"allowed rows are {allowed.dtype} {allowed.shape}: needed is bool [{self.num_vectors}], one a vector"
             )
         return allowed, int(np.count_nonzero(allowed))
-
-    def _search_exhaustively(
-        self, queries: np.ndarray, k: int, stored: np.ndarray, allowed: np.ndarray | None, count: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        wanted, share = k + SPARE_CANDIDATES, count / self.num_vectors
-        parameters, reach = None, self.num_vectors  # what FAISS may propose
-        if allowed is not None and share >= WIDE_FILTER:
-            wanted = math.ceil(wanted / share) + SPARE_CANDIDATES
-        elif allowed is not None:
-            only, _bits = selector(allowed)
-            parameters, reach = load_faiss().SearchParameters(sel=only), count
-        num_candidates = min(wanted, reach)
-        tune_blas(self.dim)
-        proposed, rows = self._index.search(queries, num_candidates, params=parameters)
-        if rows.min() < 0:  # scores that overflow float32
-            return search_exactly(stored, queries, k, allowed)
-        scores = score_pairs(stored, queries, rows)
-        if allowed is not None and parameters is None:
-            dropped = ~allowed[rows]
-            scores[dropped], rows[dropped] = -np.inf, -1
-        scores, rows = best_first(scores, rows, k)
-        if num_candidates == reach:
-            return scores, rows
-        # A float32 inner product of dim terms is off by at most dim * 2^-24 * |q| |x| (Higham 2002, section 3.1).
-        error = 1.01 * self.dim * 2.0**-24 * np.linalg.norm(queries, axis=1) * self._largest_norm
-        unsure = np.flatnonzero(~(scores[:, -1] > proposed[:, -1] + 2 * error))
-        if len(unsure):
-            scores[unsure], rows[unsure] = search_exactly(stored, queries[unsure], k, allowed)
-        return scores, rows
 
     def write(self, path: str | Path) -> None:
         """Write the index as a FAISS file, atomically; a GPU index as its CPU twin. float16 vectors beside it go into
@@ -224,6 +193,7 @@ def check_config(config: IndexConfig, num_vectors: int) -> None:
         raise ValueError(f"index.rescore_candidates is {config.rescore_candidates}: allowed is 0 or more")
     if num_vectors < 1:
         raise ValueError("an index needs at least one vector")
+    check_products(config.products, parse(config.factory), config.device)
     check_kind(parse(config.factory), config.device, num_vectors, config.training_sample, config.rescore_candidates)
     if config.device == "gpu":
         check_gpu()
@@ -267,8 +237,3 @@ def _stored(index: Any, kind: Kind) -> np.ndarray | None:
     if kind.compressed or kind.lists:
         return None
     return whole_vectors(load_faiss().downcast_index(index.storage) if kind.links else index)
-
-
-def _largest_norm(vectors: np.ndarray) -> float:
-    blocks = (vectors[start : start + 65536].astype(np.float32) for start in range(0, len(vectors), 65536))
-    return float(np.sqrt(max(np.einsum("nd,nd->n", block, block, dtype=np.float64).max() for block in blocks)))

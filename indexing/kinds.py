@@ -13,6 +13,7 @@ from dataclasses import dataclass
 ALLOWED = "Flat, SQfp16, SQ8, PQm, IVFn,Flat|SQfp16|SQ8|PQm, HNSWn[,SQfp16|SQ8], and OPQm, before PQm or IVFn,PQm"
 EXHAUSTIVE = ("Flat", "SQfp16")  # as a whole: searched exactly
 COMPRESSED = ("SQ8", "PQ")
+PRODUCTS = ("float32", "bfloat16")  # that candidates of an exhaustive kind are found by
 GPU_PARTS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)  # of a PQ code in FAISS's GPU kernels
 MAX_LINKS = 512
 PQ_BITS = (4, 12)
@@ -106,6 +107,17 @@ def check_kind(kind: Kind, device: str, num_vectors: int, training_sample: int, 
         raise ValueError(
             f"index.rescore_candidates is {rescore_candidates}: allowed is 0 with index.factory {factory}, whose "
             "scores come from whole vectors already"
+        )
+
+
+def check_products(products: str, kind: Kind, device: str) -> None:
+    """Raise ValueError for products that no search of the kind makes use of."""
+    if products not in PRODUCTS:
+        raise ValueError(f"index.products is {products!r}: allowed are {', '.join(PRODUCTS)}")
+    if products != "float32" and not (kind.exhaustive and device == "cpu"):
+        raise ValueError(
+            f"index.products is {products}: allowed is float32 with index.factory {kind.factory} on {device}; it is "
+            f"{' and '.join(EXHAUSTIVE)} on cpu that it serves"
         )
 
 

@@ -76,6 +76,11 @@ def multiplies_bf16() -> bool:
     times slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return processor_multiplies_bf16()
+
+
+def processor_multiplies_bf16() -> bool:
+    """Whether products of bf16 are instructions of the CPU (AVX512-BF16, AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

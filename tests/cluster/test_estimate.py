@@ -51,7 +51,7 @@ def test_bytes_are_those_of_a_real_index(factory: str) -> None:
 
 
 def test_scored_again_costs_halves() -> None:
-    again, once = (index_kind("IVF100,PQ16", 64, rescored=rescored) for rescored in (True, False))
+    again, once = (index_kind("IVF100,PQ16", 64, halves=halves) for halves in (True, False))
     assert again.vector_bytes - once.vector_bytes == 2 * 64
     assert again.fixed_bytes == once.fixed_bytes
 

@@ -36,7 +36,7 @@ def work(**changes: object) -> Work:
     base = Work(
         passages=10**6, tokens=100.0, dim=768, encoder=encoder, reader=reader,
         trained=encoder.parameters + reader.parameters, frozen=0, published=encoder.parameters,
-        encodes_passages=True, fused=True, uses_index=True, factory="Flat", rescored=False, index_on_gpu=True,
+        encodes_passages=True, fused=True, uses_index=True, factory="Flat", halves=False, index_on_gpu=True,
         nprobe=16, training_sample=100_000, batch=8, accumulation=1, trainers=1, k=20, question_tokens=32,
         prompt_tokens=132.0, answer_tokens=16, checkpointing=(True, True), cached_passages=0,
         loss_chunk=512, zero_stage=2, offload=False,
