@@ -70,6 +70,7 @@ class World:
             "evaluation.max_questions=200",
             "stages.joint.evaluation.also=[]",
             "refresh.probe_questions=0",
+            "refresh.max_staleness_steps=0",  # every refresh is committed at once
             "checkpoint.every_steps=0",
             "checkpoint.index=false",
             "cluster.threads_per_trainer=1",
