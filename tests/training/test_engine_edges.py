@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.helpers.toy import (
     PLAIN,
@@ -34,6 +35,21 @@ CLIP = 0.05  # below every norm of the toy
 def nothing_persistent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this, ZeRO 3 would keep the toy whole on every rank."""
     monkeypatch.setattr(engine_setup, "PERSISTENT_ELEMENTS", 0)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "has_products", "expected"), [(128, True, "fp32"), (768, True, "bf16_autocast"), (768, False, "fp32")]
+)
+def test_automatic_precision_goes_by_the_processor_and_the_width(
+    hidden: int, has_products: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedding and the narrow head do not decide: it is the matrix in the middle that does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine_setup, "processor_multiplies_bf16", lambda: has_products)
+    layers = [nn.Embedding(3000, hidden), nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)]
+    module = nn.Sequential(*layers, nn.Linear(hidden, 1))
+    assert engine_setup.concrete_precision("auto", module) == expected
+    assert engine_setup.concrete_precision("bf16", module) == "bf16"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
