@@ -150,12 +150,11 @@ def train(
         # Hand out the encoder where it is time; the index follows by itself.
         drift = hooks.refresh(state, window.fetched, timer) if hooks.refresh is not None else {}
         if service is not None and hooks.max_staleness_steps:
-            _wait_if_stale(service, state, hooks, monitor)
+            _wait_if_stale(service, state, hooks, monitor, retriever_waits(config))
 
         # Log.
-        metrics = step_metrics(
-            window, state, step_times(timer, begin), service.status() if service is not None else None
-        )
+        status = service.status() if service is not None else None
+        metrics = step_metrics(window, state, step_times(timer, begin), status, retriever_waits(config))
         metrics |= drift
         if hooks.passages_fixed and "index/staleness_steps" in metrics:
             metrics |= {"index/staleness_steps": 0, "index/staleness_max_steps": 0}
@@ -204,11 +203,11 @@ def _between_steps(state: LoopState, hooks: Hooks, timer: Timer) -> None:
             hooks.save(state)
 
 
-def _wait_if_stale(service: IndexService, state: LoopState, hooks: Hooks, monitor: Monitor) -> None:
+def _wait_if_stale(service: IndexService, state: LoopState, hooks: Hooks, monitor: Monitor, still: int) -> None:
     """Training waits for a refresh here and nowhere else. Every passage's own vector counts: after partial refreshes
-    it is the one encoded longest ago, and a whole refresh that is waited for."""
+    it is the one encoded longest ago, and a whole refresh that is waited for. Up to step `still` no vector ages."""
     oldest = state.step - hooks.max_staleness_steps
-    if oldest <= 0 or service.status().oldest >= oldest:
+    if oldest <= still or service.status().oldest >= oldest:
         return
     monitor.message(f"step {state.step}: waits for an index of step {oldest} or newer (refresh.max_staleness_steps)")
     state.blocked_steps += 1
@@ -224,9 +223,9 @@ def step_times(timer: Timer, begin: float) -> dict[str, float]:
 
 
 def step_metrics(
-    window: Window, state: LoopState, times: dict[str, float], status: IndexStatus | None
+    window: Window, state: LoopState, times: dict[str, float], status: IndexStatus | None, still: int = 0
 ) -> dict[str, float]:
-    """Everything that is known of one optimiser step, by metric key."""
+    """Everything that is known of one optimiser step, by metric key. Up to step `still` the encoders did not change."""
     fetched, seconds = window.fetched, times["time/step_s"]
     waited = sum(f.search_wait_s for f in fetched)
     metrics = window.means()
@@ -251,8 +250,8 @@ def step_metrics(
             "time/search_wait_share": waited / seconds,
             "retrieval/gold_in_k": sum(f.gold_in_k for f in used) / len(used),
             "index/generation": max(f.generation or 0 for f in used),
-            "index/staleness_steps": state.step - 1 - mean_version,
-            "index/staleness_max_steps": state.step - 1 - oldest_version,
+            "index/staleness_steps": max(0.0, state.step - 1 - max(mean_version, still)),
+            "index/staleness_max_steps": max(0, state.step - 1 - max(oldest_version, still)),
             "index/blocked_steps": state.blocked_steps,
         }
     if status is not None:
@@ -283,10 +282,16 @@ def index_metrics(figures: Figures) -> dict[str, float]:
     return metrics if figures.recall is None else {**metrics, "index/recall": figures.recall}
 
 
+def retriever_waits(config: TrainingConfig) -> int:
+    """How many optimiser steps the generator learns alone: so long the encoders stay what they were, and what they
+    encoded is not stale."""
+    return config.retriever_delay_steps if config.train in ("both", "query_only") else 0
+
+
 def learning_rates(config: TrainingConfig, step: int) -> dict[str, float]:
     """Learning rate of each group in optimiser step `step + 1`: linear warm-up, then linear to zero or constant; the
     retriever's begins after `training.retriever_delay_steps`, where both train, and ends with the other's."""
-    delay = config.retriever_delay_steps if config.train in ("both", "query_only") else 0
+    delay = retriever_waits(config)
     return {
         "retriever": config.lr_retriever * _schedule(config, step - delay, config.steps - delay),
         "generator": config.lr_generator * _schedule(config, step, config.steps),

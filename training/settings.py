@@ -228,7 +228,8 @@ class TrainingConfig:
     lr_generator: float = 2e-3
     warmup_steps: int = 20
     # Steps in which the generator learns alone, before the retriever's warm-up begins: for objectives that hand it the
-    # reader's verdict (pdist, loop, adist, reinforce), which is noise until the reader can read
+    # reader's verdict (pdist, loop, adist, reinforce), which is noise until the reader can read; nothing is refreshed
+    # meanwhile
     retriever_delay_steps: int = 0
     schedule: str = "linear"  # linear (to zero) | constant
     log_every: int = 1

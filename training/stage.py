@@ -27,7 +27,7 @@ from training.feed import CorpusExamples, make_probe, make_source
 from training.feeding.mixture import pretrains
 from training.feeding.reference import Reference, build_reference, initial_copy
 from training.job import Parts, StageJob
-from training.loop import Hooks, LoopState, Source, publish, train
+from training.loop import Hooks, LoopState, Source, publish, retriever_waits, train
 from training.measuring.measures import Measures
 from training.models.build import build_system, built_parts, fit_weights, parameter_groups
 from training.models.tokenizers import load_tokenizer
@@ -158,7 +158,8 @@ class Stage:
             return None
         plan = replace(self.job.plan, every_steps=self.job.publish_every, precision=self.job.publish_precision)
         probe = make_probe(self.parts, self.corpus) if plan.probe_questions else None
-        freshness = Freshness(plan, self.engine, self.service, self.monitor, probe, len(self.store))
+        still = retriever_waits(self.job.training)
+        freshness = Freshness(plan, self.engine, self.service, self.monitor, probe, len(self.store), still)
         freshness.begin(self.state, (loader_state or {}).get("freshness"))
         return freshness
 

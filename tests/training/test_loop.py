@@ -15,7 +15,18 @@ import torch
 from indexing.probe import UNKNOWN, Figures
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
-from training.loop import Fetched, Hooks, LoopState, Source, Window, index_metrics, learning_rates, step_metrics, train
+from training.loop import (
+    Fetched,
+    Hooks,
+    LoopState,
+    Source,
+    Window,
+    index_metrics,
+    learning_rates,
+    retriever_waits,
+    step_metrics,
+    train,
+)
 from training.models.batches import ContrastBatch
 from training.models.encoder import passage_state
 from training.models.weights import from_numpy, to_numpy
@@ -119,8 +130,8 @@ class Run:
 
     def every(self, steps: int, precision: str = "float32") -> Callable[..., dict[str, float]]:
         """A refresh every so many steps."""
-        plan = RefreshPlan(every_steps=steps, precision=precision)
-        return Freshness(plan, self.stage.engine, self.index, self.stage.monitor).after_step
+        plan, still = RefreshPlan(every_steps=steps, precision=precision), retriever_waits(self.stage.job.training)
+        return Freshness(plan, self.stage.engine, self.index, self.stage.monitor, still=still).after_step
 
     def train(self, hooks: Hooks, source: Source | None = None) -> LoopState:
         stage, job = self.stage, self.stage.job
@@ -231,6 +242,25 @@ def test_training_waits_for_a_refresh_only_when_staleness_is_bounded(make_run):
     assert bounded.rows()[-1]["index/blocked_steps"] == 2
     # Batches searched ahead (one here) are older by as many steps.
     assert max(row["index/staleness_steps"] for row in bounded.rows()) <= 3 + 1
+
+
+def test_while_the_retriever_waits_for_its_reader_nothing_is_encoded_again(make_run):
+    """The index is what the encoders would make of the corpus, so that it is neither stale nor waited for."""
+    run = make_run({"manual": True}, training=TrainingConfig(steps=8, batch_size=2, retriever_delay_steps=5))
+    before = {name: weight for name, weight in run.weights().items() if name.startswith("retriever.")}
+    checked = list[int]()
+
+    def unchanged(step: int) -> None:
+        weights = run.weights()
+        if 0 < step < 8:
+            assert all(torch.equal(weights[name], weight) for name, weight in before.items())
+            checked.append(step)
+
+    run.train(Hooks(refresh=run.every(2), max_staleness_steps=2, evaluate=unchanged, evaluate_every=5))
+    assert checked == [5]
+    assert run.index.published == [0, 6, 8]
+    assert [row["index/staleness_steps"] for row in run.rows()] == [0, 0, 0, 0, 0, 0, 1, 2]
+    assert run.index.waited_for == [6]
 
 
 def test_a_wait_that_cannot_end_is_an_error(make_run):

@@ -29,11 +29,13 @@ class Freshness:
         monitor: Monitor,
         probe: DriftProbe | None = None,
         num_numbers: int = 0,
+        still: int = 0,
     ) -> None:
         """`probe`: None measures no drift. `num_numbers`: passage numbers given so far, of which a filter may let the
-        index return fewer (0: the index has them all)."""
+        index return fewer (0: the index has them all). `still`: up to this step the encoders do not change, and nothing
+        is asked for."""
         self.plan, self.engine, self.service, self.monitor, self.probe = plan, engine, service, monitor, probe
-        self._num_numbers = num_numbers or service.num_passages
+        self._num_numbers, self._still = num_numbers or service.num_passages, still
         self.heat = Heat(self._num_numbers, engine) if plan.partial else None
         self._failures = 0  # of refreshes, when the newest one was asked for
 
@@ -57,7 +59,7 @@ class Freshness:
             for one in fetched:
                 if one.passages is not None:
                     self.heat.read(one.passages)
-        if not (self.plan.is_due(state.step) or self.plan.is_checked(state.step)):
+        if state.step <= self._still or not (self.plan.is_due(state.step) or self.plan.is_checked(state.step)):
             return {}
         drift = None
         if self.probe is not None:
