@@ -49,8 +49,8 @@ class Exhaustive:
         """`stored`: the index's own vectors, float32 or float16 [n, dim]."""
         self._index, self._stored = index, stored
         self._largest_norm = _largest_norm(stored)
-        halves = products == "bfloat16" and _make_proposer is not None
-        self._proposer = _make_proposer(stored) if halves and _make_proposer is not None else None
+        make = _make_proposer if products == "bfloat16" else None
+        self._proposer = None if make is None else make(stored)
 
     @property
     def num_bytes(self) -> int:
