@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 BLOCK_SCORES = 1 << 20  # of a product that is looked through at a time
+BLOCK_ROWS = 1 << 14  # that are rounded at a time
 FIRST_ROWS = 8192  # that give the first candidates, by sorting
 GROUP = 64  # rows with one maximum
 SPARE = 108  # candidates beyond k: unit vectors of 384 numbers are then told apart among millions
@@ -29,11 +30,11 @@ class HalfProducts:
         self.spare_candidates, self.num_bytes = SPARE, 2 * vectors.size
         self._halves = torch.empty(vectors.shape, dtype=torch.bfloat16)
         self._largest = self._error = 0.0  # norms: of a vector as it is kept, and of what its rounding took
-        for start in range(0, len(vectors), 1 << 16):
-            block = torch.from_numpy(vectors[start : start + (1 << 16)].astype(np.float32))
-            kept = self._halves[start : start + len(block)].copy_(block).float()
+        for start in range(0, len(vectors), BLOCK_ROWS):
+            block = torch.from_numpy(vectors[start : start + BLOCK_ROWS].astype(np.float32))
+            kept = self._halves[start : start + len(block)].copy_(block).double()  # squares of tiny numbers vanish
             self._largest = max(self._largest, float(kept.norm(dim=1).max()))
-            self._error = max(self._error, float((block - kept).norm(dim=1).max()))
+            self._error = max(self._error, float((kept - block).norm(dim=1).max()))
 
     def propose(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         """As the protocol says. Raises nothing of its own: where products overflow, the ceiling is infinite."""
