@@ -3,9 +3,9 @@
     python -m benchmarks.partial [--seeds 3] [--people 300] [--steps 200] [--arms NAME ...]
 
 The quickstart's stage `joint` in this process, on a smaller world and from one warm start a seed, with an index of real
-shards that commits a refresh as soon as it is asked for. Every arm but the last two encodes a fiftieth of the corpus a
-step. `whole 10` encodes five times as many and is what more budget would bring; `rescore 4` encodes no more
-for the index, but 16 candidates a question in the trainer.
+shards that commits a refresh as soon as it is asked for. Every arm but `whole 10` encodes a fiftieth of the corpus a
+step for the index; `whole 10` encodes five times as many and is what more budget would bring. `rescore 4` encodes 16
+candidates a question in the trainer besides.
 
 In service: recall@1 of held-out questions in the index as it serves, mean of the evaluations while training (every 29
 steps, so that they meet the index at all ages). Final: recall@1 and exact match at the end, in an index of the last
@@ -37,6 +37,12 @@ ARMS: dict[str, list[str]] = {
     "whole 50": ["refresh.every_steps=50"],
     "partial 20% 10": ["refresh.every_steps=10", "refresh.partial=0.2", "refresh.whole_every=0"],
     "partial 10% 10, whole 100": ["refresh.every_steps=10", "refresh.partial=0.1", "refresh.whole_every=10"],
+    "partial 20% 10, rescore 4": [
+        "refresh.every_steps=10",
+        "refresh.partial=0.2",
+        "refresh.whole_every=0",
+        "retrieval.rescore=4",
+    ],
     "whole 10": ["refresh.every_steps=10"],
     "whole 50, rescore 4": ["refresh.every_steps=50", "retrieval.rescore=4"],
 }
