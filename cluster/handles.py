@@ -13,7 +13,7 @@ import numpy as np
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 
 from cluster.ports import Chunk, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost
 from cluster.processes import Place, end
@@ -131,7 +131,9 @@ class RayShard:
             raise own_error(error) from error
         except RayError as error:
             self.actor.place = None
-            raise ShardLost(f"{self._name}: {type(error).__name__} in {method}") from error
+            # A stopped process takes no new connection: who has none yet is told that it is unavailable.
+            silent = isinstance(error, ActorUnavailableError)
+            raise ShardLost(f"{self._name}: {type(error).__name__} in {method}", silent=silent) from error
 
 
 def ray_shard(

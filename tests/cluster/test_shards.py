@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
+from cluster.handles import NamedActor, RayShard
 from cluster.ports import RefreshFailed, ShardLost
 from tests.cluster.fakes import World, weights
 
@@ -52,3 +54,20 @@ def test_a_silent_shard_is_a_bounded_wait(tmp_path: Path) -> None:
     with pytest.raises(RefreshFailed, match="index shard 2 did not come back within 0 s"):
         coordinator.shards.wait(0.1)
     assert not world.calls("restart")
+
+
+@pytest.mark.parametrize(
+    ("error", "silent"), [(ActorUnavailableError("no connection", None), True), (ActorDiedError(), False)]
+)
+def test_a_process_that_takes_no_connection_counts_as_silent(error: RayError, silent: bool) -> None:
+    """A stopped shard is unavailable for a coordinator that is new, and silent for one that has a connection: both kill
+    it in the end."""
+    actor = NamedActor("shard-0", "tests")
+
+    def fail() -> None:
+        raise error
+
+    actor.find_place = fail
+    with pytest.raises(ShardLost) as caught:
+        RayShard(0, 0, 1, actor, 1.0).status()
+    assert caught.value.silent == silent
