@@ -177,7 +177,8 @@ def test_single_passages_from_the_projections_of_the_fused_pass(
     assert reading.projected is not None
     with torch.no_grad():
         again = generator.read(batch)
-        torch.testing.assert_close(fused.detach(), generator.fused_log_probs(again, batch, bias))
+        # Without a gradient attention takes another kernel, which rounds in another order.
+        torch.testing.assert_close(fused.detach(), generator.fused_log_probs(again, batch, bias), rtol=1e-4, atol=1e-4)
         assert again.projected is None  # evaluation keeps nothing
         quick = generator.per_passage_log_probs(reading, batch)
         plain = generator.per_passage_log_probs(again, batch)
