@@ -113,9 +113,10 @@ def test_a_re_ranker_chooses_among_the_best_of_what_was_scored_again(
     reranker = RerankerConfig(mode="add", candidates=10, fresh=world.encoder.fresh)
     stage, index = stale_stage(world, tmp_path, config, reranker=reranker)
     assert stage.system.reranker is not None
+    draws = torch.Generator().manual_seed(0)
     with torch.no_grad():  # a fresh head says next to nothing
         for parameter in stage.system.reranker.model.classifier.parameters():  # pyright: ignore
-            parameter.normal_(std=3000.0)
+            parameter.normal_(std=3000.0, generator=draws)
     questions = questions_of(stage, 0)
     products, words = fresh_scores(stage, index, questions)
     weight = stage.parts.lexical_weight() if hybrid == "learned" else 0.0
