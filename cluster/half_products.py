@@ -71,11 +71,10 @@ def _above(product: torch.Tensor, num_rows: int, limits: np.ndarray) -> tuple[np
     """Queries, rising, and rows whose score in the first `num_rows` of bfloat16 [rows, batch] exceeds the query's of
     float32 `limits` [batch], which are numbers of bfloat16. The rows' number is a multiple of GROUP."""
     bits = product.view(torch.int16).numpy()
-    bits[num_rows:] = LOWEST
     bounds = torch.from_numpy(limits).to(torch.bfloat16).view(torch.int16).numpy()
     if (bounds <= 0).any():  # negative numbers are ordered backwards
         bits, bounds = _ordered(bits), _ordered(bounds)
-        bits[num_rows:] = LOWEST
+    bits[num_rows:] = LOWEST
     groups = bits.reshape(GROUP, -1, bits.shape[1])  # row j of group g is row j * groups + g
     which, group = np.nonzero(bounds[:, None] < groups.max(axis=0).T)
     members, place = np.nonzero(groups[:, group, which] > bounds[which])

@@ -72,7 +72,7 @@ class Exhaustive:
         if wanted < len(self._stored):
             unsure = np.flatnonzero(~(scores[:, -1] > ceiling))
             if len(unsure):
-                scores[unsure], rows[unsure] = self._search_by_faiss(queries[unsure], k, allowed, count, only)
+                scores[unsure], rows[unsure] = self._search_by_faiss(queries[unsure], k, allowed, count, None)
         return scores, rows
 
     def _search_by_faiss(
