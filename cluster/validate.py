@@ -71,14 +71,12 @@ def _check_texts(settings: Settings) -> None:
 def _check_models(settings: Settings) -> None:
     for section in ("encoder", "generator", "reranker"):
         fresh = vars(settings)[section].fresh
-        if fresh.hidden % fresh.num_heads:
+        if not vars(settings)[section].name and fresh.hidden % fresh.num_heads:
             raise refuse(f"{section}.fresh.hidden", fresh.hidden, f"must be a multiple of num_heads={fresh.num_heads}")
     fresh = settings.generator.fresh
     if settings.generator.kind == "causal" and not settings.generator.name and fresh.hidden % (2 * fresh.num_heads):
         allowed = f"must be a multiple of 2 * num_heads={2 * fresh.num_heads} with generator.kind=causal"
         raise refuse("generator.fresh.hidden", fresh.hidden, allowed)
-    if settings.generator.kind == "copy" and settings.generator.name:
-        raise refuse("generator.name", settings.generator.name, "must be empty with generator.kind=copy (always fresh)")
     _check_lora(settings)
     engine = settings.engine
     if engine.zero_stage > 3:

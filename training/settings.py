@@ -79,8 +79,10 @@ FRESH_CONTEXT = 8192  # tokens that a fresh causal model takes; rotary positions
 class GeneratorConfig:
     """The language model that reads passages and writes answers."""
 
-    kind: str = "copy"  # copy (fresh, small, copy head) | fusion (any encoder-decoder) | causal (any causal LM)
-    name: str = ""  # Hugging Face name or folder; empty: `fresh`
+    kind: str = "copy"  # copy (small, copy head) | fusion (any encoder-decoder) | causal (any causal LM)
+    # Hugging Face name or folder; empty: `fresh`. copy: of an encoder (BERT and its like), which reads the passages and
+    # sets the width; the decoder is fresh, `fresh.dropout` is that of both.
+    name: str = ""
     fresh: FreshGeneratorConfig = field(default_factory=FreshGeneratorConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when fresh and the encoder is not
     template: str = "{passages}Question: {question}\nAnswer:"  # causal: segments, tokenised once

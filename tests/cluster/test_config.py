@@ -247,7 +247,6 @@ def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
         ("index.ef_search=0", "index.ef_search=0: must be at least 1"),
         ("engine.zero_stage=4", "engine.zero_stage=4: must be 0, 1, 2 or 3"),
         ("engine.offload_optimizer=true", "engine.offload_optimizer=true: needs engine.zero_stage"),
-        ("generator.name=t5-small", "generator.name=t5-small: must be empty with generator.kind=copy"),
         ("encoder.fresh.num_heads=3", "encoder.fresh.hidden=128: must be a multiple of num_heads=3"),
         ("generator.template=none", "generator.template='none': must contain {passages} and {question}"),
         ("objective.min_span=20", "objective.min_span=20: must not exceed objective.max_span=14"),

@@ -32,7 +32,7 @@ ARGUMENTS = [
     (QUICKSTART, "engine.precision=fp16", "engine.precision=fp16: must be one of fp32, bf16, bf16_autocast, auto"),
     (QUICKSTART, "retrieval.prefetch_depth=-1", "retrieval.prefetch_depth=-1: must not be negative"),
     (QUICKSTART, "retrieval.k=0", "retrieval.k=0: must be at least 1"),
-    (QUICKSTART, "generator.name=t5-small", "generator.name=t5-small: must be empty with generator.kind=copy"),
+    (QUICKSTART, "generator.name=no-such-model", "generator.name=no-such-model: no tokeniser could be read"),
     (
         QUICKSTART,
         "stages.warm_start.training.train=both",

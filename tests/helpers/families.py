@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BambaConfig,
     BartConfig,
+    BertConfig,
     Gemma2Config,
     GPT2Config,
     JambaConfig,
@@ -19,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
     T5Config,
 )
 
@@ -29,6 +32,7 @@ FUSION = ("t5", "t5_untied", "bart")
 ATTENTION = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")
 STATE_SPACE = ("mamba", "mamba2", "jamba", "bamba")
 CAUSAL = ATTENTION + STATE_SPACE
+COPY = ("bert", "roberta")  # encoders that a copy reader reads with
 WORDS = "some text of some words that are read"
 
 
@@ -50,6 +54,11 @@ def family_config(family: str, vocabulary: int) -> PreTrainedConfig:
             layers |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
             start: dict[str, Any] = {"decoder_start_token_id": 3, "forced_eos_token_id": None}
             return BartConfig(**words, **layers, **start, d_model=16, max_position_embeddings=64, dropout=0.0)
+        case "bert" | "roberta":
+            dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            encoder: dict[str, Any] = {**dropout, "num_attention_heads": 2, "intermediate_size": 32}
+            config = BertConfig if family == "bert" else RobertaConfig
+            return config(**body, **encoder, max_position_embeddings=40)
         case "llama":
             return LlamaConfig(**attending, tie_word_embeddings=True)
         case "qwen2":
@@ -79,10 +88,15 @@ def family_config(family: str, vocabulary: int) -> PreTrainedConfig:
     raise AssertionError(family)
 
 
+def kind_of(family: str) -> str:
+    """The `generator.kind` that reads it."""
+    return "fusion" if family in FUSION else "copy" if family in COPY else "causal"
+
+
 def write_family(family: str, folder: Path, vocabulary: int, sharpen: float = 3.0) -> Path:
     """Save a model of `family` in `folder`; weights times `sharpen`, so that its distributions are far from uniform."""
     torch.manual_seed(7)
-    auto: Any = AutoModelForSeq2SeqLM if family in FUSION else AutoModelForCausalLM
+    auto: Any = {"fusion": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM, "copy": AutoModel}[kind_of(family)]
     model = auto.from_config(family_config(family, vocabulary))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -100,7 +114,7 @@ def write_tokenizer(folder: Path) -> Path:
 def generator_config(family: str, folder: Path, **changes: Any) -> GeneratorConfig:
     """Settings that read what `write_family` saved."""
     values: dict[str, Any] = {"max_passage_tokens": 16, "max_question_tokens": 8, "max_answer_tokens": 8}
-    values |= {"kind": "fusion" if family in FUSION else "causal", "name": str(folder / family)}
+    values |= {"kind": kind_of(family), "name": str(folder / family)}
     return GeneratorConfig(**values | changes)
 
 

@@ -29,7 +29,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from training.models.attention import has_attention, rerouted
 from training.models.build import build_generator, build_system
-from training.models.copy_reader import Attention, CopyReader
+from training.models.copy_layers import Attention
+from training.models.copy_reader import CopyReader
 from training.models.generator import Generator
 from training.models.tokenizers import train_wordpiece
 from training.settings import EncoderConfig, FreshGeneratorConfig, GeneratorConfig, ObjectiveConfig, TokenizerConfig

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
 from training.models import copy_reader
-from training.models.copy_reader import CopyBatch, CopyReader, Layer
+from training.models.copy_encoder import PretrainedSource
+from training.models.copy_layers import Layer
+from training.models.copy_reader import CopyBatch, CopyReader
 from training.models.decode import beam_search
 from training.objectives.likelihoods import retrieval_log_probs
 from training.settings import FreshGeneratorConfig, GeneratorConfig
@@ -18,14 +21,26 @@ from training.settings import FreshGeneratorConfig, GeneratorConfig
 PAD, START, END, WORDS = 0, 2, 3, 24
 
 
-def make_reader(seed: int = 0, groups: int = 1, hidden: int = 16, spread: float = 0.6) -> CopyReader:
-    """Random weights, far enough from zero that every part matters."""
+def make_bert(seed: int, hidden: int) -> PretrainedSource:
+    torch.manual_seed(seed)
+    size: dict[str, int] = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = BertConfig(
+        vocab_size=WORDS, hidden_size=hidden, max_position_embeddings=24, hidden_dropout_prob=0.0, **size
+    )
+    return PretrainedSource(BertModel(config, add_pooling_layer=False))
+
+
+def make_reader(
+    seed: int = 0, groups: int = 1, hidden: int = 16, spread: float = 0.6, pretrained: bool = False
+) -> CopyReader:
+    """Random weights, far enough from zero that every part matters; `pretrained`: passages are read by a BERT."""
+    source = make_bert(seed, hidden) if pretrained else None
     torch.manual_seed(seed)
     size = FreshGeneratorConfig(num_encoder_layers=1, num_decoder_layers=2, hidden=hidden, num_heads=2, intermediate=24)
     config = GeneratorConfig(
         fresh=size, max_question_tokens=6, max_passage_tokens=10, max_answer_tokens=5, length_groups=groups
     )
-    reader = CopyReader(config, WORDS, START, END, PAD).eval()
+    reader = CopyReader(config, WORDS, START, END, PAD, source).eval()
     with torch.no_grad():
         for name, parameter in reader.named_parameters():
             if "norm" not in name:
@@ -71,6 +86,17 @@ def both(reader: CopyReader, batch: CopyBatch, bias: Tensor | None = None) -> tu
 # ---------------------------------------------------------------- the reference
 
 
+def encoded_alone(reader: CopyReader, source: Tensor, segment: Tensor) -> Tensor:
+    """States [source, hidden] of one question with one passage, without padding."""
+    encoder = reader.encoder
+    if isinstance(encoder, PretrainedSource):
+        return encoder.backbone(input_ids=source, token_type_ids=segment).last_hidden_state[0]
+    x = reader.tokens(source) + encoder.segments(segment) + encoder.positions(torch.arange(source.shape[1]))
+    for layer in encoder.layers:
+        x = layer(x, torch.zeros(1))
+    return encoder.norm(x)[0]
+
+
 def reference_distributions(
     reader: CopyReader, question: np.ndarray, passages: Rows, prefixes: np.ndarray, bias: Tensor | None = None
 ) -> Tensor:
@@ -80,11 +106,7 @@ def reference_distributions(
     for number, passage in enumerate(passages):
         source = [START, *question, END, *passage, END]
         segment = [0] * (len(question) + 2) + [1] * (len(passage) + 1)
-        x = reader.tokens(torch.tensor([source])) + reader.segments(torch.tensor([segment]))
-        x = x + reader.source_positions(torch.arange(len(source)))
-        for layer in reader.encoder:
-            x = layer(x, torch.zeros(1))
-        states.append(reader.encoder_norm(x)[0])
+        states.append(encoded_alone(reader, torch.tensor([source]), torch.tensor([segment])))
         ids += source
         copyable += [bool(value) for value in segment]
         of_passage += [number] * len(source)
@@ -127,9 +149,10 @@ def reference_scores(
 # ---------------------------------------------------------------- scores
 
 
+@pytest.mark.parametrize("pretrained", [False, True])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_each_passage_is_scored_as_if_alone(groups):
-    reader = make_reader(groups=groups)
+def test_each_passage_is_scored_as_if_alone(groups, pretrained):
+    reader = make_reader(groups=groups, pretrained=pretrained)
     questions, passages, answers = make_rows(counts=(3, 4, 4, 2))
     per_passage, _ = both(reader, reader.collate(questions, passages, answers))
     for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -139,8 +162,9 @@ def test_each_passage_is_scored_as_if_alone(groups):
             assert not per_passage[i, z, len(answer) + 1 :].any()
 
 
-def test_fused_reads_the_passages_side_by_side():
-    reader = make_reader(1, groups=2)
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_fused_reads_the_passages_side_by_side(pretrained):
+    reader = make_reader(1, groups=2, pretrained=pretrained)
     questions, passages, answers = make_rows(1)
     bias = torch.randn(3, 3)
     for given in (None, bias):
@@ -328,7 +352,7 @@ def test_gradients_equal_finite_differences(monkeypatch):
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_score_of_a_written_answer_is_its_likelihood(fused, num_beams):
-    reader = make_reader(28, groups=2)
+    reader = make_reader(30, groups=2)
     questions, passages, answers = make_rows(28, counts=(2, 2, 2))
     batch = reader.collate(questions, passages, answers)
     bias = torch.randn(3, 2) if fused else None

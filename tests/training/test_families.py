@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from tests.helpers.families import CAUSAL, FUSION, STATE_SPACE, generator_config, write_families, write_tokenizer
+from tests.helpers.families import CAUSAL, COPY, FUSION, STATE_SPACE, generator_config, write_families, write_tokenizer
 from training.models.batches import RetrievalBatch
 from training.models.build import build_generator, build_system
 from training.models.causal import CausalBatch
@@ -38,7 +38,7 @@ END = 3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
-    write_families(folder, load_tokenizer(write_tokenizer(folder)), FUSION + CAUSAL)
+    write_families(folder, load_tokenizer(write_tokenizer(folder)), FUSION + CAUSAL + COPY)
     return folder
 
 
@@ -127,7 +127,7 @@ def test_what_is_masked_never_enters_a_state(family: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", ["rag_sequence", "pdist"])
-@pytest.mark.parametrize("family", FUSION + CAUSAL)
+@pytest.mark.parametrize("family", FUSION + CAUSAL + COPY)
 def test_a_joint_step_trains_all_of_it_and_it_answers(family: str, objective: str, folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer")
     system = build_system(ENCODER, generator_config(family, folder), "both", (tokenizer, tokenizer), seed=1).train()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.distributed import spawn
-from tests.helpers.families import CAUSAL, FUSION, generator_config, write_families, write_tokenizer
+from tests.helpers.families import CAUSAL, COPY, FUSION, generator_config, write_families, write_tokenizer
 from training import engine_setup
 from training.adapters import adapters_disabled, merged
 from training.engine import Engine
@@ -49,7 +49,7 @@ class Case:
 
 SAVINGS = {"loss_chunk_tokens": 3, "gradient_cache_passages": 2}
 CASES = {family: Case(family, "pdist" if family in ("t5", "qwen2", "mamba2") else "rag_sequence")
-         for family in FUSION + CAUSAL}  # fmt: skip
+         for family in FUSION + CAUSAL + COPY}  # fmt: skip
 CASES |= {
     "t5 in chunks": Case("t5", savings=SAVINGS),
     "bart in chunks": Case("bart", "pdist", savings=SAVINGS),
@@ -59,6 +59,7 @@ CASES |= {
     "t5 with adapters": Case("t5", lora=True),
     "gpt2 with adapters": Case("gpt2", lora=True),
     "llama with adapters, in chunks": Case("llama", lora=True, savings=SAVINGS),
+    "bert in chunks": Case("bert", "pdist", savings=SAVINGS),
     "jamba with adapters": Case("jamba", lora=True),
 }
 
@@ -186,7 +187,7 @@ def reference(case: Case, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
-    write_families(folder, load_tokenizer(write_tokenizer(folder)), FUSION + CAUSAL)
+    write_families(folder, load_tokenizer(write_tokenizer(folder)), FUSION + CAUSAL + COPY)
     return folder
 
 

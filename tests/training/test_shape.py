@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.families import ATTENTION, CAUSAL, FUSION, family_config, generator_config
+from tests.helpers.families import ATTENTION, CAUSAL, COPY, FUSION, family_config, generator_config
 from training.models.shape import Shape, check_context, context_of, has_attention, read_shape
 from training.settings import FreshGeneratorConfig, GeneratorConfig
 
@@ -74,3 +74,22 @@ def test_budgets_larger_than_the_context(tmp_path: Path) -> None:
         check_context(generator_config("bart", tmp_path, max_passage_tokens=57), 1, fused=True)
     check_context(generator_config("mamba", tmp_path), 100_000, fused=True)
     check_context(GeneratorConfig(kind="causal", name="nobody/has-this"), 100_000, fused=True)
+
+
+@pytest.mark.parametrize("family", COPY)
+def test_a_copy_reader_takes_encoders(family: str, tmp_path: Path) -> None:
+    write_config(family, tmp_path)
+    shape = read_shape(generator_config(family, tmp_path))
+    assert shape == Shape(attention=True, context=40)
+    config = generator_config(family, tmp_path, fresh=FreshGeneratorConfig(num_heads=3))
+    with pytest.raises(ValueError, match=r"generator\.fresh\.num_heads=3: must divide 16, the width of"):
+        read_shape(config)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "llama", "mamba"])
+def test_a_copy_reader_refuses_what_is_no_encoder(family: str, tmp_path: Path) -> None:
+    write_config(family, tmp_path)
+    kind = "fusion" if family in FUSION else "causal"
+    config = generator_config(family, tmp_path, kind="copy")
+    with pytest.raises(ValueError, match=rf"generator\.name=.*must be an encoder.*takes generator\.kind={kind}"):
+        read_shape(config)

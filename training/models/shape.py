@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from training.models.checkpoint_layout import find_file
+from training.models.checkpoint_layout import find_file, transformer_folder
 from training.settings import FRESH_CONTEXT, GeneratorConfig
 
 STATE_SPACE = ("mamba", "mamba2")  # of generator.fresh.family
@@ -19,7 +19,7 @@ class Shape:
 
 def read_shape(generator: GeneratorConfig) -> Shape | None:
     """The shape of the generator that `generator` describes; None where its configuration is not on this machine."""
-    if generator.kind == "copy" or (generator.kind == "fusion" and not generator.name):
+    if generator.kind in ("copy", "fusion") and not generator.name:
         return Shape(attention=True, context=None)
     if not generator.name:
         from training.models.fresh_causal import FRESH_GPT2_CONTEXT
@@ -29,14 +29,21 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
         if family in STATE_SPACE or hybrid_without:
             return Shape(attention=False, context=None)
         return Shape(attention=True, context=FRESH_GPT2_CONTEXT if family == "gpt2" else FRESH_CONTEXT)
-    if find_file(generator.name, "config.json") is None:
+    folder = transformer_folder(generator.name) if generator.kind == "copy" else ""
+    if find_file(generator.name, f"{folder}/config.json" if folder else "config.json") is None:
         return None
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(generator.name, trust_remote_code=generator.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            generator.name, subfolder=folder, trust_remote_code=generator.trust_remote_code
+        )
     except (OSError, ValueError, ImportError):  # said again, and better, when the model is loaded
         return None
+    if generator.kind == "copy":
+        from training.models.copy_encoder import check_encoder
+
+        check_encoder(generator, config)
     return Shape(has_attention(config), context_of(config))
 
 
