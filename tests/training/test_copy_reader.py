@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ PAD, START, END, WORDS = 0, 2, 3, 24
 
 def make_bert(seed: int, hidden: int) -> PretrainedSource:
     torch.manual_seed(seed)
-    size: dict[str, int] = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    size: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
     config = BertConfig(
         vocab_size=WORDS, hidden_size=hidden, max_position_embeddings=24, hidden_dropout_prob=0.0, **size
     )
