@@ -126,6 +126,9 @@ class ObjectiveConfig:
     max_span: int = 14
     scale: float = 1.0  # multiplies the loss
     beta: float = 0.1  # dpo, kto: how strongly a preference may move the system from its reference
+    # dpo: of the chosen answer's negative log-likelihood per token, beside the preference; a preference alone may make
+    # both answers less likely, and says little about what to retrieve
+    chosen_weight: float = 0.0
     desirable_weight: float = 1.0  # kto
     undesirable_weight: float = 1.0  # kto
     length_normalized: bool = False  # dpo, kto: log-likelihoods per answer token

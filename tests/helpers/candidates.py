@@ -15,6 +15,7 @@ from training.settings import ObjectiveConfig
 
 JUDGED = [
     ObjectiveConfig(name="dpo"),
+    ObjectiveConfig(name="dpo", chosen_weight=0.7),
     ObjectiveConfig(name="dpo", beta=0.5, length_normalized=True, temperature=0.7, scale=0.5),
     ObjectiveConfig(name="kto"),
     ObjectiveConfig(name="kto", beta=0.3, desirable_weight=1.5, undesirable_weight=0.5, length_normalized=True),

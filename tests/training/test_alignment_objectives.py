@@ -65,6 +65,7 @@ def of_ratios(*ratios: float, desirable: bool = True) -> Candidates:
         (ObjectiveConfig(name="kto"), of_ratios(1.0, -3.0), 1 - 1 / (1 + math.exp(-0.1))),
         (ObjectiveConfig(name="dpo"), of_ratios(1.0, -0.5), 0.6209570),
         (ObjectiveConfig(name="dpo"), of_ratios(0.3, 0.3), math.log(2)),
+        (ObjectiveConfig(name="dpo", chosen_weight=2.0), of_ratios(1.0, -0.5), 0.6209570 - 2.0),
     ],
 )
 def test_worked_numbers(config: ObjectiveConfig, outputs: Candidates, expected: float) -> None:
@@ -99,6 +100,28 @@ def test_length_normalised_preferences_divide_by_each_answers_tokens() -> None:
     outputs.reference_log_probs = torch.zeros(1, 2, 1, 2)
     loss, _ = compute(ObjectiveConfig(name="dpo", length_normalized=True), outputs)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.1 * (0.4 - 0.1))), abs=1e-7)
+    # The chosen answer counts by its tokens in any case.
+    for normalized, margin in ((True, 0.4 - 0.1), (False, 0.8 - 0.1)):
+        config = ObjectiveConfig(name="dpo", length_normalized=normalized, chosen_weight=3.0)
+        expected = math.log(1 + math.exp(-0.1 * margin)) - 3.0 * 0.4
+        assert compute(config, outputs)[0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_chosen_answer_teaches_the_retriever_what_a_preference_does_not() -> None:
+    """Passage 0 has both answers, passage 1 neither: the preference is indifferent, the likelihood is not."""
+    each = torch.tensor([[[[0.4], [0.04]], [[0.4], [0.04]]]], dtype=torch.float64).log()
+    slopes = []
+    for weight in (0.0, 1.0):
+        scores = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+        outputs = Candidates(
+            scores, torch.ones(1, 2, dtype=torch.bool), log_probs=each,
+            log_probs_mask=torch.ones(1, 2, 1, dtype=torch.bool), reference_scores=torch.zeros(1, 2).double(),
+            reference_log_probs=each,
+        )  # fmt: skip
+        compute(ObjectiveConfig(name="dpo", chosen_weight=weight), outputs)[0].backward()
+        assert scores.grad is not None
+        slopes.append(scores.grad[0, 0].item())
+    assert slopes == [pytest.approx(0.0, abs=1e-12), pytest.approx(-(0.4 / 0.44 - 0.5), rel=1e-9)]
 
 
 def samples(rewards: list[float], old: list[float] | None = None) -> tuple[Tensor, Candidates]:
@@ -520,6 +543,7 @@ def test_needs() -> None:
         (ObjectiveConfig(name="grpo", clip=0.0), "objective.clip=0.0: must be a finite number, above 0"),
         (ObjectiveConfig(name="grpo", advantage="raw"), "objective.advantage='raw': allowed are normalized, centered"),
         (ObjectiveConfig(name="dpo", beta=math.nan), "objective.beta=nan"),
+        (ObjectiveConfig(name="dpo", chosen_weight=-1.0), "objective.chosen_weight=-1.0: must be a finite number, 0"),
         (ObjectiveConfig(name="kto", desirable_weight=-1.0), "objective.desirable_weight=-1.0"),
         (ObjectiveConfig(name="stochastic_rag", num_selected=0), "objective.num_selected=0"),
         (ObjectiveConfig(name="stochastic_rag", relaxation=0.0), "objective.relaxation=0.0"),

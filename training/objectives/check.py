@@ -46,7 +46,7 @@ def needs_reference(config: ObjectiveConfig) -> bool:
 def _check_alignment(config: ObjectiveConfig) -> None:
     for setting in ("beta", "clip", "relaxation", "sampling_temperature"):
         _require(setting, vars(config)[setting], vars(config)[setting] > 0, "above 0")
-    for setting in ("kl_weight", "desirable_weight", "undesirable_weight"):
+    for setting in ("kl_weight", "chosen_weight", "desirable_weight", "undesirable_weight"):
         _require(setting, vars(config)[setting], vars(config)[setting] >= 0, "0 or above")
     _require("num_selected", config.num_selected, config.num_selected >= 1, "1 or above")
     if config.name in ("reinforce", "grpo") and config.group_size < 2:

@@ -84,7 +84,9 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_
         case "inverse_cloze" | "independent_cropping":
             loss, stats = info_nce(outputs, config.temperature)
         case "dpo":
-            loss, stats = dpo(_candidates(outputs), config.beta, config.length_normalized, config.temperature)
+            loss, stats = dpo(
+                _candidates(outputs), config.beta, config.chosen_weight, config.length_normalized, config.temperature
+            )
         case "kto":
             weights = (config.desirable_weight, config.undesirable_weight)
             loss, stats = kto(

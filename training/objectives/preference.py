@@ -47,18 +47,28 @@ class Candidates(Likelihoods):
 
 
 def dpo(
-    outputs: Candidates, beta: float = 0.1, length_normalized: bool = False, temperature: float = 1.0
+    outputs: Candidates,
+    beta: float = 0.1,
+    chosen_weight: float = 0.0,
+    length_normalized: bool = False,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Stats]:
-    """-log sigmoid(beta * (r(chosen) - r(rejected))); answer 0 of each question is the chosen one, 1 the rejected.
+    """-log sigmoid(beta * (r(chosen) - r(rejected))) - chosen_weight * log pi(chosen) / tokens; answer 0 of each
+    question is the chosen one, 1 the rejected.
 
-    `length_normalized` divides each answer's r by its number of tokens. Without a reference, r is log pi.
+    `length_normalized` divides each answer's r by its number of tokens. Without a reference, r is log pi. The second
+    term (Pang et al. 2024, arXiv:2404.19733, equation 1) keeps the chosen answer likely, and trains the retriever as
+    the marginal likelihood does: a passage that makes both answers likely wins nothing by the first.
     """
     policy, reference, prior = policy_and_reference(outputs, length_normalized, temperature)
     log_ratio = policy - reference
     margin = log_ratio[:, 0] - log_ratio[:, 1]
-    loss = mean_over_questions(F.softplus(-beta * margin), outputs.num_questions)
-    return loss, {
-        "loss/preference": loss.detach(),
+    preference = mean_over_questions(F.softplus(-beta * margin), outputs.num_questions)
+    tokens = 1 if length_normalized else _answer_tokens(outputs)[:, 0]
+    chosen = mean_over_questions(policy[:, 0] / tokens, outputs.num_questions)
+    return preference - chosen_weight * chosen, {
+        "loss/preference": preference.detach(),
+        "alignment/chosen_log_likelihood": chosen.detach(),
         "alignment/accuracy": (margin.detach() > 0).float().mean(),
         "alignment/margin": beta * margin.detach().mean(),
         "alignment/log_likelihood_accuracy": (policy[:, 0] > policy[:, 1]).float().mean(),
@@ -114,9 +124,15 @@ def policy_and_reference(
         reference_prior = retrieval_log_probs(outputs.reference_scores, mask, temperature)
         reference = marginal_log_probs(reference_prior, outputs.reference_log_probs, answers, mask).detach()
     if length_normalized:
-        lengths = answers.sum(dim=-1).clamp(min=1)
-        policy, reference = policy / lengths, reference / lengths
+        tokens = _answer_tokens(outputs)
+        policy, reference = policy / tokens, reference / tokens
     return policy, reference, prior
+
+
+def _answer_tokens(outputs: Candidates) -> Tensor:
+    """int64 [batch, group], at least 1."""
+    assert outputs.log_probs_mask is not None
+    return outputs.log_probs_mask.sum(dim=-1).clamp(min=1)
 
 
 def marginal_log_probs(prior: Tensor, log_probs: Tensor, answer_mask: Tensor, passage_mask: Tensor) -> Tensor:
