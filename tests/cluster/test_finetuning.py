@@ -183,7 +183,7 @@ def test_refusals_are_taught_and_measured(tmp_path):
     ]
     corpus(tmp_path / "corpus", plain, unanswerable=unanswerable[:5])
     overrides = ("questions.refusal=none", "questions.refusal_share=1", "questions.unanswerable=unanswerable")
-    result = stage_of(settings_for(tmp_path, *overrides, "training.steps=40"), tmp_path).run()
+    result = stage_of(settings_for(tmp_path, *overrides, "training.steps=80"), tmp_path).run()
     rows = predictions(tmp_path)
     assert len(rows) == 8 + 5
     refused = [row["prediction"] == "none" for row in rows]

@@ -181,10 +181,11 @@ def test_a_closed_book_has_no_passage_to_draw(world, tmp_path, pairs):
             retrieval=RetrievalConfig(source="none"),
             train_questions=questions,
             evaluate_preferences=pairs["test"],
-            training=TrainingConfig(train="generator_only", steps=2, batch_size=4),
+            training=TrainingConfig(train="generator_only", steps=6, batch_size=4),
         )
         _, result = run_stage(job, None)
-        assert rows_by_step(job)[2]["optim/grad_norm_generator"] > 0
+        norms = [row["optim/grad_norm_generator"] for row in rows_by_step(job).values()]
+        assert max(norms) > 0  # of a group whose samples are all equal it is 0
         assert "preference_accuracy" in result["metrics"]
 
 

@@ -151,7 +151,7 @@ def test_every_objective_encodes_every_passage_once(
     objective = ObjectiveConfig(name)
     system = system_of(tokenizer, kind, objective, dropout)
     encoder: Any = system.generator
-    reader = count_rows(encoder.model.get_encoder() if kind == "fusion" else encoder.encoder[0])
+    reader = count_rows(encoder.model.get_encoder() if kind == "fusion" else encoder.encoder.layers[0])
     queries, passages = count_rows(system.retriever.query_encoder), count_rows(system.retriever.passage_encoder)
     compute(objective, system.likelihoods(collate(system.generator), needs(objective), 1.0))[0].backward()
     target = name in ("emdr2", "pdist", "loop", "adist")
