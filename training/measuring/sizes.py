@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from training.measuring.costs import answer_flops, read_flops
 from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
-from training.models.checkpoint_layout import find_file, read_layout, transformer_folder
+from training.models.checkpoint_layout import find_config, read_layout, transformer_folder
 from training.models.copy_encoder import PretrainedSource
 from training.models.copy_reader import CopyReader
 from training.models.encoder import TextEncoder, build_encoder
@@ -152,7 +152,7 @@ def _configuration(section: str, name: str, trust: bool, folder: str) -> Any:
         f"{section}.name={name}: its config.json is not on this machine; say how large it is: "
         f"plan.{section}=LAYERSxHIDDENxVOCABULARY, for instance 12x768x30522"
     )
-    if find_file(name, f"{folder}/config.json" if folder else "config.json") is None:
+    if find_config(name, folder) is None:
         raise ValueError(unknown)
     try:
         return AutoConfig.from_pretrained(name, subfolder=folder, trust_remote_code=trust)

@@ -62,6 +62,11 @@ def find_file(name: str, file: str) -> Path | None:
     return Path(path) if path else None
 
 
+def find_config(name: str, folder: str = "") -> Path | None:
+    """The local path of the transformers configuration of a checkpoint whose transformer lies in `folder`."""
+    return find_file(name, f"{folder}/config.json" if folder else "config.json")
+
+
 def read_layout(name: str) -> Layout | None:
     """The layout of a sentence-transformers checkpoint; None for one without modules.json. Raises ValueError for
     modules and pooling modes that are not supported, naming `encoder.name`."""

@@ -59,11 +59,12 @@ class PretrainedSource(nn.Module):
 def check_encoder(generator: GeneratorConfig, config: PreTrainedConfig) -> None:
     """Raises ValueError for a model of transformers that does not read in both directions, that has a decoder, or whose
     width the fresh decoder cannot have."""
-    known = type(config) in CONFIG_MAPPING.values()
+    kind = config.model_type
+    known = kind in CONFIG_MAPPING and type(config) is CONFIG_MAPPING[kind]  # its values() would import every model
     if known and (config.is_encoder_decoder or type(config) not in MODEL_FOR_MASKED_LM_MAPPING):
         raise ValueError(
             f"generator.name={generator.name}: must be an encoder such as BERT with generator.kind=copy; a "
-            f"{config.model_type} model takes generator.kind={'fusion' if config.is_encoder_decoder else 'causal'}"
+            f"{kind} model takes generator.kind={'fusion' if config.is_encoder_decoder else 'causal'}"
         )
     width, heads = int(config.hidden_size), generator.fresh.num_heads
     if width % heads:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from training.models.checkpoint_layout import find_file, transformer_folder
+from training.models.checkpoint_layout import find_config, transformer_folder
 from training.settings import FRESH_CONTEXT, GeneratorConfig
 
 STATE_SPACE = ("mamba", "mamba2")  # of generator.fresh.family
@@ -30,7 +30,7 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
             return Shape(attention=False, context=None)
         return Shape(attention=True, context=FRESH_GPT2_CONTEXT if family == "gpt2" else FRESH_CONTEXT)
     folder = transformer_folder(generator.name) if generator.kind == "copy" else ""
-    if find_file(generator.name, f"{folder}/config.json" if folder else "config.json") is None:
+    if find_config(generator.name, folder) is None:
         return None
     from transformers import AutoConfig
 
