@@ -39,6 +39,7 @@ class Repair:
         self._builder = builder
         self._hung_s = hung_s
         self._lost_since: dict[int, float] = {}
+        self._seen: dict[int, int] = {}  # shard -> serving generation that it had when last looked at
         self.beyond_repair = False  # a shard lacks the serving generation, and only new weights can help
 
     def check(self) -> None:
@@ -50,7 +51,10 @@ class Repair:
             try:
                 status = shard.status()
                 self._note_found(shard)
-                if serving is not None and serving.generation not in status.generations:
+                if serving is not None and serving.generation in status.generations:
+                    self._seen[shard.number] = serving.generation
+                elif serving is not None:
+                    self._note_empty(shard, serving.generation)
                     beyond_repair |= not self._restore(shard, status, serving)
             except ShardLost as lost:
                 self._note_lost(shard, lost, begin)
@@ -60,9 +64,15 @@ class Repair:
         if (since := self._lost_since.pop(shard.number, None)) is not None:
             self._events("shard_found", shard=shard.number, seconds=round(time.monotonic() - since, 3))
 
+    def _note_empty(self, shard: ShardPort, generation: int) -> None:
+        """Tell of a loss that fell between two looks: the shard died and is back already, without what it had."""
+        if self._seen.pop(shard.number, None) == generation:
+            self._events("shard_lost", shard=shard.number, why=f"shard {shard.number} is back without what it served")
+
     def _note_lost(self, shard: ShardPort, lost: ShardLost, since: float) -> None:
         if shard.number not in self._lost_since:
             self._lost_since[shard.number] = since
+            self._seen.pop(shard.number, None)
             self._events("shard_lost", shard=shard.number, why=str(lost))
         silent_s = time.monotonic() - self._lost_since[shard.number]
         if lost.silent and silent_s > self._hung_s:

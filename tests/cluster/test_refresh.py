@@ -237,10 +237,14 @@ def test_a_shard_is_restored_from_the_snapshot(world: World) -> None:
     coordinator = world.coordinator()
     build(coordinator, 7)
     assert coordinator.snapshots.work()
+    coordinator.tick()
+    assert not world.named("shard_lost")
     world.shards[2].die()
     coordinator.tick()
     world.check_contents(1, 7)
     assert world.named("shard_restored")[0]["source"] == "snapshot"
+    (lost,) = world.named("shard_lost")  # though it was back before anybody looked
+    assert (lost["shard"], lost["why"]) == (2, "shard 2 is back without what it served")
 
 
 def test_a_torn_snapshot_is_refused_and_the_shard_encoded_again(world: World) -> None:
