@@ -232,8 +232,10 @@ class RefreshWorkerActor:
         """Vectors float32 [n, dim] of token ids and mask [n, tokens]."""
         import torch
 
+        from training.engine_setup import processor_multiplies_bf16
+
         device, encoder = self._settings.device, self._loaded[0]
-        half = self._settings.precision == "bfloat16" and device == "cuda"
+        half = self._settings.precision == "bfloat16" and (device == "cuda" or processor_multiplies_bf16())
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
             vectors = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
         return vectors.float().cpu().numpy()

@@ -52,7 +52,8 @@ class RefreshConfig:
     num_workers: int = 1
     chunk_passages: int = 2048  # passages that a worker encodes at a time
     batch_tokens: int = 4096  # padded tokens of one encoder call; a GPU wants more
-    precision: str = "float32"  # float32 | bfloat16: of the published weights
+    # float32 | bfloat16: of the published weights, and of products where workers have such (a GPU, a CPU with AMX)
+    precision: str = "float32"
     threads: int = 1  # of a CPU worker
     max_failures: int = 3  # of one refresh, before it is given up until the next publish
     chunk_timeout_s: float = 600.0

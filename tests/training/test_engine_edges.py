@@ -38,7 +38,8 @@ def nothing_persistent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "has_products", "expected"), [(128, True, "fp32"), (768, True, "bf16_autocast"), (768, False, "fp32")]
+    ("hidden", "has_products", "expected"),
+    [(256, True, "fp32"), (384, True, "bf16_autocast"), (768, True, "bf16_autocast"), (768, False, "fp32")],
 )
 def test_automatic_precision_goes_by_the_processor_and_the_width(
     hidden: int, has_products: bool, expected: str, monkeypatch: pytest.MonkeyPatch
