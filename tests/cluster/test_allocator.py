@@ -3,6 +3,7 @@
 import platform
 import resource
 import threading
+from typing import Any
 
 import pytest
 import ray
@@ -37,8 +38,9 @@ class Computing:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="waits for glibc, the C library that reads the variable")
 def test_a_freed_tensor_serves_the_next_one(ray_session: Session) -> None:
     """A process reads the variable when it starts: Ray must have started this one for it."""
+    remote: Any = ray.remote
     actors = [
-        ray.remote(Computing).options(num_cpus=0, runtime_env={"env_vars": environment}).remote()
+        remote(Computing).options(num_cpus=0, runtime_env={"env_vars": environment}).remote()
         for environment in ({}, keeping_freed_memory({}))
     ]
     mapped, kept = ray.get([actor.faults.remote() for actor in actors], timeout=240)
