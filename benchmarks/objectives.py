@@ -28,7 +28,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.step import BATCH, MODELS, Bench, K, make_bench
-from benchmarks.step_setting import make_settings, prepare, write_random_corpus
+from benchmarks.step_setting import make_settings, prepare, start_as_trainer, write_random_corpus
 from indexing.store import Store
 from training.data import encode_questions
 from training.models.batches import RetrievalBatch
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", choices=[*OBJECTIVES, PRIOR, FUSED], help="print where this step spends its time")
     options = parser.parse_args()
+    start_as_trainer()
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

@@ -36,6 +36,7 @@ from benchmarks.step_setting import (
     index_service,
     make_settings,
     prepare,
+    start_as_trainer,
     write_random_corpus,
 )
 from cluster.prepare import Prepared
@@ -279,6 +280,7 @@ def main() -> None:
     parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
     parser.add_argument("--precisions", nargs="+", default=["fp32", *["bf16_autocast"] * multiplies_bf16()])
     options = parser.parse_args()
+    start_as_trainer()
     torch.set_num_threads(options.threads)
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,9 @@
 """What `benchmarks/step.py` measures on: models, corpus, stores and a real index service."""
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +18,7 @@ from cluster import session
 
 session.set_environment()
 
+from cluster.allocator import keeping_freed_memory  # noqa: E402
 from cluster.placement import nodes_of_cluster, plan  # noqa: E402
 from cluster.prepare import Prepared, prepare_data, prepare_tokenizers  # noqa: E402
 from cluster.search import IndexClient  # noqa: E402
@@ -40,6 +43,12 @@ MAX_TOKENS, VOCABULARY = 200, 12_000
 NAMESPACE = "benchmark"
 LIKE_ENCODER = "like encoder"
 READERS = {"T5": "8 heads of 64, feed-forward 2048", LIKE_ENCODER: "4 heads of 64, feed-forward 1024"}
+
+
+def start_as_trainer() -> None:
+    """Start this command again with a CPU trainer's environment, which a process reads when it starts."""
+    if environment := keeping_freed_memory():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment})
 
 
 def make_settings(corpus: Path, root: Path, reader: str) -> Settings:
