@@ -15,10 +15,11 @@ import torch
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from cluster import session
+from cluster.allocator import keeping_freed_memory
 
+NOT_YET = keeping_freed_memory()  # of what a process reads when it starts
 session.set_environment()
 
-from cluster.allocator import keeping_freed_memory  # noqa: E402
 from cluster.placement import nodes_of_cluster, plan  # noqa: E402
 from cluster.prepare import Prepared, prepare_data, prepare_tokenizers  # noqa: E402
 from cluster.search import IndexClient  # noqa: E402
@@ -47,8 +48,8 @@ READERS = {"T5": "8 heads of 64, feed-forward 2048", LIKE_ENCODER: "4 heads of 6
 
 def start_as_trainer() -> None:
     """Start this command again with a CPU trainer's environment, which a process reads when it starts."""
-    if environment := keeping_freed_memory():
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **environment})
+    if NOT_YET:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **NOT_YET})
 
 
 def make_settings(corpus: Path, root: Path, reader: str) -> Settings:

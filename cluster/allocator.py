@@ -1,4 +1,4 @@
-"""How a process that computes on a CPU gets its memory.
+"""How the processes of a Ray that is started here get their memory.
 
 By default glibc maps a large tensor when it is made and unmaps it when it is freed: every step faults the same memory
 in again, page by page, and the kernel clears it. Here what is freed stays with the process, and is backed by huge pages

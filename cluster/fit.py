@@ -23,7 +23,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cluster.allocator import keeping_freed_memory
 from cluster.beforehand import check_where, uses_index, with_absolute_models
 from cluster.check_fit import check_fit
 from cluster.config import to_yaml
@@ -264,7 +263,6 @@ def _trainer(
             name=f"attempt-{time.time_ns()}",
             storage_path=str(Path(job.run_dir).resolve() / "ray"),
             failure_config=FailureConfig(max_failures=0),  # `_fit` knows which failures are worth another attempt
-            worker_runtime_env={} if seat.gpus else {"env_vars": keeping_freed_memory()},
         ),
         torch_config=TorchConfig(backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)),
     )

@@ -26,7 +26,6 @@ from cluster.actors import (
     ShardActor,
     WorkerSettings,
 )
-from cluster.allocator import keeping_freed_memory
 from cluster.fanout import Slowness
 from cluster.handles import NamedActor
 from cluster.lexical import THREADS, LexicalActor
@@ -259,10 +258,8 @@ def _start(
         for number, (names, (start, stop)) in enumerate(zip(handle.address.by_shard(), ranges, strict=True))
         for name in names
     ]
-    environment = {} if seats[1].gpus else {"env_vars": keeping_freed_memory()}
     workers = [
-        worker_class.options(**_options(name, handle, seats[1], placement), runtime_env=environment).remote(worker)
-        for name in handle.workers
+        worker_class.options(**_options(name, handle, seats[1], placement)).remote(worker) for name in handle.workers
     ]
     idle = Seat("coordinator", 1, 0.0, 0.0, 0)
     chief = coordinator_class.options(**_options(handle.address.coordinator, handle, idle, placement)).remote(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.allocator import keeping_freed_memory
+
 NAMESPACE = "tandem"
 MIN_LOGICAL_CPUS = 4  # a Ray CPU is a ticket: trainer, controller and tests must fit on a machine with two cores
 START_ATTEMPTS = 3
@@ -29,9 +31,6 @@ LOCAL = {
     "RAY_AUTH_MODE": "token",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then takes 127.0.0.1 as this machine's address, on Linux too
     "RAY_worker_niceness": "0",  # 15 otherwise, which leaves refresh workers no room below the trainers
-    # glibc keeps freed blocks: on a CPU, giving each large tensor back to the system costs 40% of an encoding.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 
 
@@ -54,7 +53,7 @@ class Session:
 
 def set_environment() -> None:
     """Set what Ray reads when it is imported; call it before. Harmless when repeated."""
-    wanted = QUIET if os.environ.get("RAY_ADDRESS") else {**QUIET, **LOCAL}
+    wanted = QUIET if os.environ.get("RAY_ADDRESS") else {**QUIET, **LOCAL, **keeping_freed_memory()}
     missing = [name for name in wanted if name not in os.environ]
     if missing and "ray" in sys.modules:
         raise RuntimeError(f"Ray was imported before cluster.session.set_environment could set {', '.join(missing)}")
