@@ -171,6 +171,7 @@ class RefreshWorkerActor:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._loaded: Any = None  # encoder, token table, padding id
+        self._half = False  # whether products are of bfloat16
         self._publish_id = -1
         self._lock = threading.Lock()
 
@@ -216,10 +217,13 @@ class RefreshWorkerActor:
         if self._settings.device == "cpu":
             _step_back(self._settings.threads)
         if self._loaded is None:
+            from training.engine_setup import processor_multiplies_bf16
             from training.models.encoder import build_encoder
             from training.models.tokenizers import load_tokenizer, pad_id
 
             settings = self._settings
+            has_products = settings.device == "cuda" or processor_multiplies_bf16()
+            self._half = settings.precision == "bfloat16" and has_products
             tokenizer = load_tokenizer(settings.tokenizer)
             encoder = build_encoder(replace(settings.encoder, gradient_checkpointing=False), len(tokenizer))
             encoder.length_groups = 1  # batches come sorted by length
@@ -232,11 +236,8 @@ class RefreshWorkerActor:
         """Vectors float32 [n, dim] of token ids and mask [n, tokens]."""
         import torch
 
-        from training.engine_setup import processor_multiplies_bf16
-
         device, encoder = self._settings.device, self._loaded[0]
-        half = self._settings.precision == "bfloat16" and (device == "cuda" or processor_multiplies_bf16())
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self._half):
             vectors = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
         return vectors.float().cpu().numpy()
 

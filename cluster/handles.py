@@ -82,6 +82,9 @@ class RayShard:
     def status(self) -> ShardStatus:
         return self._call("status", timeout_s=STATUS_S)
 
+    def lacking(self, generation: int) -> str:
+        return "" if generation in self.status().generations else self._name
+
     def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
         self._call("begin", generation, weights_version, numbers, corpus_version, timeout_s=QUICK_S)
 

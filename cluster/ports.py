@@ -102,6 +102,10 @@ class ShardPort(Protocol):
 
     def status(self) -> ShardStatus: ...
 
+    def lacking(self, generation: int) -> str:
+        """Which processes do not serve `generation`, by the names that messages have for them; empty when all do."""
+        ...
+
     def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None: ...
 
     def derive(

@@ -67,7 +67,8 @@ class Repair:
     def _note_empty(self, shard: ShardPort, generation: int) -> None:
         """Tell of a loss that fell between two looks: the shard died and is back already, without what it had."""
         if self._seen.pop(shard.number, None) == generation:
-            self._events("shard_lost", shard=shard.number, why=f"shard {shard.number} is back without what it served")
+            why = f"back without what it served: {shard.lacking(generation)}"
+            self._events("shard_lost", shard=shard.number, why=why)
 
     def _note_lost(self, shard: ShardPort, lost: ShardLost, since: float) -> None:
         if shard.number not in self._lost_since:

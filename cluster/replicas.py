@@ -40,6 +40,9 @@ class ReplicatedShard:
         """What all replicas have. Raises ShardLost when one does not answer."""
         return in_common(self._each(lambda replica: replica.status()))
 
+    def lacking(self, generation: int) -> str:
+        return " and ".join(filter(None, self._each(lambda replica: replica.lacking(generation))))
+
     def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: Any) -> None:
         """Have every replica take the vectors."""
         self._each(lambda replica: replica.stage(generation, weights_version, start, vectors))

@@ -36,6 +36,7 @@ class FakeShard:
 
     def __init__(self, number: int, start: int, stop: int, log: list[tuple[Any, ...]]) -> None:
         self.number, self.start, self.stop = number, start, stop
+        self.name = f"shard {number}"
         self.log = log
         self.before: Callable[[str, int], None] = lambda method, generation: None
         self.shard = self._empty()
@@ -67,6 +68,9 @@ class FakeShard:
     def status(self) -> ShardStatus:
         self.before("status", -1)
         return self.shard.status()
+
+    def lacking(self, generation: int) -> str:
+        return "" if generation in self.shard.status().generations else self.name
 
     def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
         self._do("begin", generation, weights_version, numbers, corpus_version)

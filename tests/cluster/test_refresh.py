@@ -244,7 +244,7 @@ def test_a_shard_is_restored_from_the_snapshot(world: World) -> None:
     world.check_contents(1, 7)
     assert world.named("shard_restored")[0]["source"] == "snapshot"
     (lost,) = world.named("shard_lost")  # though it was back before anybody looked
-    assert (lost["shard"], lost["why"]) == (2, "shard 2 is back without what it served")
+    assert (lost["shard"], lost["why"]) == (2, "back without what it served: shard 2")
 
 
 def test_a_torn_snapshot_is_refused_and_the_shard_encoded_again(world: World) -> None:

@@ -30,6 +30,8 @@ class ReplicatedWorld(World):
         ranges = list(enumerate(shard_ranges(NUM_PASSAGES, 2)))
         groups = [[FakeShard(number, *pair, self.log) for _ in range(REPLICAS)] for number, pair in ranges]
         self.shards = [replica for group in groups for replica in group]
+        for number, shard in enumerate(self.shards):
+            shard.name += f", replica {number % REPLICAS}"
         self.ports = [ReplicatedShard(group) for group in groups]
 
     def check_corpus(self, generation: int, versions: int | np.ndarray) -> None:
@@ -89,8 +91,10 @@ def test_a_replica_that_comes_back_empty_is_loaded_and_the_other_is_left_alone(w
     coordinator.snapshots.work()
     assert sorted(call[2] for call in world.calls("save")) == [0, 1]  # once a shard
     found = world.shards[0].shard._serving.served[1].generation
+    coordinator.tick()
     world.shards[1].die()
     coordinator.tick()
+    assert [event["why"] for event in world.named("shard_lost")] == ["back without what it served: shard 0, replica 1"]
     assert world.named("shard_restored")[0]["source"] == "snapshot"
     world.check_contents(1, 1)
     assert world.shards[0].shard._serving.served[1].generation is found
