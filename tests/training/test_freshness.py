@@ -101,8 +101,12 @@ def test_drift_below_the_threshold_triggers(world, tmp_path):
 
 
 def test_drift_above_the_threshold_does_not(world, tmp_path):
+    """Steps so small that the hits drift, and more than half of them stay."""
     index = world.index()
-    run_stage(job_of(world, tmp_path, replace(DRIFT, drift_threshold=1e-9)), index)
+    small = TrainingConfig(steps=STEPS, batch_size=4, warmup_steps=0, schedule="constant", lr_retriever=1e-4)
+    run_stage(job_of(world, tmp_path, replace(DRIFT, drift_threshold=0.5), training=small), index)
+    rows = metrics(tmp_path)
+    assert 0.5 < min(rows[step]["drift/overlap"] for step in (3, 6, 9, 12)) < 1
     assert index.published == [0, STEPS]
     assert not events(tmp_path, "refresh_triggered", "refresh_withheld")
 

@@ -142,7 +142,9 @@ def test_a_refresh_worker_dies(victim: Victim) -> None:
 
 
 def test_a_stopped_shard_and_a_stopped_worker_are_replaced(victim: Victim) -> None:
-    """SIGSTOP breaks no connection: only the bounds find it."""
+    """SIGSTOP breaks no connection: only the bounds find it. The shard is given its snapshot: what the stopped worker
+    would have to encode comes later than a search waits."""
+    victim.client.save_generation(answer(victim), 30.0)
     killed, lost = len(victim.events("shard_killed")), len(victim.events("worker_lost"))
     frozen = [process_of(victim.shards[2]), process_of(victim.service.workers[0])]
     with victim.checker(), stopped(*frozen):
