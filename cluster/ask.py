@@ -17,11 +17,11 @@ from indexing.fusion import places_of, reciprocal_rank_fusion
 from indexing.live import LiveStore
 from indexing.merge import Hits, chosen
 from indexing.questions import QuestionStore, write_questions
-from training.checkpoint import load_weights
+from training.checkpoint import load_weights, saved_names
 from training.data import Collator
 from training.models.build import build_system, fit_weights
 from training.models.decode import marginal_answers, restore_spelling, top1_answers
-from training.models.encoder import TextEncoder
+from training.models.encoder import TextEncoder, with_towers_of
 from training.models.prompts import QuestionText
 from training.models.reranker import make_pairing
 from training.models.sides import (
@@ -63,8 +63,9 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, questions: 
     )
     prepared = prepare_data(settings, root, lambda _: None, splits=[])
     store = LiveStore.open_with(prepared.passages, folder.parent.parent / "corpus")
+    encoder = with_towers_of(settings.encoder, saved_names(folder))
     system = build_system(
-        settings.encoder, settings.generator, "none", tokenizers, settings.run.seed, None, settings.retrieval,
+        encoder, settings.generator, "none", tokenizers, settings.run.seed, None, settings.retrieval,
         settings.reranker,
     ).eval()  # fmt: skip
     load_weights_into(system, fit_weights(load_weights(folder), system))

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -36,9 +36,10 @@ from cluster.settings import RefreshConfig, Settings
 from indexing.filters import parse_filter
 from indexing.snapshot import TornSnapshot, is_complete
 from indexing.store import Store
-from training.checkpoint import newest_checkpoint
+from training.checkpoint import newest_checkpoint, saved_names
 from training.feeding.mixture import pretrains
 from training.job import StageJob
+from training.models.encoder import with_towers_of
 from training.objectives.check import PREFERENCE
 from training.objectives.choose import needs
 from training.refreshing.policy import RefreshPlan
@@ -62,11 +63,11 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
     """
     settings = with_absolute_models(settings)
     passages = Store.open(prepared.passages, verify=False)
-    check_fit(settings, placement, len(passages))
     run_dir = Path(settings.run.directory) / settings.run.name
+    job = make_job(settings, prepared, init_from, run_dir)
+    check_fit(replace(settings, encoder=job.encoder), placement, len(passages))
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-    job = make_job(settings, prepared, init_from, run_dir)
     log = inherit_corpus(init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
     check_where(settings, prepared.passages, log.folder)
     events = EventLog(run_dir / "events.jsonl")
@@ -179,7 +180,7 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         seed=settings.run.seed,
         threads=settings.cluster.threads_per_trainer,
         fingerprint=fingerprint(settings),
-        encoder=settings.encoder,
+        encoder=with_towers_of(settings.encoder, saved_names(Path(init_from)) if init_from else ()),
         generator=settings.generator,
         objective=settings.objective,
         alignment=settings.alignment,

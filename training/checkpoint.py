@@ -115,6 +115,14 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return weights | {name: weights[first] for name, first in tied.items()}
 
 
+def saved_names(path: Path) -> set[str]:
+    """The names of the weights of the checkpoint at `path`; one that is shared has its first name only. Raises
+    TornSnapshot."""
+    snapshot.verify(path, contents=False)
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        return set(file.keys())
+
+
 def rng_state() -> dict[str, Any]:
     """States of Python's, numpy's and torch's generators; CUDA's of this rank's device."""
     states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}

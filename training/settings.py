@@ -42,7 +42,7 @@ class EncoderConfig:
     name: str = ""  # Hugging Face or sentence-transformers name or folder; empty: `fresh`
     fresh: FreshEncoderConfig = field(default_factory=FreshEncoderConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when the model is fresh
-    towers: str = "shared"  # shared | separate
+    towers: str = "shared"  # shared | separate; a run that starts from two towers, query_only's say, keeps both
     pooling: str = "auto"  # auto (read from the checkpoint, mean when fresh) | mean | cls | last
     normalize: str = "auto"  # auto (read from the checkpoint, true when fresh) | true | false
     temperature: float = 0.05  # scores are inner products divided by this

@@ -63,12 +63,12 @@ def settings_for(tmp_path: Path, *overrides: str) -> Settings:
     return load([str(tmp_path / "a.yaml")], [*SETTINGS, *paths, *overrides]).settings
 
 
-def stage_of(settings: Settings, tmp_path: Path) -> Stage:
+def stage_of(settings: Settings, tmp_path: Path, init_from: str = "") -> Stage:
     root = Path(settings.run.directory) / settings.run.name
     prepared = prepare_data(settings, root, lambda _: None)
     store = Store.open(prepared.passages)
     vocabulary = len(load_tokenizer(prepared.tokenizers / "retriever"))
-    job = make_job(settings, prepared, "", tmp_path / "run")
+    job = make_job(settings, prepared, init_from, tmp_path / "run")
     return Stage(replace(job, wait_timeout_s=60.0), LocalIndex(store, settings.encoder, vocabulary))
 
 

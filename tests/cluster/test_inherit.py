@@ -1,4 +1,5 @@
-"""The index that a stage takes over: only where its vectors are those of the stage's own passage encoder."""
+"""What a stage takes over: the index, only where its vectors are those of the stage's own passage encoder; and both
+towers, where those of the run before have parted."""
 
 import json
 from dataclasses import asdict, replace
@@ -7,13 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.ask import answer_question
 from cluster.inherit import inherit_index
+from cluster.measure import without_training
 from cluster.settings import Settings
 from cluster.snapshots import IndexIdentity
 from indexing.settings import IndexConfig
 from indexing.shard import Shard
 from indexing.snapshot import write_once
+from tests.cluster.test_finetuning import TOWNS, corpus, plain, predictions, settings_for, stage_of
+from training.checkpoint import newest_checkpoint, saved_names
+from training.models.weights import to_numpy
 from training.settings import TrainingConfig
+from training.stage import Stage
 
 IDENTITY = IndexIdentity("encoder", "corpus", "Flat", ((0, 5), (5, 9)))
 FIXED = Settings(training=TrainingConfig(train="query_only"))
@@ -108,3 +115,50 @@ def test_stale_missing_and_damaged_indexes_are_left_alone(tmp_path: Path) -> Non
     content[-3] ^= 1
     damaged.write_bytes(content)
     assert inherit_index(FIXED, str(checkpoint), run_dir, IDENTITY) is None
+
+
+def towers(stage: Stage) -> list[dict[str, np.ndarray]]:
+    """The weights of the query tower and of the passage tower."""
+    retriever = stage.system.retriever
+    return [to_numpy(tower.state_dict()) for tower in (retriever.query_encoder, retriever.passage_encoder)]
+
+
+def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_towers_that_have_parted_go_on_as_two(tmp_path: Path) -> None:
+    """Whatever trains next, and where nothing does: to evaluate, to encode an index, to answer a question."""
+    corpus(tmp_path / "corpus", plain)
+    rate = "training.lr_retriever=0.01"
+    start = stage_of(settings_for(tmp_path, "training.train=query_only", rate), tmp_path)
+    start.run()
+    query, passage = towers(start)
+    assert not equal(query, passage)
+    found = predictions(tmp_path)
+    checkpoint = newest_checkpoint(tmp_path / "run", print)
+    assert checkpoint is not None
+    settings = settings_for(tmp_path, rate)
+    for train, changes in (("both", True), ("retriever_only", True), ("generator_only", False), ("none", False)):
+        asked = replace(settings, training=replace(settings.training, train=train))
+        asked = without_training(asked, "asked", str(checkpoint)) if train == "none" else asked
+        stage = stage_of(asked, tmp_path / train, str(checkpoint))
+        stage.run()
+        assert [equal(*pair) for pair in zip(towers(stage), (query, passage), strict=True)] == [not changes] * 2
+        assert not equal(*towers(stage))
+    assert predictions(tmp_path / "none") == found
+    question = plain(TOWNS[20])["text"]
+    answer = answer_question(settings, tmp_path / "runs" / settings.run.name, str(checkpoint), [question])
+    read = [line.split()[2] for line in answer.splitlines() if line.startswith("  ") and line.split()[2] in TOWNS]
+    assert read == next(row["hits"][:2] for row in found if row["id"] == f"q-{TOWNS[20]}")
+
+
+def test_shared_towers_stay_shared(tmp_path: Path) -> None:
+    corpus(tmp_path / "corpus", plain)
+    stage_of(settings_for(tmp_path), tmp_path).run()
+    checkpoint = newest_checkpoint(tmp_path / "run", print)
+    assert checkpoint is not None
+    assert not any(".passage_encoder." in name for name in saved_names(checkpoint))
+    after = stage_of(settings_for(tmp_path), tmp_path / "after", str(checkpoint))
+    after.run()
+    assert after.system.retriever.shared

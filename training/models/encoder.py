@@ -3,7 +3,8 @@ retriever made of two (shared, separate, or with a frozen passage side)."""
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,13 @@ def load_encoder_state(encoder: TextEncoder, state: Mapping[str, Tensor]) -> Non
             f"other shape {sorted(shapes)[:3]}"
         )
     encoder.load_state_dict(dict(state))
+
+
+def with_towers_of(config: EncoderConfig, weights: Iterable[str]) -> EncoderConfig:
+    """`config` for a system that goes on with the weights of these names: it has two towers where they have. (A query
+    tower that was trained alone is another one than that of the passages.)"""
+    own = any(name.startswith("retriever.passage_encoder.") for name in weights)
+    return replace(config, towers="separate") if own else config
 
 
 def complete_towers(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
