@@ -39,7 +39,8 @@ Trains a retriever and a generator as one system, with the index of the whole co
 {verbs}
 
 Without a verb: train. Without a file: configs/quickstart.yaml. Later files win over earlier ones, section.field=value
-over all; stages.NAME.section.field=value is for one stage. Runs lie in runs/<run.name>/.
+over all (run.init_from: where the first stages start); stages.NAME.section.field=value is for one stage. Runs lie in
+runs/<run.name>/.
 
 examples:
   tandem train configs/quickstart.yaml run.seed=1

@@ -9,9 +9,11 @@ A file holds sections of `Settings`. Two more top-level keys describe several ru
     compare: {base_stage: joint, ...}      # see cluster/matrix.py
 
 Who wins, weakest first: defaults, earlier file, later file, the stage's own sections, `section.field=value` of the
-command line (for every stage), `stages.joint.section.field=value`.
+command line (for every stage; `run.init_from` for those that start from no other stage of the file),
+`stages.joint.section.field=value`.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -75,8 +77,8 @@ def load(paths: list[str], overrides: list[str]) -> Experiment:
             _assign(files.update, key.removeprefix("update."), value, "update.")
         if key.startswith("compare."):
             _assign(files.compare, key.removeprefix("compare."), value, "compare.")
-    settings = _resolve(files.base, "", changes)
-    stages = {name: _resolve(OmegaConf.merge(files.base, own), name, changes) for name, own in files.stages.items()}
+    settings = _resolve(files.base, "", changes, files)
+    stages = {n: _resolve(OmegaConf.merge(files.base, own), n, changes, files) for n, own in files.stages.items()}
     update, matrix = _to_object(files.update, "update."), _matrix(files, changes)
     experiment = Experiment(settings, stages or {"": settings}, update, matrix)
     _name_stages(stages)
@@ -183,7 +185,7 @@ def _matrix(files: _Files, changes: list[tuple[str, Any]]) -> Matrix | None:
     owns, stages = combined(files.cells, files.axes), list(files.stages)
     check_matrix(config, list(owns), stages)
     base = OmegaConf.merge(files.base, files.stages.get(config.base_stage, {}))
-    base = _changed(base, config.base_stage, changes)
+    base = _changed(base, config.base_stage, changes, stages)
     cells: dict[str, Settings] = {}
     for name, own in owns.items():
         cell: Settings = _to_object(cast(DictConfig, OmegaConf.merge(base, *own)), f"compare cell {name}: ")
@@ -216,15 +218,17 @@ def _parse_override(text: str, stages: list[str]) -> tuple[str, Any]:
     return key, checked(raw if kind is str else read_yaml(raw, COMMAND_LINE), kind, f"{key}.", COMMAND_LINE)
 
 
-def _resolve(config: Any, stage: str, changes: list[tuple[str, Any]]) -> Settings:
-    return _to_object(_changed(config, stage, changes), f"stages.{stage}." if stage else "")
+def _resolve(config: Any, stage: str, changes: list[tuple[str, Any]], files: _Files) -> Settings:
+    return _to_object(_changed(config, stage, changes, list(files.stages)), f"stages.{stage}." if stage else "")
 
 
-def _changed(config: Any, stage: str, changes: list[tuple[str, Any]]) -> DictConfig:
-    """A copy of `config` with the command line over it: plain overrides first, the stage's own last."""
+def _changed(config: Any, stage: str, changes: list[tuple[str, Any]], stages: Sequence[str]) -> DictConfig:
+    """A copy of `config` with the command line over it: plain overrides first, the stage's own last. One that starts
+    from another of `stages` still does, whatever a plain run.init_from says: that is where the first ones start."""
     config, own = config.copy(), f"stages.{stage}."
+    inner = OmegaConf.select(config, "run.init_from") in stages
     for key, value in changes:
-        if not key.startswith(("stages.", "update.", "compare.")):
+        if not key.startswith(("stages.", "update.", "compare.")) and not (inner and key == "run.init_from"):
             _assign(config, key, value, "")
     for key, value in changes:
         if key.startswith(own):

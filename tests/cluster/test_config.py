@@ -81,6 +81,15 @@ def test_command_line_wins_everywhere_and_its_stage_overrides_win_over_that(writ
     assert experiment.stages["joint"].run.init_from == "runs/other/pretrain"
 
 
+def test_a_start_from_the_command_line_is_that_of_the_first_stages(write) -> None:
+    """What starts from another stage of the file still does; one stage alone can be told otherwise."""
+    file, start = write(STAGED), "/elsewhere/run"
+    stages = load([file], [f"run.init_from={start}"]).stages
+    assert [stage.run.init_from for stage in stages.values()] == [start, "runs/demo/pretrain"]
+    stages = load([file], [f"stages.joint.run.init_from={start}"]).stages
+    assert [stage.run.init_from for stage in stages.values()] == ["", start]
+
+
 def test_later_files_win_over_earlier_ones(write) -> None:
     paths = [write(STAGED), write("stages: {joint: {training: {steps: 9}}}\nretrieval: {k: 2}", "b.yaml")]
     experiment = load(paths, [])
