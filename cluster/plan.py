@@ -25,10 +25,8 @@ from training.objectives.choose import needs
 from training.settings import LoraConfig
 
 RETRIEVER = "retriever"
-GPU_CPUS, GPU_MEMORY = (
-    12,
-    128 * GB,
-)  # of a machine, for each of its GPUs: AWS p4d and p5, DGX have 12 to 28 and 128 to 256
+# of a machine, for each of its GPUs: AWS p4d and p5, DGX have 12 to 28 CPUs and 128 to 256 GB
+GPU_CPUS, GPU_MEMORY = 12, 128 * GB
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def _counted(settings: Settings) -> int:
 def _parameters(settings: Settings, tower: int, layers: int, hidden: int, reader: Any) -> tuple[int, int]:
     """(that train, that a trainer holds), the frozen reference of an alignment among them."""
     train = settings.training.train
-    towers = 2 if settings.encoder.towers == "separate" or train == "query_only" else 1
+    towers = settings.encoder.num_towers(train)
     writes = 0 if reader is None else reader.parameters
     trained = {"both": towers * tower, "retriever_only": towers * tower, "query_only": tower}.get(train, 0)
     if trained and settings.encoder.lora.rank:

@@ -58,6 +58,10 @@ class EncoderConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     trust_remote_code: bool = False
 
+    def num_towers(self, train: str) -> int:
+        """2 where questions and passages have weights of their own: set so, or `training.train` is query_only."""
+        return 2 if self.towers == "separate" or train == "query_only" else 1
+
 
 @dataclass
 class FreshGeneratorConfig:

@@ -17,11 +17,8 @@ from transformers import BertConfig, BertModel, T5Config, T5EncoderModel, T5Mode
 from training.models.checkpoint_layout import read_layout
 from training.models.encoder import (
     Retriever,
-    TextEncoder,
     build_encoder,
     build_retriever,
-    complete_towers,
-    load_encoder_state,
     load_passage_weights,
     passage_state,
     pool,
@@ -325,17 +322,6 @@ def test_published_weights_arrive() -> None:
         load_passage_weights(worker, {key: value for key, value in weights.items() if key != name})
     with pytest.raises(ValueError, match=f"other shape .*{name}"):
         load_passage_weights(worker, weights | {name: weights[name][:1]})
-
-
-def test_a_shared_checkpoint_fills_two_towers() -> None:
-    shared = build_retriever(FRESH, "both", 50)
-    saved = {f"retriever.{name}": value for name, value in shared.named_parameters()}  # each weight once
-    two = build_retriever(FRESH, "query_only", 50)
-    full = {name.removeprefix("retriever."): value for name, value in complete_towers(saved, "retriever.").items()}
-    two.load_state_dict(full)
-    assert all(torch.equal(a, b) for a, b in zip(two.passage_encoder.parameters(), shared.parameters(), strict=True))
-    assert isinstance(two.query_encoder, TextEncoder)
-    load_encoder_state(two.query_encoder, dict(shared.query_encoder.state_dict()))
 
 
 @pytest.mark.parametrize(

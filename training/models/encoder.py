@@ -211,8 +211,7 @@ def build_retriever(config: EncoderConfig, train: str, vocab_size: int | None = 
     """Both towers, with `requires_grad` set for `train`. query_only on shared towers: passages get a frozen copy.
     With `encoder.lora`, a tower that trains has adapters, and only they train."""
     query_encoder = build_encoder(config, vocab_size)
-    separate = config.towers == "separate" or train == "query_only"
-    passage_encoder = copy.deepcopy(query_encoder) if separate else query_encoder
+    passage_encoder = copy.deepcopy(query_encoder) if config.num_towers(train) == 2 else query_encoder
     retriever = Retriever(query_encoder, passage_encoder, config.temperature, config.gradient_cache_passages)
     set_trainable(retriever, train)
     if config.lora.rank:
@@ -270,21 +269,6 @@ def with_towers_of(config: EncoderConfig, weights: Iterable[str]) -> EncoderConf
     tower that was trained alone is another one than that of the passages.)"""
     own = any(name.startswith("retriever.passage_encoder.") for name in weights)
     return replace(config, towers="separate") if own else config
-
-
-def complete_towers(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """A state dict with both towers, from one of shared towers that was saved with one of them only.
-
-    `prefix` is the retriever's own place in the names, such as "retriever.". Fits shared and separate retrievers.
-    """
-    query, passage = f"{prefix}query_encoder.", f"{prefix}passage_encoder."
-    full = dict(state)
-    for name, tensor in state.items():
-        if name.startswith(query):
-            full.setdefault(passage + name[len(query) :], tensor)
-        elif name.startswith(passage):
-            full.setdefault(query + name[len(passage) :], tensor)
-    return full
 
 
 def _check(config: EncoderConfig) -> None:
