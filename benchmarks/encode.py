@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from indexing.corpus import Passage
-from indexing.encode import encode_range, length_batches
-from indexing.settings import IndexConfig
-from indexing.shard import Shard
-from indexing.store import TokenSide, write_store
-from indexing.table import TokenTable
-from training.models.encoder import TextEncoder, build_encoder
-from training.settings import EncoderConfig, FreshEncoderConfig
+from indexing.corpus.files.corpus import Passage
+from indexing.corpus.stores.passages import TokenSide, write_store
+from indexing.corpus.stores.table import TokenTable
+from indexing.dense.encode import encode_range, length_batches
+from indexing.indexing_settings import IndexConfig
+from indexing.shard.shard import Shard
+from training.models.retriever.encoder import TextEncoder, build_encoder
+from training.training_settings import EncoderConfig, FreshEncoderConfig
 
 VOCABULARY = 6000
 CHUNKS = 2

@@ -16,19 +16,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cluster.ask import encode_function
-from cluster.ask_index import OneGeneration
 from cluster.cli import read_experiment
-from cluster.common import starting_checkpoint
-from cluster.prepare import prepare_data
-from indexing.live import LiveStore
-from indexing.questions import QuestionStore
+from cluster.commands.ask import encode_function
+from cluster.commands.common import starting_checkpoint
+from cluster.commands.local_search import OneGeneration
+from cluster.prepare.stores import prepare_data
+from indexing.corpus.stores.live_store import LiveStore
+from indexing.corpus.stores.questions import QuestionStore
 from training.checkpoint import load_weights
 from training.data import Collator
 from training.metrics import ranking_metrics
 from training.models.build import build_system, fit_weights
-from training.models.tokenizers import load_tokenizer, pad_id
-from training.named_weights import load_weights_into
+from training.models.parts.named_weights import load_weights_into
+from training.models.text.tokenizers import load_tokenizer, pad_id
 from training.retrieving.hybrid import HybridSearch
 from training.retrieving.retrieve import dense_search
 

@@ -17,11 +17,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from indexing.build import Index, build_index
-from indexing.exact import recall, search_exactly
-from indexing.kinds import parse
-from indexing.library import load_faiss
-from indexing.settings import IndexConfig
+from indexing.dense.exact import recall, search_exactly
+from indexing.dense.faiss_build import Index, build_index
+from indexing.dense.faiss_library import load_faiss
+from indexing.dense.kinds import parse
+from indexing.indexing_settings import IndexConfig
 
 K, BATCH, QUERIES = 20, 16, 256
 

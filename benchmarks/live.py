@@ -31,35 +31,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster import session
+from cluster.machines import session
 
 session.set_environment()
 
 import ray  # noqa: E402
 
-from cluster.actors import SHARD_THREADS, ShardActor  # noqa: E402
-from cluster.chunks import EncodePool  # noqa: E402
-from cluster.corpus import wait_until_served  # noqa: E402
-from cluster.handles import NamedActor, RayShard  # noqa: E402
-from cluster.placement import nodes_of_cluster, plan  # noqa: E402
-from cluster.ports import Chunk, ShardPort, Weights  # noqa: E402
-from cluster.refresh import RefreshCoordinator, RefreshSettings  # noqa: E402
-from cluster.search import IndexAddress, IndexClient  # noqa: E402
-from cluster.service import start_index_service  # noqa: E402
-from cluster.settings import ClusterConfig, RefreshConfig  # noqa: E402
-from cluster.shards import ShardGroup  # noqa: E402
-from cluster.snapshots import IndexIdentity, Snapshots  # noqa: E402
-from indexing.corpus import Passage, iterate_corpus  # noqa: E402
-from indexing.encode import encode_numbers  # noqa: E402
-from indexing.exact import search_exactly  # noqa: E402
-from indexing.live import LiveStore, Wanted, change_corpus  # noqa: E402
-from indexing.settings import CorpusConfig, IndexConfig  # noqa: E402
-from indexing.store import TokenSide, write_store  # noqa: E402
-from training.models.encoder import TextEncoder, build_encoder  # noqa: E402
-from training.models.sides import retriever_passage_side  # noqa: E402
-from training.models.tokenizers import build_tokenizer, load_tokenizer  # noqa: E402
-from training.models.weights import to_numpy  # noqa: E402
-from training.settings import EncoderConfig, FreshEncoderConfig, TokenizerConfig  # noqa: E402
+from cluster.config.settings import ClusterConfig, RefreshConfig  # noqa: E402
+from cluster.planning.placement import nodes_of_cluster, plan  # noqa: E402
+from cluster.prepare.corpus_changes import wait_until_served  # noqa: E402
+from cluster.refresh.coordinator import RefreshCoordinator, RefreshSettings  # noqa: E402
+from cluster.refresh.encode_queue import EncodePool  # noqa: E402
+from cluster.refresh.ports import Chunk, ShardPort, Weights  # noqa: E402
+from cluster.refresh.shards import ShardGroup  # noqa: E402
+from cluster.refresh.snapshots import IndexIdentity, Snapshots  # noqa: E402
+from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
+from cluster.service.ray_ports import NamedActor, RayShard  # noqa: E402
+from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
+from cluster.service.start import start_index_service  # noqa: E402
+from indexing.corpus.files.corpus import Passage, iterate_corpus  # noqa: E402
+from indexing.corpus.stores.live_store import LiveStore, Wanted, change_corpus  # noqa: E402
+from indexing.corpus.stores.passages import TokenSide, write_store  # noqa: E402
+from indexing.dense.encode import encode_numbers  # noqa: E402
+from indexing.dense.exact import search_exactly  # noqa: E402
+from indexing.indexing_settings import CorpusConfig, IndexConfig  # noqa: E402
+from training.models.parts.weights import to_numpy  # noqa: E402
+from training.models.retriever.encoder import TextEncoder, build_encoder  # noqa: E402
+from training.models.text.token_rows import retriever_passage_side  # noqa: E402
+from training.models.text.tokenizers import build_tokenizer, load_tokenizer  # noqa: E402
+from training.training_settings import EncoderConfig, FreshEncoderConfig, TokenizerConfig  # noqa: E402
 
 NAMESPACE = "benchmark"
 K, DIM, BLOCK = 20, 384, 50_000

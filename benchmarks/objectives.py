@@ -29,10 +29,10 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.step import BATCH, MODELS, Bench, K, make_bench
 from benchmarks.step_setting import make_settings, prepare, start_as_trainer, write_random_corpus
-from indexing.store import Store
+from indexing.corpus.stores.passages import Store
 from training.data import encode_questions
-from training.models.batches import RetrievalBatch
-from training.settings import ObjectiveConfig
+from training.models.model_inputs import RetrievalBatch
+from training.training_settings import ObjectiveConfig
 
 OBJECTIVES = ("rag_sequence", "emdr2", "pdist", "loop", "adist")
 PRIOR, FUSED = "generator only, mixture", "generator only, fused"

@@ -22,14 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ROOT, load
-from cluster.fit import make_job
-from cluster.prepare import Prepared, prepare_data
-from cluster.settings import Settings
-from indexing.store import Store
+from cluster.config.experiment import ROOT, load
+from cluster.config.settings import Settings
+from cluster.prepare.stores import Prepared, prepare_data
+from cluster.stage.run_stage import make_job
+from indexing.corpus.stores.passages import Store
 from tests.helpers.local_index import LocalIndex
 from training.checkpoint import newest_checkpoint
-from training.models.tokenizers import load_tokenizer
+from training.models.text.tokenizers import load_tokenizer
 from training.reporting.jsonl import read_rows
 from training.stage import Stage
 

@@ -28,23 +28,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cluster import session
+from cluster.machines import session
 
 session.set_environment()
 
-from cluster.actors import NICENESS  # noqa: E402
-from cluster.placement import nodes_of_cluster, plan  # noqa: E402
-from cluster.search import IndexClient, Search  # noqa: E402
-from cluster.service import start_index_service  # noqa: E402
-from cluster.settings import ClusterConfig, RefreshConfig  # noqa: E402
-from indexing.corpus import Passage  # noqa: E402
-from indexing.settings import IndexConfig  # noqa: E402
-from indexing.store import write_store  # noqa: E402
-from training.models.encoder import build_encoder  # noqa: E402
-from training.models.sides import retriever_passage_side  # noqa: E402
-from training.models.tokenizers import build_tokenizer  # noqa: E402
-from training.models.weights import to_numpy  # noqa: E402
-from training.settings import EncoderConfig  # noqa: E402
+from cluster.config.settings import ClusterConfig, RefreshConfig  # noqa: E402
+from cluster.planning.placement import nodes_of_cluster, plan  # noqa: E402
+from cluster.service.actors import NICENESS  # noqa: E402
+from cluster.service.search import IndexClient, Search  # noqa: E402
+from cluster.service.start import start_index_service  # noqa: E402
+from indexing.corpus.files.corpus import Passage  # noqa: E402
+from indexing.corpus.stores.passages import write_store  # noqa: E402
+from indexing.indexing_settings import IndexConfig  # noqa: E402
+from training.models.parts.weights import to_numpy  # noqa: E402
+from training.models.retriever.encoder import build_encoder  # noqa: E402
+from training.models.text.token_rows import retriever_passage_side  # noqa: E402
+from training.models.text.tokenizers import build_tokenizer  # noqa: E402
+from training.training_settings import EncoderConfig  # noqa: E402
 
 NAMESPACE = "benchmark"
 QUESTIONS, PASSAGES, QUESTION_TOKENS, PASSAGE_TOKENS, K = 16, 64, 16, 48, 4

@@ -18,10 +18,10 @@ import numpy as np
 import Stemmer
 from sentence_transformers import SentenceTransformer
 
-from cluster.config import load
-from cluster.prepare import with_corpus
-from indexing.corpus import Passage, Question, read_corpus, read_questions
-from indexing.exact import search_exactly
+from cluster.config.experiment import load
+from cluster.prepare.stores import with_corpus
+from indexing.corpus.files.corpus import Passage, Question, read_corpus, read_questions
+from indexing.dense.exact import search_exactly
 from training.metrics import means, ranking_metrics
 from training.reporting.tables import Table, print_table
 

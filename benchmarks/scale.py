@@ -10,9 +10,9 @@ generation only. IVF has 4 * sqrt(rows of a shard) lists and visits a 64th of th
 
 Printed: staging and building, the slowest shard's commit, the search (median, and the longest while a generation was
 built), memory of a shard beyond that of one with a single passage, each with measured / planned, where planned is what
-the formulas of `cluster/estimate.py` say from a probe of this machine made right before; then the growth exponents
-log(cost ratio) / log(size ratio). A search that had no answer while a generation was built is `blocked`. The last line
-is JSON.
+the formulas of `cluster/planning/estimate.py` say from a probe of this machine made right before; then the growth
+exponents log(cost ratio) / log(size ratio). A search that had no answer while a generation was built is `blocked`. The
+last line is JSON.
 """
 
 import argparse
@@ -32,27 +32,27 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cluster import session
+from cluster.machines import session
 
 session.set_environment()
 
 import ray  # noqa: E402
 
-from cluster import estimate  # noqa: E402
-from cluster.actors import SHARD_THREADS, ShardActor  # noqa: E402
-from cluster.chunks import EncodePool  # noqa: E402
-from cluster.events import EventLog  # noqa: E402
-from cluster.handles import NamedActor, RayShard  # noqa: E402
-from cluster.hardware import Host, this_host  # noqa: E402
-from cluster.ports import Chunk, ShardPort, Weights  # noqa: E402
-from cluster.refresh import RefreshCoordinator, RefreshSettings  # noqa: E402
-from cluster.search import IndexAddress, IndexClient  # noqa: E402
-from cluster.shards import ShardGroup  # noqa: E402
-from cluster.sizing import RAY_CALL_S, RAY_SHARD_S  # noqa: E402
-from cluster.snapshots import IndexIdentity, Snapshots  # noqa: E402
-from indexing.changes import ChangeLog  # noqa: E402
-from indexing.settings import IndexConfig  # noqa: E402
-from indexing.shard import shard_ranges  # noqa: E402
+from cluster.machines.events import EventLog  # noqa: E402
+from cluster.planning import estimate  # noqa: E402
+from cluster.planning.hardware import Host, this_host  # noqa: E402
+from cluster.planning.sizing import RAY_CALL_S, RAY_SHARD_S  # noqa: E402
+from cluster.refresh.coordinator import RefreshCoordinator, RefreshSettings  # noqa: E402
+from cluster.refresh.encode_queue import EncodePool  # noqa: E402
+from cluster.refresh.ports import Chunk, ShardPort, Weights  # noqa: E402
+from cluster.refresh.shards import ShardGroup  # noqa: E402
+from cluster.refresh.snapshots import IndexIdentity, Snapshots  # noqa: E402
+from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
+from cluster.service.ray_ports import NamedActor, RayShard  # noqa: E402
+from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
+from indexing.corpus.stores.changes import ChangeLog  # noqa: E402
+from indexing.indexing_settings import IndexConfig  # noqa: E402
+from indexing.shard.shard import shard_ranges  # noqa: E402
 
 DIM, BATCH, K, CENTRES = 384, 16, 20, 1000
 CHUNK = 20_000  # passages a chunk

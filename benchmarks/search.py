@@ -19,18 +19,18 @@ from functools import partial
 
 import numpy as np
 
-from cluster import session
+from cluster.machines import session
 
 session.set_environment()
 
 import ray  # noqa: E402
 
-from cluster.actors import SHARD_THREADS, ShardActor  # noqa: E402
-from cluster.search import IndexAddress, IndexClient  # noqa: E402
-from indexing.library import load_faiss  # noqa: E402
-from indexing.settings import IndexConfig  # noqa: E402
-from indexing.shard import shard_ranges  # noqa: E402
-from training.engine_setup import processor_multiplies_bf16  # noqa: E402
+from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
+from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
+from indexing.dense.faiss_library import load_faiss  # noqa: E402
+from indexing.indexing_settings import IndexConfig  # noqa: E402
+from indexing.shard.shard import shard_ranges  # noqa: E402
+from training.engine.engine_setup import processor_multiplies_bf16  # noqa: E402
 
 DIM, BATCH, K = 384, 16, 20
 SIZES = "25000,200000"

@@ -27,21 +27,21 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from cluster import session
+from cluster.machines import session
 
 session.set_environment()
 
-from cluster.corpus import open_to_changes  # noqa: E402
-from cluster.placement import nodes_of_cluster, plan  # noqa: E402
-from cluster.prepare import Prepared  # noqa: E402
-from cluster.search import IndexClient  # noqa: E402
-from cluster.service import IndexServiceHandle, start_index_service  # noqa: E402
-from cluster.settings import ClusterConfig, RefreshConfig  # noqa: E402
-from indexing.settings import IndexConfig  # noqa: E402
-from tests.cluster.corpus import ENCODER, Corpus, make_corpus  # noqa: E402
-from tests.cluster.survival.actors import process_of, serve  # noqa: E402
+from cluster.config.settings import ClusterConfig, RefreshConfig  # noqa: E402
+from cluster.planning.placement import nodes_of_cluster, plan  # noqa: E402
+from cluster.prepare.corpus_changes import open_to_changes  # noqa: E402
+from cluster.prepare.stores import Prepared  # noqa: E402
+from cluster.service.search import IndexClient  # noqa: E402
+from cluster.service.start import IndexServiceHandle, start_index_service  # noqa: E402
+from indexing.indexing_settings import IndexConfig  # noqa: E402
+from tests.cluster.small_corpus import ENCODER, Corpus, make_corpus  # noqa: E402
 from tests.cluster.survival.checker import Checker, events_of  # noqa: E402
 from tests.cluster.survival.living import LiveOracle  # noqa: E402
+from tests.cluster.survival.observers import process_of, serve  # noqa: E402
 
 NAMESPACE = "tests"  # where tests/cluster/survival looks for actors
 WAIT_S = 180.0  # for a version to serve, whatever dies

@@ -39,23 +39,23 @@ from benchmarks.step_setting import (
     start_as_trainer,
     write_random_corpus,
 )
-from cluster.prepare import Prepared
-from cluster.settings import Settings
-from indexing.questions import QuestionStore
-from indexing.store import Store
+from cluster.config.settings import Settings
+from cluster.prepare.stores import Prepared
+from indexing.corpus.stores.passages import Store
+from indexing.corpus.stores.questions import QuestionStore
 from training.data import Collator, Stream, encode_questions
-from training.engine import Engine
-from training.engine_setup import multiplies_bf16
-from training.feeding.sources import RetrievedBatches
-from training.models.batches import RetrievalBatch
+from training.engine.engine import Engine
+from training.engine.engine_setup import multiplies_bf16
+from training.feeding.batches import RetrievedBatches
 from training.models.build import parameter_groups
-from training.models.generator import Generator
-from training.models.tokenizers import load_tokenizer, pad_id
-from training.objectives.choose import compute, needs
-from training.objectives.likelihoods import Likelihoods
+from training.models.generators.generator import Generator
+from training.models.model_inputs import RetrievalBatch
+from training.models.text.tokenizers import load_tokenizer, pad_id
+from training.objectives.dispatch import compute, needs
+from training.objectives.inputs import Likelihoods
 from training.reporting.monitor import Timer
 from training.retrieving.retrieve import IndexService, Prefetcher, Searched
-from training.settings import EncoderConfig, EngineConfig, ObjectiveConfig, RetrievalConfig
+from training.training_settings import EncoderConfig, EngineConfig, ObjectiveConfig, RetrievalConfig
 
 CORPUS = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad-mini"
 BATCH, K, DEPTHS = 4, 10, (0, 1, 2)

@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from cluster import session
-from cluster.allocator import keeping_freed_memory
+from cluster.machines import session
+from cluster.machines.allocator import keeping_freed_memory
 
 NOT_YET = keeping_freed_memory()  # of what a process reads when it starts
 session.set_environment()
 
-from cluster.placement import nodes_of_cluster, plan  # noqa: E402
-from cluster.prepare import Prepared, prepare_data, prepare_tokenizers  # noqa: E402
-from cluster.search import IndexClient  # noqa: E402
-from cluster.service import start_index_service  # noqa: E402
-from cluster.settings import ClusterConfig, RefreshConfig, Settings  # noqa: E402
-from indexing.settings import CorpusConfig, IndexConfig, QuestionsConfig  # noqa: E402
+from cluster.config.settings import ClusterConfig, RefreshConfig, Settings  # noqa: E402
+from cluster.planning.placement import nodes_of_cluster, plan  # noqa: E402
+from cluster.prepare.stores import Prepared, prepare_data, prepare_tokenizers  # noqa: E402
+from cluster.service.search import IndexClient  # noqa: E402
+from cluster.service.start import start_index_service  # noqa: E402
+from indexing.indexing_settings import CorpusConfig, IndexConfig, QuestionsConfig  # noqa: E402
 from training.models.build import build_system  # noqa: E402
-from training.models.encoder import passage_state  # noqa: E402
+from training.models.parts.weights import to_numpy  # noqa: E402
+from training.models.retriever.encoder import passage_state  # noqa: E402
 from training.models.system import System  # noqa: E402
-from training.models.tokenizers import end_id, load_tokenizer, pad_id  # noqa: E402
-from training.models.weights import to_numpy  # noqa: E402
-from training.settings import (  # noqa: E402
+from training.models.text.tokenizers import end_id, load_tokenizer, pad_id  # noqa: E402
+from training.training_settings import (  # noqa: E402
     EncoderConfig,
     FreshEncoderConfig,
     FreshGeneratorConfig,

@@ -1,1 +1,1 @@
-"""Ray actors, refresh, placement and the command line: composes `indexing` and `training`."""
+"""Ray actors, index refresh, placement and the command line. This package composes the other two."""

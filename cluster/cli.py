@@ -1,4 +1,5 @@
-"""The command line. Answers help and mistakes before anything heavy is imported; a verb's work starts in `cluster.run`.
+"""The command line. Answers help and mistakes before anything heavy is imported; the work of a
+verb starts in `cluster/commands`.
 
 Exit codes: 0 done, 1 failed, 2 a mistake in the command or the configuration, 130 interrupted.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cluster.config import Experiment
+    from cluster.config.experiment import Experiment
 
 VERBS = {
     "train": "train every stage, from where an earlier call of the same run stopped",
@@ -76,12 +77,12 @@ def _command(arguments: list[str]) -> int:
     if verb not in VERBS:
         return _mistake(_unknown_verb(verb))
     if verb == "test":
-        from cluster import check
+        from cluster.commands import checks
 
         if rest[:1] in (["--help"], ["-h"]):
             print(f"usage: tandem test [pytest options]\n\n{VERBS['test']}")
             return 0
-        return guarded(lambda: check.run(rest), None)
+        return guarded(lambda: checks.run(rest), None)
     if any(argument in ("--help", "-h") for argument in rest):
         print(_help())
         return 0
@@ -92,10 +93,10 @@ def _command(arguments: list[str]) -> int:
 
 def _corpus(rest: list[str]) -> int:
     """The verb that names a run and what to change in it."""
-    from cluster import corpus
+    from cluster.prepare import corpus_changes
 
     try:
-        command = corpus.parse(rest)
+        command = corpus_changes.parse(rest)
         folder = Path(command.run)
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"corpus {command.action}: {folder} is no run folder (it has no config.yaml)")
@@ -103,7 +104,7 @@ def _corpus(rest: list[str]) -> int:
     except ValueError as error:
         return _mistake(str(error))
     settings = list(experiment.stages.values())[-1]
-    return guarded(lambda: corpus.run(command, settings, experiment.directory, folder), folder)
+    return guarded(lambda: corpus_changes.run(command, settings, experiment.directory, folder), folder)
 
 
 def _work(verb: str, rest: list[str]) -> int:
@@ -123,7 +124,7 @@ def _work(verb: str, rest: list[str]) -> int:
             print(show(experiment), flush=True)
         return 0
     if verb == "plan":
-        from cluster import plan
+        from cluster.planning import plan
 
         return guarded(lambda: plan.run(experiment, only_json), None)
     return guarded(lambda: _run(verb, experiment, questions), experiment.directory)
@@ -143,46 +144,46 @@ def split_questions(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def read_experiment(arguments: list[str]) -> "Experiment":
     """The experiment that files and overrides among `arguments` describe. Raises ValueError."""
-    from cluster import config
+    from cluster.config.experiment import load
 
     options = [argument for argument in arguments if argument.startswith("-")]
     if options:
         raise ValueError(f"unknown option {options[0]}; settings are section.field=value, see --help")
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
-    return config.load([argument for argument in arguments if argument not in overrides], overrides)
+    return load([argument for argument in arguments if argument not in overrides], overrides)
 
 
 def _run(verb: str, experiment: "Experiment", questions: list[str]) -> int | None:
-    from cluster import session
+    from cluster.machines import session
 
     session.set_environment()  # Ray reads it when it is imported
-    from cluster import run
+    from cluster.commands import train
 
     match verb:
         case "prepare":
-            return run.prepare(experiment)
+            return train.prepare(experiment)
         case "index":
-            return run.index(experiment)
+            return train.index(experiment)
         case "evaluate":
-            return run.evaluate(experiment)
+            return train.evaluate(experiment)
         case "compare":
-            return run.compare(experiment)
+            return train.compare(experiment)
         case "ask":
-            return run.ask(experiment, questions)
+            return train.ask(experiment, questions)
         case _:
-            return run.train(experiment)
+            return train.train(experiment)
 
 
 def show(experiment: "Experiment") -> str:
     """The resolved configuration of every stage as YAML documents, each under a comment with its run folder."""
-    from cluster import config
+    from cluster.config.experiment import to_yaml
 
     parts: list[str] = []
     for name, settings in experiment.stages.items():
         folder = Path(settings.run.directory) / settings.run.name
-        parts.append(f"# {f'stage {name}: ' if name else ''}{folder}\n{config.to_yaml(settings)}")
+        parts.append(f"# {f'stage {name}: ' if name else ''}{folder}\n{to_yaml(settings)}")
     if experiment.update.as_of:
-        parts.append(f"# after the last stage\nupdate:\n{_indent(config.to_yaml(experiment.update))}")
+        parts.append(f"# after the last stage\nupdate:\n{_indent(to_yaml(experiment.update))}")
     if experiment.matrix is not None:
         cells = "".join(f"#   {name}: {s.run.directory}/{s.run.name}\n" for name, s in experiment.matrix.cells.items())
         parts.append(f"# compare, with seeds {', '.join(map(str, experiment.matrix.seeds))}\n{cells}")

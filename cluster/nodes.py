@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cluster import cli, session
+from cluster import cli
+from cluster.machines import session
 
 STARTED = "Ray runtime started"  # what `ray start` prints when this machine has joined
 STOP_TIMEOUT_S = 30.0

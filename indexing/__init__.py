@@ -1,1 +1,1 @@
-"""Passages, vectors and FAISS: everything about the index that needs neither Ray nor torch."""
+"""Passages, vectors and indexes. This package knows no Ray and no torch."""

@@ -1,1 +1,1 @@
-"""Models, objectives and the training loop: everything that needs neither Ray nor FAISS."""
+"""Models, objectives and the training loop. This package knows no Ray and no FAISS."""

@@ -28,12 +28,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from indexing import snapshot
-from training.adapters import has_adapters
-from training.named_weights import tied_names
+from indexing.corpus import snapshot
+from training.models.parts.adapters import has_adapters
+from training.models.parts.named_weights import tied_names
 
 if TYPE_CHECKING:
-    from training.engine import Engine
+    from training.engine.engine import Engine
 
 PREFIX = "step-"
 WEIGHTS = "model.safetensors"

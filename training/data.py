@@ -11,15 +11,15 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from indexing.questions import QuestionStore
-from indexing.store import Store
-from training.engine import Engine
-from training.models.batches import ContrastBatch, RetrievalBatch
-from training.models.generator import Generator
-from training.models.modes import evaluating
-from training.models.packing import pad_rows
-from training.models.pairs import PairBatch, Pairing
-from training.settings import ObjectiveConfig
+from indexing.corpus.stores.passages import Store
+from indexing.corpus.stores.questions import QuestionStore
+from training.engine.engine import Engine
+from training.models.generators.generator import Generator
+from training.models.model_inputs import ContrastBatch, RetrievalBatch
+from training.models.parts.modes import evaluating
+from training.models.text.packing import pad_rows
+from training.models.text.pairs import PairBatch, Pairing
+from training.training_settings import ObjectiveConfig
 
 
 def stream_slice(num_items: int, start: int, stop: int, seed: int) -> np.ndarray:

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from indexing.settings import QuestionsConfig
-from indexing.store import Store
+from indexing.corpus.stores.passages import Store
+from indexing.indexing_settings import QuestionsConfig
 from training.data import Collator, Questions
-from training.engine import Engine
-from training.models.batches import RetrievalBatch
-from training.models.modes import evaluating
-from training.models.reranker import make_pairing
+from training.engine.engine import Engine
+from training.models.model_inputs import RetrievalBatch
+from training.models.parts.modes import evaluating
+from training.models.retriever.reranker import make_pairing
 from training.models.system import System
-from training.models.tokenizers import pad_id, to_text
+from training.models.text.tokenizers import pad_id, to_text
 from training.refreshing.policy import RefreshPlan
 from training.reporting.monitor import Monitor
 from training.retrieving.hybrid import HybridSearch, Refusion
 from training.retrieving.rerank import Reranking
 from training.retrieving.retrieve import IndexService
-from training.settings import (
+from training.training_settings import (
     AlignmentConfig,
     CheckpointConfig,
     EncoderConfig,

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from indexing.probe import Figures
-from training.engine import Engine
-from training.models.batches import ContrastBatch, RetrievalBatch
-from training.models.weights import to_numpy
-from training.objectives.choose import compute, task_of
+from indexing.dense.probe import Figures
+from training.engine.engine import Engine
+from training.models.model_inputs import ContrastBatch, RetrievalBatch
+from training.models.parts.weights import to_numpy
+from training.objectives.dispatch import compute, task_of
 from training.reporting.monitor import Monitor, Timer, memory_metrics
 from training.retrieving.retrieve import IndexService, IndexStatus
-from training.settings import ObjectiveConfig, TrainingConfig
+from training.training_settings import ObjectiveConfig, TrainingConfig
 
 
 @dataclass

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 import torch
 
-from indexing.live import LiveStore
-from indexing.store import Store
+from indexing.corpus.stores.live_store import LiveStore
+from indexing.corpus.stores.passages import Store
 from training.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -22,15 +22,15 @@ from training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from training.engine import Engine
-from training.feed import CorpusExamples, make_probe, make_source
+from training.engine.engine import Engine
 from training.feeding.mixture import pretrains
 from training.feeding.reference import Reference, build_reference, initial_copy
 from training.job import Parts, StageJob
 from training.loop import Hooks, LoopState, Source, publish, retriever_waits, train
+from training.make_source import CorpusExamples, make_probe, make_source
 from training.measuring.measures import Measures
 from training.models.build import build_system, built_parts, fit_weights, parameter_groups
-from training.models.tokenizers import load_tokenizer
+from training.models.text.tokenizers import load_tokenizer
 from training.objectives.check import needs_reference
 from training.refreshing.freshness import Freshness
 from training.reporting.jsonl import plain

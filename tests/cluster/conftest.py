@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster import session
+from cluster.machines import session
 
 session.set_environment()
 
-from tests.cluster.corpus import Corpus, make_corpus  # noqa: E402  (imports Ray's users)
+from cluster.refresh import coordinator, encode_queue, shards  # noqa: E402
 from tests.cluster.fakes import World  # noqa: E402
+from tests.cluster.small_corpus import Corpus, make_corpus  # noqa: E402  (imports Ray's users)
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +32,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator among fakes tries again at once."""
-    monkeypatch.setattr("cluster.refresh.RETRY_S", 0.0)
-    monkeypatch.setattr("cluster.refresh.DISK_S", 0.0)
-    monkeypatch.setattr("cluster.chunks.RETRY_S", 0.0)
-    monkeypatch.setattr("cluster.shards.POLL_S", 0.01)
+    monkeypatch.setattr(coordinator, "RETRY_S", 0.0)
+    monkeypatch.setattr(coordinator, "DISK_S", 0.0)
+    monkeypatch.setattr(encode_queue, "RETRY_S", 0.0)
+    monkeypatch.setattr(shards, "POLL_S", 0.01)
 
 
 @pytest.fixture

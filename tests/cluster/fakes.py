@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from cluster.chunks import EncodePool
-from cluster.ports import Chunk, ShardLost, ShardPort, Weights, WorkerLost
-from cluster.refresh import RefreshCoordinator, RefreshSettings
-from cluster.replicas import ReplicatedShard
-from cluster.shards import ShardGroup
-from cluster.snapshots import IndexIdentity, Snapshots
-from indexing.changes import ChangeLog
-from indexing.exact import search_exactly
-from indexing.merge import merge
-from indexing.serving import GenerationGone
-from indexing.settings import IndexConfig
-from indexing.shard import Shard, ShardStatus, shard_ranges
+from cluster.refresh.coordinator import RefreshCoordinator, RefreshSettings
+from cluster.refresh.encode_queue import EncodePool
+from cluster.refresh.ports import Chunk, ShardLost, ShardPort, Weights, WorkerLost
+from cluster.refresh.replicas import ReplicatedShard
+from cluster.refresh.shards import ShardGroup
+from cluster.refresh.snapshots import IndexIdentity, Snapshots
+from indexing.corpus.stores.changes import ChangeLog
+from indexing.dense.exact import search_exactly
+from indexing.hits import merge
+from indexing.indexing_settings import IndexConfig
+from indexing.shard.serving import GenerationGone
+from indexing.shard.shard import Shard, ShardStatus, shard_ranges
 
 NUM_PASSAGES, DIM = 23, 4
 MAX_PASSAGES = 200  # with those that are added

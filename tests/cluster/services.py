@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from cluster.placement import Node, plan
-from cluster.service import IndexServiceHandle, start_index_service
-from cluster.settings import ClusterConfig, RefreshConfig
-from indexing.settings import IndexConfig
-from tests.cluster.corpus import ENCODER, Corpus
+from cluster.config.settings import ClusterConfig, RefreshConfig
+from cluster.planning.placement import Node, plan
+from cluster.service.start import IndexServiceHandle, start_index_service
+from indexing.indexing_settings import IndexConfig
+from tests.cluster.small_corpus import ENCODER, Corpus
 
 
 def start_service(

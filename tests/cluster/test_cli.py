@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import check, cli
-from cluster.config import load
+from cluster import cli
+from cluster.commands import checks
+from cluster.config.experiment import load
 
 ROOT = Path(cli.__file__).resolve().parents[1]
 
@@ -129,22 +130,22 @@ def test_what_a_remote_call_raised_is_shown_as_itself(tmp_path: Path, capsys: py
 
 
 def test_checks_run_in_order() -> None:
-    commands = [" ".join(command[1:]) for command in check.commands()]
+    commands = [" ".join(command[1:]) for command in checks.commands()]
     assert commands[0] == "-m ruff check ."
     assert commands[1] == "-m ruff format --check ."
     assert "pyright" in commands[2]
-    assert check.commands()[3][0].endswith("lint-imports")
+    assert checks.commands()[3][0].endswith("lint-imports")
 
 
 def test_every_test_is_in_one_of_the_two_halves() -> None:
-    halves = [ROOT / folder for folder in (*check.WAITING, *check.COMPUTING)]
+    halves = [ROOT / folder for folder in (*checks.WAITING, *checks.COMPUTING)]
     tests = list((ROOT / "tests").rglob("test_*.py"))
     assert tests
     assert all(sum(half in path.parents for half in halves) == 1 for path in tests)
 
 
 def test_options_go_to_pytest(capfd: pytest.CaptureFixture[str]) -> None:
-    assert check.run_tests(["--version"]) == 0
+    assert checks.run_tests(["--version"]) == 0
     assert "pytest --version" in capfd.readouterr().out
 
 

@@ -1,5 +1,5 @@
 """What Ray reads is set before anything imports it, as the command line does."""
 
-from cluster import session
+from cluster.machines import session
 
 session.set_environment()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli, session
-from cluster.config import load
-from cluster.run import starting_checkpoint
-from indexing import snapshot
+from cluster import cli
+from cluster.commands.train import starting_checkpoint
+from cluster.config.experiment import load
+from cluster.machines import session
+from indexing.corpus import snapshot
 
 QUICKSTART = "configs/quickstart.yaml"
 CLUSTER = "configs/cluster_nq.yaml"

@@ -1,6 +1,6 @@
 """One CUDA device: joint stages under ZeRO 2 and 3, FAISS on the GPU, and the real command with a refresh beside it.
 
-The engine alone is tested in tests/training/test_engine_gpu.py.
+The engine alone is tested in tests/training/engine/test_engine_gpu.py.
 """
 
 import json
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from indexing.build import Index, build_index
-from indexing.exact import search_exactly
-from indexing.settings import IndexConfig, WorldConfig
+from indexing.dense.exact import search_exactly
+from indexing.dense.faiss_build import Index, build_index
+from indexing.indexing_settings import IndexConfig, WorldConfig
 from tests.end_to_end.command import Command, rows
 from tests.helpers.tiny_world import TinyWorld, make_world
 from training.job import StageJob
-from training.settings import CheckpointConfig, EngineConfig, ObjectiveConfig, TrainingConfig
 from training.stage import Stage
+from training.training_settings import CheckpointConfig, EngineConfig, ObjectiveConfig, TrainingConfig
 
 pytestmark = pytest.mark.gpu
 

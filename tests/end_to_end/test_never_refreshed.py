@@ -6,10 +6,16 @@ from typing import Any
 
 import pytest
 
-from indexing.settings import WorldConfig
+from indexing.indexing_settings import WorldConfig
 from tests.helpers.tiny_world import TinyWorld, make_world, tiny_encoder, tiny_generator
-from training.settings import DecodingConfig, EvaluationConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 from training.stage import Stage
+from training.training_settings import (
+    DecodingConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    RetrievalConfig,
+    TrainingConfig,
+)
 
 pytestmark = pytest.mark.long
 

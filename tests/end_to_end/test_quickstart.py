@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from indexing.snapshot import is_complete
+from indexing.corpus.snapshot import is_complete
 from tests.end_to_end.command import Command, rows
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.objectives.choose import compute
-from training.objectives.likelihoods import Likelihoods, Stats
+from training.objectives.dispatch import compute
+from training.objectives.inputs import Likelihoods, Stats
 from training.objectives.preference import Candidates, Reduce
 from training.objectives.sampling import sample_log_probs
-from training.settings import ObjectiveConfig
+from training.training_settings import ObjectiveConfig
 
 JUDGED = [
     ObjectiveConfig(name="dpo"),

@@ -25,8 +25,8 @@ from transformers import (
     T5Config,
 )
 
-from training.models.tokenizers import train_wordpiece
-from training.settings import GeneratorConfig, TokenizerConfig
+from training.models.text.tokenizers import train_wordpiece
+from training.training_settings import GeneratorConfig, TokenizerConfig
 
 FUSION = ("t5", "t5_untied", "bart")
 ATTENTION = ("llama", "qwen2", "qwen3", "gpt2", "gemma2")

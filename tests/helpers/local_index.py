@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from indexing.encode import encode_rows
-from indexing.lexical import LexicalHits, build_lexical, texts_of
-from indexing.merge import CorpusState, Hits, Indexed, joined, merge
-from indexing.settings import IndexConfig, LexicalConfig
-from indexing.shard import Shard, shard_ranges
-from indexing.store import Store
-from training.models.encoder import build_encoder, load_passage_weights
+from indexing.corpus.stores.passages import Store
+from indexing.dense.encode import encode_rows
+from indexing.hits import CorpusState, Hits, Indexed, joined, merge
+from indexing.indexing_settings import IndexConfig, LexicalConfig
+from indexing.lexical.lexical import LexicalHits, build_lexical, texts_of
+from indexing.shard.shard import Shard, shard_ranges
+from training.models.retriever.encoder import build_encoder, load_passage_weights
 from training.retrieving.retrieve import IndexStatus
-from training.settings import EncoderConfig
+from training.training_settings import EncoderConfig
 
 BATCH_TOKENS = 8192
 

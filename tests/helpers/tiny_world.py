@@ -7,17 +7,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from indexing.corpus import iterate_corpus, read_questions
-from indexing.duplicates import write_groups
-from indexing.questions import QuestionStore, write_questions
-from indexing.settings import CorpusConfig, QuestionsConfig, WorldConfig
-from indexing.store import Store, write_store
-from indexing.world import write_world
+from indexing.corpus.files.corpus import iterate_corpus, read_questions
+from indexing.corpus.files.world import write_world
+from indexing.corpus.stores.duplicates import write_groups
+from indexing.corpus.stores.passages import Store, write_store
+from indexing.corpus.stores.questions import QuestionStore, write_questions
+from indexing.indexing_settings import CorpusConfig, QuestionsConfig, WorldConfig
 from tests.helpers.local_index import LocalIndex
 from training.job import StageJob
-from training.models import sides
-from training.models.tokenizers import build_tokenizer, load_tokenizer
-from training.settings import (
+from training.models.text import token_rows
+from training.models.text.tokenizers import build_tokenizer, load_tokenizer
+from training.training_settings import (
     CheckpointConfig,
     DecodingConfig,
     EncoderConfig,
@@ -133,16 +133,16 @@ def make_world(
     reader_tokenizer = load_tokenizer(folder / "tokenizers" / "generator")
     made = TinyWorld(folder, encoder, generator, tokenizer)
     passage_sides = [
-        sides.retriever_passage_side(tokenizer, encoder),
-        sides.generator_passage_side(reader_tokenizer, generator, encoder.max_title_tokens),
+        token_rows.retriever_passage_side(tokenizer, encoder),
+        token_rows.generator_passage_side(reader_tokenizer, generator, encoder.max_title_tokens),
     ]
     store = write_store(made.passages, passages, passage_sides)
     write_groups(made.duplicates, store, "generator", 0.7)
     question_sides = [
-        sides.retriever_question_side(tokenizer, encoder),
-        sides.generator_question_side(reader_tokenizer, generator),
+        token_rows.retriever_question_side(tokenizer, encoder),
+        token_rows.generator_question_side(reader_tokenizer, generator),
     ]
-    answer_side = sides.generator_answer_side(reader_tokenizer, generator)
+    answer_side = token_rows.generator_answer_side(reader_tokenizer, generator)
     for split, rows in asked.items():
         write_questions(made.questions(split), rows, question_sides, answer_side, store)
     return made

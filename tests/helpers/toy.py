@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.engine import Engine, StepResult
-from training.settings import EngineConfig
+from training.engine.engine import Engine, StepResult
+from training.training_settings import EngineConfig
 
 WORDS, DIM, K = 40, 12, 3
 RATES = {"retriever": 0.02, "generator": 0.05}

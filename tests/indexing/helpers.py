@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from indexing.corpus import Passage
-from indexing.store import Store, TokenSide, write_store
+from indexing.corpus.files.corpus import Passage
+from indexing.corpus.stores.passages import Store, TokenSide, write_store
 
 
 def words_side(name: str, max_tokens: int = 50) -> TokenSide:

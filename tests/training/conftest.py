@@ -2,7 +2,7 @@
 
 import pytest
 
-from indexing.settings import WorldConfig
+from indexing.indexing_settings import WorldConfig
 from tests.helpers.tiny_world import TinyWorld, make_world
 
 

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from indexing.snapshot import TornSnapshot
+from indexing.corpus.snapshot import TornSnapshot
 from tests.helpers.distributed import spawn
 from tests.helpers.toy import ToySystem, batches, toy_engine, train_steps
-from training import engine_setup
 from training.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -26,9 +25,10 @@ from training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from training.engine import Engine
-from training.named_weights import load_weights_into
-from training.settings import EngineConfig
+from training.engine import engine_setup
+from training.engine.engine import Engine
+from training.models.parts.named_weights import load_weights_into
+from training.training_settings import EngineConfig
 
 DATA = batches(4, 8)
 CONFIG = EngineConfig(clip_norm=0.5, weight_decay=0.01, timeout_s=60.0)

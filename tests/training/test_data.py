@@ -10,8 +10,8 @@ import torch
 from tests.helpers.tiny_world import TinyWorld
 from training.data import ClozeSource, Collator, Stream, gold_first, stream_slice
 from training.models.build import build_generator
-from training.models.copy_reader import CopyBatch
-from training.settings import ObjectiveConfig
+from training.models.generators.copy_reader import CopyBatch
+from training.training_settings import ObjectiveConfig
 
 # ---------------------------------------------------------------- the stream
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from indexing.probe import UNKNOWN, Figures
+from indexing.dense.probe import UNKNOWN, Figures
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.loop import (
@@ -27,14 +27,14 @@ from training.loop import (
     step_metrics,
     train,
 )
-from training.models.batches import ContrastBatch
-from training.models.encoder import passage_state
-from training.models.weights import from_numpy, to_numpy
+from training.models.model_inputs import ContrastBatch
+from training.models.parts.weights import from_numpy, to_numpy
+from training.models.retriever.encoder import passage_state
 from training.refreshing.freshness import Freshness
 from training.refreshing.policy import RefreshPlan
 from training.retrieving.retrieve import IndexStatus
-from training.settings import EngineConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 from training.stage import Stage
+from training.training_settings import EngineConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 
 # ---------------------------------------------------------------- pure parts
 

@@ -16,9 +16,10 @@ from tests.helpers.local_index import LocalHits, LocalIndex
 from tests.helpers.tiny_world import TinyWorld
 from training.checkpoint import load_weights, newest_checkpoint
 from training.job import StageJob
-from training.models.encoder import passage_state
-from training.models.weights import to_numpy
-from training.settings import (
+from training.models.parts.weights import to_numpy
+from training.models.retriever.encoder import passage_state
+from training.stage import Stage
+from training.training_settings import (
     CheckpointConfig,
     EngineConfig,
     EvaluationConfig,
@@ -28,7 +29,6 @@ from training.settings import (
     RetrievalConfig,
     TrainingConfig,
 )
-from training.stage import Stage
 
 Weights = dict[str, torch.Tensor]
 

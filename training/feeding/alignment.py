@@ -13,21 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from indexing.questions import QuestionStore
-from indexing.store import Store
+from indexing.corpus.stores.passages import Store
+from indexing.corpus.stores.questions import QuestionStore
 from training.data import Collator
-from training.engine import Engine
+from training.engine.engine import Engine
 from training.feeding.reference import Reference
 from training.feeding.rewards import load_reward, measure
 from training.loop import Fetched, Source
-from training.models.batches import AskedBatch, CandidateBatch, RetrievalBatch, moved
-from training.models.candidates import answer_tensors
-from training.models.decode import restore_spelling
-from training.models.generator import Generator
-from training.models.modes import evaluating
+from training.models.answer_candidates import answer_tensors
+from training.models.generators.decode import restore_spelling
+from training.models.generators.generator import Generator
+from training.models.model_inputs import AskedBatch, CandidateBatch, RetrievalBatch, moved
+from training.models.parts.modes import evaluating
 from training.objectives.check import samples_answers
 from training.objectives.sampling import sample_log_probs
-from training.settings import AlignmentConfig, ObjectiveConfig
+from training.training_settings import AlignmentConfig, ObjectiveConfig
 
 MISMATCH_TRIES = 20  # draws until another question's answer is found
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from indexing.questions import QuestionStore
-from indexing.store import Store
+from indexing.corpus.stores.passages import Store
+from indexing.corpus.stores.questions import QuestionStore
 from training.data import Stream
 from training.metrics import contains_answer
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from indexing.table import TokenTable
+from indexing.corpus.stores.table import TokenTable
 from training.data import Collator, Stream
 from training.loop import Fetched
-from training.models.causal import CausalGenerator
-from training.models.copy_reader import CopyReader
-from training.models.fusion import FusionGenerator
-from training.models.generator import Generator
+from training.models.generators.causal import CausalGenerator
+from training.models.generators.copy_reader import CopyReader
+from training.models.generators.fusion_in_decoder import FusionGenerator
+from training.models.generators.generator import Generator
 
 
 class LongContext:

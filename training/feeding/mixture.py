@@ -5,7 +5,7 @@ alone: where the mixture has one, every micro-batch brings a batch of pairs besi
 mean of both, weighted by their shares, so that every trainer's graph is the same at every step.
 """
 
-from training.settings import PretrainingConfig
+from training.training_settings import PretrainingConfig
 
 TASKS = ("span_corruption", "salient_span", "prefix_lm", "title_to_section")
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from indexing.merge import Hits, chosen, filled, without
-from indexing.store import Store, TokenSide
+from indexing.corpus.stores.passages import Store, TokenSide
+from indexing.hits import Hits, chosen, filled, without
 from training.feeding.mixture import answered
 from training.feeding.tasks import MASK_WORD, MaskWords, find_recognizer, make_example
-from training.models.sides import generator_answer_side, generator_question_side, retriever_question_side
+from training.models.text.token_rows import generator_answer_side, generator_question_side, retriever_question_side
 from training.retrieving.retrieve import IndexService, PendingHits, Search, dense_search
-from training.settings import EncoderConfig, GeneratorConfig, PretrainingConfig
+from training.training_settings import EncoderConfig, GeneratorConfig, PretrainingConfig
 
 ATTEMPTS = 200  # passages that may lack what a task needs before it is refused
 CACHED = 4096  # examples: more than are searched ahead

@@ -3,7 +3,8 @@
 With full weights it is a copy outside of the engine and of the trained parameter groups, so that it is an ordinary
 module under every ZeRO stage. It is loaded from the checkpoint that the stage started from, never from the stage's own:
 a resumed stage has the very reference that it began with, and says so where that checkpoint is gone. Where nothing but
-adapters trains, the reference is the system itself with its adapters off (`training/adapters.py`), and needs no file.
+adapters trains, the reference is the system itself with its adapters off (`training/models/parts/adapters.py`), and
+needs no file.
 """
 
 import copy
@@ -15,14 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.adapters import adapters_disabled, trains_adapters_only
 from training.checkpoint import load_weights
-from training.engine import Engine
-from training.models.batches import CandidateBatch
+from training.engine.engine import Engine
 from training.models.build import fit_weights
-from training.models.modes import evaluating
+from training.models.model_inputs import CandidateBatch
+from training.models.parts.adapters import adapters_disabled, trains_adapters_only
+from training.models.parts.modes import evaluating
+from training.models.parts.named_weights import load_weights_into, named_weights
 from training.models.system import System
-from training.named_weights import load_weights_into, named_weights
 from training.objectives.preference import Candidates
 
 ORIGIN_FILE = "reference.json"  # in the run folder: which checkpoint the stage began with

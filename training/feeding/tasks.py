@@ -17,8 +17,8 @@ from typing import cast
 
 import numpy as np
 
-from indexing.corpus import Passage
-from training.settings import PretrainingConfig
+from indexing.corpus.files.corpus import Passage
+from training.training_settings import PretrainingConfig
 
 MASK = "\ufffc"  # where something was taken out of a question
 MASK_WORD = "_"  # of a tokeniser that has no mask token

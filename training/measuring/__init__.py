@@ -1,1 +1,1 @@
-"""What is measured of a system, while it trains and at its end."""
+"""Evaluation of answers, rankings, preferences and costs."""

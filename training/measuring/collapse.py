@@ -10,7 +10,7 @@ that is no collapse.
 import math
 from dataclasses import dataclass, field
 
-from training.settings import ObjectiveConfig
+from training.training_settings import ObjectiveConfig
 
 WINDOW_STEPS = 20  # steps whose means are compared
 EXTREME = 0.01  # share of log(k) from either end that counts as single passage or as uniform

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from training.models.arithmetic import Shape, Stack, classifier_stack, encoder_stack, shape_of
-from training.models.batches import RetrievalBatch
-from training.models.causal import CausalBatch
-from training.models.copy_reader import CopyBatch
-from training.models.fusion import FusionBatch
-from training.models.generator import ReaderBatch
+from training.models.generators.causal import CausalBatch
+from training.models.generators.copy_reader import CopyBatch
+from training.models.generators.fusion_in_decoder import FusionBatch
+from training.models.generators.generator import ReaderBatch
+from training.models.model_inputs import RetrievalBatch
 from training.models.system import System
 
 OPERATIONS_PER_STATE = 6

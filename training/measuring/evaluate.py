@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from indexing.questions import QuestionStore
-from indexing.store import Store
+from indexing.corpus.stores.passages import Store
+from indexing.corpus.stores.questions import QuestionStore
 from training.data import Collator, encode_questions
-from training.engine import Engine
+from training.engine.engine import Engine
 from training.feeding.long_context import LongContext
 from training.measuring.costs import CostModel
 from training.metrics import (
@@ -26,14 +26,20 @@ from training.metrics import (
     normalize_answer,
     ranking_metrics,
 )
-from training.models.batches import RetrievalBatch
-from training.models.decode import marginal_answers, restore_spelling, top1_answers
-from training.models.likelihood import collate_answers
-from training.models.modes import evaluating
+from training.models.generators.decode import marginal_answers, restore_spelling, top1_answers
+from training.models.generators.token_scores import collate_answers
+from training.models.model_inputs import RetrievalBatch
+from training.models.parts.modes import evaluating
 from training.models.system import System
 from training.retrieving.rerank import Reranking
 from training.retrieving.retrieve import IndexService, Search, dense_search
-from training.settings import DecodingConfig, EvaluationConfig, GeneratorConfig, ObjectiveConfig, RetrievalConfig
+from training.training_settings import (
+    DecodingConfig,
+    EvaluationConfig,
+    GeneratorConfig,
+    ObjectiveConfig,
+    RetrievalConfig,
+)
 
 CONTROLS = ("closed_book", "gold")  # reads no passage; reads the labelled passage
 LONG = "long"  # reads as much of the corpus as fits, without retrieval

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from training.data import Collator, encode_questions
-from training.engine import Engine
+from training.engine.engine import Engine
 from training.feeding.pretraining import CorpusQuestions, FairSearch
-from training.models.batches import RetrievalBatch
-from training.models.modes import evaluating
-from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
+from training.models.model_inputs import RetrievalBatch
+from training.models.parts.modes import evaluating
+from training.objectives.inputs import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
 from training.retrieving.rerank import Reranking
-from training.settings import EvaluationConfig, ObjectiveConfig, RetrievalConfig
+from training.training_settings import EvaluationConfig, ObjectiveConfig, RetrievalConfig
 
 
 class HeldOut:

@@ -5,19 +5,19 @@ from typing import Any
 
 import numpy as np
 
-from indexing.questions import QuestionStore
+from indexing.corpus.stores.questions import QuestionStore
 from training.data import Collator
-from training.feed import CorpusExamples
 from training.feeding.alignment import PairCollator
 from training.job import Parts
 from training.loop import LoopState
+from training.make_source import CorpusExamples
 from training.measuring.collapse import Collapsed, CollapseDetector, remedy
 from training.measuring.evaluate import Evaluation, Evaluator
 from training.measuring.held_out import HeldOut
 from training.measuring.needle import check_needle, needle_sweep
-from training.measuring.preferences import PreferenceEvaluator
+from training.measuring.preference_pairs import PreferenceEvaluator
 from training.models.build import parameter_groups
-from training.objectives.choose import needs
+from training.objectives.dispatch import needs
 from training.reporting.jsonl import append_line
 
 PREDICTIONS_FILE, PAIRS_FILE = "predictions.jsonl", "preferences.jsonl"

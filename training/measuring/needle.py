@@ -12,7 +12,7 @@ import numpy as np
 
 from training.feeding.long_context import LongContext
 from training.measuring.evaluate import Evaluator
-from training.settings import NeedleConfig
+from training.training_settings import NeedleConfig
 
 SEED = 0  # of the sample of questions and of the haystacks: the same for every system
 

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from training.measuring.costs import answer_flops, read_flops
 from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
-from training.models.checkpoint_layout import find_config, read_layout, transformer_folder
-from training.models.copy_encoder import PretrainedSource
-from training.models.copy_reader import CopyReader
-from training.models.encoder import TextEncoder, build_encoder
-from training.models.pretrained import encoder_only
-from training.settings import EncoderConfig, GeneratorConfig
+from training.models.generators.copy_encoder import PretrainedSource
+from training.models.generators.copy_reader import CopyReader
+from training.models.parts.checkpoint_layout import find_config, read_layout, transformer_folder
+from training.models.parts.pretrained import encoder_only
+from training.models.retriever.encoder import TextEncoder, build_encoder
+from training.training_settings import EncoderConfig, GeneratorConfig
 
 POSITIONS = 512  # learned positions of an encoder that is only three numbers
 

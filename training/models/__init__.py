@@ -1,1 +1,1 @@
-"""The retriever's towers, the generators, and the system that trains them as one module."""
+"""The retriever, the generators, and the system that joins them."""

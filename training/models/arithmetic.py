@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from training.models.causal import CausalGenerator
-from training.models.copy_encoder import PretrainedSource
-from training.models.copy_reader import CopyReader
-from training.models.encoder import TextEncoder
-from training.models.fusion import FusionGenerator
-from training.models.generator import Generator
+from training.models.generators.causal import CausalGenerator
+from training.models.generators.copy_encoder import PretrainedSource
+from training.models.generators.copy_reader import CopyReader
+from training.models.generators.fusion_in_decoder import FusionGenerator
+from training.models.generators.generator import Generator
+from training.models.retriever.encoder import TextEncoder
 
 STATE_SPACE_LAYERS = ("linear_attention", "mamba", "mamba2")  # names in transformers' `layer_types`
 CROSS_KEYS = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")

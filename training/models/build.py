@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from training.adapters import add_adapters
-from training.models.copy_reader import CopyReader
-from training.models.encoder import LexicalWeight, NullScore, Retriever, build_retriever, set_trainable
-from training.models.generator import Generator
-from training.models.reranker import build_reranker
+from training.models.generators.copy_reader import CopyReader
+from training.models.generators.generator import Generator
+from training.models.parts.adapters import add_adapters
+from training.models.retriever.encoder import LexicalWeight, NullScore, Retriever, build_retriever, set_trainable
+from training.models.retriever.reranker import build_reranker
 from training.models.system import System
-from training.models.tokenizers import end_id, pad_id, start_id
-from training.objectives.choose import needs
-from training.settings import EncoderConfig, GeneratorConfig, ObjectiveConfig, RerankerConfig, RetrievalConfig
+from training.models.text.tokenizers import end_id, pad_id, start_id
+from training.objectives.dispatch import needs
+from training.training_settings import EncoderConfig, GeneratorConfig, ObjectiveConfig, RerankerConfig, RetrievalConfig
 
 NULL_SCORE = "retriever.null.score"  # its name in a state dict
 LEXICAL_WEIGHT = "retriever.lexical.raw"
@@ -112,11 +112,11 @@ def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast)
                 pad_id(tokenizer),
             )
         case "fusion":
-            from training.models.fusion import FusionGenerator
+            from training.models.generators.fusion_in_decoder import FusionGenerator
 
             return FusionGenerator(config, tokenizer)
         case "causal":
-            from training.models.causal import CausalGenerator
+            from training.models.generators.causal import CausalGenerator
 
             return CausalGenerator(config, tokenizer)
     raise ValueError(f"generator.kind is {config.kind!r}; allowed: copy, fusion, causal")

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.models.batches import CandidateBatch, ContrastBatch, RetrievalBatch
-from training.models.candidates import sample, score_answers
-from training.models.encoder import Retriever
-from training.models.generator import Decoded, Generator, ReaderBatch
-from training.models.modes import evaluating
-from training.models.reranker import Reranker
+from training.models.answer_candidates import sample, score_answers
+from training.models.generators.generator import Decoded, Generator, ReaderBatch
+from training.models.model_inputs import CandidateBatch, ContrastBatch, RetrievalBatch
+from training.models.parts.modes import evaluating
+from training.models.retriever.encoder import Retriever
+from training.models.retriever.reranker import Reranker
 from training.objectives.contrastive import gather_rows, in_batch
-from training.objectives.likelihoods import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
+from training.objectives.inputs import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
 from training.objectives.preference import Candidates
-from training.settings import DecodingConfig
+from training.training_settings import DecodingConfig
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Training objectives as pure functions: tensors in, (loss, statistics) out."""
+"""Objectives as pure functions of tensors."""

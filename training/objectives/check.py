@@ -2,7 +2,7 @@
 
 from math import isfinite
 
-from training.settings import ObjectiveConfig
+from training.training_settings import ObjectiveConfig
 
 GENERATIVE = ("rag_sequence", "rag_token", "realm", "emdr2", "pdist", "loop", "adist", "fused")
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")

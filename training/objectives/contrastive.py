@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, distributed
 
-from training.objectives.likelihoods import (
+from training.objectives.inputs import (
     Likelihoods,
     Stats,
     entropy,

@@ -15,7 +15,7 @@ that is, one vector for all passages. `confidence` weighs each question's diverg
 import torch
 from torch import Tensor
 
-from training.objectives.likelihoods import (
+from training.objectives.inputs import (
     Likelihoods,
     Stats,
     answer_lengths,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 
-from training.objectives.likelihoods import (
+from training.objectives.inputs import (
     Likelihoods,
     Stats,
     entropy,

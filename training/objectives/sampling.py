@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from training.objectives.likelihoods import (
+from training.objectives.inputs import (
     Likelihoods,
     Stats,
     answer_lengths,

@@ -9,7 +9,7 @@ gathered and published, which returns at once. Every decision is an event with i
 from collections.abc import Sequence
 from typing import Any
 
-from training.engine import Engine
+from training.engine.engine import Engine
 from training.loop import Fetched, LoopState, publish
 from training.refreshing.drift import Drift, DriftProbe
 from training.refreshing.heat import Heat

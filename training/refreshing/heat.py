@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from training.ranks import Ranks
+from training.engine.ranks import Ranks
 
 HALF_LIFE = 4.0  # refreshes after which a hit counts half
 FLOOR = 1e-6  # of a hit: where nothing was read yet, age alone counts

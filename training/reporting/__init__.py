@@ -1,1 +1,1 @@
-"""Where measurements go: console, JSONL, W&B, plots and the report."""
+"""Metrics on the console, in JSONL, in W&B and in the report."""

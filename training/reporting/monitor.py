@@ -22,7 +22,7 @@ from training.reporting.meters import Timer, memory_metrics
 from training.reporting.progress import Progress
 from training.reporting.redact import redact
 from training.reporting.wandb_settings import run_identifier, wandb_mode
-from training.settings import MonitorConfig
+from training.training_settings import MonitorConfig
 
 __all__ = ["Monitor", "Timer", "memory_metrics"]
 

@@ -1,1 +1,1 @@
-"""Which passages a batch reads: searched ahead, scored again, fused with words, re-ranked."""
+"""Passages for a batch: search, prefetch, fresh scores, fusion and re-ranking."""

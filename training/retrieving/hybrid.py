@@ -6,7 +6,7 @@
 
 Who waits for whom: both searches are started when `HybridSearch` is called, and taken in `result()`, which waits for
 the dense hits, then for the lexical ones; each wait is bounded by the service behind it. The dense hits say of which
-state of the corpus they are (`indexing.merge.CorpusState`). Lexical hits of another one are asked for again, for that
+state of the corpus they are (`indexing.hits.CorpusState`). Lexical hits of another one are asked for again, for that
 state; what was deleted between the two answers is in neither: no query is answered from two states of the corpus. A
 generation that goes while its vectors are fetched is searched anew.
 
@@ -21,12 +21,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from indexing.fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalised, union
-from indexing.lexical import LexicalHits
-from indexing.merge import CorpusState, Hits, chosen, without
-from indexing.serving import GenerationGone
+from indexing.hits import CorpusState, Hits, chosen, without
+from indexing.lexical.lexical import LexicalHits
+from indexing.lexical.rank_fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalised, union
+from indexing.shard.serving import GenerationGone
 from training.retrieving.retrieve import DenseIndex, LexicalService
-from training.settings import RetrievalConfig
+from training.training_settings import RetrievalConfig
 
 ATTEMPTS = 10  # searches of a batch whose generation goes again and again
 FIRST_PAUSE_S = 0.05  # before a search that found too few living passages is made again; doubled each time

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from indexing.merge import COLUMNS, Hits, chosen
+from indexing.hits import COLUMNS, Hits, chosen
 from training.data import Collator
-from training.models.batches import RetrievalBatch
+from training.models.model_inputs import RetrievalBatch
 
 
 class Select(Protocol):

@@ -18,11 +18,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from indexing.encode import length_batches
-from indexing.merge import Hits, chosen
+from indexing.dense.encode import length_batches
+from indexing.hits import Hits, chosen
 from training.data import Collator, encode_questions
-from training.engine import Engine
-from training.models.modes import evaluating
+from training.engine.engine import Engine
+from training.models.parts.modes import evaluating
 from training.retrieving.retrieve import Rescored
 
 BATCH_TOKENS = 16384  # padded tokens of one forward; without a graph only one layer's activations are kept
@@ -113,7 +113,7 @@ def candidate_vectors(fresh: FreshVectors, ids: np.ndarray) -> np.ndarray:
 
 def pair_scores(queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """float32 [batch, columns]: inner products of queries [batch, dim] and vectors [batch, columns, dim], as
-    `indexing/exact.py` rounds them; -inf where there is no passage."""
+    `indexing/dense/exact.py` rounds them; -inf where there is no passage."""
     scores = np.matmul(vectors.astype(np.float64), queries[:, :, None].astype(np.float64))[:, :, 0]
     return np.where(ids < 0, -np.inf, scores).astype(np.float32)
 

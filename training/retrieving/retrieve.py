@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from indexing.lexical import LexicalHits
-from indexing.merge import CorpusState, Hits, Indexed, chosen, without
-from indexing.probe import UNKNOWN, Figures
+from indexing.dense.probe import UNKNOWN, Figures
+from indexing.hits import CorpusState, Hits, Indexed, chosen, without
+from indexing.lexical.lexical import LexicalHits
 
 if TYPE_CHECKING:
     from training.retrieving.rerank import Select

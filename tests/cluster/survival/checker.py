@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cluster.search import IndexClient
-from indexing.merge import Hits
+from cluster.service.search import IndexClient
+from indexing.hits import Hits
 
 TOLERANCE = 1e-4  # of a score: an encoder's batches have other shapes here than in a refresh worker
 BATCH, K = 4, 9

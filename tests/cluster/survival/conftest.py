@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.search import IndexClient
-from cluster.service import IndexServiceHandle
-from cluster.session import Session
-from cluster.settings import RefreshConfig
-from indexing.settings import IndexConfig
-from tests.cluster.corpus import Corpus
+from cluster.config.settings import RefreshConfig
+from cluster.machines.session import Session
+from cluster.service.search import IndexClient
+from cluster.service.start import IndexServiceHandle
+from indexing.indexing_settings import IndexConfig
 from tests.cluster.services import start_service
-from tests.cluster.survival.actors import WAIT_S, serve
+from tests.cluster.small_corpus import Corpus
 from tests.cluster.survival.checker import Checker, K, Versions, events_of, wrong
+from tests.cluster.survival.observers import WAIT_S, serve
 
 # hung_s is a quarter of the search timeout; a refresh worker that imports torch again must fit into a chunk's time.
 INDEX = IndexConfig(num_shards=3, search_timeout_s=36.0)

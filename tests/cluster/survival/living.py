@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.corpus import wait_until_served
-from indexing.corpus import Passage
-from indexing.encode import encode_numbers
-from indexing.live import LiveStore, Wanted, change_corpus
-from tests.cluster.corpus import ENCODER, NUM_PASSAGES, Corpus
-from training.models.sides import retriever_passage_side
-from training.models.tokenizers import load_tokenizer
+from cluster.prepare.corpus_changes import wait_until_served
+from indexing.corpus.files.corpus import Passage
+from indexing.corpus.stores.live_store import LiveStore, Wanted, change_corpus
+from indexing.dense.encode import encode_numbers
+from tests.cluster.small_corpus import ENCODER, NUM_PASSAGES, Corpus
+from training.models.text.token_rows import retriever_passage_side
+from training.models.text.tokenizers import load_tokenizer
 
 
 class LiveOracle:

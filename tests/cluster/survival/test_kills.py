@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cluster.survival.actors import Held, kill, process_of, status_of, stopped, wait_until
+from cluster.service import search
 from tests.cluster.survival.checker import wrong
 from tests.cluster.survival.conftest import REFRESH, Victim, answer
+from tests.cluster.survival.observers import Held, kill, process_of, status_of, stopped, wait_until
 
 
 def await_restored(victim: Victim, before: int, shard: int) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def test_a_stopped_coordinator_and_a_stopped_shard_are_replaced(
 ) -> None:
     """The shard is the coordinator's to see to, and the coordinator that of the client that publishes, however often it
     does."""
-    monkeypatch.setattr("cluster.search.HUNG_S", 3.0)
+    monkeypatch.setattr(search, "HUNG_S", 3.0)
     generation, killed = answer(victim), len(victim.events("shard_killed"))
     hung = len(victim.events("coordinator_killed"))
     victim.client.save_generation(generation, 30.0)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.service import IndexServiceHandle
-from indexing.shard_files import INDEX_FILE
-from indexing.snapshot import TornSnapshot, verify
-from indexing.store import Store
-from tests.cluster.corpus import ENCODER, NUM_PASSAGES
-from tests.cluster.survival.actors import kill, status_of, wait_until
+from cluster.service.start import IndexServiceHandle
+from indexing.corpus.snapshot import TornSnapshot, verify
+from indexing.corpus.stores.passages import Store
+from indexing.shard.shard_files import INDEX_FILE
+from tests.cluster.small_corpus import ENCODER, NUM_PASSAGES
 from tests.cluster.survival.conftest import Victim, answer
+from tests.cluster.survival.observers import kill, status_of, wait_until
 
 NUM_OFFSETS = 40  # of each file that is damaged
 

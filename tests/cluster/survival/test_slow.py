@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.fanout import SearchRefused, Slowness
-from cluster.search import IndexClient
-from cluster.session import Session
-from indexing.merge import ShardHits
-from indexing.settings import IndexConfig
-from tests.cluster.corpus import Corpus
-from tests.cluster.survival.actors import Held, actor, kill, process_of, serve, status_of, stopped, wait_until
+from cluster.machines.session import Session
+from cluster.service.fanout import SearchRefused, Slowness
+from cluster.service.search import IndexClient
+from indexing.hits import ShardHits
+from indexing.indexing_settings import IndexConfig
+from tests.cluster.small_corpus import Corpus
 from tests.cluster.survival.checker import K, Versions
 from tests.cluster.survival.conftest import QUERIES, Victim, answer, start
+from tests.cluster.survival.observers import Held, actor, kill, process_of, serve, status_of, stopped, wait_until
 
 INDEX = IndexConfig(num_shards=2, search_timeout_s=36.0, replicas=2, slow_after_s=1.0, on_slow="hedge")
 

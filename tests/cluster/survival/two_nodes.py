@@ -14,21 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster import session
+from cluster.machines import session
 
 session.set_environment()
 
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from cluster.placement import nodes_of_cluster, plan  # noqa: E402
-from cluster.search import IndexClient  # noqa: E402
-from cluster.service import IndexServiceHandle  # noqa: E402
-from cluster.settings import ClusterConfig  # noqa: E402
-from tests.cluster.corpus import make_corpus  # noqa: E402
-from tests.cluster.survival.actors import inside, serve  # noqa: E402
+from cluster.config.settings import ClusterConfig  # noqa: E402
+from cluster.planning.placement import nodes_of_cluster, plan  # noqa: E402
+from cluster.service.search import IndexClient  # noqa: E402
+from cluster.service.start import IndexServiceHandle  # noqa: E402
+from tests.cluster.small_corpus import make_corpus  # noqa: E402
 from tests.cluster.survival.checker import Checker, Versions  # noqa: E402
 from tests.cluster.survival.conftest import BOUND_S, INDEX, REFRESH, start  # noqa: E402
+from tests.cluster.survival.observers import inside, serve  # noqa: E402
 
 STORE_BYTES = 100 * 2**20
 # A lost node is noticed by missed health checks; Ray's own choice takes up to half a minute.

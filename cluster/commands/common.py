@@ -1,0 +1,93 @@
+"""What every verb does on its way: prepare the data of a stage, place it, connect to Ray, find a checkpoint."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.config.preflight import check_index, check_where
+from cluster.config.settings import Settings
+from cluster.machines import session
+from cluster.planning.placement import PlacementPlan, nodes_of_cluster, plan
+from cluster.prepare.stores import Prepared, prepare_data
+from indexing.corpus.stores.passages import Store
+from training.checkpoint import newest_checkpoint
+
+
+def say(text: str) -> None:
+    """One line, at once."""
+    print(text, flush=True)
+
+
+def run_folder(settings: Settings) -> Path:
+    """Where a stage's run lies."""
+    return Path(settings.run.directory) / settings.run.name
+
+
+def prepared_data(settings: Settings, root: Path, splits: list[str] | None = None) -> Prepared:
+    """The stores of a stage, with an index that fits them. Raises ValueError."""
+    prepared = prepare_data(settings, root, say, splits)
+    check_index(settings, num_passages(prepared))
+    check_where(settings, prepared.passages, _changes(settings))
+    return prepared
+
+
+def _changes(settings: Settings) -> Path | None:
+    """The folder with the changes of a stage's corpus: its own, or as far as it is known already that of the run that
+    it starts from. `run_stage` looks again."""
+    own, start = run_folder(settings), Path(settings.run.init_from)
+    places = [own, own.parent / start, start, *list(start.parents)[1:2]] if settings.run.init_from else [own]
+    return next((place / "corpus" for place in places if (place / "corpus" / "versions").is_dir()), None)
+
+
+def num_passages(prepared: Prepared) -> int:
+    """Of a stage's store."""
+    return len(Store.open(prepared.passages, verify=False))
+
+
+def placement_of(settings: Settings) -> PlacementPlan:
+    """Which machine part does what. Raises ValueError where there is no room."""
+    return plan(settings.cluster, settings.refresh, settings.index, nodes_of_cluster())
+
+
+def newest_of(settings: Settings) -> str:
+    """The newest complete checkpoint of a stage. Raises ValueError where there is none."""
+    folder = run_folder(settings)
+    found = newest_checkpoint(folder, say) if folder.is_dir() else None
+    if found is None:
+        raise ValueError(f"{folder} has no complete checkpoint yet: train it first (tandem train)")
+    return str(found)
+
+
+def starting_checkpoint(settings: Settings, stages: dict[str, Settings]) -> str:
+    """The checkpoint folder that `run.init_from` means: a stage of the same file, a run folder, or a checkpoint.
+
+    Raises ValueError when it names none, or one without a complete checkpoint.
+    """
+    name = settings.run.init_from
+    if not name:
+        return ""
+    if name in stages:
+        folder = Path(stages[name].run.directory) / stages[name].run.name
+    else:
+        folder = Path(name)
+    if (folder / "model.safetensors").is_file():
+        return str(folder)
+    found = newest_checkpoint(folder, say) if folder.is_dir() else None
+    if found is None:
+        known = f" or a stage of this file ({', '.join(stages)})" if "" not in stages else ""
+        raise ValueError(
+            f"run.init_from={name!r}: needed is a checkpoint or run folder{known} with a complete checkpoint"
+        )
+    return str(found)
+
+
+@contextmanager
+def ray_session(root: Path) -> Iterator[str]:
+    """A connection to Ray, and a name for the actors of this experiment."""
+    namespace = f"tandem-{root.name}-{time.time_ns() % 10**9}"
+    connection = session.start_or_join(namespace, log_to_driver=False)
+    try:
+        yield namespace
+    finally:
+        connection.stop()

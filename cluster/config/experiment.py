@@ -1,0 +1,303 @@
+"""From YAML files and dotted overrides to typed settings; below this file only dataclasses travel.
+
+A file holds sections of `Settings`. Two more top-level keys describe several runs in one file:
+
+    stages:                      # in order; each is a run in runs/<run.name>/<stage>
+      pretrain: {objective: {name: inverse_cloze}, training: {train: retriever_only}}
+      joint: {run: {init_from: pretrain}}
+    update: {as_of: end, stages: [joint]}
+    compare: {base_stage: joint, ...}      # see cluster/config/matrix.py
+
+Who wins, weakest first: defaults, earlier file, later file, the stage's own sections, `section.field=value` of the
+command line (for every stage; `run.init_from` for those that start from no other stage of the file),
+`stages.joint.section.field=value`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cluster.config.matrix import Matrix, check_matrix, check_start, combined, folder_of, read_matrix
+from cluster.config.refusal import refuse
+from cluster.config.rules import check_date, suggestion
+from cluster.config.schema import COMMAND_LINE, checked, kind_of, read_yaml, unknown
+from cluster.config.settings import CompareConfig, Settings, UpdateConfig
+from cluster.config.validate import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_FILE = ROOT / "configs" / "quickstart.yaml"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the configuration asks for. `stages` maps names to complete settings, in order; a file without stages has
+    one, named ""."""
+
+    settings: Settings  # what all stages share
+    stages: dict[str, Settings]
+    update: UpdateConfig  # its `stages` are keys of `stages`
+    matrix: Matrix | None = None  # of a file with a `compare` section
+
+    @property
+    def directory(self) -> Path:
+        """The run folder that holds the stages, or is the only run's own."""
+        return Path(self.settings.run.directory) / self.settings.run.name
+
+
+@dataclass
+class _Files:
+    """What the files say together, before the command line."""
+
+    base: DictConfig = field(default_factory=lambda: OmegaConf.structured(Settings))
+    update: DictConfig = field(default_factory=lambda: OmegaConf.structured(UpdateConfig))
+    stages: dict[str, DictConfig] = field(default_factory=dict)  # each stage's own sections
+    compare: DictConfig = field(default_factory=lambda: OmegaConf.structured(CompareConfig))
+    cells: dict[str, DictConfig] = field(default_factory=dict)  # each cell's own sections
+    axes: dict[str, dict[str, DictConfig]] = field(default_factory=dict)  # those of each choice of each axis
+
+
+SECTIONS = [entry.name for entry in fields(Settings)]
+RUN_FOLDERS = ("data", "tokenizers", "world", "compare")  # beside the stages' own (`cluster/prepare/stores.py`)
+TOP_LEVEL = [*SECTIONS, "stages", "update", "compare"]
+
+
+def load(paths: list[str], overrides: list[str]) -> Experiment:
+    """Read, merge and check. `paths` are YAML files or run folders with a config.yaml (none: the quickstart), later
+    ones over earlier ones; `overrides` are "section.field=value". Raises ValueError with one clear sentence."""
+    files = _Files()
+    for path in paths or [str(DEFAULT_FILE)]:
+        _read_file(find_file(path), files)
+    changes = [_parse_override(text, list(files.stages)) for text in overrides]
+    for key, value in changes:
+        if key.startswith("update."):
+            _assign(files.update, key.removeprefix("update."), value, "update.")
+        if key.startswith("compare."):
+            _assign(files.compare, key.removeprefix("compare."), value, "compare.")
+    settings = _resolve(files.base, "", changes, files)
+    stages = {n: _resolve(OmegaConf.merge(files.base, own), n, changes, files) for n, own in files.stages.items()}
+    update, matrix = _to_object(files.update, "update."), _matrix(files, changes)
+    experiment = Experiment(settings, stages or {"": settings}, update, matrix)
+    _name_stages(stages)
+    _check_update(experiment)
+    for name, stage in experiment.stages.items():
+        try:
+            validate(stage)
+        except ValueError as error:
+            raise ValueError(f"stage {name}: {error}" if name else str(error)) from None
+    for name, cell in matrix.cells.items() if matrix is not None else ():
+        try:
+            validate(cell)
+        except ValueError as error:
+            raise ValueError(f"compare cell {name}: {error}") from None
+    return experiment
+
+
+def to_yaml(section: Settings | UpdateConfig | CompareConfig) -> str:
+    """Settings as YAML; `load` reads those of a run back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(section))
+
+
+def experiment_to_yaml(experiment: Experiment) -> str:
+    """The whole experiment as YAML that `load` reads back, for the folder above the stages' own."""
+    content: dict[str, Any] = asdict(experiment.settings)
+    stages = {name: asdict(own) for name, own in experiment.stages.items() if name}
+    for own in stages.values():
+        del own["run"]["name"], own["run"]["directory"]
+    if stages:
+        content |= {"stages": stages, "update": asdict(experiment.update)}
+    return OmegaConf.to_yaml(content)
+
+
+def find_file(path: str) -> Path:
+    """The YAML file that `path` names; a run folder stands for its config.yaml. Raises ValueError with a suggestion."""
+    file = Path(path)
+    if file.is_file():
+        return file
+    if file.is_dir():
+        if (file / "config.yaml").is_file():
+            return file / "config.yaml"
+        raise ValueError(f"no config.yaml in the folder {path}")
+    near = {other.name: _shown(other) for folder in (ROOT / "configs", file.parent) for other in folder.glob("*.yaml")}
+    hint = suggestion(file.name, list(near)) or suggestion(f"{file.name}.yaml", list(near))
+    for name, shown in near.items():
+        hint = hint.replace(f" {name}", f" {shown}")
+    raise ValueError(f"no configuration file {path}.{hint}")
+
+
+def _shown(file: Path) -> str:
+    """`file` relative to the working directory where it lies below it."""
+    absolute, here = file.resolve(), Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else file)
+
+
+def _read_file(file: Path, files: _Files) -> None:
+    """Merge one file over what the earlier ones said, after checking it by itself."""
+    source = _shown(file)
+    try:
+        content = read_yaml(file.read_text(encoding="utf-8"), source) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: cannot be read: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("stages") or {}, dict):
+        raise ValueError(f"{source}: must hold sections like `training:`, and `stages:` sections by name")
+    for key in content:
+        if key not in TOP_LEVEL:
+            raise unknown(source, "", str(key), TOP_LEVEL)
+    sections = checked({key: content[key] for key in SECTIONS if key in content}, Settings, "", source)
+    files.base = _merge(files.base, sections, source)
+    files.update = _merge(files.update, checked(content.get("update"), UpdateConfig, "update.", source), source)
+    _merge_compare(content.get("compare"), source, files)
+    for name, stage in (content.get("stages") or {}).items():
+        if not str(name).replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"{source}: stages.{name}: a stage's name is letters, digits, _ and -")
+        if name in RUN_FOLDERS:
+            raise ValueError(f"{source}: stages.{name}: a run keeps its {name} in a folder of that name; take another")
+        own = checked(stage, Settings, f"stages.{name}.", source)
+        for fixed in {"name", "directory"} & set(own.get("run", {})):
+            raise ValueError(f"{source}: stages.{name}.run.{fixed}: set run.{fixed} once, for all stages")
+        _merge(OmegaConf.structured(Settings), own, source, f"stages.{name}.")  # refuses wrong types, by file
+        files.stages[name] = cast(DictConfig, OmegaConf.merge(files.stages.get(name, {}), own))
+
+
+def _merge_compare(section: Any, source: str, files: _Files) -> None:
+    """Merge a `compare` section over what the earlier files said."""
+    given, cells, axes = read_matrix(section, source)
+    files.compare = _merge(files.compare, given, source, "compare.")
+    for name, own in cells.items():
+        _merge(OmegaConf.structured(Settings), own, source, f"compare.cells.{name}.")  # refuses wrong types, by file
+        files.cells[name] = cast(DictConfig, OmegaConf.merge(files.cells.get(name, {}), own))
+    for axis, choices in axes.items():
+        known = files.axes.setdefault(axis, {})
+        for name, own in choices.items():
+            _merge(OmegaConf.structured(Settings), own, source, f"compare.axes.{axis}.{name}.")
+            known[name] = cast(DictConfig, OmegaConf.merge(known.get(name, {}), own))
+
+
+def _matrix(files: _Files, changes: list[tuple[str, Any]]) -> Matrix | None:
+    """The cells as complete settings; None without any. A cell is the base stage as the command line has it, with the
+    cell's own sections on top."""
+    config: CompareConfig = _to_object(files.compare, "compare.")
+    if not files.cells and not files.axes and config == CompareConfig():
+        return None
+    owns, stages = combined(files.cells, files.axes), list(files.stages)
+    check_matrix(config, list(owns), stages)
+    base = OmegaConf.merge(files.base, files.stages.get(config.base_stage, {}))
+    base = _changed(base, config.base_stage, changes, stages)
+    cells: dict[str, Settings] = {}
+    for name, own in owns.items():
+        cell: Settings = _to_object(cast(DictConfig, OmegaConf.merge(base, *own)), f"compare cell {name}: ")
+        check_start(name, cell.run.init_from, stages, config.base_stage)
+        cell.run.name = f"{cell.run.name}/compare/{folder_of(name)}"
+        cells[name] = cell
+    return Matrix(config.base_stage, config.baseline, tuple(config.seeds), cells)
+
+
+def _parse_override(text: str, stages: list[str]) -> tuple[str, Any]:
+    """(dotted name, value) of "section.field=value". Raises ValueError for a name that does not exist."""
+    key, equals, raw = text.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ValueError(f"{COMMAND_LINE}: {text}: an override is section.field=value")
+    if parts[0] == "stages":
+        if len(parts) < 4 or parts[1] not in stages:
+            hint = suggestion(parts[1], stages) if len(parts) > 1 else ""
+            known = f"stages of this file: {', '.join(stages) or 'none'}."
+            raise ValueError(f"{COMMAND_LINE}: {key}: must be stages.<stage>.section.field=value; {known}{hint}")
+        if parts[2:] in (["run", "name"], ["run", "directory"]):
+            raise ValueError(f"{COMMAND_LINE}: {key}: set {'.'.join(parts[2:])} once, for all stages")
+        kind = kind_of(parts[2:], Settings, f"stages.{parts[1]}.")
+    elif parts[0] == "update":
+        kind = kind_of(parts[1:], UpdateConfig, "update.")
+    elif parts[0] == "compare":
+        kind = kind_of(parts[1:], CompareConfig, "compare.")
+    else:
+        kind = kind_of(parts, Settings, "", TOP_LEVEL)
+    return key, checked(raw if kind is str else read_yaml(raw, COMMAND_LINE), kind, f"{key}.", COMMAND_LINE)
+
+
+def _resolve(config: Any, stage: str, changes: list[tuple[str, Any]], files: _Files) -> Settings:
+    return _to_object(_changed(config, stage, changes, list(files.stages)), f"stages.{stage}." if stage else "")
+
+
+def _changed(config: Any, stage: str, changes: list[tuple[str, Any]], stages: Sequence[str]) -> DictConfig:
+    """A copy of `config` with the command line over it: plain overrides first, the stage's own last. One that starts
+    from another of `stages` still does, whatever a plain run.init_from says: that is where the first ones start."""
+    config, own = config.copy(), f"stages.{stage}."
+    inner = OmegaConf.select(config, "run.init_from") in stages
+    for key, value in changes:
+        if not key.startswith(("stages.", "update.", "compare.")) and not (inner and key == "run.init_from"):
+            _assign(config, key, value, "")
+    for key, value in changes:
+        if key.startswith(own):
+            _assign(config, key.removeprefix(own), value, own)
+    return config
+
+
+def _assign(config: DictConfig, key: str, value: Any, prefix: str) -> None:
+    try:
+        OmegaConf.update(config, key, value, merge=True)
+    except OmegaConfBaseException as error:
+        raise _explain(error, f"{COMMAND_LINE}: {prefix}") from None
+
+
+def _merge(base: DictConfig, more: dict[str, Any], source: str, prefix: str = "") -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(base, more))
+    except OmegaConfBaseException as error:
+        raise _explain(error, f"{source}: {prefix}") from None
+
+
+def _to_object(config: DictConfig, prefix: str) -> Any:
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise _explain(error, prefix) from None
+
+
+def _explain(error: OmegaConfBaseException, prefix: str) -> ValueError:
+    """One sentence from OmegaConf's several lines."""
+    sentence = str(error).splitlines()[0]
+    for theirs, ours in (
+        ("could not be converted to Integer", "must be a whole number"),
+        ("could not be converted to Float", "must be a number"),
+        ("is not a valid bool", "must be true or false"),
+        (" of type 'str'", ""),
+        (" (type str)", ""),
+    ):
+        sentence = sentence.replace(theirs, ours)
+    return ValueError(f"{prefix}{error.full_key or ''}: {sentence[:1].lower()}{sentence[1:]}")
+
+
+def _name_stages(stages: dict[str, Settings]) -> None:
+    """Give each stage its run name, and turn `init_from` of an earlier stage into that stage's run folder."""
+    earlier: dict[str, str] = {}
+    for name, stage in stages.items():
+        source = stage.run.init_from
+        if source in earlier:
+            stage.run.init_from = earlier[source]
+        elif source in stages:
+            raise refuse(f"stages.{name}.run.init_from", source, "must name an earlier stage")
+        elif source and "/" not in source and not Path(source).exists():
+            allowed = f"must be an earlier stage ({', '.join(earlier) or 'none here'}) or a folder that exists."
+            raise refuse(f"stages.{name}.run.init_from", source, allowed + suggestion(source, list(earlier)))
+        stage.run.name = f"{stage.run.name}/{name}"
+        earlier[name] = str(Path(stage.run.directory) / stage.run.name)
+
+
+def _check_update(experiment: Experiment) -> None:
+    """Refuse an update that names no date or no stage; a file without stages means its only run."""
+    update, stages = experiment.update, experiment.stages
+    check_date("update.as_of", update.as_of)
+    if update.stages and not update.as_of:
+        raise refuse("update.as_of", "", "must be end or a date where update.stages names stages")
+    if update.as_of and list(stages) == [""] and not update.stages:
+        update.stages.append("")
+    known = f"must name stages of this file: {', '.join(filter(None, stages)) or 'there are none'}."
+    if update.as_of and not update.stages:
+        raise refuse("update.stages", "[]", known)
+    for name in update.stages:
+        if name not in stages:
+            raise refuse("update.stages", name, known + suggestion(name, list(stages)))

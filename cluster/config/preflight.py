@@ -1,0 +1,140 @@
+"""What can be refused before anything is written, started or trained; each refusal is one ValueError."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.config.experiment import load
+from cluster.config.refusal import refuse
+from cluster.config.rules import values_of
+from cluster.config.settings import Settings
+from indexing.corpus.stores.filters import parse_filter
+from indexing.corpus.stores.metadata import count_passing
+from indexing.dense.faiss_build import check_config
+from indexing.dense.kinds import check_dim, parse
+from indexing.hits import check_k
+from indexing.shard.shard import shard_ranges
+from training.checkpoint import newest_checkpoint
+from training.feeding.mixture import pretrains
+from training.feeding.rewards import load_reward
+from training.feeding.tasks import find_recognizer
+from training.models.generators.shape import check_context, read_shape
+from training.models.retriever.reranker import check_cross_encoder, has_own_tokens
+from training.objectives.check import samples_answers
+from training.objectives.dispatch import needs
+
+# A resume goes on with the same model, data and seed; everything else may be set anew.
+SAME_RUN = (
+    *("run.seed", "run.init_from", "corpus.", "questions.path", "questions.train", "questions.as_of"),
+    *("encoder.name", "encoder.fresh.", "encoder.tokenizer.", "encoder.towers", "encoder.pooling", "encoder.normalize"),
+    *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
+    *("encoder.lora.", "generator.lora."),
+    *("objective.name", "training.train", "pretraining.", "questions.target", "questions.refusal", "questions.labels"),
+    *("questions.choice_template", "generator.template", "generator.passage_template", "generator.chat_template"),
+    "generator.system_prompt",
+    *("retrieval.hybrid", "lexical.", "reranker.mode", "reranker.name", "reranker.fresh.", "reranker.max_"),
+    *("preferences.path", "preferences.train", "preferences.format", "preferences.max_length_ratio"),
+)
+
+
+def check_models(settings: Settings) -> None:
+    """Refuse a model folder or a recogniser that is not there (whether a name of the hub exists is seen when it is
+    read), and passages that a generator has no context for."""
+    named = {section: vars(settings)[section].name for section in ("encoder", "generator", "reranker")}
+    for section, name in named.items():
+        is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+        if is_path and not Path(name).is_dir():
+            raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    reranker = settings.reranker
+    if has_own_tokens(reranker) and Path(reranker.name).is_dir():
+        check_cross_encoder(reranker)
+    if samples_answers(settings.objective):
+        load_reward(settings.objective.reward)
+    if pretrains(settings.pretraining):
+        find_recognizer(settings.pretraining.recognizer)
+    needed = needs(settings.objective)
+    if needed.attention:
+        shape = read_shape(settings.generator)
+        if shape is not None and not shape.attention:
+            allowed = f"must have attention with objective.name={settings.objective.name}; this is a state-space model"
+            raise refuse("generator.name", settings.generator.name or settings.generator.fresh.family, allowed)
+    if not needed.in_batch and settings.retrieval.source != "none":
+        decoding = (settings.evaluation.decoding.mode, *settings.evaluation.also)
+        check_context(settings.generator, settings.retrieval.k, fused=needed.fused or "fused" in decoding)
+        check_long_prompts(settings)
+
+
+def check_long_prompts(settings: Settings) -> None:
+    """Refuse prompts of many passages that the generator does not take, before it is read."""
+    shape = read_shape(settings.generator)
+    wanted = {"evaluation.needle.lengths": max(settings.evaluation.needle.lengths, default=0)}
+    if settings.retrieval.source == "long" or "long" in settings.evaluation.also:
+        wanted["retrieval.max_context_tokens"] = settings.retrieval.max_context_tokens
+    for setting, tokens in wanted.items():
+        if shape is not None and shape.context and tokens > shape.context:
+            raise refuse(setting, tokens, f"must be at most {shape.context}, the generator's context")
+
+
+def check_same_run(settings: Settings) -> None:
+    """Refuse to resume, under other settings, what an earlier call of this name has trained."""
+    run_dir = Path(settings.run.directory) / settings.run.name
+    if not (run_dir / "config.yaml").is_file() or newest_checkpoint(run_dir, lambda _: None) is None:
+        return
+    before = values_of(with_absolute_models(load([str(run_dir / "config.yaml")], []).settings))
+    for setting, value in values_of(with_absolute_models(settings)).items():
+        if setting.startswith(SAME_RUN) and before[setting] != value:
+            allowed = (
+                f"{run_dir} was trained with {before[setting]!r}: take another run.name, or set run.overwrite=true"
+            )
+            raise refuse(setting, value, allowed)
+
+
+def check_index(settings: Settings, num_passages: int) -> None:
+    """Refuse a k, a number of shards or an index kind for which the corpus, or a vector, is too small."""
+    if not uses_index(settings):
+        return
+    check_k(settings.retrieval.k, num_passages)
+    k, factor = settings.retrieval.k, settings.retrieval.rescore
+    if k * factor > num_passages:
+        allowed = f"must be at most {num_passages // k}: so many times retrieval.k={k} passages of {num_passages}"
+        raise refuse("retrieval.rescore", factor, f"{allowed} are scored again")
+    ranges = shard_ranges(num_passages, settings.index.num_shards)
+    on_cpu = replace(settings.index, device="cpu")  # whether shards see a GPU is not known here
+    check_config(on_cpu, min(stop - start for start, stop in ranges))
+    if not settings.encoder.name:  # what another encoder makes is known when it is read
+        check_dim(parse(settings.index.factory), settings.encoder.fresh.hidden)
+
+
+def check_where(settings: Settings, passages: Path, corpus: Path | None = None) -> None:
+    """Refuse a filter that asks for a field that no passage of the store has, or that fewer than k passages pass.
+    `corpus`: the folder of its changes."""
+    where, k = parse_filter(settings.retrieval.where), settings.retrieval.k
+    if where is None or not uses_index(settings):
+        return
+    passing = count_passing(passages, where, corpus)
+    if passing < k:
+        allowed = f"must let retrieval.k={k} passages pass, but of this corpus {passing} do"
+        raise refuse("retrieval.where", str(where), allowed)
+
+
+def uses_index(settings: Settings) -> bool:
+    """A warm start, closed-book training and long prompts search nothing."""
+    return not needs(settings.objective).in_batch and settings.retrieval.source not in ("none", "long")
+
+
+def with_absolute_models(settings: Settings) -> Settings:
+    """Model folders by their absolute paths: trainers and refresh workers run in another working folder."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+    encoder = replace(settings.encoder, name=absolute(settings.encoder.name))
+    file, colon, function = settings.objective.reward.rpartition(":")
+    reward = f"{Path(file).resolve()}:{function}" if colon and file.endswith(".py") else settings.objective.reward
+    return replace(
+        settings,
+        encoder=encoder,
+        generator=replace(settings.generator, name=absolute(settings.generator.name)),
+        reranker=replace(settings.reranker, name=absolute(settings.reranker.name)),
+        objective=replace(settings.objective, reward=reward),
+    )

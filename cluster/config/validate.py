@@ -1,0 +1,322 @@
+"""Checks of a resolved configuration: allowed values, ranges, and settings that contradict each other.
+
+Every refusal is one ValueError that names the setting, its value and what is allowed. Whether files exist is seen by
+those who open them. What a setting may be by itself: `cluster/config/rules.py`.
+"""
+
+import re
+
+from cluster.config.hybrid_settings import check_hybrid
+from cluster.config.refusal import refuse
+from cluster.config.rules import CONTRASTIVE, check_values
+from cluster.config.settings import Settings
+from indexing.corpus.stores.filters import parse_filter
+from indexing.dense.kinds import check_gpu_kind, check_products, parse
+from indexing.indexing_settings import IndexConfig
+from training.feeding.mixture import contrasted, mixture, pretrains
+from training.objectives.check import PREFERENCE, SAMPLING, check_objective, needs_reference, samples_answers
+from training.training_settings import FRESH_CONTEXT, ObjectiveConfig
+
+TRAINS_RETRIEVER = ("both", "query_only", "retriever_only")
+MAX_PLANNED, MAX_PASSAGES = 1024, 10**10  # GPUs and passages that a plan is made for
+_SIZE = re.compile(r"[1-9]\d*x[1-9]\d*x[1-9]\d*")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+
+
+def validate(settings: Settings) -> None:
+    """Check one resolved run. Raises ValueError."""
+    check_values(settings)
+    _check_texts(settings)
+    _check_models(settings)
+    _check_objective(settings)
+    _check_context(settings)
+    _check_alignment(settings)
+    _check_index(settings)
+    _check_refresh(settings)
+    _check_slow(settings.index)
+    _check_questions(settings)
+    _check_pretraining(settings)
+    check_hybrid(settings)
+    _check_plan(settings)
+
+
+def _check_plan(settings: Settings) -> None:
+    plan = settings.plan
+    if settings.cluster.memory_margin == 1:
+        raise refuse("cluster.memory_margin", 1.0, "must be below 1: no memory would be left")
+    if plan.gpus > MAX_PLANNED:
+        raise refuse("plan.gpus", plan.gpus, f"must be 0 (as many as are needed) to {MAX_PLANNED}")
+    if plan.passages > MAX_PASSAGES:
+        raise refuse("plan.passages", plan.passages, f"must be 0 (counted) to {MAX_PASSAGES}")
+    for setting, size in (("plan.encoder", plan.encoder), ("plan.generator", plan.generator)):
+        if size and not _SIZE.fullmatch(size):
+            raise refuse(setting, size, "must be LAYERSxHIDDENxVOCABULARY, for instance 12x768x30522")
+
+
+def _check_texts(settings: Settings) -> None:
+    if not _RUN_NAME.fullmatch(settings.run.name):
+        raise refuse("run.name", settings.run.name, "must be letters, digits and ._- (the name of a folder)")
+    if not settings.run.directory:
+        raise refuse("run.directory", "", "must name a folder")
+    for setting, template, needed in (
+        ("generator.template", settings.generator.template, ("{passages}", "{question}")),
+        ("generator.passage_template", settings.generator.passage_template, ("{text}",)),
+    ):
+        missing = [part for part in needed if part not in template]
+        if missing:
+            raise refuse(setting, repr(template), f"must contain {' and '.join(missing)}")
+
+
+def _check_models(settings: Settings) -> None:
+    for section in ("encoder", "generator", "reranker"):
+        fresh = vars(settings)[section].fresh
+        if not vars(settings)[section].name and fresh.hidden % fresh.num_heads:
+            raise refuse(f"{section}.fresh.hidden", fresh.hidden, f"must be a multiple of num_heads={fresh.num_heads}")
+    fresh = settings.generator.fresh
+    if settings.generator.kind == "causal" and not settings.generator.name and fresh.hidden % (2 * fresh.num_heads):
+        allowed = f"must be a multiple of 2 * num_heads={2 * fresh.num_heads} with generator.kind=causal"
+        raise refuse("generator.fresh.hidden", fresh.hidden, allowed)
+    _check_lora(settings)
+    engine = settings.engine
+    if engine.zero_stage > 3:
+        raise refuse("engine.zero_stage", engine.zero_stage, "must be 0, 1, 2 or 3")
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        raise refuse("engine.offload_optimizer", "true", "needs engine.zero_stage of 1, 2 or 3")
+    for setting, beta in (("engine.beta1", engine.beta1), ("engine.beta2", engine.beta2)):
+        if beta == 1:
+            raise refuse(setting, beta, "must be below 1")
+
+
+def _check_lora(settings: Settings) -> None:
+    if settings.generator.lora.rank and settings.generator.kind == "copy":
+        raise refuse("generator.lora.rank", settings.generator.lora.rank, "must be 0 with generator.kind=copy")
+    for section, model in (("encoder", settings.encoder), ("generator", settings.generator)):
+        lora = model.lora
+        if not lora.rank:
+            continue
+        if not model.name and not settings.run.init_from:
+            allowed = f"must be 0, or {section}.name or run.init_from given: adapters do not train random weights"
+            raise refuse(f"{section}.lora.rank", lora.rank, allowed)
+        if lora.dropout == 1:
+            raise refuse(f"{section}.lora.dropout", lora.dropout, "must be below 1")
+        if not lora.target_modules or ("auto" in lora.target_modules and len(lora.target_modules) > 1):
+            allowed = "must be [auto] or names of layers"
+            raise refuse(f"{section}.lora.target_modules", lora.target_modules, allowed)
+
+
+def _has_score_bias(objective: ObjectiveConfig) -> bool:
+    return objective.name == "fused" and objective.score_bias
+
+
+def _check_objective(settings: Settings) -> None:
+    objective, train = settings.objective, settings.training.train
+    if objective.min_span > objective.max_span:
+        raise refuse(
+            "objective.min_span", objective.min_span, f"must not exceed objective.max_span={objective.max_span}"
+        )
+    if objective.name in CONTRASTIVE:
+        if train in ("both", "generator_only"):
+            allowed = "must be retriever_only, query_only or none"
+            raise refuse(
+                "training.train", train, f"{allowed} with objective.name={objective.name}, which has no generator"
+            )
+        return
+    if _has_score_bias(objective) and settings.generator.kind == "causal":
+        allowed = "must be copy or fusion with objective.name=fused and objective.score_bias=true"
+        raise refuse("generator.kind", "causal", f"{allowed} (a causal model takes no bias per passage)")
+    _check_attention(settings)
+    if train not in TRAINS_RETRIEVER:
+        return
+    delay, steps = settings.training.retriever_delay_steps, settings.training.steps
+    if delay and delay >= steps:
+        raise refuse("training.retriever_delay_steps", delay, f"must be below training.steps={steps}")
+    if objective.name == "fused" and not objective.score_bias:
+        allowed = "must be true, or training.train must be generator_only: without it no gradient reaches the retriever"
+        raise refuse("objective.score_bias", "false", allowed)
+    if settings.retrieval.source in ("none", "long"):
+        allowed = f"must be index or gold with training.train={train}: the retriever learns from passages"
+        raise refuse("retrieval.source", settings.retrieval.source, allowed)
+    if settings.retrieval.source == "fixed":
+        allowed = f"must be index with training.train={train}, or training.train generator_only: a fixed index does not"
+        raise refuse("retrieval.source", "fixed", f"{allowed} follow a retriever that trains")
+
+
+def _check_context(settings: Settings) -> None:
+    """Where passages come from, and long prompts."""
+    retrieval, evaluation, needle = settings.retrieval, settings.evaluation, settings.evaluation.needle
+    if settings.objective.name in CONTRASTIVE:
+        return
+    if retrieval.source == "long":
+        if evaluation.decoding.mode != "fused":
+            raise refuse(
+                "evaluation.decoding.mode", evaluation.decoding.mode, "must be fused with retrieval.source=long"
+            )
+        if settings.training.train != "none" and (settings.objective.name != "fused" or settings.objective.score_bias):
+            allowed = "must be fused with objective.score_bias=false where retrieval.source=long trains: one prompt"
+            raise refuse("objective.name", settings.objective.name, f"{allowed} of all passages, none of them scored")
+    if bool(needle.lengths) != bool(needle.depths):
+        missing = "depths" if needle.lengths else "lengths"
+        raise refuse(f"evaluation.needle.{missing}", "[]", "lengths and depths must both be given, or neither")
+    for name, values, holds, allowed in (
+        ("lengths", needle.lengths, lambda value: value >= 1, "must be 1 or more tokens"),
+        ("depths", needle.depths, lambda value: 0 <= value <= 1, "must be between 0 (first) and 1 (last)"),
+    ):
+        for value in values:
+            if not holds(value):
+                raise refuse(f"evaluation.needle.{name}", value, allowed)
+        if len(set(values)) < len(values):
+            raise refuse(f"evaluation.needle.{name}", values, "must name each value once")
+    fresh_causal = settings.generator.kind == "causal" and not settings.generator.name
+    budgets = {"evaluation.needle.lengths": max(needle.lengths, default=0)}
+    if retrieval.source == "long" or "long" in evaluation.also:
+        budgets["retrieval.max_context_tokens"] = retrieval.max_context_tokens
+        if settings.generator.kind != "causal" and not retrieval.max_context_tokens:
+            allowed = (
+                f"must be set for long prompts with generator.kind={settings.generator.kind}, which names no limit"
+            )
+            raise refuse("retrieval.max_context_tokens", 0, allowed)
+    for setting, tokens in budgets.items():
+        if fresh_causal and tokens > FRESH_CONTEXT:
+            raise refuse(setting, tokens, f"must be at most {FRESH_CONTEXT}, the context of a fresh causal model")
+
+
+def _check_attention(settings: Settings) -> None:
+    """What reads or bends the generator's attention; whether a checkpoint attends at all, its files say."""
+    name, generator = settings.objective.name, settings.generator
+    reads = name == "adist" and generator.kind != "copy"
+    bends = name == "loop" and generator.kind == "fusion"
+    if generator.attention == "flash_attention_2" and (reads or bends):
+        allowed = f"must be auto, eager or sdpa with objective.name={name}, which needs attention by token"
+        raise refuse("generator.attention", generator.attention, allowed)
+
+
+def _check_alignment(settings: Settings) -> None:
+    objective, alignment = settings.objective, settings.alignment
+    if objective.name not in (*PREFERENCE, *SAMPLING):
+        return
+    check_objective(objective)
+    if objective.name == "stochastic_rag" and objective.num_selected >= settings.retrieval.k:
+        allowed = f"must be below retrieval.k={settings.retrieval.k}: passages are drawn from the retrieved ones"
+        raise refuse("objective.num_selected", objective.num_selected, allowed)
+    if alignment.reference == "none" and objective.name != "dpo" and needs_reference(objective):
+        why = "whose z compares with it" if objective.name == "kto" else f"and kl_weight={objective.kl_weight}"
+        raise refuse(
+            "alignment.reference", "none", f"must be copy or offload with objective.name={objective.name} {why}"
+        )
+    if alignment.updates_per_sample > 1 and not (objective.name == "grpo" and samples_answers(objective)):
+        allowed = "must be 1, or objective.name must be grpo: without a ratio to clip, old samples are biased"
+        raise refuse("alignment.updates_per_sample", alignment.updates_per_sample, allowed)
+    if alignment.updates_per_sample > 1 and settings.engine.gradient_accumulation > 1:
+        allowed = "must be 1 with engine.gradient_accumulation above 1: a batch would serve one step twice"
+        raise refuse("alignment.updates_per_sample", alignment.updates_per_sample, allowed)
+
+
+def _check_index(settings: Settings) -> None:
+    """The kind of index, by itself; whether the corpus is large enough for it is seen when it is known."""
+    index, k = settings.index, settings.retrieval.k
+    kind = parse(index.factory)
+    if index.device == "gpu":
+        check_gpu_kind(kind)
+    check_products(index.products, kind, index.device)
+    parse_filter(settings.retrieval.where)
+    if 0 < index.rescore_candidates < k:
+        allowed = f"must be 0 (off) or at least retrieval.k={k}: proposals are scored again and cut to k"
+        raise refuse("index.rescore_candidates", index.rescore_candidates, allowed)
+
+
+def _check_refresh(settings: Settings) -> None:
+    """When the index follows: a policy that can decide, and a bound that some refresh can keep."""
+    refresh = settings.refresh
+    if refresh.policy != "every_steps":
+        for setting, value in (
+            ("drift_threshold", refresh.drift_threshold),
+            ("check_every_steps", refresh.check_every_steps),
+            ("probe_questions", refresh.probe_questions),
+        ):
+            if not value:
+                raise refuse(f"refresh.{setting}", value, f"must be above 0 with refresh.policy={refresh.policy}")
+    if refresh.policy == "both" and not refresh.every_steps:
+        raise refuse("refresh.every_steps", 0, "must be above 0 with refresh.policy=both; on_drift needs none")
+    if refresh.partial == 1:
+        raise refuse("refresh.partial", refresh.partial, "must be below 1; 0 makes every refresh a whole one")
+    bound, every = refresh.max_staleness_steps, refresh.every_steps if refresh.policy != "on_drift" else 0
+    moves = settings.training.train in ("both", "retriever_only") and settings.objective.name not in CONTRASTIVE
+    if not (bound and moves):
+        return
+    if every == 0 or bound < every:
+        allowed = f"must be 0 (no bound) or at least refresh.every_steps={every}, which must not be 0 then"
+        if refresh.policy == "on_drift":
+            allowed = "must be 0 (no bound) with refresh.policy=on_drift, which promises no refresh"
+        raise refuse("refresh.max_staleness_steps", bound, f"{allowed}; training would wait for ever")
+    whole = every * refresh.whole_every
+    if refresh.partial and (whole == 0 or bound < whole):
+        allowed = f"must be 0 (no bound) or at least {whole} steps, from one whole refresh to the next"
+        if whole == 0:
+            allowed = "must be 0 (no bound) where refresh.partial is set and refresh.whole_every=0"
+        raise refuse("refresh.max_staleness_steps", bound, f"{allowed}; training would wait for ever")
+
+
+def _check_slow(index: IndexConfig) -> None:
+    """What a search does about a slow shard must be possible."""
+    if index.on_slow != "wait" and not index.slow_after_s:
+        raise refuse("index.slow_after_s", 0, f"must be above 0 with index.on_slow={index.on_slow}")
+    if index.on_slow == "hedge" and index.replicas < 2:
+        raise refuse("index.replicas", index.replicas, "must be 2 or more with index.on_slow=hedge")
+    if index.slow_after_s >= index.search_timeout_s:
+        allowed = f"must be below index.search_timeout_s={index.search_timeout_s:g}"
+        raise refuse("index.slow_after_s", index.slow_after_s, allowed)
+
+
+def _check_questions(settings: Settings) -> None:
+    """Which answers are trained on, and how questions with options and refusals are put."""
+    questions = settings.questions
+    fields = re.findall(r"\{(\w*)\}", questions.choice_template)
+    wrong = [name for name in fields if name not in ("question", "options") or fields.count(name) > 1]
+    if wrong or "question" not in fields:
+        allowed = "must contain {question} once, {options} at most once, and no other field"
+        raise refuse("questions.choice_template", repr(questions.choice_template), allowed)
+    if len(questions.labels) < 2 or len(set(questions.labels)) < len(questions.labels) or "" in questions.labels:
+        raise refuse("questions.labels", questions.labels, "must be two or more different labels")
+    for setting, value in (("refusal_share", questions.refusal_share), ("unanswerable", questions.unanswerable)):
+        if value and not questions.refusal.strip():
+            raise refuse(f"questions.{setting}", value, "needs questions.refusal, the text of a refusal")
+    if questions.unanswerable and questions.unanswerable in (questions.train, questions.evaluate):
+        raise refuse("questions.unanswerable", questions.unanswerable, "must be another split than train and evaluate")
+    learns = settings.objective.name not in CONTRASTIVE and settings.training.train != "none"
+    if learns and not questions.train and not pretrains(settings.pretraining):
+        raise refuse("questions.train", "", "must name a split, unless the stage has a section pretraining")
+
+
+def _check_pretraining(settings: Settings) -> None:
+    pretraining = settings.pretraining
+    if pretraining.recognizer != "regex" and not _FUNCTION.fullmatch(pretraining.recognizer):
+        raise refuse("pretraining.recognizer", pretraining.recognizer, "must be regex or module:function")
+    if pretraining.mask_share > 0.5:
+        raise refuse("pretraining.mask_share", pretraining.mask_share, "must be above 0 and at most 0.5")
+    if pretraining.held_out == 1:
+        raise refuse("pretraining.held_out", pretraining.held_out, "must be below 1: nothing is left to train on")
+    if not pretrains(pretraining):
+        return
+    mixture(pretraining)
+    if contrasted(pretraining) and settings.training.train == "generator_only":
+        task = next(iter(contrasted(pretraining)))
+        allowed = "must be left out with training.train=generator_only: it trains the retriever alone"
+        raise refuse(f"pretraining.{task}", getattr(pretraining, task), allowed)
+    if settings.objective.name in (*PREFERENCE, "grpo"):
+        allowed = "must be an objective of questions with one answer each, with a section pretraining"
+        raise refuse("objective.name", settings.objective.name, allowed)
+    if settings.objective.name in CONTRASTIVE:
+        allowed = (
+            "must be an objective that reads answers with a section pretraining; it cuts its own spans without one"
+        )
+        raise refuse("objective.name", settings.objective.name, allowed)
+    if settings.retrieval.source == "gold":
+        allowed = (
+            "must be index or none with a section pretraining: the passage that an example was cut from is not read"
+        )
+        raise refuse("retrieval.source", "gold", allowed)
+    if settings.questions.refusal_share:
+        raise refuse(
+            "questions.refusal_share", settings.questions.refusal_share, "must be 0 with a section pretraining"
+        )

@@ -1,0 +1,1 @@
+"""Processes, Ray sessions and events of the machines that a run uses."""

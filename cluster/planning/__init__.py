@@ -1,0 +1,1 @@
+"""Placement of a run on its machines, its cost and whether it fits."""

@@ -1,0 +1,97 @@
+"""Whether the machines have the memory that a stage needs, asked before anything of it starts.
+
+The numbers are those of the verb plan (`cluster/planning/sizing.py`, `cluster/planning/estimate.py`); the placement is
+the one that the stage will get, and the memory what its machines say that they have: Ray's `memory` resource, or what
+is free here, and of GPUs what the driver or, on other machines, their kind says. What is not known is not checked.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.config.settings import Settings
+from cluster.planning import estimate
+from cluster.planning.hardware import GB
+from cluster.planning.placement import PlacementPlan
+from cluster.planning.plan import work_of
+from cluster.planning.sizing import Work, shard_bytes, trainer_bytes, worker_bytes
+
+
+def check_fit(
+    settings: Settings, placement: PlacementPlan, num_passages: int, say: Callable[[str], None] = print
+) -> None:
+    """Refuse a stage that needs more memory than its machines have (ValueError), or only say so: cluster.check_fit."""
+    mode, margin = settings.cluster.check_fit, settings.cluster.memory_margin
+    if mode == "off":
+        return
+    on_gpu = placement.trainers.device == "cuda"
+    root = Path(settings.run.directory) / settings.run.name
+    try:
+        work, _ = work_of(settings, root, num_passages, on_gpu)
+    except (ValueError, AttributeError, TypeError) as error:  # a configuration that is not here, or an unusual one
+        say(f"the memory of {settings.run.name} is not checked: {error}")
+        return
+    for have, seats in (_on_host(work, placement), _on_gpu(work, placement)):
+        needed = sum(number * each for _, number, each in seats)
+        if have and needed > have * (1 - margin):
+            complaint = _complaint(settings, have, seats)
+            if mode == "refuse":
+                raise ValueError(complaint)
+            say(f"warning: {complaint}")
+
+
+Seats = list[tuple[str, int, float]]  # who, how many on one machine (or of one GPU), bytes of each
+
+
+def _on_host(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
+    """Memory of the smallest machine, and who lives there when everybody is spread."""
+    nodes = len(placement.nodes)
+    have = min((node.memory_bytes for node in placement.nodes if node.memory_bytes), default=0.0)
+    trains, encodes = placement.trainers, placement.workers
+    device_bytes, host_bytes = trainer_bytes(work, trains.number, trains.gpus > 0)
+    seats = [("trainer", math.ceil(trains.number / nodes), host_bytes if trains.gpus else device_bytes)]
+    if work.uses_index:
+        one = shard_bytes(work, placement.shards.number)
+        of_worker = estimate.TORCH_PROCESS_BYTES if encodes.gpus else worker_bytes(work, on_gpu=False)
+        each = one.host_at_most + estimate.PROCESS_BYTES
+        seats.append(("index shard", math.ceil(placement.shards.number / nodes), each))
+        seats.append(("refresh worker", math.ceil(encodes.number / nodes), of_worker))
+    return have, seats
+
+
+def _on_gpu(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
+    """Memory of the smallest GPU, and who lives on the fullest one: those with a part of a GPU may share it."""
+    have = min((node.gpu_memory_bytes for node in placement.nodes if node.gpu_memory_bytes), default=0.0)
+    trains, shards = placement.trainers, placement.shards
+    device_bytes, _ = trainer_bytes(work, trains.number, on_gpu=True)
+    each = {"trainer": device_bytes}
+    if work.uses_index:
+        on_gpu = shard_bytes(work, shards.number).at_most + estimate.CUDA_CONTEXT_BYTES
+        each |= {"index shard": on_gpu, "refresh worker": worker_bytes(work, on_gpu=True)}
+    fullest: Seats = []
+    for seat in placement.seats():
+        if seat.gpus >= 1 and seat.name in each:  # has one or more for itself
+            alone: Seats = [(seat.name, 1, each[seat.name])]
+            fullest = max(fullest, alone, key=_total)
+    shared: Seats = []
+    free = 1.0
+    parts = [seat for seat in placement.seats() if 0 < seat.gpus < 1 and seat.name in each]
+    for seat in sorted(parts, key=lambda seat: each[seat.name] / seat.gpus, reverse=True):  # the worst company first
+        number = min(seat.number, int(free / seat.gpus + 1e-6))
+        free -= number * seat.gpus
+        shared.append((seat.name, number, each[seat.name]))
+    return have, max(fullest, shared, key=_total)
+
+
+def _total(seats: Seats) -> float:
+    return sum(number * each for _, number, each in seats)
+
+
+def _complaint(settings: Settings, have: float, seats: Seats) -> str:
+    parts = " + ".join(f"{number} x {name} of {each / GB:.2f} GB" for name, number, each in seats if number)
+    margin = settings.cluster.memory_margin
+    return (
+        f"{settings.run.name} does not fit: {parts} = {_total(seats) / GB:.2f} GB, and there are {have / GB:.2f} GB, "
+        f"of which {margin:.0%} stay free (cluster.memory_margin). `tandem plan` shows what would fit; "
+        "cluster.check_fit=warn starts it nevertheless"
+    )

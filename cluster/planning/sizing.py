@@ -1,0 +1,437 @@
+"""What one stage needs and costs on given machines, and the smallest placement that holds it. No settings below here
+are read twice: `Work` is what is to be done, `Machines` what it runs on, `Counts` who does it, `Costs` what comes out.
+
+The smallest placement is found in this order, each number as small as it can be:
+trainers (as many as configured, more where ZeRO has to spread their states), shards (each holds its part with the
+swap copy; one a machine where there are more machines), refresh workers (encoding takes at most half of the time
+between two publishes; fewer where the machines are not enough, and staleness says so).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.planning import estimate
+from cluster.planning.hardware import BANDWIDTH_SHARE, CPU_SHARE, GB, Device, Host
+
+if TYPE_CHECKING:
+    from training.measuring.sizes import EncoderSize, ReaderSize
+
+ENCODING_SHARE = 0.5  # of the time between two publishes
+SHARED_GPU = (0.6, 0.2, 0.2)  # of one GPU that does it all: trainer, refresh worker, shard
+COMMIT_S = 0.05
+RAY_CALL_S, RAY_SHARD_S = 0.0015, 0.0005  # of one search through Ray, and of each shard asked (benchmarks/search.py)
+MAX_PLANNED = 1024
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage."""
+
+    passages: int
+    tokens: float  # of a passage, mean
+    dim: int
+    encoder: "EncoderSize"
+    reader: "ReaderSize | None"  # None: the objective has no generator
+    trained: int  # parameters
+    frozen: int  # that trainers hold
+    published: int  # parameters of the passage tower
+    encodes_passages: bool  # in the training step, with gradient
+    fused: bool
+    uses_index: bool
+    factory: str
+    halves: bool  # 16-bit vectors beside the index: index.rescore_candidates, index.products
+    index_on_gpu: bool
+    nprobe: int
+    training_sample: int
+    batch: int  # questions of a micro-batch and trainer
+    accumulation: int
+    trainers: int  # that share a step's questions; more where memory asks for it
+    k: int
+    question_tokens: int
+    prompt_tokens: float  # of the generator, one passage
+    answer_tokens: int
+    checkpointing: tuple[bool, bool]  # encoder, generator
+    cached_passages: int  # encoder.gradient_cache_passages
+    loss_chunk: int
+    zero_stage: int
+    offload: bool
+    precision: str  # of training: fp32, bf16, bf16_autocast
+    published_bytes: int  # of one published number: 2 or 4
+    every_steps: int  # between publishes; 0: never
+    steps: int
+    step_seconds: float  # given; 0: estimated
+    batch_tokens: int  # of one encoder call of a refresh worker
+
+
+@dataclass(frozen=True)
+class Machines:
+    """`device` None: no GPUs; `limit` counts GPUs, or machines then."""
+
+    device: Device | None
+    host: Host
+    gpus_per_node: int
+    limit: int
+    network: float  # bytes a second of each machine
+    margin: float  # of every memory, left free
+    threads: tuple[int, int] = (1, 1)  # of a trainer and of a refresh worker on CPU
+
+    @property
+    def host_room(self) -> float:
+        """Usable bytes of one machine."""
+        return self.host.memory_bytes * (1 - self.margin)
+
+    @property
+    def device_room(self) -> float:
+        """Usable bytes of one GPU."""
+        assert self.device is not None
+        return self.device.memory_bytes * (1 - self.margin)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Who does it, and on how many machines."""
+
+    trainers: int
+    shards: int
+    workers: int
+    nodes: int
+    gpus: int
+    shared: bool = False  # one GPU does it all
+
+    def layout(self, machines: Machines, shards_on_gpu: bool) -> str:
+        """Which machines do what, counted from 1."""
+        if machines.device is None:
+            return "machine 1" if self.nodes == 1 else f"machine 1: trainer; machines 1-{self.nodes}: shards, refresh"
+        parts, taken = [], 0
+        seats = [("train", self.trainers), ("serve", self.shards if shards_on_gpu else 0), ("refresh", self.workers)]
+        if self.shared:
+            return "machine 1: one GPU does it all"
+        for name, number in seats:
+            if number:
+                first, last = taken // machines.gpus_per_node + 1, (taken + number - 1) // machines.gpus_per_node + 1
+                where = f"machine {first}" if first == last else f"machines {first}-{last}"
+                parts.append(f"{name} on {number} GPU of {where}")
+                taken += number
+        if self.shards and not shards_on_gpu:
+            parts.append(
+                f"shards in the memory of machines 1-{self.nodes}" if self.nodes > 1 else "shards in its memory"
+            )
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a placement needs and costs. Bytes, seconds, steps, GPU-hours (machine-hours without GPUs)."""
+
+    shard_generation_bytes: float
+    shard_serving_bytes: float
+    shard_refreshing_bytes: float
+    shard_at_most_bytes: float
+    shard_host_at_most_bytes: float
+    trainer_bytes: float
+    trainer_host_bytes: float
+    worker_bytes: float
+    encode_s: float
+    stage_s: float
+    build_s: float
+    network_s: float
+    refresh_s: float
+    step_s: float
+    staleness_at_commit_steps: float
+    staleness_at_most_steps: float
+    search_s: float
+    search_share_of_step: float  # that a shard is busy; above 1 it sets the pace, and `step_s` is longer
+    query_bytes_per_step: float
+    hit_bytes_per_step: float
+    vector_bytes_per_refresh: float
+    published_bytes_per_refresh: float
+    hours_per_refresh: float
+    hours_per_run: float
+
+
+def shard_bytes(work: Work, shards: int) -> estimate.ShardBytes:
+    """Of the largest of `shards` shards."""
+    kind = estimate.index_kind(work.factory, work.dim, work.halves)
+    rows = math.ceil(work.passages / max(1, shards))
+    return estimate.shard_bytes(kind, rows, work.dim, work.training_sample, work.index_on_gpu)
+
+
+def trainer_bytes(work: Work, ranks: int, on_gpu: bool) -> tuple[float, float]:
+    """(where it computes, host's memory beside that) of one trainer among `ranks`."""
+    device, host = estimate.state_bytes(work.trained, work.frozen, work.zero_stage, ranks, work.precision, work.offload)
+    value = 4 if work.precision == "fp32" else 2
+    encoder, batch, k = work.encoder, work.batch, work.k
+    passages = batch * k if work.encodes_passages else 0
+    held = min(passages, work.cached_passages) if work.cached_passages else passages
+    shape = (encoder.layers, encoder.hidden, encoder.heads, value, work.checkpointing[0])
+    device += estimate.activation_bytes(batch * work.question_tokens, work.question_tokens, *shape)
+    device += estimate.activation_bytes(held * work.tokens, work.tokens, *shape)
+    if work.reader is not None:
+        reader = work.reader
+        tokens = batch * k * (work.prompt_tokens + work.answer_tokens)
+        length = work.prompt_tokens * (k if work.fused and reader.shape.encoder is None else 1)
+        device += estimate.activation_bytes(
+            tokens, length, reader.layers, reader.hidden, reader.heads, value, work.checkpointing[1]
+        )
+        scored = batch * (1 if work.fused else k) * work.answer_tokens
+        if work.loss_chunk:
+            scored = min(scored, work.loss_chunk)
+        device += scored * reader.vocabulary * (4.0 + value)
+    buckets = min(estimate.BUCKET_BYTES, 4.0 * work.trained)
+    if on_gpu:
+        return device + buckets + estimate.CUDA_CONTEXT_BYTES, host + estimate.TORCH_PROCESS_BYTES
+    return device + host + buckets + estimate.TORCH_PROCESS_BYTES, 0.0
+
+
+def worker_bytes(work: Work, on_gpu: bool) -> float:
+    """One refresh worker, where it computes: the tower, one batch of states and attention of one layer."""
+    encoder = work.encoder
+    layer = work.batch_tokens * (8.0 * encoder.hidden + encoder.heads * work.tokens) * 4
+    base = estimate.CUDA_CONTEXT_BYTES if on_gpu else estimate.TORCH_PROCESS_BYTES
+    return work.published * 4.0 + layer + base
+
+
+def step_seconds(work: Work, machines: Machines, ranks: int, share: float = 1.0) -> float:
+    """One optimiser step: forward and twice as much backward (once more forward with checkpointing) of what trains; the
+    gradients travel between machines twice (a ring's all-reduce)."""
+    if work.step_seconds:
+        return work.step_seconds
+    flops = work.batch * work.encoder.flops(work.question_tokens) * (4 if work.checkpointing[0] else 3)
+    if work.encodes_passages:
+        flops += work.batch * work.k * work.encoder.flops(work.tokens) * (4 if work.checkpointing[0] else 3)
+    if work.reader is not None:
+        once = work.reader.flops(work.prompt_tokens, work.k, work.answer_tokens, work.fused)
+        flops += work.batch * once * (4 if work.checkpointing[1] else 3)
+    rate = _compute_rate(machines, work.precision != "fp32", machines.threads[0]) * share
+    spread = machines.device is not None and ranks > machines.gpus_per_node
+    send = 2.0 * work.trained * (2 if work.precision == "bf16" else 4) / machines.network if spread else 0.0
+    return flops * work.accumulation / rate + send
+
+
+def _compute_rate(machines: Machines, half: bool, threads: int) -> float:
+    device = machines.device
+    if device is None:
+        return machines.host.product_flops * min(threads, machines.host.cpus) * CPU_SHARE
+    return (device.flops if half else device.fp32_flops) * device.share
+
+
+def encode_seconds(work: Work, machines: Machines, workers: int, share: float = 1.0) -> float:
+    """All passages, once, by `workers`."""
+    rate = _compute_rate(machines, work.published_bytes == 2, machines.threads[1]) * share
+    return estimate.encode_seconds(work.passages, work.encoder.flops(work.tokens), rate, max(1, workers))
+
+
+def shards_here(counts: Counts) -> int:
+    """Shards on the machine that has most of them."""
+    return math.ceil(counts.shards / counts.nodes)
+
+
+def shard_threads(machines: Machines, counts: Counts) -> int:
+    """Of one shard: an even share of its machine's processors that nobody else uses
+    (`cluster/planning/placement.py`)."""
+    used = 0
+    if machines.device is None:
+        used = math.ceil(counts.trainers / counts.nodes) * machines.threads[0]
+        used += math.ceil(counts.workers / counts.nodes) * machines.threads[1]
+    return max(1, (machines.host.cpus - used) // max(1, shards_here(counts)))
+
+
+def ray_seconds(counts: Counts) -> float:
+    """Of one search, besides what its shards compute."""
+    return RAY_CALL_S + RAY_SHARD_S * counts.shards
+
+
+def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
+    """One batch in the slowest shard: shards work side by side, as far as there are processors for them."""
+    kind = estimate.index_kind(work.factory, work.dim, work.halves)
+    rows = math.ceil(work.passages / max(1, counts.shards))
+    on_gpu = work.index_on_gpu and machines.device is not None
+    scan, coarse, read = estimate.search_work(kind, rows, work.dim, work.batch, work.nprobe, on_gpu)
+    if work.index_on_gpu and machines.device is not None:
+        device = machines.device
+        stored = rows * kind.code_bytes if scan else read
+        arithmetic = (scan + coarse) / (device.fp32_flops * device.share)
+        return max(stored / (device.bandwidth * BANDWIDTH_SHARE), arithmetic)
+    host, threads, here = machines.host, shard_threads(machines, counts), shards_here(counts)
+    crowded = max(1.0, here * threads / host.cpus)
+    seconds = scan / host.scan_flops + coarse / host.product_flops + read / host.pair_bytes
+    stored = rows * kind.code_bytes if scan else read
+    return max(seconds / threads * crowded, here * stored / host.bandwidth)
+
+
+def build_seconds(work: Work, machines: Machines, counts: Counts) -> float:
+    """From staged vectors to prepared indexes, all shards beside each other."""
+    kind = estimate.index_kind(work.factory, work.dim, work.halves)
+    rows = math.ceil(work.passages / max(1, counts.shards))
+    flops, copied = estimate.build_work(kind, rows, work.dim, work.training_sample)
+    host, threads, here = machines.host, shard_threads(machines, counts), shards_here(counts)
+    crowded = max(1.0, here * threads / host.cpus)
+    alone = copied / host.copy_bytes * max(1.0, here / host.cpus)  # one thread a shard copies
+    return flops / host.product_flops / threads * crowded + max(alone, here * 2 * copied / host.bandwidth)
+
+
+def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
+    """Everything that a placement needs and costs."""
+    on_gpu = machines.device is not None
+    train_share, encode_share, _ = SHARED_GPU if counts.shared else (1.0, 1.0, 1.0)
+    step = step_seconds(work, machines, counts.trainers, train_share)
+    device_bytes, host_bytes = trainer_bytes(work, counts.trainers, on_gpu)
+    vectors = work.passages * work.dim * 4.0 if work.uses_index else 0.0
+    encode = stage = build = network = search = share = 0.0
+    one = estimate.ShardBytes(0.0, 0.0, False)
+    if work.uses_index:
+        one = shard_bytes(work, counts.shards)
+        encode = encode_seconds(work, machines, counts.workers, encode_share)
+        stage = estimate.stage_seconds(work.passages, work.dim, machines.host.copy_bytes, counts.workers)
+        build = build_seconds(work, machines, counts)
+        busy = search_seconds(work, machines, counts)
+        search = busy + ray_seconds(counts)
+        share = busy * counts.trainers * work.accumulation / step
+        step *= max(1.0, share)  # every trainer's batches pass every shard, one after another
+        if counts.nodes > 1:
+            network = vectors * (counts.nodes - 1) / counts.nodes / (counts.nodes * machines.network)
+    refresh = max(encode + stage, network) + build + COMMIT_S if work.uses_index else 0.0
+    interval = work.every_steps * step
+    refreshes = min(work.steps // work.every_steps, work.steps * step / max(refresh, interval)) if interval else 0.0
+    units = counts.gpus if on_gpu else counts.nodes
+    encoding = (counts.workers * encode_share) if on_gpu else counts.nodes
+    return Costs(
+        shard_generation_bytes=one.generation,
+        shard_serving_bytes=one.serving,
+        shard_refreshing_bytes=one.refreshing,
+        shard_at_most_bytes=one.at_most,
+        shard_host_at_most_bytes=one.host_at_most,
+        trainer_bytes=device_bytes,
+        trainer_host_bytes=host_bytes,
+        worker_bytes=worker_bytes(work, on_gpu) if work.uses_index else 0.0,
+        encode_s=encode,
+        stage_s=stage,
+        build_s=build,
+        network_s=network,
+        refresh_s=refresh,
+        step_s=step,
+        staleness_at_commit_steps=refresh / step if refreshes else 0.0,
+        staleness_at_most_steps=(refresh + max(interval, refresh)) / step if refreshes else 0.0,
+        search_s=search,
+        search_share_of_step=share,
+        query_bytes_per_step=counts.trainers * work.accumulation * counts.shards * work.batch * work.dim * 4.0,
+        hit_bytes_per_step=counts.trainers * work.accumulation * counts.shards * work.batch * work.k * 12.0,
+        vector_bytes_per_refresh=vectors,
+        published_bytes_per_refresh=float(counts.workers * work.published * work.published_bytes),
+        hours_per_refresh=encoding * encode / 3600,
+        hours_per_run=units * (work.steps * step + refresh) / 3600,
+    )
+
+
+def smallest(work: Work, machines: Machines) -> Counts:
+    """The smallest placement that fits. Raises ValueError with the numbers where `machines.limit` is not enough."""
+    return _smallest_on_cpu(work, machines) if machines.device is None else _smallest_on_gpus(work, machines)
+
+
+def _smallest_on_cpu(work: Work, machines: Machines) -> Counts:
+    """Trainers in turn, one shard and one refresh worker on each machine."""
+
+    def needed(nodes: int) -> float:
+        trainer, _ = trainer_bytes(work, work.trainers, on_gpu=False)
+        there = math.ceil(work.trainers / nodes) * trainer
+        if not work.uses_index:
+            return there
+        beside = estimate.PROCESS_BYTES + worker_bytes(work, on_gpu=False)
+        return there + shard_bytes(work, nodes).at_most + beside
+
+    nodes = _first(lambda number: needed(number) <= machines.host_room, machines.limit)
+    if nodes is None:
+        what = f"a trainer, a refresh worker and one of {machines.limit} shards"
+        raise ValueError(_too_small(what, needed(machines.limit), machines.host_room, "the memory of one machine"))
+    helpers = nodes if work.uses_index else 0
+    return Counts(work.trainers, helpers, helpers, nodes, 0)
+
+
+def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
+    room, per_node, limit = machines.device_room, machines.gpus_per_node, machines.limit
+    if work.trainers > limit:
+        raise ValueError(f"{limit} GPUs (plan.gpus) are not enough: cluster.num_trainers is {work.trainers}")
+    fitting = _first(lambda number: trainer_bytes(work, number, on_gpu=True)[0] <= room, limit)
+    if fitting is None:
+        needed = trainer_bytes(work, limit, on_gpu=True)[0]
+        raise ValueError(_too_small(f"a trainer among {limit}", needed, room, "the memory of one GPU"))
+    trainers = max(fitting, work.trainers)
+    if not work.uses_index:
+        return Counts(trainers, 0, 0, math.ceil(trainers / per_node), trainers)
+    shards = _first(lambda number: _shard_fits(work, machines, number), MAX_PLANNED)
+    if shards is None:
+        part = shard_bytes(work, MAX_PLANNED)
+        what = f"one of {MAX_PLANNED} shards"
+        raise ValueError(_too_small(what, part.at_most, room, "the memory of one GPU or machine"))
+    on_gpu = shards if work.index_on_gpu else 0
+    if shared := _one_gpu(work, machines, trainers, shards):
+        return shared
+    left = limit - trainers - on_gpu
+    if left < 1:
+        one = _size(shard_bytes(work, shards).at_most)
+        serving = f" and {on_gpu} serve the index ({one} each with the swap copy)" if on_gpu else ""
+        raise ValueError(f"{limit} GPUs (plan.gpus) are not enough: {trainers} train{serving}, none is left to encode")
+
+    def nodes_of(workers: int) -> int:
+        return max(math.ceil((trainers + on_gpu + workers) / per_node), 1 if on_gpu else shards)
+
+    interval = _interval(work, step_seconds(work, machines, trainers))
+    wanted = math.ceil(encode_seconds(work, machines, 1) / interval) if interval else 1
+    workers = min(max(1, wanted), left)
+    nodes = nodes_of(workers)
+    return Counts(trainers, on_gpu or nodes, workers, nodes, trainers + on_gpu + workers)
+
+
+def _interval(work: Work, step_s: float) -> float:
+    """Seconds that encoding may take; 0 where nothing is ever published."""
+    return work.every_steps * step_s * ENCODING_SHARE
+
+
+def _shard_fits(work: Work, machines: Machines, shards: int) -> bool:
+    """Shards on GPUs share a host as the GPUs do; those in a host's memory have it for themselves, but for a trainer's
+    part on each GPU."""
+    one = shard_bytes(work, shards)
+    beside = machines.gpus_per_node * estimate.TORCH_PROCESS_BYTES
+    if work.index_on_gpu:
+        here = min(shards, machines.gpus_per_node)  # GPUs of one machine share its memory
+        on_gpu = one.at_most + estimate.CUDA_CONTEXT_BYTES <= machines.device_room
+        return on_gpu and here * (one.host_at_most + estimate.PROCESS_BYTES) + beside <= machines.host_room
+    return one.at_most + estimate.PROCESS_BYTES + beside <= machines.host_room
+
+
+def _one_gpu(work: Work, machines: Machines, trainers: int, shards: int) -> Counts | None:
+    """All on one GPU, where memory and time allow."""
+    if trainers > 1 or shards > 1:
+        return None
+    needed = trainer_bytes(work, 1, on_gpu=True)[0] + worker_bytes(work, on_gpu=True)
+    if work.index_on_gpu:
+        needed += shard_bytes(work, 1).at_most + estimate.CUDA_CONTEXT_BYTES
+    interval = _interval(work, step_seconds(work, machines, 1, SHARED_GPU[0]))
+    fast = machines.limit == 1 or not interval or encode_seconds(work, machines, 1, SHARED_GPU[1]) <= interval
+    return Counts(1, 1, 1, 1, 1, shared=True) if needed <= machines.device_room and fast else None
+
+
+def _first(fits: Callable[[int], bool], limit: int) -> int | None:
+    """The smallest number from 1 to `limit` that fits, where a larger one fits as well; None: none does."""
+    low, high = 1, limit
+    if not fits(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return low
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GB:.1f} GB"
+
+
+def _too_small(what: str, needed: float, room: float, where: str) -> str:
+    return (
+        f"this stage fits on none of the machines planned for: {what} needs {_size(needed)}, {where} has {_size(room)} "
+        "to use (cluster.memory_margin left free). Raise engine.zero_stage or set engine.offload_optimizer, "
+        "gradient_checkpointing or lora.rank for the trainer; take a smaller index.factory for the index; or plan for "
+        "larger or more machines (plan.gpu, plan.gpus, plan.node_memory_gb)"
+    )

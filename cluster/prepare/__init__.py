@@ -1,0 +1,1 @@
+"""Stores of passages, questions and preferences, made once before a run."""

@@ -1,0 +1,249 @@
+"""The verb `corpus`: passages added to, deleted from and updated in the corpus of a run, while it trains or afterwards.
+
+    corpus add RUN new.jsonl[.gz]        ids must be new
+    corpus update RUN changed.jsonl[.gz] ids must be there; the old texts are never returned again
+    corpus delete RUN id ... | --file ids.txt
+    corpus show RUN                      versions and counts
+
+Who waits for whom: the command appends to the run's log (`indexing/corpus/stores/changes.py`), taking turns with other
+commands by the log's lock, and is then done with the change: it is in the corpus of this run from now on, whatever
+ends. Where a job serves the run it goes on to wait, with a bound, until `corpus/serving.json` says that the change is
+served; the job's coordinator looks at the log ten times a second and needs no call. Where none does, the next `train`,
+`evaluate` or `ask` encodes what is new, and nothing else.
+
+`corpus/running.json` says that a job serves the run: where its driver is, and since when.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from indexing.corpus.files.corpus import Passage, read_passages
+from indexing.corpus.snapshot import TornSnapshot, write_file
+from indexing.corpus.stores.live_store import LiveStore, Wanted, change_corpus
+from indexing.corpus.stores.passages import TokenSide
+
+if TYPE_CHECKING:
+    from cluster.config.settings import Settings
+    from cluster.prepare.stores import Prepared
+
+BASE_FILE, RUNNING_FILE, SERVING_FILE = "base.json", "running.json", "serving.json"
+SERVED_S = 600.0  # that a change may take to be served
+ALIVE_S = 10.0  # within which a job on another machine shows a sign of life
+POLL_S = 0.05
+ACTIONS = ("add", "update", "delete", "show")
+USAGE = "tandem corpus add|update RUN file.jsonl, corpus delete RUN id ... (or --file ids.txt), corpus show RUN"
+
+
+@dataclass
+class Command:
+    """What was asked for."""
+
+    action: str
+    run: str
+    file: str = ""
+    ids: list[str] = field(default_factory=list)
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command of `corpus ARGUMENTS`. Raises ValueError."""
+    if not arguments or arguments[0] not in ACTIONS:
+        given = f"corpus {arguments[0]}" if arguments else "corpus"
+        raise ValueError(f"{given}: allowed are {', '.join(ACTIONS)}: {USAGE}")
+    action, rest = arguments[0], arguments[1:]
+    if not rest:
+        raise ValueError(f"corpus {action} needs a run folder: {USAGE}")
+    command, rest = Command(action, rest[0]), rest[1:]
+    if action == "delete" and rest[:1] == ["--file"]:
+        if len(rest) != 2:
+            raise ValueError(f"corpus delete --file needs one file of ids, a line each: {USAGE}")
+        command.file = rest[1]
+    elif action == "delete":
+        command.ids = rest
+        if not rest:
+            raise ValueError(f"corpus delete needs ids: {USAGE}")
+    elif action != "show":
+        if len(rest) != 1:
+            raise ValueError(f"corpus {action} needs one file of passages: {USAGE}")
+        command.file = rest[0]
+    elif rest:
+        raise ValueError(f"corpus show takes a run folder alone, not {rest[0]!r}: {USAGE}")
+    if command.file and not Path(command.file).is_file():
+        raise ValueError(f"corpus {action}: {command.file} does not exist")
+    return command
+
+
+def run(command: Command, settings: "Settings", root: Path, folder: Path) -> int:
+    """Carry it out; `root` and `folder` are those of the experiment and of its run. Returns the exit code. Raises
+    ValueError before anything is changed, TimeoutError where the job does not serve the change in time."""
+    begin = time.monotonic()
+    if command.action == "show":
+        return _show(_open(settings, root, folder)[0])
+    wanted = _wanted(command, settings)  # bad lines first: nothing else was read yet
+    store, tokenizers = _open(settings, root, folder)
+    corpus = folder / "corpus"
+    sides = passage_sides(settings, tokenizers) if wanted.put else []
+    change = change_corpus(store, wanted, sides, settings.retrieval.k)
+    done = f"{len(wanted.put)} put in, {len(change.deleted)} taken away: version {change.version} of the corpus"
+    living = store.log.num_living()
+    if not is_running(corpus):
+        seconds = time.monotonic() - begin
+        print(
+            f"{done}, {living} passages ({seconds:.1f} s); no job serves this run: its next start encodes what is new"
+        )
+        return 0
+    served = wait_until_served(corpus, change.version)
+    seconds = time.monotonic() - begin
+    print(f"{done}, {served['num_passages']} passages, generation {served['generation']} serves ({seconds:.1f} s)")
+    return 0
+
+
+@contextmanager
+def open_to_changes(corpus: Path, prepared: "Prepared", has_index: bool = True) -> Iterator[None]:
+    """Say in `corpus`, the folder of a run's changes, what they are made to, and while the block runs that they are
+    served, by a job that has an index."""
+    corpus.mkdir(parents=True, exist_ok=True)
+    base = {"passages": str(prepared.passages.resolve()), "tokenizers": str(prepared.tokenizers.resolve())}
+    write_file(corpus / BASE_FILE, [json.dumps(base).encode()])
+    (corpus / SERVING_FILE).unlink(missing_ok=True)
+    pid = os.getpid()
+    driver = {"host": socket.gethostname(), "pid": pid, "created": psutil.Process(pid).create_time()}
+    if has_index:
+        write_file(corpus / RUNNING_FILE, [json.dumps(driver).encode()])
+    try:
+        yield
+    finally:
+        for name in (RUNNING_FILE, SERVING_FILE):
+            with suppress(OSError):
+                (corpus / name).unlink(missing_ok=True)
+
+
+def is_running(corpus: Path) -> bool:
+    """Whether a job serves the run. Of one on another machine a sign of life is awaited."""
+    driver = _read(corpus / RUNNING_FILE)
+    if not driver:
+        return False
+    if driver["host"] == socket.gethostname():
+        try:
+            return psutil.Process(driver["pid"]).create_time() == driver["created"]
+        except psutil.NoSuchProcess:
+            return False
+    before, deadline = _beat(corpus), time.monotonic() + ALIVE_S
+    while time.monotonic() < deadline:
+        if _beat(corpus) != before:
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
+def wait_until_served(corpus: Path, version: int, timeout_s: float = SERVED_S) -> dict[str, Any]:
+    """Wait until the job serves `version` of the corpus; what `serving.json` says then. Raises TimeoutError with what
+    the job waits for, and RuntimeError when the job ends: the change is made in either case."""
+    deadline, looked = time.monotonic() + timeout_s, time.monotonic()
+    served: dict[str, Any] = {}
+    watched = (corpus / RUNNING_FILE).exists()  # whose end is to be noticed
+    while True:
+        served = _read(corpus / SERVING_FILE) or served
+        if served and served["version"] >= version:
+            return served
+        if time.monotonic() > deadline:
+            why = served.get("waits") or "the job does not say why"
+            raise TimeoutError(f"version {version} is made, but not served after {timeout_s:g} s: {why}")
+        if watched and time.monotonic() - looked > ALIVE_S:
+            looked = time.monotonic()
+            if not is_running(corpus):
+                raise RuntimeError(f"version {version} is made, but the job ended before it served it")
+        time.sleep(POLL_S)
+
+
+def tokens_of(folder: Path) -> tuple[Path, Path] | None:
+    """Store and tokenisers that a run was started with, where they are still there."""
+    base = _read(folder / "corpus" / BASE_FILE)
+    if not base or not Path(base["passages"]).is_dir() or not Path(base["tokenizers"]).is_dir():
+        return None
+    return Path(base["passages"]), Path(base["tokenizers"])
+
+
+def _open(settings: "Settings", root: Path, folder: Path) -> tuple[LiveStore, Path]:
+    """The corpus of a run, and where its tokenisers lie. Raises ValueError."""
+    places = tokens_of(folder)
+    if places is None:
+        from cluster.prepare.stores import prepare_data
+
+        prepared = prepare_data(settings, root, lambda _: None, splits=[])
+        places = prepared.passages, prepared.tokenizers
+    try:
+        return LiveStore.open_with(places[0], folder / "corpus"), places[1]
+    except TornSnapshot as torn:
+        raise ValueError(str(torn)) from torn
+
+
+def _wanted(command: Command, settings: "Settings") -> Wanted:
+    if command.action == "delete":
+        return Wanted(delete=_read_ids(Path(command.file)) if command.file else command.ids)
+    passages: list[Passage] = read_passages(Path(command.file), settings.corpus.max_characters)
+    return Wanted(put=passages, mode=command.action)
+
+
+def _read_ids(path: Path) -> list[str]:
+    try:
+        ids = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 (byte {error.start + 1})") from None
+    if not ids:
+        raise ValueError(f"{path} has no ids: needed is one a line")
+    return ids
+
+
+def passage_sides(settings: "Settings", tokenizers: Path) -> list[TokenSide]:
+    """How the models of a run read passages, with the tokenisers in this folder."""
+    from training.models.retriever.reranker import has_own_tokens
+    from training.models.text.token_rows import generator_passage_side, reranker_side, retriever_passage_side
+    from training.models.text.tokenizers import load_tokenizer
+
+    reranker, own = settings.reranker, list[TokenSide]()
+    if has_own_tokens(reranker):
+        own = [reranker_side(load_tokenizer(tokenizers / "reranker"), reranker.max_passage_tokens)]
+    return [
+        retriever_passage_side(load_tokenizer(tokenizers / "retriever"), settings.encoder),
+        generator_passage_side(
+            load_tokenizer(tokenizers / "generator"), settings.generator, settings.encoder.max_title_tokens
+        ),
+        *own,
+    ]
+
+
+def _show(store: LiveStore) -> int:
+    log = store.log
+    print(f"{store.path}: {log.num_base} passages; {log.num_living()} living in version {log.version} ({log.folder})")
+    for change in log.changes:
+        updated = int((change.replaces >= 0).sum())
+        counts = f"{change.num_added - updated} added, {updated} updated, {len(change.deleted) - updated} deleted"
+        print(f"  version {change.version}: {counts}; {log.num_living(change.version)} passages")
+    served = _read(log.folder / SERVING_FILE)
+    if served and is_running(log.folder):
+        print(f"  a job serves version {served['version']} in generation {served['generation']}")
+    return 0
+
+
+def _beat(corpus: Path) -> float:
+    try:
+        return (corpus / SERVING_FILE).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A small JSON file that is replaced as a whole; nothing where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,68 @@
+"""From a preference file to write-once stores beside those of the questions, `<run>/data/<key>/preferences-<key>-USE/`.
+
+USE is `pairs` or `judged` with the split; the key covers the settings and the file, so that a changed file has another.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.config.settings import Settings
+from indexing.corpus.files.preferences import is_paired, preferences_path, read_preferences, sampled_pairs
+from indexing.corpus.snapshot import is_complete
+from indexing.corpus.stores.passages import Store, TokenSide
+from indexing.corpus.stores.questions import Render, write_questions
+from indexing.indexing_settings import PreferencesConfig
+from training.objectives.check import PREFERENCE
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class QuestionSides:
+    """How the models of a run read questions and answers."""
+
+    sides: list[TokenSide]  # of the question's text
+    answer_side: TokenSide
+    render: Render  # a question as each side's text
+
+
+def prepare_preferences(
+    settings: Settings, folder: Path, store: Store, way: QuestionSides, train: bool, say: Say
+) -> dict[str, Path]:
+    """The stores by what they are for, `train` (only where wanted and the objective learns from preferences) and
+    `evaluate`; writes what is not there yet. Raises ValueError for bad settings and, with `on_bad: error`, lines."""
+    config, wanted = settings.preferences, {}
+    if settings.objective.name not in PREFERENCE and not config.path:
+        return {}
+    if train and settings.objective.name in PREFERENCE:
+        wanted["train"] = (config.train, settings.objective.name == "dpo")
+    if config.evaluate and is_paired(config):
+        wanted["evaluate"] = (config.evaluate, True)
+    elif config.evaluate:
+        say(f"{config.path}: judged answers are no pairs; preference accuracy is not measured")
+    paths = {}
+    for use, (split, as_pairs) in wanted.items():
+        kind = "pairs" if as_pairs else "judged"
+        paths[use] = folder / f"preferences-{_key(config)}-{kind}-{split}"
+        if is_complete(paths[use]):
+            continue
+        found = read_preferences(config, split, as_pairs)
+        questions = sampled_pairs(config, found.questions) if use == "evaluate" else found.questions
+        written = write_questions(
+            paths[use], questions, way.sides, way.answer_side, store, way.render, labels=found.labels
+        )
+        say(f"{len(written)} {kind} of preferences, split {split}, tokenised into {paths[use]}")
+        if found.num_too_unequal:
+            say(f"{found.num_too_unequal} pairs left out by preferences.max_length_ratio={config.max_length_ratio}")
+        if found.report.bad:
+            say(f"{config.path}: {found.report.summary()}")
+    return paths
+
+
+def _key(config: PreferencesConfig) -> str:
+    path = preferences_path(config)
+    parts = [asdict(config), str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

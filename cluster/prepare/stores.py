@@ -1,0 +1,322 @@
+"""From files to memory-mapped stores: validate, tokenise once with both tokenisers, write once.
+
+    <run>/world/                     the synthetic world, where no corpus is named
+    <run>/tokenizers/{retriever,generator}/
+    <run>/data/<key>/{passages,questions-SPLIT,duplicates-THRESHOLD}/     key: hash of everything that these depend on
+    <run>/data/<key>/preferences-.../                judged answers (`cluster/prepare/preference_stores.py`)
+    <run>/data/<key>/lexical-.../                    BM25 over the passages (`indexing/lexical/lexical.py`)
+
+What is there and fits is used again; a corpus file that changed has another key.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from cluster.config.settings import Settings
+from cluster.prepare.preference_stores import QuestionSides, prepare_preferences
+from indexing.corpus.files.corpus import CorpusReport, Passage, Question, iterate_corpus, read_questions
+from indexing.corpus.files.world import write_world
+from indexing.corpus.snapshot import is_complete
+from indexing.corpus.stores.duplicates import write_groups
+from indexing.corpus.stores.passages import Store, TokenSide, write_store
+from indexing.corpus.stores.questions import QuestionStore, write_questions
+from indexing.lexical.lexical import lexical_name, write_lexical
+from training.feeding.mixture import pretrains
+from training.models.retriever.reranker import has_own_tokens
+from training.models.text.prompts import QuestionText
+from training.models.text.token_rows import (
+    generator_answer_side,
+    generator_passage_side,
+    generator_question_side,
+    reranker_side,
+    retriever_passage_side,
+    retriever_question_side,
+)
+from training.models.text.tokenizers import build_tokenizer, load_tokenizer
+from training.objectives.check import PREFERENCE
+from training.objectives.dispatch import needs
+from training.training_settings import TokenizerConfig
+
+Say = Callable[[str], None]
+REPORT_EVERY_S = 5.0
+SECTIONS = {"retriever": "encoder", "generator": "generator", "reranker": "reranker"}  # tokeniser folder: settings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where the data of a stage lies."""
+
+    passages: Path
+    questions: dict[str, Path]  # by split
+    tokenizers: Path  # holds retriever/ and generator/
+    duplicates: Path | None = None  # groups of near-duplicates, of a stage that pretrains on the corpus
+    preferences: dict[str, Path] = field(default_factory=dict)  # `train`, `evaluate`: where there are any
+    lexical: Path | None = None  # index of the passages' words, where retrieval.hybrid asks for one
+
+
+def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str] | None = None) -> Prepared:
+    """Write what is not there yet. Raises ValueError for bad settings and, with `on_bad: error`, for bad lines."""
+    settings = with_corpus(settings, root, say)
+    questions = settings.questions
+    wanted = splits
+    if wanted is None:  # preference objectives learn from preferences instead
+        train = () if settings.objective.name in PREFERENCE else (questions.train,)
+        wanted = (*train, questions.evaluate)
+    wanted = [split for split in dict.fromkeys(wanted) if split]
+    tokenizers = prepare_tokenizers(settings, root, say)
+    own = reranker_sides(settings, root)
+    folder = root / "data" / _key(settings, tokenizers, own)
+    passages = _prepare_passages(settings, folder / "passages", tokenizers, own[:1], say)
+    store = Store.open(passages, verify=False)
+    paths = {split: folder / f"questions-{split}" for split in wanted}
+    for split, path in paths.items():
+        if not is_complete(path):
+            _prepare_questions(settings, split, path, store, tokenizers, own[1:], say)
+    _check_answers(settings, paths)
+    duplicates = _prepare_duplicates(settings, folder, store, say) if pretrains(settings.pretraining) else None
+    way = _question_sides(settings, tokenizers, own[1:])
+    preferences = prepare_preferences(settings, folder, store, way, splits is None, say)
+    lexical = _prepare_lexical(settings, folder, store, say) if settings.retrieval.hybrid != "none" else None
+    return Prepared(passages, paths, root / "tokenizers", duplicates, preferences, lexical)
+
+
+def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
+    """The same settings with paths filled in; generates the synthetic world where no corpus is named."""
+    corpus, questions = settings.corpus, settings.questions
+    if not corpus.path:
+        world = root / "world"
+        if not world.exists():
+            say(f"generating the synthetic world in {world}")
+        write_world(corpus.world, world)
+        corpus = replace(corpus, path=str(world))
+    if not questions.path:
+        folder = Path(corpus.path)
+        questions = replace(questions, path=str(folder if folder.is_dir() else folder.parent))
+    preferences = settings.preferences
+    if not preferences.path and settings.objective.name in PREFERENCE:
+        folder = Path(corpus.path)
+        preferences = replace(preferences, path=str(folder if folder.is_dir() else folder.parent))
+    return replace(settings, corpus=corpus, questions=questions, preferences=preferences)
+
+
+def prepare_tokenizers(
+    settings: Settings, root: Path, say: Say
+) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+    """The retriever's and the generator's tokeniser: of the run, else of the checkpoint that it starts from, else of
+    the pretrained models, else trained on the corpus and the training questions; saved in `<root>/tokenizers`."""
+    folder = root / "tokenizers"
+    start = _starting_tokenizers(settings)
+    if start is not None and not folder.exists():
+        shutil.copytree(start, folder)
+    encoder, generator, reranker = settings.encoder, settings.generator, settings.reranker
+    if has_own_tokens(reranker):
+        _build_tokenizer(reranker.name, TokenizerConfig(), iter(()), folder, "reranker", reranker.trust_remote_code)
+    if start is not None:
+        return load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator")
+
+    def build(name: str, config: TokenizerConfig, part: str, trust: bool) -> PreTrainedTokenizerFast:
+        if not name and not (folder / part / "tokenizer.json").is_file():
+            say(f"training a tokeniser of {config.vocabulary} pieces for the {part}")
+        return _build_tokenizer(name, config, _texts(settings), folder, part, trust)
+
+    retriever = build(encoder.name, encoder.tokenizer, "retriever", encoder.trust_remote_code)
+    if not encoder.name and not generator.name:  # both fresh: one vocabulary
+        if not (folder / "generator").exists():
+            shutil.copytree(folder / "retriever", folder / "generator")
+        return retriever, load_tokenizer(folder / "generator")
+    return retriever, build(generator.name, generator.tokenizer, "generator", generator.trust_remote_code)
+
+
+def _build_tokenizer(
+    name: str, config: TokenizerConfig, texts: Iterator[str], folder: Path, part: str, trust: bool
+) -> PreTrainedTokenizerFast:
+    try:
+        return build_tokenizer(name, config, texts, folder / part, trust)
+    except ValueError as error:
+        setting = f"{SECTIONS[part]}.name={name}: " if name else f"{SECTIONS[part]}."  # or its tokenizer.vocabulary
+        raise ValueError(f"{setting}{error}") from None
+
+
+def reranker_sides(settings: Settings, root: Path) -> list[TokenSide]:
+    """How a re-ranker with a tokeniser of its own reads passages, and questions: two sides; none without one."""
+    config = settings.reranker
+    if not has_own_tokens(config):
+        return []
+    tokenizer = load_tokenizer(root / "tokenizers" / "reranker")
+    return [reranker_side(tokenizer, limit) for limit in (config.max_passage_tokens, config.max_question_tokens)]
+
+
+def _starting_tokenizers(settings: Settings) -> Path | None:
+    """Tokenisers of the checkpoint that the run starts from, when it is of another run."""
+    start = Path(settings.run.init_from) if settings.run.init_from else None
+    if start is None or not start.is_dir():
+        return None
+    places = [start / "tokenizers", start.parent / "tokenizers", start.parent.parent / "tokenizers"]
+    return next((place for place in places if (place / "retriever").is_dir()), None)
+
+
+def _texts(settings: Settings) -> Iterator[str]:
+    """What a fresh tokeniser is trained on."""
+    passages, _ = iterate_corpus(settings.corpus)
+    for passage in passages:
+        yield f"{passage.title} {passage.text}"
+    if settings.questions.train:
+        for question in read_questions(settings.questions, settings.questions.train):
+            yield question.text
+
+
+def _prepare_passages(
+    settings: Settings,
+    path: Path,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    own: list[TokenSide],
+    say: Say,
+) -> Path:
+    if is_complete(path):
+        return path
+    passages, report = iterate_corpus(settings.corpus)
+    sides = [
+        retriever_passage_side(tokenizers[0], settings.encoder),
+        generator_passage_side(tokenizers[1], settings.generator, settings.encoder.max_title_tokens),
+        *own,
+    ]
+    store = write_store(path, _with_progress(passages, "passages", say), sides, {"corpus": settings.corpus.path})
+    say(f"{len(store)} passages tokenised with both tokenisers into {path}")
+    _tell_bad(report, settings.corpus.path, say)
+    return path
+
+
+def _prepare_questions(
+    settings: Settings,
+    split: str,
+    path: Path,
+    store: Store,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    own: list[TokenSide],
+    say: Say,
+) -> None:
+    config = settings.questions
+    questions = alive(read_questions(config, split), store, config.as_of)
+    if split == config.evaluate and config.unanswerable:
+        questions += read_questions(replace(config, evaluate=config.unanswerable, as_of=""), config.unanswerable)
+    if not questions:
+        raise ValueError(f"questions.path {settings.questions.path!r}: split {split!r} has no question to ask")
+    way = _question_sides(settings, tokenizers, own)
+    written: QuestionStore = write_questions(
+        path, questions, way.sides, way.answer_side, store, way.render, config.refusal
+    )
+    say(f"{len(written)} questions of split {split} tokenised into {path}")
+
+
+def _question_sides(
+    settings: Settings,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    own: list[TokenSide],
+) -> QuestionSides:
+    """How this run's models read questions and answers."""
+    sides = [
+        retriever_question_side(tokenizers[0], settings.encoder),
+        generator_question_side(tokenizers[1], settings.generator),
+        *own,
+    ]
+    return QuestionSides(
+        sides,
+        generator_answer_side(tokenizers[1], settings.generator),
+        QuestionText(tokenizers[1], settings.generator, settings.questions.choice_template),
+    )
+
+
+def _check_answers(settings: Settings, paths: dict[str, Path]) -> None:
+    """Refuse to train on questions without an answer."""
+    split = settings.questions.train
+    contrastive, trains = needs(settings.objective).in_batch, settings.training.train != "none"
+    if contrastive or not trains or pretrains(settings.pretraining) or split not in paths:
+        return
+    missing = QuestionStore.open(paths[split], verify=False).num_without_answer
+    if missing:
+        raise ValueError(
+            f"questions.train={split}: {missing} questions have no answer to train on; leave them out, or set "
+            "questions.refusal to what their answer shall be"
+        )
+
+
+def _prepare_duplicates(settings: Settings, folder: Path, store: Store, say: Say) -> Path:
+    """Groups of near-duplicate passages, by what the generator reads of them."""
+    threshold = settings.pretraining.duplicate_threshold
+    path = folder / f"duplicates-{threshold:g}"
+    if not is_complete(path):
+        sizes = np.bincount(write_groups(path, store, "generator", threshold))
+        joined, largest = int(sizes[sizes > 1].sum()), int(sizes.max())
+        say(f"{joined} of {len(store)} passages have near-duplicates (the largest group has {largest}), see {path}")
+    return path
+
+
+def _prepare_lexical(settings: Settings, folder: Path, store: Store, say: Say) -> Path:
+    """BM25 over titles and texts."""
+    path = folder / lexical_name(settings.lexical, store.fingerprint)
+    if not is_complete(path):
+        begin = time.monotonic()
+        index = write_lexical(settings.lexical, store, path)
+        words = f"{len(index.postings.words)} words in {len(store)} passages"
+        say(f"lexical index of {words} in {time.monotonic() - begin:.1f} s: {path}")
+    return path
+
+
+def alive(questions: list[Question], store: Store, as_of: str) -> list[Question]:
+    """With `as_of`, without the questions none of whose passages exists at that date."""
+    if not as_of:
+        return questions
+    return [q for q in questions if not q.relevant or any(store.row_of(id) is not None for id in q.relevant)]
+
+
+def _with_progress(passages: Iterator[Passage], what: str, say: Say) -> Iterator[Passage]:
+    begin = last = time.monotonic()
+    for count, passage in enumerate(passages, start=1):
+        yield passage
+        now = time.monotonic()
+        if now - last > REPORT_EVERY_S:
+            last = now
+            say(f"{count} {what} tokenised, {count / (now - begin):.0f}/s")
+
+
+def _tell_bad(report: CorpusReport, path: str, say: Say) -> None:
+    if sum(report.bad.values()):
+        say(f"{path}: {report.summary()}")
+
+
+def _key(
+    settings: Settings,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    own: list[TokenSide],
+) -> str:
+    """Hash of settings, source files and tokenisers that the stores depend on."""
+    encoder, generator = settings.encoder, settings.generator
+    sides = [
+        retriever_passage_side(tokenizers[0], encoder),
+        retriever_question_side(tokenizers[0], encoder),
+        generator_passage_side(tokenizers[1], generator, encoder.max_title_tokens),
+        generator_question_side(tokenizers[1], generator),
+        generator_answer_side(tokenizers[1], generator),
+        *own,
+    ]
+    prompt = (generator.system_prompt, generator.chat_template, generator.max_context_tokens)
+    parts: list[Any] = [
+        asdict(settings.corpus),
+        asdict(settings.questions),
+        [side.fingerprint for side in sides],
+        prompt,
+    ]
+    folders = {Path(settings.corpus.path), Path(settings.questions.path), Path(settings.corpus.updates or ".")}
+    for folder in sorted(folders - {Path(".")}):
+        files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
+        parts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""Index generations: encoded, built, committed, repaired and saved. This room knows no Ray."""

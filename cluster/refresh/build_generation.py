@@ -1,0 +1,164 @@
+"""How a generation gets onto all shards, up to the commit: begun, its rows staged, prepared; again where one is lost.
+
+Two kinds share these steps: a whole generation (a refresh), and one that is derived from another (a change of the
+corpus, or passages that are encoded again). `Plan` says what differs. Both may be under way at the same time.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.refresh.encode_queue import EncodePool, split_numbers
+from cluster.refresh.ports import (
+    Chunk,
+    Events,
+    RefreshFailed,
+    ShardLost,
+    ShardPort,
+    Weights,
+    has_prepared,
+    has_staged_all,
+)
+from cluster.refresh.shards import ShardGroup
+from indexing.corpus.stores.changes import ChangeLog
+from indexing.shard.serving import GenerationGone
+from indexing.shard.shard import ShardStatus
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One generation that is to be made."""
+
+    generation: int
+    weights: Weights  # that its rows are encoded with
+    corpus_version: int
+    begin: Callable[[ShardPort], None]  # tells a shard what it will have
+    chunks: Callable[[ShardPort], list[Chunk]]
+    urgent: bool = False  # encoded before what others wait for
+    before: Callable[[], None] = lambda: None  # what has to be there, made again before each attempt
+
+
+class Builder:
+    """Makes plans of generations, and prepares them on every shard."""
+
+    def __init__(
+        self,
+        shards: ShardGroup,
+        pool: EncodePool,
+        log: ChangeLog,
+        events: Events,
+        in_order: Callable[[ShardStatus], bool],
+        chunk_passages: int,
+        max_failures: int,
+        wait_s: float,
+    ) -> None:
+        """`in_order`: a shard has what searches need of it; each attempt waits for that, `wait_s` at most."""
+        self._shards, self._pool, self.log, self._events = shards, pool, log, events
+        self._in_order, self._chunk_passages = in_order, chunk_passages
+        self._max_failures, self._wait_s = max_failures, wait_s
+
+    def whole(self, generation: int, weights: Weights, corpus_version: int, urgent: bool = False) -> Plan:
+        """A generation of all passages that are living at `corpus_version`: a new big index, without deleted rows."""
+
+        def begin(shard: ShardPort) -> None:
+            shard.begin(generation, weights.version, self._owned(shard, corpus_version), corpus_version)
+
+        def chunks(shard: ShardPort) -> list[Chunk]:
+            numbers = self._owned(shard, corpus_version)
+            every = np.arange(shard.start, shard.stop) if numbers is None else numbers
+            return split_numbers(shard.number, every, self._chunk_passages, base=shard.stop)
+
+        return Plan(generation, weights, corpus_version, begin, chunks, urgent)
+
+    def derived(
+        self,
+        generation: int,
+        origin: int,
+        numbers: np.ndarray,
+        weights: Weights,
+        weights_version: int,
+        corpus_version: int,
+        before: Callable[[], None] = lambda: None,
+    ) -> Plan:
+        """Generation `origin` with the passages `numbers` (sorted) encoded with `weights`: added, or in place of what
+        they were. It goes by `weights_version`, and shares the big indexes of `origin`."""
+
+        def begin(shard: ShardPort) -> None:
+            shard.derive(generation, origin, self._mine(shard, numbers), weights_version, corpus_version)
+
+        def chunks(shard: ShardPort) -> list[Chunk]:
+            return split_numbers(shard.number, self._mine(shard, numbers), self._chunk_passages)
+
+        return Plan(generation, weights, corpus_version, begin, chunks, True, before)
+
+    def build(self, plan: Plan) -> None:
+        """Stage and prepare on every shard; one that is lost on the way is filled again. Raises RefreshFailed."""
+        generation, lost = plan.generation, set[int]()
+        for attempt in range(self._max_failures + 1):
+            plan.before()
+            unprepared = self._shards.lacking(has_prepared, generation)
+            if not unprepared:
+                return
+            missing = self._shards.pick(unprepared & self._unstaged(plan))
+            if attempt and missing:
+                self._events("shards_filled_again", generation=generation, shards=[one.number for one in missing])
+            self._shards.wait(self._wait_s, self._in_order, missing)
+            lost = self._begin(plan, missing)
+            there = [shard for shard in missing if shard.number not in lost]
+            lost |= self._pool.run(generation, plan.weights, [c for s in there for c in plan.chunks(s)], plan.urgent)
+            lost |= self._unstaged(plan) & {shard.number for shard in there}
+            if not lost:  # contract 3: only when every shard has staged all its rows
+                lost = self._prepare(plan, self._shards.pick(self._shards.lacking(has_prepared, generation)))
+                lost |= self._shards.lacking(has_prepared, generation)
+            if not lost:
+                return
+        raise RefreshFailed(f"index shards {sorted(lost)} were lost again and again (refresh.max_failures)")
+
+    def hide(self, shard: ShardPort, status: ShardStatus) -> None:
+        """Make sure that `shard` returns nothing that was deleted, before it is given a generation."""
+        if status.hidden < self.log.version:
+            shard.hide(self.log.version, self.log.deleted_at())
+
+    def _begin(self, plan: Plan, shards: Iterable[ShardPort]) -> set[int]:
+        """Tell shards what they will have; returns those that were lost. Raises RefreshFailed when one refuses."""
+
+        def begin(shard: ShardPort) -> None:
+            self.hide(shard, shard.status())
+            plan.begin(shard)
+
+        lost = set[int]()
+        for number, error in self._shards.call(begin, list(shards)).items():
+            if isinstance(error, ShardLost | GenerationGone):
+                lost.add(number)  # it died, or came back without what is to be derived from
+            elif error is not None:
+                raise RefreshFailed(f"shard {number} refuses generation {plan.generation}: {error}") from error
+        return lost
+
+    def _prepare(self, plan: Plan, shards: list[ShardPort]) -> set[int]:
+        """Build the staged rows on `shards`; returns those that were lost. Raises RefreshFailed when one refuses."""
+        generation, lost = plan.generation, set[int]()
+        for number, error in self._shards.call(lambda shard: shard.prepare(generation), shards).items():
+            if error is None:
+                continue
+            if not isinstance(error, ShardLost) and number not in self._unstaged(plan):
+                final = isinstance(error, ValueError)
+                raise RefreshFailed(f"shard {number} refuses generation {generation}: {error}", final) from error
+            lost.add(number)  # it died, or came back without its rows
+        return lost
+
+    def _unstaged(self, plan: Plan) -> set[int]:
+        """Shards that lack rows of a plan."""
+        version = plan.corpus_version
+        return self._shards.lacking(
+            lambda status, generation: has_staged_all(status, generation, version), plan.generation
+        )
+
+    def _owned(self, shard: ShardPort, corpus_version: int) -> np.ndarray | None:
+        return self.log.owned(shard.number, len(self._shards), shard.start, shard.stop, corpus_version)
+
+    def _mine(self, shard: ShardPort, numbers: np.ndarray) -> np.ndarray:
+        """Which of sorted passage numbers are a shard's."""
+        in_base = (numbers >= shard.start) & (numbers < shard.stop)
+        added = numbers >= self.log.num_base
+        return numbers[in_base | (added & ((numbers - self.log.num_base) % len(self._shards) == shard.number))]

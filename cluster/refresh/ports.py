@@ -1,0 +1,149 @@
+"""What the refresh asks of the other processes, and the words that it uses with them.
+
+In a run the ports are Ray handles (`cluster/service/ray_ports.py`); a test may put plain objects behind them. Every
+call is bounded: it returns, or raises `ShardLost` or `WorkerLost` when the process died, is being restarted, or stays
+silent.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from indexing.shard.shard import ShardStatus
+
+
+def has_prepared(status: ShardStatus, generation: int) -> bool:
+    """Whether the shard could commit `generation` at once."""
+    built = status.prepared and status.staged == generation
+    return built or (status.derived_prepared and status.derived == generation)
+
+
+def has_staged_all(status: ShardStatus, generation: int, corpus_version: int = 0) -> bool:
+    """Whether every row that `generation` has at `corpus_version` is staged. (A shard that came back empty may have
+    been sent rows before it was told again what the generation has.)"""
+    if status.derived == generation:
+        return (status.derived_rows, status.derived_corpus) == (status.derived_wanted, corpus_version)
+    rows, corpus = (status.staged_rows, status.staged_corpus), (status.staged_wanted, corpus_version)
+    return status.staged == generation and rows == corpus
+
+
+class ShardLost(Exception):
+    """A shard died, is being restarted, or did not answer in time (`silent`). It comes back empty."""
+
+    def __init__(self, message: str, silent: bool = False) -> None:
+        super().__init__(message)
+        self.silent = silent
+
+
+class WorkerLost(Exception):
+    """A refresh worker died, is being restarted, or did not answer in time."""
+
+
+class RefreshFailed(Exception):
+    """This attempt at a generation is over, and the one before goes on serving. `final`: another would end alike."""
+
+    def __init__(self, message: str, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Published encoder weights, and what is to be encoded with them. `publish_id` is never 0 and tells two publishes
+    of one version apart."""
+
+    version: int  # optimiser step
+    publish_id: int
+    reference: Any  # how a worker gets at the arrays; the refresh only hands it on
+    # int64, sorted: passages to encode, where the others are to keep their vectors; None: all
+    only: np.ndarray | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The generation that answers searches. `weights` is None when a restarted coordinator no longer has them."""
+
+    generation: int
+    weights_version: int
+    publish_id: int
+    weights: Weights | None
+    corpus_version: int = 0  # it has every passage that was living then
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Passage numbers start to stop - 1, or those of them that `numbers` names; all of one shard."""
+
+    shard: int
+    start: int
+    stop: int
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def num_passages(self) -> int:
+        """How many there are."""
+        return self.stop - self.start if self.numbers is None else len(self.numbers)
+
+
+class Events(Protocol):
+    """Where a refresh reports what happened."""
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Note one event; never raises."""
+        ...
+
+
+class ShardPort(Protocol):
+    """One shard: passage numbers start to stop - 1 of the base. `indexing.shard.shard.Shard` documents the calls."""
+
+    number: int
+    start: int
+    stop: int
+
+    def status(self) -> ShardStatus: ...
+
+    def lacking(self, generation: int) -> str:
+        """Which processes do not serve `generation`, by the names that messages have for them; empty when all do."""
+        ...
+
+    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None: ...
+
+    def derive(
+        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
+    ) -> None: ...
+
+    def hide(self, corpus_version: int, numbers: np.ndarray) -> None: ...
+
+    def prepare(self, generation: int) -> None: ...
+
+    def commit(self, generation: int) -> None: ...
+
+    def abort(self, generation: int) -> None: ...
+
+    def release(self, generation: int) -> None: ...
+
+    def save(self, generation: int, directory: str, earlier: str | None = None) -> None: ...
+
+    def load(self, generation: int, directory: str) -> None: ...
+
+    def restart(self) -> None:
+        """Kill a shard that stays silent; an empty one takes its place."""
+        ...
+
+
+class WorkerPort(Protocol):
+    """One refresh worker."""
+
+    name: str
+
+    def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
+        """Encode the chunk's passages with `weights` and stage the vectors at `shard`.
+
+        Raises WorkerLost, ShardLost, or what the encoder raised.
+        """
+        ...
+
+    def recover(self) -> None:
+        """Make sure that the worker answers. Raises WorkerLost while it does not."""
+        ...

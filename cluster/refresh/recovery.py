@@ -1,0 +1,93 @@
+"""What serves when a coordinator starts: found out from the shards, who outlive it, and from the snapshots.
+
+In this order:
+1. The newest generation that every shard has committed or prepared. Its commit was decided or was due, and is now
+   driven to its end. (A coordinator that died between two shards' commits leaves exactly this.)
+2. The newest generation of this service on disk. A shard that is ahead of it, because the rest of a commit died with
+   its prepared index, starts again empty.
+3. What some shards serve; the others died before it was on disk. The repair then asks for a new publish.
+4. The snapshot that the run was told to start from.
+5. Nothing: the first publish makes the first generation.
+What was staged and not prepared is aborted by the next refresh.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from cluster.refresh.ports import Events, Serving, ShardLost, ShardPort
+from cluster.refresh.shards import ShardGroup
+from cluster.refresh.snapshots import Snapshots, Wish
+from indexing.shard.shard import ShardStatus
+
+
+def take_over(
+    group: ShardGroup,
+    snapshots: Snapshots,
+    events: Events,
+    first_generation: int,
+    initial: tuple[Wish, str] | None,
+    timeout_s: float,
+    hung_s: float,
+    hide: Callable[[ShardPort, ShardStatus], None],
+) -> tuple[Serving | None, int]:
+    """The serving generation, which all living shards have when this returns, and the number of the next one.
+
+    `initial` is a snapshot and its directory; `hide` makes sure that a shard returns nothing that was deleted. A shard
+    that is silent for `hung_s` is killed: the one who would do that in a run, the repair, starts after this. Raises
+    RefreshFailed when a shard does not answer, and what a shard raised that could not load.
+    """
+    statuses = group.wait(timeout_s, hung_s=hung_s, events=events)
+    for shard, status in zip(group, statuses, strict=True):
+        with suppress(ShardLost):  # it comes back empty, and is told by the repair
+            hide(shard, status)
+    served = [set(status.generations) for status in statuses]
+    ready = [
+        s | ({t.staged} if t.prepared else set()) | ({t.derived} if t.derived_prepared else set())
+        for s, t in zip(served, statuses, strict=True)
+    ]
+    seen = max(max(status.staged, status.derived, status.committed) for status in statuses)
+    directory = None
+    if (common := max(set.intersection(*ready), default=None)) is not None:
+        group.call(lambda shard: shard.commit(common))
+        wish = _wish(statuses, common)
+    elif (wish := snapshots.newest(first_generation)) is not None:
+        directory = str(snapshots.path(wish.generation))
+    elif any(served):
+        newest = max(set[int]().union(*served))
+        wish = _wish(statuses, newest)
+    elif initial is not None:
+        wish, directory = initial
+    else:
+        return None, first_generation
+    serving = Serving(wish.generation, wish.weights_version, 0, None, wish.corpus_version)
+    if directory is not None:
+        _load(group, statuses, wish.generation, directory, timeout_s)
+    else:
+        snapshots.want(serving)
+    events("index_taken_over", generation=wish.generation, weights_version=wish.weights_version, directory=directory)
+    return serving, max(first_generation, seen + 1, wish.generation + 1)
+
+
+def _load(
+    group: ShardGroup, statuses: Sequence[ShardStatus], generation: int, directory: str, timeout_s: float
+) -> None:
+    """Have every shard load its part."""
+    for shard, status in zip(group, statuses, strict=True):
+        if status.committed > generation:
+            shard.restart()
+    group.wait(timeout_s, lambda status: status.committed <= generation)
+    for error in group.call(lambda shard: shard.load(generation, directory)).values():
+        if error is not None and not isinstance(error, ShardLost):  # what is lost, the repair loads
+            raise error
+
+
+def _wish(statuses: Sequence[ShardStatus], generation: int) -> Wish:
+    """A generation that some shard serves, or has prepared."""
+    for status in statuses:
+        if generation in status.generations:
+            return Wish(generation, status.generations[generation], status.corpora[generation])
+        if status.staged == generation and status.prepared:
+            return Wish(generation, status.staged_weights_version, status.staged_corpus)
+        if status.derived == generation and status.derived_prepared:
+            return Wish(generation, status.derived_weights_version, status.derived_corpus)
+    raise AssertionError(f"no shard has generation {generation}")

@@ -1,0 +1,1 @@
+"""The index service on Ray: actors, ports, fan-out and search."""

@@ -1,0 +1,367 @@
+"""Ray shells around plain classes: a constructor stores small settings, a method is one call.
+
+Ray restarts each of them with the same constructor arguments (max_restarts=-1), so these never hold object references
+or anything large, and constructors never wait. All belong to the driver, not to the coordinator: a coordinator that
+dies leaves shards and workers as they are.
+
+Threads of the coordinator: Ray's own answer `publish`, `status` and `save_generation` (and carry out `encode_again`);
+five of ours run for ever, and report an unexpected error as an event instead of ending: the starter (takes over what
+the shards serve, then starts the others), the refresh, the corpus, the repair and the snapshots. See
+`cluster/refresh/coordinator.py` for what each waits on."""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from cluster.machines.events import EventLog
+from cluster.machines.processes import Place, here
+from cluster.refresh.coordinator import CoordinatorStatus, RefreshCoordinator, RefreshSettings
+from cluster.refresh.encode_queue import EncodePool
+from cluster.refresh.ports import Weights
+from cluster.refresh.shards import ShardGroup
+from cluster.refresh.snapshots import IndexIdentity, Snapshots, Wish
+from cluster.service.ray_ports import NamedActor, RayWorker, keep_weights, ray_shard, read_weights, write_weights
+from indexing.corpus.stores.changes import ChangeLog
+from indexing.corpus.stores.filters import Filter
+from indexing.corpus.stores.live_store import LiveStore
+from indexing.corpus.stores.metadata import MetadataColumns
+from indexing.dense.encode import encode_numbers
+from indexing.dense.exhaustive import offer
+from indexing.dense.faiss_build import bad_rows
+from indexing.hits import ShardHits, ShardIndexed
+from indexing.indexing_settings import IndexConfig
+from indexing.shard.serving import GenerationGone
+from indexing.shard.shard import Shard, ShardStatus
+from training.reporting.jsonl import read_rows
+from training.training_settings import EncoderConfig
+
+TICK_S = 1.0
+CORPUS_S = 0.1  # between looks for a change of the corpus
+RETRY_S = 2.0  # after an unexpected error
+# A search never queues behind a build, a status behind nothing; nor does what makes a change visible.
+SHARD_THREADS = {"search": 4, "build": 6, "change": 2, "status": 2}
+NICENESS = 10  # of a refresh worker on CPU, so that training keeps its cores
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A shard's answer when it does not serve the generation asked for: an ordinary one, and no reason for a log."""
+
+    committed: int
+
+
+class ShardActor:
+    """`indexing.shard.shard.Shard` in its own process."""
+
+    def __init__(
+        self,
+        number: int,
+        start: int,
+        stop: int,
+        config: IndexConfig,
+        threads: int,
+        store: str | None = None,
+        corpus: str | None = None,
+    ) -> None:
+        """`store`, and `corpus`, the folder of its changes: where the passages' metadata lie, for searches with a
+        filter."""
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # before FAISS is imported, which reads it once
+        if config.products == "bfloat16":
+            offer_half_products(threads)
+        metadata = None if store is None else MetadataColumns(store, start, stop, number, config.num_shards, corpus)
+        self._shard = Shard(number, start, stop, config, metadata=metadata)
+
+    @ray.method(concurrency_group="search")
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        generation: int | None,
+        num_vectors: int,
+        where: Filter | None = None,
+    ) -> ShardHits | Gone:
+        try:
+            return self._shard.search(queries, k, generation, num_vectors, where)
+        except GenerationGone as gone:
+            return Gone(gone.committed)
+
+    @ray.method(concurrency_group="search")
+    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool) -> ShardIndexed | Gone:
+        try:
+            return self._shard.indexed(ids, generation, with_vectors)
+        except GenerationGone as gone:
+            return Gone(gone.committed)
+
+    @ray.method(concurrency_group="status")
+    def status(self) -> ShardStatus:
+        return self._shard.status()
+
+    @ray.method(concurrency_group="status")
+    def place(self) -> Place:
+        return here()
+
+    @ray.method(concurrency_group="build")
+    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
+        self._shard.begin(generation, weights_version, numbers, corpus_version)
+
+    @ray.method(concurrency_group="change")
+    def derive(
+        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
+    ) -> None:
+        self._shard.derive(generation, origin, numbers, weights_version, corpus_version)
+
+    @ray.method(concurrency_group="change")
+    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
+        self._shard.hide(corpus_version, numbers)
+
+    @ray.method(concurrency_group="build")
+    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
+        self._shard.stage(generation, weights_version, start, vectors)
+
+    @ray.method(concurrency_group="build")
+    def prepare(self, generation: int) -> None:
+        self._shard.prepare(generation)
+
+    @ray.method(concurrency_group="build")
+    def commit(self, generation: int) -> None:
+        self._shard.commit(generation)
+
+    @ray.method(concurrency_group="build")
+    def abort(self, generation: int) -> None:
+        self._shard.abort(generation)
+
+    @ray.method(concurrency_group="build")
+    def release(self, generation: int) -> None:
+        self._shard.release(generation)
+
+    @ray.method(concurrency_group="build")
+    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
+        self._shard.save(generation, directory, earlier)
+
+    @ray.method(concurrency_group="build")
+    def load(self, generation: int, directory: str) -> None:
+        self._shard.load(generation, directory)
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a refresh worker encodes with."""
+
+    store: str
+    side: str  # whose tokens
+    encoder: EncoderConfig
+    tokenizer: str  # folder
+    batch_tokens: int
+    precision: str
+    threads: int
+    device: str  # cpu | cuda
+    corpus: str  # folder of the changes to the store
+
+
+class RefreshWorkerActor:
+    """Encodes ranges of the store with the newest weights that it is asked to use."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._loaded: Any = None  # encoder, token table, padding id
+        self._half = False  # whether products are of bfloat16
+        self._publish_id = -1
+        self._lock = threading.Lock()
+
+    def place(self) -> Place:
+        return here()
+
+    def warm(self) -> None:
+        """Import, open the store and build the encoder before the first weights come."""
+        with self._lock:
+            self._load()
+
+    @ray.method(num_returns=2)
+    def encode(
+        self, start: int, stop: int, weights: Weights, numbers: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int]:
+        """Vectors float32 [n, dim] of the passages `start` to `stop` - 1, or of `numbers`, and how many there are,
+        which says that they are done."""
+        with self._lock:
+            encoder, table, pad = self._load()
+            if weights.publish_id != self._publish_id:
+                from training.models.retriever.encoder import load_passage_weights
+
+                load_passage_weights(encoder, ray.get(weights.reference[0], timeout=600))
+                self._publish_id = weights.publish_id
+            rows = np.arange(start, stop) if numbers is None else numbers
+            table.know(rows)
+            vectors = encode_numbers(table, rows, self._encode, self._settings.batch_tokens, pad)
+            self._check_finite(rows, vectors, weights.version)
+        return vectors, len(vectors)
+
+    def _check_finite(self, numbers: np.ndarray, vectors: np.ndarray, weights_version: int) -> None:
+        """Raise ValueError that names a passage whose vector is not finite, before any shard takes it."""
+        bad = bad_rows(vectors)
+        if len(bad):
+            first = int(numbers[bad[0]])
+            name = LiveStore.open_with(self._settings.store, self._settings.corpus).ids([first])[0]
+            raise ValueError(
+                f"the encoder of weights version {weights_version} gives passage {name!r} (number {first}) a vector "
+                f"that is not finite, as {len(bad)} of {len(vectors)} passages from {numbers[0]} to {numbers[-1]}"
+            )
+
+    def _load(self) -> Any:
+        if self._settings.device == "cpu":
+            _step_back(self._settings.threads)
+        if self._loaded is None:
+            from training.engine.engine_setup import processor_multiplies_bf16
+            from training.models.retriever.encoder import build_encoder
+            from training.models.text.tokenizers import load_tokenizer, pad_id
+
+            settings = self._settings
+            has_products = settings.device == "cuda" or processor_multiplies_bf16()
+            self._half = settings.precision == "bfloat16" and has_products
+            tokenizer = load_tokenizer(settings.tokenizer)
+            encoder = build_encoder(replace(settings.encoder, gradient_checkpointing=False), len(tokenizer))
+            encoder.length_groups = 1  # batches come sorted by length
+            encoder.requires_grad_(False).eval().to(settings.device)
+            table = LiveStore.open_with(settings.store, settings.corpus).tokens(settings.side)
+            self._loaded = encoder, table, pad_id(tokenizer)
+        return self._loaded
+
+    def _encode(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Vectors float32 [n, dim] of token ids and mask [n, tokens]."""
+        import torch
+
+        device, encoder = self._settings.device, self._loaded[0]
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self._half):
+            vectors = encoder(torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device))
+        return vectors.float().cpu().numpy()
+
+
+def offer_half_products(threads: int) -> None:
+    """Have this process search by products of bfloat16, where its processor has them."""
+    import torch
+
+    from cluster.service.bf16_candidates import HalfProducts
+    from training.engine.engine_setup import processor_multiplies_bf16
+
+    torch.set_num_threads(threads)
+    if processor_multiplies_bf16():
+        offer(HalfProducts)
+
+
+def _step_back(threads: int) -> None:
+    """Let training go first. Both settings are those of the calling thread, and Ray has several."""
+    import torch
+
+    torch.set_num_threads(threads)
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
+@dataclass(frozen=True)
+class CoordinatorSettings:
+    """Names, paths and numbers: what a restarted coordinator starts from."""
+
+    namespace: str
+    shards: tuple[tuple[str, ...], ...]  # names of each shard's replicas, in the order of identity.ranges
+    workers: tuple[str, ...]
+    run_dir: str
+    identity: IndexIdentity
+    refresh: RefreshSettings
+    keep_generations: int
+    keep_protected: int
+    start_timeout_s: float
+    initial: tuple[Wish, str] | None  # snapshot to start from, and its directory
+    corpus: str  # folder of the changes to the corpus
+    num_base: int  # passages of the store that they are made to
+
+
+class CoordinatorActor:
+    """`RefreshCoordinator` with its threads."""
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        self._settings = settings
+        refresh, limit = settings.refresh, settings.refresh.chunk_timeout_s
+        self._events = EventLog(Path(settings.run_dir) / "events.jsonl")
+        shards = ShardGroup(
+            [
+                ray_shard(number, *settings.identity.ranges[number], names, settings.namespace, limit)
+                for number, names in enumerate(settings.shards)
+            ]
+        )
+        log = ChangeLog(settings.corpus, settings.identity.corpus_fingerprint, settings.num_base)
+        workers = [RayWorker(NamedActor(name, settings.namespace), limit) for name in settings.workers]
+        self._coordinator = RefreshCoordinator(
+            refresh,
+            shards,
+            EncodePool(workers, shards, self._events, refresh.max_failures, limit),
+            Snapshots(
+                Path(settings.run_dir) / "index",
+                shards,
+                settings.identity,
+                self._events,
+                settings.keep_generations,
+                settings.keep_protected,
+                log,
+                lambda weights, path: write_weights(weights, path, limit),
+                read_weights,
+            ),
+            lambda weights: keep_weights(weights, limit),
+            self._events,
+            log,
+        )
+        self._place = here()
+        self._start_error = ""
+        self._started = False
+        self._thread("start", self._start)
+
+    def publish(self, weights: Weights) -> Place:
+        self._coordinator.publish(weights)
+        return self._place
+
+    def status(self) -> tuple[CoordinatorStatus, Place]:
+        status = self._coordinator.status()
+        return (replace(status, given_up=self._start_error) if self._start_error else status), self._place
+
+    def encode_again(self, numbers: np.ndarray, weights: Weights, adopt: bool = False) -> int:
+        return self._coordinator.encode_again(numbers, weights, adopt)
+
+    def save_generation(self, generation: int) -> str | None:
+        return self._coordinator.save_generation(generation) if self._started else None
+
+    def _start(self) -> None:
+        """Take over, then start the threads."""
+        coordinator, settings = self._coordinator, self._settings
+        past = [row.get("event") for row in read_rows(self._events.path)]
+        coordinator.remember(past.count("refresh_committed"), past.count("refresh_failed"))
+        try:
+            coordinator.recover(settings.start_timeout_s, settings.initial)
+        except Exception as error:  # the edge of a thread: clients read it in the status
+            self._start_error = f"the index service cannot start: {error}"
+            self._events("index_not_started", why=str(error))
+            return
+        self._started = True
+        self._thread("refresh", lambda: self._for_ever(lambda: coordinator.wait_and_refresh(TICK_S), 0.0))
+        self._thread("corpus", lambda: self._for_ever(self._follow, CORPUS_S))
+        self._thread("repair", lambda: self._for_ever(coordinator.tick, TICK_S))
+        self._thread("snapshots", lambda: self._for_ever(coordinator.snapshots.work, TICK_S / 4))
+
+    def _follow(self) -> None:
+        self._coordinator.follow_corpus()
+        self._coordinator.live.note(Path(self._settings.corpus))
+
+    def _thread(self, name: str, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name=name, daemon=True).start()
+
+    def _for_ever(self, step: Callable[[], object], pause_s: float) -> None:
+        while True:
+            try:
+                step()
+            except Exception as error:  # a thread that ends would be a silent end of all refreshes
+                self._events("coordinator_error", why=f"{type(error).__name__}: {error}")
+                time.sleep(RETRY_S)
+            time.sleep(pause_s)

@@ -1,0 +1,217 @@
+"""The ports of the refresh as Ray actor handles. Every wait is bounded, and Ray's errors become `...Lost`.
+
+A call to an actor that died ends with an error within seconds; one to an actor that is stopped never ends, which is
+why each has a timeout. Errors that the called method raised itself arrive as what they were.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
+
+from cluster.machines.processes import Place, end
+from cluster.refresh.ports import Chunk, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost
+from cluster.refresh.replicas import ReplicatedShard
+from indexing.corpus.snapshot import named_errors
+from indexing.shard.shard import ShardStatus
+
+STATUS_S = 10.0  # a status never waits for anything; a loaded machine is slow
+QUICK_S = 90.0  # calls that wait for a search or a lock at most (release: 60 s)
+
+
+class NamedActor:
+    """A named actor, looked up when it is first called: the one who refers to it may be older than the actor."""
+
+    def __init__(self, name: str, namespace: str) -> None:
+        self.name = name
+        self._namespace = namespace
+        self._handle: ActorHandle | None = None
+        self.place: Place | None = None  # where its process is, if somebody has asked
+
+    def handle(self) -> ActorHandle:
+        """The handle; it stays good when the actor is restarted. Raises ValueError when there is no such actor."""
+        if self._handle is None:
+            self._handle = ray.get_actor(self.name, namespace=self._namespace)
+        return self._handle
+
+    def submit(self, method: str, *arguments: Any) -> Any:
+        """Call a method; returns its reference (or references)."""
+        return getattr(self.handle(), method).remote(*arguments)
+
+    def find_place(self) -> None:
+        """Ask the actor where it is, unless that is known; `kill` may need it when it answers no more."""
+        if self.place is None:
+            self.place = get(self.submit("place"), STATUS_S)
+
+    def kill(self) -> None:
+        """End the process, whatever it does; Ray starts another one."""
+        place, self.place = self.place, None
+        ray.kill(self.handle(), no_restart=False)
+        if place is not None:
+            end(place)
+
+
+def get(reference: Any, timeout_s: float | None = None) -> Any:
+    """The value (or values) behind a reference (or references)."""
+    return ray.get(reference, timeout=timeout_s)
+
+
+def own_error(error: RayTaskError) -> Exception:
+    """What the remote method raised."""
+    return error.cause if isinstance(error.cause, Exception) else error
+
+
+class RayShard:
+    """A `ShardPort`."""
+
+    def __init__(
+        self, number: int, start: int, stop: int, actor: NamedActor, step_timeout_s: float, name: str = ""
+    ) -> None:
+        """`step_timeout_s` bounds what builds, reads or writes an index; `name` is for messages."""
+        self.number, self.start, self.stop = number, start, stop
+        self._name = name or f"shard {number}"
+        self.actor = actor
+        self._step_timeout_s = step_timeout_s
+
+    def status(self) -> ShardStatus:
+        return self._call("status", timeout_s=STATUS_S)
+
+    def lacking(self, generation: int) -> str:
+        return "" if generation in self.status().generations else self._name
+
+    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
+        self._call("begin", generation, weights_version, numbers, corpus_version, timeout_s=QUICK_S)
+
+    def derive(
+        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
+    ) -> None:
+        self._call("derive", generation, origin, numbers, weights_version, corpus_version, timeout_s=QUICK_S)
+
+    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
+        self._call("hide", corpus_version, numbers, timeout_s=QUICK_S)
+
+    def prepare(self, generation: int) -> None:
+        self._call("prepare", generation, timeout_s=self._step_timeout_s)
+
+    def commit(self, generation: int) -> None:
+        self._call("commit", generation, timeout_s=QUICK_S)
+
+    def abort(self, generation: int) -> None:
+        self._call("abort", generation, timeout_s=QUICK_S)
+
+    def release(self, generation: int) -> None:
+        self._call("release", generation, timeout_s=QUICK_S)
+
+    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
+        self._call("save", generation, directory, earlier, timeout_s=self._step_timeout_s)
+
+    def load(self, generation: int, directory: str) -> None:
+        self._call("load", generation, directory, timeout_s=self._step_timeout_s)
+
+    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: "ObjectRef[Any]") -> None:
+        """Have the shard fetch `vectors` from where they are, and stage them."""
+        self._call("stage", generation, weights_version, start, vectors, timeout_s=QUICK_S)
+
+    def restart(self) -> None:
+        try:
+            self.actor.kill()
+        except (RayError, ValueError) as error:
+            raise ShardLost(f"{self._name} cannot be killed: {error}") from error
+
+    def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        try:
+            self.actor.find_place()
+            return get(self.actor.submit(method, *arguments), timeout_s)
+        except GetTimeoutError:
+            raise ShardLost(f"{self._name} did not answer {method} in {timeout_s:g} s", silent=True) from None
+        except RayTaskError as error:
+            raise own_error(error) from error
+        except RayError as error:
+            self.actor.place = None
+            # A stopped process takes no new connection: who has none yet is told that it is unavailable.
+            silent = isinstance(error, ActorUnavailableError)
+            raise ShardLost(f"{self._name}: {type(error).__name__} in {method}", silent=silent) from error
+
+
+def ray_shard(
+    number: int, start: int, stop: int, names: Sequence[str], namespace: str, step_timeout_s: float
+) -> RayShard | ReplicatedShard:
+    """The port of a shard whose replicas have these names."""
+    labels = [f"shard {number}, replica {replica}" for replica in range(len(names))] if len(names) > 1 else [""]
+    replicas = [
+        RayShard(number, start, stop, NamedActor(name, namespace), step_timeout_s, label)
+        for name, label in zip(names, labels, strict=True)
+    ]
+    return ReplicatedShard(replicas) if len(replicas) > 1 else replicas[0]
+
+
+class RayWorker:
+    """A `WorkerPort`. The vectors go from the worker's memory to the shard's, never through the caller."""
+
+    def __init__(self, actor: NamedActor, chunk_timeout_s: float) -> None:
+        self.name = actor.name
+        self._actor = actor
+        self._chunk_timeout_s = chunk_timeout_s
+
+    def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
+        assert isinstance(shard, RayShard | ReplicatedShard)
+        limit = self._chunk_timeout_s
+        try:
+            self._actor.find_place()
+            numbers = None if chunk.numbers is None else np.array(chunk.numbers, np.int64)
+            vectors, done = self._actor.submit("encode", chunk.start, chunk.stop, weights, numbers)
+            ray.get(done, timeout=limit)
+        except GetTimeoutError:
+            self._actor.kill()
+            raise WorkerLost(f"{self.name} took longer than {limit:g} s (refresh.chunk_timeout_s)") from None
+        except RayTaskError as error:
+            raise own_error(error) from error
+        except RayError as error:
+            self._actor.place = None
+            raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
+        try:
+            shard.stage(generation, weights.version, chunk.start if numbers is None else numbers, vectors)
+        except RayError as error:  # the vectors were lost with the worker's machine
+            raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
+
+    def recover(self) -> None:
+        try:
+            self._actor.place = None
+            self._actor.find_place()
+        except GetTimeoutError:
+            self._actor.kill()
+            raise WorkerLost(f"{self.name} is silent") from None
+        except (RayError, ValueError) as error:
+            raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
+
+
+def write_weights(weights: Weights, path: Path, timeout_s: float) -> None:
+    """Write published weights to one file. Raises OSError, where they are gone too."""
+    try:
+        arrays: dict[str, Any] = ray.get(weights.reference[0], timeout=timeout_s)  # arrays by name
+    except RayError as error:
+        raise OSError(f"weights of version {weights.version} are lost: {type(error).__name__}") from error
+    with named_errors(path), path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_weights(version: int, publish_id: int, path: Path) -> Weights:
+    """What `write_weights` wrote, as this process's own. Raises OSError."""
+    with named_errors(path), np.load(path, allow_pickle=False) as arrays:
+        return Weights(version, publish_id, [ray.put({name: arrays[name] for name in arrays})])
+
+
+def keep_weights(weights: Weights, timeout_s: float) -> Weights:
+    """A copy of published weights that this process owns: the trainer may die while they are used."""
+    try:
+        arrays = ray.get(weights.reference[0], timeout=timeout_s)
+        return replace(weights, reference=[ray.put(arrays)])
+    except RayError as error:
+        why = f"weights of version {weights.version} are lost: {type(error).__name__}"
+        raise RefreshFailed(why, final=True) from error

@@ -1,0 +1,324 @@
+"""One stage on the cluster: placement, index service, trainers; wait for the first to end, shut down once.
+
+    driver (this file)          starts everything at once, prints the console of rank 0, starts the trainers again
+      |-- index service         shards, refresh workers, coordinator (`service.py`); lives as long as the stage
+      '-- Ray Train             one process per trainer, each runs `training.stage.Stage`; when one dies, all are
+                                started again and resume from the newest checkpoint in the run directory
+
+The trainers wait for the index (bounded by `wait_timeout_s`); nobody waits for the driver. Index and trainers come up
+side by side. A thread of the driver waits for the index (bounded by cluster.start_timeout_s); where that fails it stops
+what there is of it, so that the trainers fail too, and its own error is the one that is raised.
+"""
+
+import hashlib
+import json
+import logging
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cluster.config.experiment import to_yaml
+from cluster.config.preflight import check_where, uses_index, with_absolute_models
+from cluster.config.settings import RefreshConfig, Settings
+from cluster.machines.events import EventLog
+from cluster.planning.check_fit import check_fit
+from cluster.planning.placement import PlacementPlan
+from cluster.prepare.corpus_changes import open_to_changes, passage_sides
+from cluster.prepare.stores import Prepared
+from cluster.service.start import IndexServiceHandle, await_ready, index_identity, start_index_service
+from cluster.stage.inherit import inherit_corpus, inherit_index
+from indexing.corpus.snapshot import TornSnapshot, is_complete
+from indexing.corpus.stores.filters import parse_filter
+from indexing.corpus.stores.passages import Store
+from training.checkpoint import newest_checkpoint, saved_names
+from training.feeding.mixture import pretrains
+from training.job import StageJob
+from training.models.retriever.encoder import with_towers_of
+from training.objectives.check import PREFERENCE
+from training.objectives.dispatch import needs
+from training.refreshing.policy import RefreshPlan
+from training.stage import EVALUATION_FILE
+
+if TYPE_CHECKING:
+    from ray.train import TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
+RESULT_POLL_S = 0.2
+UNDECISIVE = ("monitor", "cluster", "run", "checkpoint", "plan")  # sections that do not decide a stage's outcome
+HOPELESS = (ValueError, FloatingPointError, TimeoutError)  # in a trainer: starting it again would end the same way
+
+
+def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement: PlacementPlan, namespace: str) -> None:
+    """Run the stage to its end, or from where an interrupted one stood. What it measured stands in its run directory.
+
+    Raises ValueError for settings and for a stage that does not fit the machines' memory, RuntimeError with the place
+    of the traceback when the trainers fail for good.
+    """
+    settings = with_absolute_models(settings)
+    passages = Store.open(prepared.passages, verify=False)
+    run_dir = Path(settings.run.directory) / settings.run.name
+    job = make_job(settings, prepared, init_from, run_dir)
+    check_fit(replace(settings, encoder=job.encoder), placement, len(passages))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+    log = inherit_corpus(init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
+    check_where(settings, prepared.passages, log.folder)
+    events = EventLog(run_dir / "events.jsonl")
+    events("stage_started", step=_resumed_step(run_dir))
+    service = None
+    with open_to_changes(log.folder, prepared, uses_index(settings)), _console(run_dir / CONSOLE):
+        try:
+            if uses_index(settings):
+                snapshot = snapshot_to_resume(run_dir)
+                if snapshot is None and newest_checkpoint(run_dir, lambda _: None) is None:
+                    identity = index_identity(passages, settings.encoder, settings.index)
+                    snapshot = inherit_index(settings, init_from, run_dir, identity, log)
+                try:
+                    service = _start_index(settings, prepared, placement, run_dir, namespace, snapshot)
+                except TornSnapshot as torn:  # the checkpoint's weights make the index anew
+                    events("snapshot_refused", why=str(torn))
+                    print(f"{torn}; the index is encoded again", flush=True)
+                    service = _start_index(settings, prepared, placement, run_dir, namespace, snapshot := None)
+                job.index_from_snapshot = snapshot is not None and service.complete
+            with _started(service, placement, settings.cluster.start_timeout_s):
+                _fit(job, service, settings, placement)
+        finally:
+            if service is not None:
+                service.stop()
+    events("stage_finished")
+
+
+@contextmanager
+def _started(service: IndexServiceHandle | None, placement: PlacementPlan, timeout_s: float) -> Iterator[None]:
+    """Wait beside the block until the service is ready. Raises what kept it from that, whatever the block raised."""
+    failures: list[Exception] = []
+
+    def wait() -> None:
+        assert service is not None
+        try:
+            await_ready(service, placement, timeout_s)
+        except Exception as error:  # the edge of a thread: raised below
+            failures.append(error)
+            service.stop()
+
+    thread = threading.Thread(target=wait, name="index-start", daemon=True)
+    if service is not None:
+        thread.start()
+    try:
+        yield
+    except Exception as error:
+        if failures:
+            raise failures[0] from error
+        raise
+
+
+def _start_index(
+    settings: Settings,
+    prepared: Prepared,
+    placement: PlacementPlan,
+    run_dir: Path,
+    namespace: str,
+    snapshot: Path | None,
+) -> IndexServiceHandle:
+    return start_index_service(
+        run_dir=run_dir,
+        namespace=namespace,
+        store=prepared.passages,
+        tokenizer=prepared.tokenizers / "retriever",
+        encoder=settings.encoder,
+        index=settings.index,
+        refresh=settings.refresh,
+        placement=placement,
+        snapshot=snapshot,
+        start_timeout_s=settings.cluster.start_timeout_s,
+        where=parse_filter(settings.retrieval.where),
+        wait=snapshot is not None,
+        lexical=prepared.lexical,
+    )
+
+
+def is_finished(settings: Settings) -> bool:
+    """Whether this very stage has been run to its end."""
+    path = Path(settings.run.directory) / settings.run.name / EVALUATION_FILE
+    wanted = fingerprint(with_absolute_models(settings))
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == wanted
+
+
+def fingerprint(settings: Settings) -> str:
+    """Hash of what decides a stage's outcome; console, places and machines do not."""
+    sections = {k: v for k, v in asdict(settings).items() if k not in UNDECISIVE}
+    sections["run"] = {"seed": settings.run.seed, "init_from": settings.run.init_from}
+    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Path) -> StageJob:
+    """What the trainer processes are told."""
+    contrastive = needs(settings.objective).in_batch
+    questions = settings.questions
+    asked = None if contrastive else prepared.questions.get(questions.evaluate)  # none for an index alone
+    trains = not contrastive and settings.training.train != "none" and not pretrains(settings.pretraining)
+    if settings.objective.name in PREFERENCE:
+        learned_from = prepared.preferences.get("train")
+    else:
+        learned_from = prepared.questions.get(questions.train)
+    pairs = prepared.preferences.get("evaluate")
+    return StageJob(
+        run_dir=str(run_dir.resolve()),  # a trainer's working folder is another one
+        passages=str(prepared.passages.resolve()),
+        train_questions=str(learned_from.resolve()) if trains and learned_from is not None else "",
+        evaluate_questions=str(asked.resolve()) if asked is not None else "",
+        evaluate_preferences=str(pairs.resolve()) if pairs is not None and not contrastive else "",
+        tokenizers=str(prepared.tokenizers.resolve()),
+        init_from=str(Path(init_from).resolve()) if init_from else "",
+        seed=settings.run.seed,
+        threads=settings.cluster.threads_per_trainer,
+        fingerprint=fingerprint(settings),
+        encoder=with_towers_of(settings.encoder, saved_names(Path(init_from)) if init_from else ()),
+        generator=settings.generator,
+        objective=settings.objective,
+        alignment=settings.alignment,
+        retrieval=settings.retrieval,
+        reranker=settings.reranker,
+        training=settings.training,
+        engine=settings.engine,
+        checkpoint=settings.checkpoint,
+        evaluation=settings.evaluation,
+        monitor=settings.monitor,
+        pretraining=settings.pretraining,
+        duplicates=str(prepared.duplicates.resolve()) if prepared.duplicates is not None else "",
+        questions=questions,
+        publish_every=settings.refresh.every_steps,
+        publish_precision=settings.refresh.precision,
+        plan=refresh_plan(settings.refresh),
+        max_staleness_steps=settings.refresh.max_staleness_steps,
+        config=asdict(settings),
+        corpus=str(run_dir.resolve() / "corpus"),
+    )
+
+
+def refresh_plan(refresh: RefreshConfig) -> RefreshPlan:
+    """What the trainers read of the section `refresh`."""
+    return RefreshPlan(**{entry.name: vars(refresh)[entry.name] for entry in fields(RefreshPlan)})
+
+
+def snapshot_to_resume(run_dir: Path) -> Path | None:
+    """The index generation that the newest checkpoint names, if it is on disk and whole."""
+    newest = newest_checkpoint(run_dir, lambda _: None)
+    if newest is None:
+        return None
+    generation = json.loads((newest / "state.json").read_text(encoding="utf-8"))["generation"]
+    directory = run_dir / "index" / f"generation-{generation}"
+    return directory if generation >= 0 and is_complete(directory) else None
+
+
+def _resumed_step(run_dir: Path) -> int:
+    newest = newest_checkpoint(run_dir, lambda _: None)
+    return int(newest.name.rpartition("-")[2]) if newest is not None else 0
+
+
+def _fit(job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan) -> None:
+    """Ray Train, again while cluster.max_failures allows; each attempt resumes from the newest checkpoint. What another
+    attempt would meet again is raised at once."""
+    from ray.exceptions import RayActorError, WorkerCrashedError
+    from ray.train import TrainingFailedError
+
+    events = EventLog(Path(job.run_dir) / "events.jsonl")
+    for attempt in range(settings.cluster.max_failures + 1):
+        try:
+            _trainer(job, service, settings, placement).fit()
+            return
+        except (RayActorError, WorkerCrashedError) as error:  # the controller itself; its trainers ended with it
+            kind, what, cause = "controller_lost", "the controller of the trainers was lost", error
+        except TrainingFailedError as error:
+            kind, what, cause = "trainers_lost", "a trainer was lost", _cause(error)
+            if isinstance(cause, HOPELESS):
+                raise cause from error
+        why = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        if attempt == settings.cluster.max_failures:
+            raise RuntimeError(f"{what}, time {attempt + 1} (cluster.max_failures): {why}") from cause
+        events(kind, attempt=attempt, why=f"{type(cause).__name__}: {why}")
+        print(f"{what}; training goes on from the last checkpoint", flush=True)
+
+
+def _trainer(
+    job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan
+) -> "TorchTrainer":
+    """One attempt, not started yet."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    seat = placement.trainers
+    resources = {"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {})
+    return TorchTrainer(
+        _train_loop,
+        train_loop_config={"told": pickle.dumps((job, service))},  # bytes: the controller need not import torch
+        scaling_config=ScalingConfig(num_workers=seat.number, use_gpu=seat.gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=f"attempt-{time.time_ns()}",
+            storage_path=str(Path(job.run_dir).resolve() / "ray"),
+            failure_config=FailureConfig(max_failures=0),  # `_fit` knows which failures are worth another attempt
+        ),
+        torch_config=TorchConfig(backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)),
+    )
+
+
+def _cause(error: "TrainingFailedError") -> Exception:
+    """What happened in the trainers: a mistake that one of them named, else the first rank's failure."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    return next((failure for failure in failures if isinstance(failure, HOPELESS)), failures[0] if failures else error)
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """A trainer process."""
+    import os
+
+    import ray.train
+    import torch
+
+    from training.stage import Stage
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    job, service = pickle.loads(config["told"])
+    context = ray.train.get_context()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(context.get_local_rank())
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    client = service.connect() if service is not None else None
+    stream: TextIO | None = None
+    if context.get_world_rank() == 0:
+        stream = open(Path(job.run_dir) / CONSOLE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+    Stage(job, client, stream).run()
+
+
+@contextmanager
+def _console(path: Path) -> Iterator[None]:
+    """Print what is appended to `path` while the block runs."""
+    path.touch()
+    stop = threading.Event()
+
+    def follow() -> None:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            file.seek(0, 2)
+            while True:
+                ended = stop.is_set()  # read once more after the end
+                for line in file:
+                    sys.stdout.write(line)
+                sys.stdout.flush()
+                if ended:
+                    return
+                stop.wait(RESULT_POLL_S)
+
+    thread = threading.Thread(target=follow, name="console", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)

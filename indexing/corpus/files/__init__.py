@@ -1,0 +1,1 @@
+"""Readers of corpus, question and preference files, and the synthetic world."""

@@ -1,0 +1,308 @@
+"""Passages and questions from files, each line validated before anything is built from it.
+
+A bad line is counted under one of `BAD_KINDS`, reported with file and line, and refused or skipped, as `on_bad` says.
+Nothing is held but the ids seen so far and the updates, so that a corpus of millions streams through.
+"""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, TypeVar
+
+from indexing.corpus.files.formats import Question, parse_question
+from indexing.corpus.files.lines import BadLine, find_file, id_field, metadata_field, read_lines, text_field
+from indexing.indexing_settings import CorpusConfig, QuestionsConfig
+
+BAD_KINDS = (
+    "not_json",
+    "broken_utf8",
+    "duplicate_id",
+    "empty_text",
+    "oversized_text",
+    "missing_field",
+    "equal_answers",
+)
+MAX_EXAMPLES = 20
+SAMPLE_SEED = 0  # of `questions.max_questions`: the same sample in every run
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The unit of retrieval."""
+
+    id: str
+    title: str
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # by field; what filters ask for
+
+
+@dataclass
+class CorpusReport:
+    """What a reader found; complete when the last line was read."""
+
+    num_read: int = 0  # lines: passages, or questions, and updates
+    num_kept: int = 0  # of them good
+    bad: dict[str, int] = field(default_factory=Counter)  # kind -> lines
+    examples: list[str] = field(default_factory=list)  # "file:line: why", the first few
+
+    def add(self, place: str, bad: BadLine) -> None:
+        """Count a bad line."""
+        self.bad[bad.kind] = self.bad.get(bad.kind, 0) + 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(f"{place}: {bad.kind}: {bad.why}")
+
+    def summary(self) -> str:
+        """The counts on one line, then one line per example."""
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.bad.items())) or "none"
+        head = f"{self.num_read} lines read, {self.num_kept} good, {sum(self.bad.values())} bad: {counts}"
+        return "\n  ".join([head, *self.examples])
+
+
+def read_corpus(config: CorpusConfig) -> tuple[list[Passage], CorpusReport]:
+    """All passages, with the updates up to `as_of`, and what was found on the way.
+
+    Raises ValueError for a wrong setting, for bad lines unless `on_bad` is skip, and for a corpus without passages.
+    """
+    passages, report = iterate_corpus(config)
+    return list(passages), report
+
+
+def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusReport]:
+    """`read_corpus` as a stream: the report fills as passages are taken; bad lines are refused after the last one."""
+    _check_on_bad("corpus.on_bad", config.on_bad)
+    corpus, updates = corpus_path(config), _updates_path(config)
+    report = CorpusReport()
+
+    def stream() -> Iterator[Passage]:
+        num_passages = 0
+        for passage in _updated(config, corpus, updates, report):
+            num_passages += 1
+            yield passage
+        _refuse_bad(report, "corpus.on_bad", config.on_bad)
+        if not num_passages:
+            raise ValueError(f"corpus.path {config.path!r} has no passages")
+
+    return stream(), report
+
+
+def read_passages(path: Path, max_characters: int) -> list[Passage]:
+    """The passages of one .jsonl[.gz] or .parquet file. Raises ValueError that names the first bad line, and how many
+    there are."""
+    report = CorpusReport()
+    passages = list(_good(path, report, lambda fields: _passage(fields, max_characters), set()))
+    if report.bad:
+        more = sum(report.bad.values()) - 1
+        raise ValueError(f"{report.examples[0]}{f' (and {more} more bad lines)' if more else ''}; nothing was changed")
+    if not passages:
+        raise ValueError(f"{path} has no passages")
+    return passages
+
+
+def validate(config: CorpusConfig) -> CorpusReport:
+    """Read everything, keep nothing, refuse no line: the report."""
+    report = CorpusReport()
+    for _ in _updated(config, corpus_path(config), _updates_path(config), report):
+        pass
+    return report
+
+
+def read_questions(config: QuestionsConfig, split: str) -> list[Question]:
+    """The questions of a split with their relevant passages; of the evaluation split at most `max_questions`.
+
+    With `as_of`, `answers` are those of the timeline entry that covers the date and `old_answers` those of the entry
+    before it; a question without such an entry is left out. Raises ValueError as `read_corpus` does.
+    """
+    _check_on_bad("questions.on_bad", config.on_bad)
+    _check_date("questions.as_of", config.as_of)
+    if not config.path:
+        raise ValueError("questions.path is empty: needed is a folder with queries-SPLIT.jsonl[.gz]")
+    folder = Path(config.path)
+    path = find_file(folder, f"queries-{split}.jsonl")
+    mixed = path is None  # BEIR's one file for all splits, told apart by their judgements
+    path = path or find_file(folder, "queries.jsonl")
+    if path is None:
+        raise ValueError(
+            f"questions.path {config.path!r} has neither queries-{split}.jsonl[.gz] nor queries.jsonl[.gz]"
+        )
+    report = CorpusReport()
+    relevant = _read_relevant(folder / "qrels" / f"{split}.tsv", mixed, report)
+
+    def parse(fields: dict[str, Any]) -> Question:
+        question = parse_question(fields, config.as_of, config.labels)
+        return Question(**{**vars(question), "relevant": relevant.get(question.id, [])})
+
+    questions = list(_good(path, report, parse, set()))
+    _refuse_bad(report, "questions.on_bad", config.on_bad)
+    if config.as_of:
+        questions = [question for question in questions if question.answers]
+    if mixed:
+        questions = [question for question in questions if question.id in relevant]
+    if not questions:
+        raise ValueError(
+            f"{path} has no questions of split {split!r}" + (f" at {config.as_of}" if config.as_of else "")
+        )
+    if split == config.evaluate and 0 < config.max_questions < len(questions):
+        chosen = sorted(random.Random(SAMPLE_SEED).sample(range(len(questions)), config.max_questions))
+        questions = [questions[index] for index in chosen]
+    return questions
+
+
+def _updated(config: CorpusConfig, corpus: Path, updates: Path | None, report: CorpusReport) -> Iterator[Passage]:
+    """The passages of the corpus with each one's last update in its place, then the new ones."""
+    pending = {} if updates is None else _read_updates(updates, config, report)
+    for passage in _good(corpus, report, lambda fields: _passage(fields, config.max_characters), set()):
+        last = pending.pop(passage.id, passage)
+        if last is not None:
+            yield last
+    yield from (passage for passage in pending.values() if passage is not None)
+
+
+def _read_updates(path: Path, config: CorpusConfig, report: CorpusReport) -> dict[str, Passage | None]:
+    """What each updated passage is at `as_of`; None: deleted."""
+
+    def parse(fields: dict[str, Any]) -> tuple[str, str, Passage | None]:
+        day, operation = fields.get("date"), fields.get("op")
+        if not isinstance(day, str) or not _is_date(day):
+            raise BadLine("missing_field", f"date is {day!r}: needed is YYYY-MM-DD")
+        match operation:
+            case "upsert":
+                passage = _passage(fields, config.max_characters)
+                return day, passage.id, passage
+            case "delete":
+                return day, id_field(fields), None
+        raise BadLine("missing_field", f"op is {operation!r}: allowed are upsert, delete")
+
+    last_day: dict[str, str] = {}
+    last: dict[str, Passage | None] = {}
+    for day, passage_id, passage in _good(path, report, parse):
+        if (config.as_of == "end" or day <= config.as_of) and last_day.get(passage_id, "") <= day:
+            last_day[passage_id], last[passage_id] = day, passage
+    return last
+
+
+def _good(
+    path: Path, report: CorpusReport, parse: Callable[[dict[str, Any]], Item], seen: set[str] | None = None
+) -> Iterator[Item]:
+    """The lines of a file that `parse` takes; the others go into the report, ids in `seen` too."""
+    for number, content in read_lines(path):
+        report.num_read += 1
+        try:
+            if isinstance(content, BadLine):
+                raise content
+            item = parse(content)
+            if seen is not None:
+                item_id = id_field(content)
+                if item_id in seen:
+                    raise BadLine("duplicate_id", f"id {item_id!r} was there before")
+                seen.add(item_id)
+        except BadLine as bad:
+            report.add(f"{path}:{number}", bad)
+            continue
+        report.num_kept += 1
+        yield item
+
+
+def _passage(fields: dict[str, Any], max_characters: int) -> Passage:
+    title, text = text_field(fields, "title", default=""), text_field(fields, "text")
+    passage = Passage(id_field(fields), title, text, metadata_field(fields))
+    if not passage.text.strip():
+        raise BadLine("empty_text", f"passage {passage.id!r} has no text")
+    length = len(passage.title) + len(passage.text)
+    if length > max_characters:
+        raise BadLine("oversized_text", f"passage {passage.id!r} has {length} characters: allowed are {max_characters}")
+    return passage
+
+
+def _read_relevant(path: Path, required: bool, report: CorpusReport) -> dict[str, list[str]]:
+    """Passage ids by question id from a judgements file: question, passage and score, separated by tabs."""
+    if not path.is_file():
+        if required:
+            raise ValueError(f"{path} does not exist: queries.jsonl[.gz] needs it to know the questions of the split")
+        return {}
+    relevant: dict[str, list[str]] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                question_id, passage_id, score = raw.decode().rstrip("\r\n").split("\t")
+                if number == 1 and score == "score":
+                    continue
+                if float(score) > 0:
+                    relevant.setdefault(question_id, []).append(passage_id)
+            except UnicodeDecodeError:
+                report.add(f"{path}:{number}", BadLine("broken_utf8", "the line is no UTF-8"))
+            except ValueError:
+                why = "needed are question id, passage id and a number, separated by tabs"
+                report.add(f"{path}:{number}", BadLine("missing_field", why))
+    return relevant
+
+
+def corpus_path(config: CorpusConfig) -> Path:
+    _check_date("corpus.as_of", config.as_of)
+    if config.format not in ("auto", "beir", "jsonl", "parquet"):
+        raise ValueError(f"corpus.format is {config.format!r}: allowed are auto, beir, jsonl, parquet")
+    if config.max_characters < 1:
+        raise ValueError(f"corpus.max_characters is {config.max_characters}: allowed is 1 or more")
+    if not config.path:
+        raise ValueError("corpus.path is empty: needed is a BEIR folder, a .jsonl[.gz] or a .parquet file")
+    path = Path(config.path)
+    if config.format == "beir" or (config.format == "auto" and path.is_dir()):
+        found = find_file(path, "corpus.jsonl")
+        if found is None:
+            raise ValueError(f"corpus.path {config.path!r} is no folder with corpus.jsonl[.gz]")
+        return found
+    if not path.is_file():
+        raise ValueError(f"corpus.path {config.path!r} does not exist")
+    endings = {"auto": (".jsonl", ".jsonl.gz", ".parquet"), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
+    if not path.name.endswith(endings[config.format]):
+        allowed = ", ".join(endings[config.format])
+        raise ValueError(
+            f"corpus.path {config.path!r} with corpus.format {config.format}: allowed endings are {allowed}"
+        )
+    return path
+
+
+def _updates_path(config: CorpusConfig) -> Path | None:
+    if not config.as_of:
+        return None
+    if config.updates:
+        path = Path(config.updates)
+        if not path.is_file():
+            raise ValueError(f"corpus.updates {config.updates!r} does not exist")
+        return path
+    corpus = Path(config.path)
+    path = find_file(corpus if corpus.is_dir() else corpus.parent, "updates.jsonl")
+    if path is None:
+        raise ValueError(f"corpus.as_of is {config.as_of!r}, but there is no updates.jsonl[.gz] beside {config.path!r}")
+    return path
+
+
+def _check_on_bad(name: str, value: str) -> None:
+    if value not in ("error", "skip"):
+        raise ValueError(f"{name} is {value!r}: allowed are error, skip")
+
+
+def _check_date(name: str, value: str) -> None:
+    if value not in ("", "end") and not _is_date(value):
+        raise ValueError(f"{name} is {value!r}: allowed are YYYY-MM-DD, end and empty")
+
+
+def _is_date(value: str) -> bool:
+    try:
+        return date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
+
+
+def _refuse_bad(report: CorpusReport, name: str, on_bad: str) -> None:
+    if not report.bad:
+        return
+    if on_bad == "error":
+        raise ValueError(f"{report.summary()}\n{name} is error: set it to skip to leave these lines out")
+    log.warning("%s", report.summary())

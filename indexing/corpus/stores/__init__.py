@@ -1,0 +1,1 @@
+"""Memory-mapped stores of passages, questions and metadata, and the log of changes."""

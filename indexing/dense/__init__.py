@@ -1,0 +1,1 @@
+"""Vector indexes: encoding a corpus, FAISS kinds, exact search and its checks."""

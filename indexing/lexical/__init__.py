@@ -1,0 +1,1 @@
+"""BM25 indexes and the fusion of rankings."""

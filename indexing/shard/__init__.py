@@ -1,0 +1,1 @@
+"""One shard of the index: generations are staged, committed, searched and saved."""

@@ -1,0 +1,193 @@
+"""The verb plan end to end, and the same numbers as a refusal before a launch."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cluster import cli
+from cluster.config.experiment import load
+from cluster.config.settings import Settings
+from cluster.planning.check_fit import check_fit
+from cluster.planning.hardware import GB, known_gpu, this_host
+from cluster.planning.placement import Node, gpu_memory
+from cluster.planning.placement import plan as seat
+from cluster.planning.plan import work_of
+from cluster.planning.sizing import shard_bytes, trainer_bytes
+from tests.indexing.helpers import make_store
+
+SIZES = ["plan.encoder=12x768x30522", "plan.generator=24x768x32128", "generator.kind=fusion"]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, dict]:
+    """The table and the numbers of a file's only stage."""
+    assert cli.main(["plan", *arguments]) == 0
+    *lines, numbers = capsys.readouterr().out.splitlines()
+    return "\n".join(lines), json.loads(numbers)[0]
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("run: {name: a}", encoding="utf-8")
+    return "a.yaml"
+
+
+def test_a_thousand_passages_stay_on_the_cpu(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    table, numbers = planned(capsys, file, "plan.gpu=cpu", "plan.passages=1000")
+    assert (numbers["gpu"], numbers["gpus"], numbers["nodes"]) == ("cpu", 0, 1)
+    assert numbers["passages"] == 1000
+    assert numbers["shard_serving_bytes"] == 1000 * 128 * 4
+    assert "1 trainer(s), 1 shard(s), 1 refresh worker(s)" in table
+    assert "tokens a passage: encoder.max_passage_tokens" in table
+
+
+def test_a_billion_passages_have_an_answer(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    large = ["plan.passages=1000000000", "plan.gpu=h200", "plan.gpus=1024", "index.device=gpu", "engine.precision=bf16"]
+    table, numbers = planned(capsys, file, *SIZES, *large, "index.factory=SQfp16", "refresh.precision=bfloat16")
+    assert numbers["gpus"] <= 1024
+    assert numbers["gpus"] == numbers["trainers"] + numbers["shards"] + numbers["workers"]
+    assert numbers["shard_at_most_bytes"] <= 0.9 * 141e9
+    assert f"index.num_shards={numbers['shards']}" in table
+
+
+def test_json_only(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--json", file, "plan.gpu=a10g", "plan.passages=5000"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["gpu"] == "a10g"
+
+
+def test_the_store_says_how_much_there_is(file: str, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "runs" / "a" / "data" / "key" / "passages", 30)
+    work, notes = work_of(load([file], []).settings, Path("runs/a"))
+    assert work.passages == 30
+    assert work.tokens == pytest.approx(store.tokens("retriever").lengths.mean())
+    assert "the store" in notes[0]
+    again, _ = work_of(load([file], ["plan.passages=7", "plan.tokens_per_passage=9"]).settings, Path("runs/a"))
+    assert (again.passages, again.tokens) == (7, 9)
+
+
+def test_the_synthetic_world_is_counted(file: str) -> None:
+    work, notes = work_of(load([file], ["corpus.world.num_people=50"]).settings, Path("runs/a"))
+    assert (work.passages, notes[0]) == (300, "passages: counted in the corpus")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["corpus.path=nowhere"], "how many passages? No prepared store, and corpus.path 'nowhere'"),
+        (["plan.passages=9", "encoder.name=no/such"], "encoder.name=no/such: its config.json is not on this machine"),
+        (
+            ["plan.passages=9", "generator.kind=fusion", "generator.name=no/such"],
+            "say how large it is: plan.generator=LAYERSxHIDDENxVOCABULARY",
+        ),
+        (["plan.gpu=h1000"], "plan.gpu=h1000: must be one of auto, h100"),
+        (["plan.gpus=2000"], "plan.gpus=2000: must be 0 (as many as are needed) to 1024"),
+        (["plan.encoder=12x768"], "plan.encoder=12x768: must be LAYERSxHIDDENxVOCABULARY"),
+        (["plan.passages=20000000000"], "must be 0 (counted) to 10000000000"),
+        (["plan.network_gbit_s=0"], "plan.network_gbit_s=0.0: must be above 0"),
+        (["cluster.memory_margin=1"], "cluster.memory_margin=1.0: must be below 1"),
+        (["cluster.check_fit=no"], "cluster.check_fit=no: must be one of refuse, warn, off"),
+        (
+            [*SIZES, "plan.passages=1000000000", "plan.gpus=8", "engine.precision=bf16", "index.device=gpu"],
+            "8 GPUs (plan.gpus) are not enough: 1 train and",
+        ),
+    ],
+)
+def test_what_is_missing_is_asked_for_by_name(
+    file: str, overrides: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    defaults = [] if any(text.startswith("plan.gpu=") for text in overrides) else ["plan.gpu=h100"]
+    assert cli.main(["plan", file, *defaults, *overrides]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert expected in captured.err
+
+
+def test_a_probe_measures_this_machine() -> None:
+    host = this_host(64, 16, seconds=0.08)
+    assert host.cpus >= 1
+    for rate in (host.product_flops, host.scan_flops, host.pair_bytes, host.copy_bytes):
+        assert 1e8 < rate < 1e13
+
+
+def test_gpus_are_told_apart() -> None:
+    assert known_gpu("NVIDIA H100 80GB HBM3", 80 * GB) == "h100"
+    assert known_gpu("NVIDIA A100-SXM4-80GB", 85 * GB) == "a100-80g"
+    assert known_gpu("NVIDIA A100-PCIE-40GB", 42 * GB) == "a100-40g"
+    assert known_gpu("Tesla T4", 16 * GB) == "t4"
+    assert known_gpu("GeForce", 8 * GB) is None
+    assert gpu_memory({"CPU": 8.0, "accelerator_type:H100": 1.0}) == 80 * GB
+    assert gpu_memory({"CPU": 8.0}) == 0
+
+
+# ---------------------------------------------------------------- before a launch
+
+
+def refusal_of(settings: Settings, node: Node, passages: int = 10**6, nodes: int = 1) -> str:
+    placement = seat(settings.cluster, settings.refresh, settings.index, [node] * nodes)
+    with pytest.raises(ValueError) as caught:
+        check_fit(settings, placement, passages)
+    return str(caught.value)
+
+
+def test_a_launch_that_does_not_fit_is_refused_with_the_plans_numbers(file: str) -> None:
+    settings = load([file], []).settings
+    one = Node(4, 0, memory_bytes=4 * GB)
+    placement = seat(settings.cluster, settings.refresh, settings.index, [one])
+    check_fit(settings, placement, 10_000)
+    work, _ = work_of(settings, Path("runs/a"), 10**7, on_gpu=False)
+    refused = refusal_of(settings, one, 10**7)
+    assert refused.startswith("a does not fit: 1 x trainer of")
+    assert f"2 x index shard of {(shard_bytes(work, 2).at_most + 0.25e9) / GB:.2f} GB" in refused
+    assert f"1 x trainer of {trainer_bytes(work, 1, False)[0] / GB:.2f} GB" in refused
+    assert "there are 4.00 GB, of which 10% stay free" in refused
+
+
+def test_only_said_or_not_asked(file: str) -> None:
+    said: list[str] = []
+    for mode, times in (("warn", 1), ("off", 0)):
+        settings = load([file], [f"cluster.check_fit={mode}"]).settings
+        placement = seat(settings.cluster, settings.refresh, settings.index, [Node(4, 0, memory_bytes=1 * GB)])
+        check_fit(settings, placement, 10**7, said.append)
+        assert len(said) == times
+        said.clear()
+
+
+def test_unknown_memory_and_unknown_models_are_no_reason_to_refuse(file: str) -> None:
+    settings = load([file], []).settings
+    check_fit(settings, seat(settings.cluster, settings.refresh, settings.index, [Node(4, 0)]), 10**9)
+    said: list[str] = []
+    strange = replace(settings, encoder=replace(settings.encoder, name="no/such"))
+    check_fit(strange, seat(settings.cluster, settings.refresh, settings.index, [Node(4, 0, 1.0)]), 10**9, said.append)
+    assert "is not checked: encoder.name=no/such" in said[0]
+
+
+def test_a_gpu_that_is_too_small(file: str) -> None:
+    settings = load([file], [*SIZES, "index.device=gpu", "index.num_shards=2", "engine.precision=bf16"]).settings
+    fine = Node(32, 4, 500 * GB, 80 * GB)
+    check_fit(settings, seat(settings.cluster, settings.refresh, settings.index, [fine]), 10**6)
+    small = replace(fine, gpu_memory_bytes=16 * GB)
+    assert "1 x index shard of" in refusal_of(settings, small, 10**7)
+    shares = replace(settings.cluster, trainer_gpus=0.4, refresh_gpus=0.2, shard_gpus=0.2)
+    shared = replace(settings, cluster=shares)
+    refused = refusal_of(shared, replace(fine, gpus=1), 10**7)  # all on one GPU: their sum counts
+    assert "2 x trainer of" in refused or "1 x trainer of" in refused
+    assert " x index shard of" in refused
+    assert " x refresh worker of" in refused
+
+
+def test_machines_share_the_load(file: str) -> None:
+    """Four shards on four machines need less of each than on one."""
+    settings = load([file], ["index.num_shards=4"]).settings
+    node = Node(8, 0, memory_bytes=10 * GB)
+    refusal_of(settings, node, 6 * 10**6)
+    check_fit(settings, seat(settings.cluster, settings.refresh, settings.index, [node] * 4), 6 * 10**6)
+
+
+def test_the_command_refuses_before_anything_starts(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["corpus.world.num_people=12", "corpus.world.num_values=20", "encoder.tokenizer.vocabulary=300"]
+    assert cli.main(["train", file, *small, "cluster.memory_margin=0.9999"]) == 2
+    assert "tandem: a does not fit: 1 x trainer of" in capsys.readouterr().err
+    assert not Path("runs/a/events.jsonl").exists()
+    assert not Path("runs/a/index").exists()

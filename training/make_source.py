@@ -1,0 +1,169 @@
+"""The micro-batches of a stage: spans of the corpus, examples cut from it, questions, or judged and sampled answers."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from indexing.corpus.stores.duplicates import open_groups
+from indexing.corpus.stores.questions import QuestionStore
+from training.data import ClozeSource, Collator, Stream, encode_questions
+from training.feeding.alignment import aligned, make_collator
+from training.feeding.answers import MORE_FOR_REFUSALS, TrainingAnswers
+from training.feeding.batches import ClosedBookBatches, ClozeBatches, RetrievedBatches, WithPairs
+from training.feeding.long_context import LongContext, LongContextBatches
+from training.feeding.mixture import contrasted
+from training.feeding.pretraining import (
+    HELD_OUT,
+    HELD_OUT_SEED,
+    TRAINING,
+    CorpusQuestions,
+    FairSearch,
+    example_sides,
+    split_passages,
+)
+from training.feeding.reference import Reference
+from training.job import Parts
+from training.loop import Source
+from training.models.text.token_rows import generator_answer_side
+from training.objectives.check import PREFERENCE, samples_answers
+from training.objectives.dispatch import needs
+from training.refreshing.drift import PROBE_FACTOR, DriftProbe
+from training.retrieving.rescore import FreshVectors, Rescorer
+from training.retrieving.retrieve import Prefetcher
+
+PROBE = 21  # purpose of the random generator that draws the probe
+
+
+class CorpusExamples:
+    """Examples of pretraining, those that are held out, and searches that leave out what they were cut from."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, job, config = parts, parts.job, parts.job.pretraining
+        self.groups = np.array(open_groups(job.duplicates))
+        train, out = split_passages(self.groups, config.held_out)
+        sides = example_sides(parts.tokenizers, job.encoder, job.generator)
+        self.training = CorpusQuestions(parts.store, train, config, sides, job.seed, TRAINING)
+        self.held_out: CorpusQuestions | None = None
+        if len(out) and config.held_out_examples:
+            self.held_out = CorpusQuestions(parts.store, out, config, sides, HELD_OUT_SEED, HELD_OUT)
+
+    def search(self, questions: CorpusQuestions) -> FairSearch:
+        """How passages for `questions` are searched."""
+        assert self.parts.service is not None
+        margin, hybrid = self.parts.job.pretraining.margin, self.parts.hybrid_search(questions)
+        return FairSearch(self.parts.service, questions, self.groups, margin, hybrid)
+
+
+def make_source(
+    parts: Parts, corpus: CorpusExamples | None, reference: Reference | None, loader_state: dict[str, Any] | None
+) -> Source:
+    """Micro-batches from where the checkpoint stood; `corpus` where the stage pretrains on it."""
+    job, engine = parts.job, parts.engine
+    place = (job.seed, engine.rank, engine.world_size)
+    start = loader_state["number"] if loader_state else 0
+    if needs(job.objective).in_batch:
+        stream = Stream(len(parts.store), job.training.batch_size, *place)
+        return ClozeBatches(_pairs(parts, stream, job.objective.name), engine.device, start)
+    if corpus is not None:
+        questions = corpus.training
+        stream = Stream(len(questions.candidates), job.training.batch_size, *place)
+        answers, batch_of = None, stream.places
+        collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
+        hybrid = None  # every passage that is read is a hit
+        search = corpus.search(questions) if parts.service is not None else None
+    else:
+        questions = QuestionStore.open(job.train_questions, verify=False, corpus=parts.store)
+        stream = Stream(len(questions), job.training.batch_size, *place)
+        judged = job.objective.name in PREFERENCE or samples_answers(job.objective)
+        answers, batch_of = None if judged else _training_answers(parts, questions, stream), stream.batch
+        collator = make_collator(job.objective, parts.store, questions, parts.system.generator, parts.pad_id, job.seed)
+        search = hybrid = parts.hybrid_search(questions)
+    select = parts.selection(collator)
+    if job.retrieval.source == "long":
+        long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
+        return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
+    if parts.service is None:
+        source = ClosedBookBatches(collator, batch_of, engine.device, start, answers)
+        return _with_pairs(parts, corpus, _aligned(parts, source, collator, reference, loader_state), place, start)
+    k, depth = job.retrieval.k, job.retrieval.prefetch_depth
+    # A labelled passage takes one place: search one more, so that k - 1 others are left.
+    k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
+    if select is not None:
+        k = max(k, select.candidates)
+    k = min(k, parts.service.num_passages)
+    as_they_came = job.retrieval.source != "gold" and not job.questions.refusal_share
+    candidates, rescore = k, None
+    if job.retrieval.rescore > 1:
+        candidates = min(k * job.retrieval.rescore, parts.service.num_passages)
+        keep_vectors = parts.index_is_fresh and as_they_came
+        fresh, fuse = FreshVectors(engine, collator), parts.refusion()
+        rescore = Rescorer(fresh, k, parts.index_is_fresh, keep_vectors, fuse)
+    prefetcher = Prefetcher(
+        parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), candidates, depth, start,
+        with_vectors=parts.index_is_fresh and (as_they_came or rescore is not None), search=search,
+        is_living=parts.store.is_living, rescore=rescore, select=select,
+    )  # fmt: skip
+    weighed = hybrid if parts.weighs_words else None
+    source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers, weighed)
+    if loader_state:
+        source.restore(loader_state)
+    return _with_pairs(parts, corpus, _aligned(parts, source, collator, reference, loader_state), place, start)
+
+
+def _pairs(parts: Parts, stream: Stream, task: str, passages: np.ndarray | None = None) -> ClozeSource:
+    separator = parts.tokenizers[0].sep_token_id
+    separator_id = separator if isinstance(separator, int) else -1
+    return ClozeSource(
+        parts.store, stream, replace(parts.job.objective, name=task), separator_id, parts.pad_id, passages
+    )
+
+
+def _with_pairs(
+    parts: Parts, corpus: CorpusExamples | None, source: Source, place: tuple[int, int, int], start: int
+) -> Source:
+    """Pairs of the mixture's contrastive tasks beside every micro-batch, cut from the same passages as its examples."""
+    config = parts.job.pretraining
+    shares = contrasted(config) if corpus is not None else {}
+    if corpus is None or not shares:
+        return source
+    passages = corpus.training.candidates
+    stream = Stream(len(passages), config.contrast_passages, *place)
+    return WithPairs(source, {task: _pairs(parts, stream, task, passages) for task in shares}, shares, place[0], start)
+
+
+def make_probe(parts: Parts, corpus: CorpusExamples | None) -> DriftProbe:
+    """What measures the drift of the index: a seeded sample of the questions, or the first examples, trained on."""
+    job, service = parts.job, parts.service
+    assert service is not None
+    if corpus is not None:
+        questions, numbers = corpus.training, np.arange(job.plan.probe_questions)
+    else:
+        questions = QuestionStore.open(job.train_questions, verify=False)
+        shuffled = np.random.default_rng([job.seed, PROBE]).permutation(len(questions))
+        numbers = np.sort(shuffled[: job.plan.probe_questions])
+    collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
+    k = min(job.retrieval.k, service.num_passages)
+    depth = min(k * max(job.retrieval.rescore, PROBE_FACTOR), service.num_passages)
+    return DriftProbe(FreshVectors(parts.engine, collator), service, numbers, k, depth)
+
+
+def _aligned(
+    parts: Parts,
+    source: Source,
+    collator: Collator,
+    reference: Reference | None,
+    loader_state: dict[str, Any] | None,
+) -> Source:
+    job = parts.job
+    return aligned(
+        source, parts.engine, collator, parts.store, parts.to_text, job.generator.max_answer_tokens, job.objective,
+        job.alignment, reference, loader_state,
+    )  # fmt: skip
+
+
+def _training_answers(parts: Parts, questions: QuestionStore, stream: Stream) -> TrainingAnswers:
+    config = parts.job.questions
+    refusal = generator_answer_side(parts.tokenizers[1], parts.job.generator).tokenize([("", config.refusal)])[0]
+    row = np.array(refusal, dtype=np.int32) if config.refusal else None
+    return TrainingAnswers(questions, parts.store, stream, config.target, row, config.refusal_share)

@@ -1,0 +1,59 @@
+"""Several answers to each question, scored by the system that trains and by its reference in the same way.
+
+Preferences: every answer is scored under each of the K passages, which are read once. Samples: every answer is scored
+under the one passage that it was drawn with, so that the cost does not grow with K times the size of the group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.models.generators.generator import Decoded, Generator, ReaderBatch
+from training.models.model_inputs import CandidateBatch
+from training.objectives.preference import Candidates
+
+
+def score_answers(generator: Generator, scores: Tensor, batch: CandidateBatch) -> Candidates:
+    """Log-probabilities of all answers, beside the passages' `scores` [batch, k] and what the batch knows of the
+    reference."""
+    reading = generator.read(batch.reader)
+    if batch.drawn is not None:
+        drawn = generator.per_passage_log_probs(reading, batch.reader)  # [batch * group, 1, tokens]
+        log_probs = drawn.unflatten(0, batch.answer_ids.shape[:2])
+    else:
+        each = []
+        for number, answer in enumerate(zip(batch.answer_ids.unbind(1), batch.answer_mask.unbind(1), strict=True)):
+            reader = replace(batch.reader, answer_ids=answer[0], answer_mask=answer[1])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and number < batch.num_trained):
+                each.append(generator.per_passage_log_probs(reading, reader))
+        log_probs = torch.stack(each, dim=1)
+    return Candidates(
+        scores=scores,
+        passage_mask=batch.passage_mask,
+        log_probs=log_probs,
+        log_probs_mask=batch.answer_mask,
+        reference_scores=batch.reference_scores,
+        reference_log_probs=batch.reference_log_probs,
+        desirable=batch.desirable,
+        drawn=batch.drawn,
+        rewards=batch.rewards,
+        old_log_probs=batch.old_log_probs,
+    )
+
+
+@torch.no_grad()
+def sample(generator: Generator, reader: ReaderBatch, max_tokens: int, temperature: float) -> Decoded:
+    """One sampled answer for each passage of `reader`."""
+    return generator.write(generator.read(reader), reader, False, max_tokens, num_beams=1, temperature=temperature)
+
+
+def answer_tensors(generator: Generator, groups: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor]:
+    """Token rows [batch][group] to ids int64 [batch, group, tokens] and mask, as this generator ends and cuts them."""
+    rows = [row for group in groups for row in group]
+    nothing = np.empty(0, dtype=np.int64)
+    collated = generator.collate([nothing] * len(rows), [[nothing]] * len(rows), rows)
+    shape = (len(groups), len(groups[0]))
+    return collated.answer_ids.unflatten(0, shape), collated.answer_mask.unflatten(0, shape)

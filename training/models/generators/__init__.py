@@ -1,0 +1,1 @@
+"""Language models that read passages and write answers."""

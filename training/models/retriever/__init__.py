@@ -1,0 +1,1 @@
+"""Encoders of questions and passages, and the re-ranker."""

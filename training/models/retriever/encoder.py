@@ -1,0 +1,369 @@
+"""Text to vector: one tower from a Hugging Face or sentence-transformers checkpoint or from random weights, and the
+retriever made of two (shared, separate, or with a frozen passage side)."""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
+
+from training.models.parts.adapters import add_adapters, merged
+from training.models.parts.checkpoint_layout import POOLINGS, DenseLayout, Layout, read_layout
+from training.models.parts.pretrained import choose_attention, encoder_only, load_pretrained, num_positions
+from training.models.parts.recompute import recomputed
+from training.models.parts.weights import from_numpy
+from training.models.text.packing import by_length, row_lengths
+from training.training_settings import EncoderConfig, FreshEncoderConfig
+
+TRAIN = ("both", "query_only", "retriever_only", "generator_only", "none")
+
+
+class TextEncoder(nn.Module):
+    """A transformer, pooling over valid tokens, projections, L2 normalisation. Padding never changes a vector."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        pooling: tuple[str, ...] = ("mean",),
+        normalize: bool = True,
+        projections: nn.Module | None = None,
+        length_groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.projections = projections if projections is not None else nn.Sequential()
+        self.pooling = pooling
+        self.normalize = normalize
+        self.length_groups = length_groups
+        linear = [module for module in self.projections.modules() if isinstance(module, nn.Linear)]
+        self.dim: int = linear[-1].out_features if linear else int(backbone.config.hidden_size) * len(pooling)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """float32 [n, dim] of token ids [n, t] and mask [n, t] (bool or integer, padding on the right).
+
+        A row without any valid token gets the vector of its first position: finite, and to be masked by the caller.
+        """
+        return by_length(self._encode, ids, mask, self.length_groups)
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.to(torch.int64)
+        first = torch.zeros_like(mask)
+        first[:, :1] = 1
+        mask = torch.where(mask.any(dim=1, keepdim=True), mask, first)
+        states = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+        pooled = torch.cat([pool(states, mask, mode) for mode in self.pooling], dim=-1)
+        vectors = self.projections(pooled).to(torch.float32)
+        return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """One vector [n, dim] a row from `states` [n, t, dim] over the valid tokens of `mask` [n, t]; sums are float32."""
+    match mode:
+        case "mean":
+            total = (states * mask.unsqueeze(-1).to(states.dtype)).sum(dim=1, dtype=torch.float32)
+            return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(states.dtype)
+        case "cls":
+            chosen = mask.argmax(dim=1)
+        case "last":
+            chosen = (row_lengths(mask) - 1).clamp(min=0)
+        case "max":
+            return states.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(dim=1)
+        case _:
+            raise ValueError(f"encoder.pooling is {mode!r}; allowed: auto, {', '.join(POOLINGS)}")
+    return states[torch.arange(len(states), device=states.device), chosen]
+
+
+class NullScore(nn.Module):
+    """What reading no passage scores, learned, in the units of an inner product of vectors. A module that is called, so
+    that sharded weights are gathered; of shape [1], since DeepSpeed takes no parameter without an axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Parameter(torch.zeros(1))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """float32 [batch] for scores [batch, k]."""
+        return self.score.to(torch.float32).expand(len(scores))
+
+
+LEXICAL_SPEED = 10.0  # Adam moves a parameter by the learning rate a step, whatever its gradient: slow for one number
+
+
+class LexicalWeight(nn.Module):
+    """What a lexical score of 1 adds to an inner product: softplus of a parameter, so never negative. A module that is
+    called, for the same reasons as `NullScore`."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.start = math.log(math.expm1(max(weight, 1e-6))) / LEXICAL_SPEED
+        self.raw = nn.Parameter(torch.tensor([self.start]))
+
+    def forward(self, lexical: Tensor) -> Tensor:
+        """float32, `lexical` scores of any shape times the weight."""
+        return lexical.to(torch.float32) * nn.functional.softplus(LEXICAL_SPEED * self.raw.to(torch.float32))
+
+
+class Retriever(nn.Module):
+    """Query tower and passage tower. Shared towers are one object; separate ones share nothing."""
+
+    def __init__(
+        self,
+        query_encoder: TextEncoder,
+        passage_encoder: TextEncoder,
+        temperature: float,
+        gradient_cache_passages: int = 0,
+    ) -> None:
+        super().__init__()
+        if query_encoder.dim != passage_encoder.dim:
+            raise ValueError(f"query vectors have {query_encoder.dim} numbers, passage vectors {passage_encoder.dim}")
+        self.query_encoder = query_encoder
+        self.passage_encoder = passage_encoder
+        self.temperature = temperature
+        self.null: NullScore | None = None  # only where an objective learns it
+        self.lexical: LexicalWeight | None = None  # only with retrieval.hybrid=learned
+        self.gradient_cache_passages = gradient_cache_passages
+
+    @property
+    def shared(self) -> bool:
+        """Whether both towers are one."""
+        return self.query_encoder is self.passage_encoder
+
+    @property
+    def dim(self) -> int:
+        return self.query_encoder.dim
+
+    @property
+    def passage_prefix(self) -> str:
+        """What the names of the passage tower's weights start with in `named_parameters()`."""
+        return "query_encoder." if self.shared else "passage_encoder."
+
+    def encode_queries(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """float32 [batch, dim] of question tokens [batch, t]."""
+        return self.query_encoder(ids, mask)
+
+    def encode_passages(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """float32 [n, dim] of passage tokens [n, t]. With `gradient_cache_passages`, all are encoded without a graph,
+        and so many at a time again with one, and the same dropout, when the gradient reaches their vectors (gradient
+        caching, Gao et al. 2021, arXiv:2101.06983): the same gradients, in the one backward pass that DeepSpeed needs.
+        """
+        chunk = self.gradient_cache_passages
+        if not (chunk and torch.is_grad_enabled()):
+            return self.passage_encoder(ids, mask)
+        order = torch.argsort(row_lengths(mask), stable=True)  # like lengths together: less padding in a part
+        weights = list(self.passage_encoder.parameters())
+        parts = [recomputed(self.passage_encoder, (ids[rows], mask[rows]), weights) for rows in order.split(chunk)]
+        return torch.cat(parts)[torch.argsort(order)]
+
+    def scores(self, queries: Tensor, passages: Tensor) -> Tensor:
+        """float32 [batch, k]: inner products of queries [batch, dim] and passages [batch, k, dim], over temperature.
+
+        Products and sums are elementwise, which autocast leaves in float32.
+        """
+        products = queries.to(torch.float32).unsqueeze(1) * passages.to(torch.float32)
+        return products.sum(dim=-1) / self.temperature
+
+    def fused(self, scores: Tensor, lexical: Tensor | None) -> Tensor:
+        """`scores` [batch, k] and what normalised `lexical` ones [batch, k] add to them, over the same temperature."""
+        if self.lexical is None:
+            return scores
+        assert lexical is not None, "a batch without lexical scores for a retriever that weighs them"
+        return scores + self.lexical(lexical) / self.temperature
+
+    def null_scores(self, scores: Tensor) -> Tensor | None:
+        """float32 [batch]: the learned score of reading no passage, over the temperature as `scores` [batch, k] beside
+        it; None where it is 0."""
+        return self.null(scores) / self.temperature if self.null is not None else None
+
+    def train(self, mode: bool = True) -> "Retriever":
+        """As usual, but a frozen tower stays in evaluation mode: its vectors are the index's, without dropout."""
+        super().train(mode)
+        for tower in (self.query_encoder, self.passage_encoder):
+            if not any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.eval()
+        return self
+
+
+def build_encoder(config: EncoderConfig, vocab_size: int | None = None) -> TextEncoder:
+    """The tower that `config` describes; a fresh one needs the tokeniser's `vocab_size`.
+
+    Raises ValueError that names the setting when the checkpoint cannot be read, or is too short for the token limits.
+    """
+    _check(config)
+    if config.name:
+        encoder, limit = _checkpoint_encoder(config)
+    else:
+        encoder, limit = _fresh_encoder(config, vocab_size), None
+    for setting, tokens in _token_limits(config).items():
+        if limit is not None and tokens > limit:
+            raise ValueError(f"{setting} is {tokens}; {config.name!r} takes at most {limit}")
+    if config.gradient_checkpointing:
+        encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return encoder
+
+
+def build_retriever(config: EncoderConfig, train: str, vocab_size: int | None = None) -> Retriever:
+    """Both towers, with `requires_grad` set for `train`. query_only on shared towers: passages get a frozen copy.
+    With `encoder.lora`, a tower that trains has adapters, and only they train."""
+    query_encoder = build_encoder(config, vocab_size)
+    passage_encoder = copy.deepcopy(query_encoder) if config.num_towers(train) == 2 else query_encoder
+    retriever = Retriever(query_encoder, passage_encoder, config.temperature, config.gradient_cache_passages)
+    set_trainable(retriever, train)
+    if config.lora.rank:
+        for tower in {id(tower): tower for tower in (query_encoder, passage_encoder)}.values():
+            if any(parameter.requires_grad for parameter in tower.parameters()):
+                tower.requires_grad_(False)
+                add_adapters(tower.backbone, config.lora, "encoder.lora")
+    return retriever
+
+
+def set_trainable(retriever: Retriever, train: str) -> None:
+    """Set `requires_grad` of both towers: both and retriever_only train them, query_only the query side, the rest none.
+
+    Raises ValueError for another value, and for query_only on towers that are one object.
+    """
+    if train not in TRAIN:
+        raise ValueError(f"training.train is {train!r}; allowed: {', '.join(TRAIN)}")
+    if train == "query_only" and retriever.shared:
+        raise ValueError(
+            "training.train=query_only needs a passage tower of its own: build the retriever with query_only"
+        )
+    retriever.passage_encoder.requires_grad_(train in ("both", "retriever_only"))
+    retriever.query_encoder.requires_grad_(train in ("both", "retriever_only", "query_only"))
+    for score in (retriever.null, retriever.lexical):
+        if score is not None:
+            score.requires_grad_(train in ("both", "retriever_only", "query_only"))
+    retriever.train(retriever.training)
+
+
+def passage_state(retriever: Retriever) -> dict[str, Tensor]:
+    """The passage tower's weights under the names of a `TextEncoder`, adapters merged: what is published."""
+    return merged(retriever.passage_encoder, retriever.passage_encoder.state_dict())
+
+
+def load_passage_weights(encoder: TextEncoder, weights: Mapping[str, np.ndarray]) -> None:
+    """Put published arrays (`weights.to_numpy`) into `encoder`. Raises ValueError naming weights that do not fit."""
+    load_encoder_state(encoder, from_numpy(weights))
+
+
+def load_encoder_state(encoder: TextEncoder, state: Mapping[str, Tensor]) -> None:
+    """Strict loading with a message for users instead of torch's."""
+    own = encoder.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if missing or unknown or shapes:
+        raise ValueError(
+            f"these weights are not of this encoder: missing {missing[:3]}, unknown {unknown[:3]}, "
+            f"other shape {sorted(shapes)[:3]}"
+        )
+    encoder.load_state_dict(dict(state))
+
+
+def with_towers_of(config: EncoderConfig, weights: Iterable[str]) -> EncoderConfig:
+    """`config` for a system that goes on with the weights of these names: it has two towers where they have. (A query
+    tower that was trained alone is another one than that of the passages.)"""
+    own = any(name.startswith("retriever.passage_encoder.") for name in weights)
+    return replace(config, towers="separate") if own else config
+
+
+def _check(config: EncoderConfig) -> None:
+    """One clear line for a wrong value."""
+    normalize = str(config.normalize).lower()
+    allowed: dict[str, tuple[str, tuple[str, ...]]] = {
+        "encoder.towers": (config.towers, ("shared", "separate")),
+        "encoder.pooling": (config.pooling, ("auto", *POOLINGS)),
+        "encoder.normalize": (normalize, ("auto", "true", "false")),
+    }
+    for setting, (value, choices) in allowed.items():
+        if value not in choices:
+            raise ValueError(f"{setting} is {value!r}; allowed: {', '.join(choices)}")
+    if not config.temperature > 0:
+        raise ValueError(f"encoder.temperature is {config.temperature}; allowed: above 0")
+    for setting, value in _token_limits(config).items():
+        if value < 3:
+            raise ValueError(f"{setting} is {value}; allowed: at least 3")
+
+
+def _token_limits(config: EncoderConfig) -> dict[str, int]:
+    return {
+        "encoder.max_question_tokens": config.max_question_tokens,
+        "encoder.max_passage_tokens": config.max_passage_tokens,
+    }
+
+
+def bert_config(fresh: FreshEncoderConfig, vocab_size: int, num_positions: int, **options: Any) -> BertConfig:
+    """BERT of this size, for so many tokens; `options` are transformers' own."""
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=fresh.hidden,
+        num_hidden_layers=fresh.num_layers,
+        num_attention_heads=fresh.num_heads,
+        intermediate_size=fresh.intermediate,
+        hidden_dropout_prob=fresh.dropout,
+        attention_probs_dropout_prob=fresh.dropout,
+        max_position_embeddings=num_positions,
+        **options,
+    )
+
+
+def _fresh_encoder(config: EncoderConfig, vocab_size: int | None) -> TextEncoder:
+    """BERT of `encoder.fresh`'s size with random weights, without pooler."""
+    if not vocab_size:
+        raise ValueError("encoder.name is empty: a fresh encoder needs the tokeniser's vocabulary size")
+    fresh = config.fresh
+    if fresh.hidden % fresh.num_heads:
+        raise ValueError(f"encoder.fresh.hidden is {fresh.hidden}; allowed: a multiple of num_heads={fresh.num_heads}")
+    attention = choose_attention(config.attention, "encoder.attention")
+    shape = bert_config(fresh, vocab_size, max(_token_limits(config).values()), attn_implementation=attention)
+    backbone = BertModel(shape, add_pooling_layer=False)
+    pooling = ("mean",) if config.pooling == "auto" else (config.pooling,)
+    return TextEncoder(backbone, pooling, _normalize(config, True), length_groups=config.length_groups)
+
+
+def _checkpoint_encoder(config: EncoderConfig) -> tuple[TextEncoder, int | None]:
+    """The encoder of `encoder.name`, and the number of tokens that it takes. A plain Hugging Face checkpoint says
+    nothing about pooling and normalisation: mean and true."""
+    layout = read_layout(config.name) or Layout(pooling=("mean",), normalize=True)
+    backbone = load_pretrained(
+        AutoModel,
+        config.name,
+        "encoder.name",
+        subfolder=layout.transformer_folder,
+        attn_implementation=choose_attention(config.attention, "encoder.attention"),
+        trust_remote_code=config.trust_remote_code,
+    )
+    backbone = encoder_only(backbone)
+    pooling = layout.pooling if config.pooling == "auto" else (config.pooling,)
+    limits = [limit for limit in (layout.max_tokens, num_positions(backbone)) if limit is not None]
+    encoder = TextEncoder(
+        backbone,
+        pooling,
+        _normalize(config, layout.normalize),
+        nn.Sequential(*(_dense(dense) for dense in layout.dense)),
+        config.length_groups,
+    )
+    return encoder, min(limits, default=None)
+
+
+def _normalize(config: EncoderConfig, otherwise: bool) -> bool:
+    setting = str(config.normalize).lower()
+    return otherwise if setting == "auto" else setting == "true"
+
+
+def _dense(layout: DenseLayout) -> nn.Module:
+    """A projection with its weights."""
+    linear = nn.Linear(layout.in_features, layout.out_features, bias=layout.bias)
+    if layout.weights.suffix == ".safetensors":
+        state = load_file(str(layout.weights))
+    else:
+        state = torch.load(layout.weights, map_location="cpu", weights_only=True)
+    linear.load_state_dict({name.removeprefix("linear."): tensor.to(torch.float32) for name, tensor in state.items()})
+    activation = getattr(nn, layout.activation, None)
+    if activation is None or not issubclass(activation, nn.Module):
+        raise ValueError(f"activation {layout.activation!r} of a Dense module is no class of torch.nn")
+    return nn.Sequential(linear, activation())

@@ -1,0 +1,207 @@
+"""How text becomes the token rows of the store: one side for the retriever, one for the generator, made once.
+
+Rows of the retriever are complete (special tokens included). Rows of a generator are segments without special tokens,
+which the generator puts together; each segment is tokenised as it stands after the text that precedes it in the prompt.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from indexing.corpus.stores.passages import TokenSide
+from training.models.parts.checkpoint_layout import read_layout
+from training.models.text.prompts import CONTEXT_END, passage_template, prompt_segments
+from training.models.text.tokenizers import fingerprint, plain_backend
+from training.training_settings import EncoderConfig, GeneratorConfig
+
+Pairs = Sequence[tuple[str, str]]
+FUSION_QUESTION = "question: {question}"  # of pretrained readers, as in fusion-in-decoder (Izacard & Grave 2021)
+FUSION_PASSAGE = "title: {title} context: {text}"
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """`start title between text end`, each tokenised alone; the title is cut first, then the whole."""
+
+    max_tokens: int
+    max_title_tokens: int
+    start: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+
+    def rows(self, backend: Tokenizer, pairs: Pairs) -> list[list[int]]:
+        titles = _encode(backend, [title for title, _ in pairs])
+        texts = _encode(backend, [text for _, text in pairs])
+        room = self.max_tokens - len(self.end)
+        rows: list[list[int]] = []
+        for title, text in zip(titles, texts, strict=True):
+            head = [*title[: self.max_title_tokens], *self.between] if title else []
+            rows.append([*self.start, *head, *text][:room] + list(self.end))
+        return rows
+
+
+@dataclass(frozen=True)
+class Joined:
+    """`prompt title text` as one sequence with the tokeniser's own special tokens: what pretrained encoders expect."""
+
+    max_tokens: int
+    prompt: str = ""
+
+    def rows(self, backend: Tokenizer, pairs: Pairs) -> list[list[int]]:
+        texts = [self.prompt + f"{title} {text}".strip() for title, text in pairs]
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=True)]
+
+
+@dataclass(frozen=True)
+class InContext:
+    """Tokens that a text has after `before`; spaces that end `before` go with the text."""
+
+    max_tokens: int
+    before: str
+    with_title: str  # template of {title} and {text}
+    without_title: str  # template of {text} alone
+
+    def rows(self, backend: Tokenizer, pairs: Pairs) -> list[list[int]]:
+        stem = self.before.rstrip(" ")
+        space = self.before[len(stem) :]
+        known = backend.encode(stem, add_special_tokens=False).ids
+        texts = [space + self._render(title, text) for title, text in pairs]
+        rows = _encode(backend, [stem + text for text in texts])
+        for i, row in enumerate(rows):
+            joined = row[: len(known)] != known  # the text melts with what is before it
+            rows[i] = backend.encode(texts[i], add_special_tokens=False).ids if joined else row[len(known) :]
+        return [row[: self.max_tokens] for row in rows]
+
+    def _render(self, title: str, text: str) -> str:
+        if title:
+            return self.with_title.replace("{text}", "\0").replace("{title}", title).replace("\0", text)
+        return self.without_title.replace("{text}", text)
+
+
+@dataclass(frozen=True)
+class WithContext:
+    """A question after what is said before it, pairs (context, question). `marked`: the context is whole and ends with
+    `CONTEXT_END`; otherwise both share `max_tokens`, the question is kept and of the context the end."""
+
+    max_tokens: int
+    question: Pieces | InContext
+    marked: bool
+
+    def rows(self, backend: Tokenizer, pairs: Pairs) -> list[list[int]]:
+        rows = self.question.rows(backend, [("", text) for _, text in pairs])
+        for i, (context, _) in enumerate(pairs):
+            if context:
+                before = _encode(backend, [context])[0]
+                if self.marked:
+                    before = [*before, CONTEXT_END]
+                else:
+                    before = before[max(0, len(before) + len(rows[i]) - self.max_tokens) :]
+                rows[i] = [*before, *rows[i]]
+        return rows
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """The callable of a `TokenSide`; can be pickled."""
+
+    backend: Tokenizer
+    plan: Pieces | Joined | InContext | WithContext
+
+    def __call__(self, pairs: Pairs) -> list[list[int]]:
+        return self.plan.rows(self.backend, pairs)
+
+
+def retriever_passage_side(tokenizer: PreTrainedTokenizerFast, config: EncoderConfig) -> TokenSide:
+    """Fresh: `[CLS] title [SEP] text [SEP]`, title cut at `max_title_tokens`. Checkpoint: title and text as one
+    sequence, after the checkpoint's own passage prompt."""
+    if config.name:
+        layout = read_layout(config.name)
+        return _side("retriever", tokenizer, Joined(config.max_passage_tokens, layout.passage_prompt if layout else ""))
+    start, end = surrounding_tokens(tokenizer)
+    return _side("retriever", tokenizer, Pieces(config.max_passage_tokens, config.max_title_tokens, start, end, end))
+
+
+def retriever_question_side(tokenizer: PreTrainedTokenizerFast, config: EncoderConfig) -> TokenSide:
+    """A question with special tokens, after the checkpoint's own query prompt. Questions are pairs ("", text)."""
+    if config.name:
+        layout = read_layout(config.name)
+        return _side("retriever", tokenizer, Joined(config.max_question_tokens, layout.query_prompt if layout else ""))
+    start, end = surrounding_tokens(tokenizer)
+    return _side("retriever", tokenizer, Pieces(config.max_question_tokens, config.max_question_tokens, start, (), end))
+
+
+def generator_passage_side(
+    tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig, max_title_tokens: int
+) -> TokenSide:
+    """A passage segment without special tokens, cut at `generator.max_passage_tokens`; `max_title_tokens` cuts the
+    title of fresh readers. A causal model's ends with {text}: the model adds what `passage_template` has after it."""
+    if config.kind == "causal":
+        literals, fields = passage_template(config)
+        head = "".join(f"{literal}{{{name}}}" for literal, name in zip(literals, fields, strict=False))
+        bare = head if "title" not in fields else "{text}"
+        return _side("generator", tokenizer, InContext(config.max_passage_tokens, literals[-1], head, bare))
+    if config.kind == "fusion" and config.name:
+        bare = FUSION_PASSAGE.partition("{title} ")[2]
+        return _side("generator", tokenizer, InContext(config.max_passage_tokens, "x ", FUSION_PASSAGE, bare))
+    return _side("generator", tokenizer, Pieces(config.max_passage_tokens, max_title_tokens))
+
+
+def generator_question_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> TokenSide:
+    """A question segment without special tokens, cut at `generator.max_question_tokens`; pairs (context, question) as
+    `QuestionText` makes them."""
+    limit = config.max_question_tokens
+    if config.kind == "causal":
+        literals, fields = prompt_segments(tokenizer, config)
+        plan = InContext(limit, literals[fields.index("question")], "{title} {text}", "{text}")
+        return _side("generator", tokenizer, WithContext(limit, plan, marked=True))
+    if config.kind == "fusion" and config.name:
+        template = FUSION_QUESTION.replace("{question}", "{text}")
+        plan = InContext(limit, "", template, template)
+        return _side("generator", tokenizer, WithContext(limit, plan, marked=False))
+    return _side("generator", tokenizer, WithContext(limit, Pieces(limit, limit), marked=False))
+
+
+def generator_answer_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> TokenSide:
+    """An answer without special tokens, cut at `generator.max_answer_tokens`; the generator adds end-of-sequence."""
+    limit = config.max_answer_tokens
+    if config.kind == "causal":
+        last = prompt_segments(tokenizer, config)[0][-1]
+        before = last if last[-1:].isspace() else last + " "
+        return _side("answer", tokenizer, InContext(limit, before, "{title} {text}", "{text}"))
+    return _side("answer", tokenizer, Pieces(limit, limit))
+
+
+def reranker_side(tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> TokenSide:
+    """Title and text, or a question, without special tokens: `training/models/text/pairs.py` joins them."""
+    return _side("reranker", tokenizer, InContext(max_tokens, "", "{title} {text}", "{text}"))
+
+
+def surrounding_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Special tokens that this tokeniser puts before and after one sequence."""
+    backend = plain_backend(tokenizer)
+    bare = backend.encode("x", add_special_tokens=False).ids
+    full = backend.encode("x", add_special_tokens=True).ids
+    for at in range(len(full) - len(bare) + 1):
+        if full[at : at + len(bare)] == bare:
+            return tuple(full[:at]), tuple(full[at + len(bare) :])
+    return (), ()
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    return _encode(plain_backend(tokenizer), texts)
+
+
+def _side(name: str, tokenizer: PreTrainedTokenizerFast, plan: Pieces | Joined | InContext | WithContext) -> TokenSide:
+    """The fingerprint covers the tokeniser and everything that decides how it is used."""
+    backend = plain_backend(tokenizer, plan.max_tokens if isinstance(plan, Joined) else 0)
+    text = json.dumps([fingerprint(tokenizer), type(plan).__name__, asdict(plan)], sort_keys=True)
+    return TokenSide(name, Tokenize(backend, plan), hashlib.sha256(text.encode()).hexdigest())
+
+
+def _encode(backend: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
