@@ -62,11 +62,11 @@ class Setting:
         bench = self.bench
 
         def joint(name: str) -> Callable[[], None]:
-            return lambda: bench.joint_step(batch, ObjectiveConfig(name))
+            return lambda: bench.joint_step(batch, ObjectiveConfig(name=name))
 
         alone = {PRIOR: "rag_sequence", FUSED: "pdist"}
         return {name: joint(name) for name in OBJECTIVES} | {
-            name: lambda objective=objective: bench.generator_step(batch, ObjectiveConfig(objective), scores)
+            name: lambda objective=objective: bench.generator_step(batch, ObjectiveConfig(name=objective), scores)
             for name, objective in alone.items()
         }
 
@@ -131,8 +131,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(Path(folder))
         lengths = setting.lengths
-        print(f"{BATCH} questions x {K} passages of {lengths.mean():.0f} tokens on average, at most {lengths.max()}; "
-              f"{options.threads} thread(s), fp32, {options.repeats} repeats")  # fmt: skip
+        print(
+            f"{BATCH} questions x {K} passages of {lengths.mean():.0f} tokens on average, at most {lengths.max()}; "
+            f"{options.threads} thread(s), fp32, {options.repeats} repeats"
+        )
         if options.profile:
             profile(setting, options.profile)
             return

@@ -77,7 +77,7 @@ class GeneratorOnly(nn.Module):
     def forward(self, batch: RetrievalBatch, scores: Tensor, per_passage: bool) -> Likelihoods:
         """`scores` [batch, k] are given; per-passage or fused log-probabilities with gradient."""
         reading, reader = self.generator.read(batch.reader), batch.reader
-        outputs = Likelihoods(scores, reader.passage_mask, reader.answer_mask)
+        outputs = Likelihoods(scores=scores, passage_mask=reader.passage_mask, answer_mask=reader.answer_mask)
         if per_passage:
             outputs.per_passage = self.generator.per_passage_log_probs(reading, reader)
         else:
@@ -116,7 +116,9 @@ class Bench:
         assert self.service is not None
         prefetcher = Remembering(self.service, self.stream.batch, encode, K, depth, start)
         config = RetrievalConfig(k=K, prefetch_depth=depth)
-        return RetrievedBatches(prefetcher, self.collator, config, self.joint.device, self.stream), prefetcher
+        return RetrievedBatches(
+            prefetcher, self.collator, config=config, device=self.joint.device, stream=self.stream
+        ), prefetcher
 
     def joint_step(self, batch: RetrievalBatch, objective: ObjectiveConfig) -> None:
         """As in `training/loop.py`."""
@@ -129,7 +131,7 @@ class Bench:
         """The same generator losses, and nothing of the retriever."""
         per_passage = not needs(objective).fused
         if not per_passage:
-            objective = ObjectiveConfig("fused", score_bias=False)
+            objective = ObjectiveConfig(name="fused", score_bias=False)
         loss, _ = compute(objective, self.generator_only(batch, scores, per_passage))
         self._update(self.generator_only, loss, Timer())
 
@@ -187,7 +189,7 @@ def measure_ahead(bench: Bench, repeats: int) -> dict[int, dict[str, float]]:
             begin = time.perf_counter()
             fetched = source.next()
             assert isinstance(fetched.batch, RetrievalBatch)
-            bench.joint_step(fetched.batch, ObjectiveConfig("rag_sequence"))
+            bench.joint_step(fetched.batch, ObjectiveConfig(name="rag_sequence"))
             if repeat:
                 steps[depth].append(time.perf_counter() - begin)
                 waits[depth].append(fetched.search_wait_s)
@@ -266,7 +268,7 @@ def run(options: argparse.Namespace, corpus: Path, root: Path) -> dict[str, Any]
                     ahead = measure_ahead(bench, options.repeats)
                     print_ahead(ahead)
                     result["search_wait_share"] = round(ahead[1]["share"], 5)
-                found = {name: measure_steps(bench, ObjectiveConfig(name), options.repeats) for name in OBJECTIVES}
+                found = {name: measure_steps(bench, ObjectiveConfig(name=name), options.repeats) for name in OBJECTIVES}
                 print(f"\nreader {reader} ({READERS[reader]}), {precision}")
                 ratios[f"{reader}, {precision}"] = print_steps(found)
     return result | {"joint_over_generator_only": next(iter(ratios.values())), "all": ratios}

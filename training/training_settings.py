@@ -1,27 +1,48 @@
-"""Configuration sections of the models, the objective and the training loop."""
+"""Settings of the models, of the objective and of the training loop."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from typing import Any
 
+from indexing.declare import section, setting
 
-@dataclass
+GENERATIVE = ("rag_sequence", "rag_token", "realm", "emdr2", "pdist", "loop", "adist", "fused")
+CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a generator
+PREFERENCE = ("dpo", "kto")
+SAMPLING = ("stochastic_rag", "reinforce", "grpo")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
+DECODINGS = ("marginal", "fused", "top1")
+TRAINS_RETRIEVER = ("both", "query_only", "retriever_only")  # values of training.train
+FRESH_CONTEXT = 8192  # tokens that a fresh causal model takes; rotary positions cost nothing
+
+_RECOGNIZER = re.compile(r"regex|[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+# Tables of settings, laid out by hand.
+# fmt: off
+
+
+@dataclass(kw_only=True)
 class FreshEncoderConfig:
     """Size of an encoder that starts from random weights (BERT shape)."""
 
-    num_layers: int = 2
-    hidden: int = 128
-    num_heads: int = 4
-    intermediate: int = 512
-    dropout: float = 0.0
+    num_layers: int = setting(2, "Number of layers.", unit="layers", least=1)
+    hidden: int = setting(128, "Numbers in a hidden state, and in a vector; a multiple of num_heads.", unit="numbers",
+        least=1)
+    num_heads: int = setting(4, "Number of attention heads of a layer.", unit="heads", least=1)
+    intermediate: int = setting(512, "Numbers between the two halves of a feed-forward block.", unit="numbers", least=1)
+    dropout: float = setting(0.0, "Share of the activations and attention weights that training drops.", unit="share",
+        least=0, most=1)
 
 
 @dataclass
 class TokenizerConfig:
     """Tokeniser of a fresh model: WordPiece trained once on the corpus and the training questions."""
 
-    vocabulary: int = 3000
-    lowercase: bool = True
-    digits_whole: bool = False  # runs of digits are one word of the pre-tokeniser, never joined to letters
+    vocabulary: int = setting(3000, "Number of word pieces; at least the special tokens and the alphabet.",
+        unit="tokens", least=1)
+    lowercase: bool = setting(True, "Reads every text as lowercase.")
+    digits_whole: bool = setting(False, "Keeps a run of digits as one word of the pre-tokeniser, never joined to "
+        "letters.")
 
 
 @dataclass
@@ -29,290 +50,370 @@ class LoraConfig:
     """Low-rank adapters of linear layers; the model's own weights stay as they are (Hu et al. 2021,
     arXiv:2106.09685). Whatever leaves the trainer (published weights, checkpoints) has them merged in."""
 
-    rank: int = 0  # 0: off, all weights train
-    alpha: float = 16.0  # the adapter's product is scaled by alpha / rank
-    dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: ["auto"])  # ends of names; auto: every linear layer
+    rank: int = setting(0, "Number of columns of an adapter's two matrices. 0: no adapters, all weights train.",
+        unit="columns")
+    alpha: float = setting(16.0, "Factor of an adapter's product, which is scaled by alpha / rank.", unit="factor",
+        above=0)
+    dropout: float = setting(0.0, "Share of an adapter's inputs that training drops.", unit="share", least=0, most=1)
+    target_modules: list[str] = setting(["auto"], "Layers that get adapters, by the ends of their names; auto: every "
+        "linear layer.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EncoderConfig:
-    """The retriever's towers."""
+    """The retriever: the encoders of questions and passages."""
 
-    name: str = ""  # Hugging Face or sentence-transformers name or folder; empty: `fresh`
-    fresh: FreshEncoderConfig = field(default_factory=FreshEncoderConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when the model is fresh
-    towers: str = "shared"  # shared | separate; a run that starts from two towers, query_only's say, keeps both
-    pooling: str = "auto"  # auto (read from the checkpoint, mean when fresh) | mean | cls | last
-    normalize: str = "auto"  # auto (read from the checkpoint, true when fresh) | true | false
-    temperature: float = 0.05  # scores are inner products divided by this
-    max_question_tokens: int = 32
-    max_passage_tokens: int = 64
-    max_title_tokens: int = 24
-    length_groups: int = 4  # passages are sorted by length into so many trimmed groups
-    attention: str = "auto"  # auto (eager on CPU, sdpa on GPU) | eager | sdpa | flash_attention_2
-    gradient_checkpointing: bool = False
-    # Passages whose activations the passage encoder keeps at a time; the rest is computed again in the backward pass
-    # (gradient caching), so that memory does not grow with k. 0: all are kept.
-    gradient_cache_passages: int = 0
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    trust_remote_code: bool = False
+    name: str = setting("", "Hugging Face or sentence-transformers name or folder. Empty: a fresh encoder of size "
+        "`encoder.fresh`.")
+    fresh: FreshEncoderConfig = section(FreshEncoderConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    towers: str = setting("shared", "Weights of the question and the passage encoder: the same or two sets. A run that "
+        "starts from two towers keeps both.", choices=("shared", "separate"))
+    pooling: str = setting("auto", "Pooling of token states into a vector; auto reads it from the checkpoint (mean "
+        "when fresh).", choices=("auto", "mean", "cls", "last"))
+    normalize: str = setting("auto", "Scales vectors to length 1; auto reads it from the checkpoint (true when fresh).",
+        choices=("auto", "true", "false"))
+    temperature: float = setting(0.05, "Divisor of the inner products that are scores.", unit="divisor", above=0)
+    max_question_tokens: int = setting(32, "Number of tokens after which a question is cut for the encoder.",
+        unit="tokens", least=1)
+    max_passage_tokens: int = setting(64, "Number of tokens after which a passage, title included, is cut for the "
+        "encoder.", unit="tokens", least=1)
+    max_title_tokens: int = setting(24, "Number of tokens after which a title is cut, with a fresh model.",
+        unit="tokens")
+    length_groups: int = setting(4, "Number of groups that a batch is sorted into by length, each trimmed to its "
+        "longest text.", unit="groups", least=1)
+    attention: str = setting("auto", "Implementation of attention; auto is eager on CPU and sdpa on GPU.",
+        choices=ATTENTIONS)
+    gradient_checkpointing: bool = setting(False, "Recomputes activations in the backward pass: less memory, more "
+        "time.")
+    gradient_cache_passages: int = setting(0, "Number of passages whose activations the passage encoder keeps at a "
+        "time; the rest is computed again in the backward pass (gradient caching), so that memory does not grow with "
+        "k. 0: all are kept.", unit="passages")
+    lora: LoraConfig = section(LoraConfig)
+    trust_remote_code: bool = setting(False, "Runs the Python code that a model repository brings along.")
 
     def num_towers(self, train: str) -> int:
         """2 where questions and passages have weights of their own: set so, or `training.train` is query_only."""
         return 2 if self.towers == "separate" or train == "query_only" else 1
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FreshGeneratorConfig:
     """Size of a generator that starts from random weights."""
 
-    num_encoder_layers: int = 2
-    num_decoder_layers: int = 1
-    hidden: int = 128
-    num_heads: int = 4
-    intermediate: int = 512
-    dropout: float = 0.0
-    family: str = "llama"  # causal: llama | gpt2 | qwen2 | mamba | mamba2 | jamba (attention every other layer)
+    num_encoder_layers: int = setting(2, "Number of encoder layers (copy, fusion).", unit="layers", least=1)
+    num_decoder_layers: int = setting(1, "Number of decoder layers; all layers of a causal model.", unit="layers",
+        least=1)
+    hidden: int = setting(128, "Numbers in a hidden state; a multiple of num_heads (causal: of twice that).",
+        unit="numbers", least=1)
+    num_heads: int = setting(4, "Number of attention heads of a layer.", unit="heads", least=1)
+    intermediate: int = setting(512, "Numbers between the two halves of a feed-forward block.", unit="numbers", least=1)
+    dropout: float = setting(0.0, "Share of the activations that training drops.", unit="share", least=0, most=1)
+    family: str = setting("llama", "Architecture of a fresh causal model; jamba attends in every other layer.",
+        choices=("llama", "gpt2", "qwen2", "mamba", "mamba2", "jamba"))
 
 
-FRESH_CONTEXT = 8192  # tokens that a fresh causal model takes; rotary positions cost nothing
-
-
-@dataclass
+@dataclass(kw_only=True)
 class GeneratorConfig:
     """The language model that reads passages and writes answers."""
 
-    kind: str = "copy"  # copy (small, copy head) | fusion (any encoder-decoder) | causal (any causal LM)
-    # Hugging Face name or folder; empty: `fresh`. copy: of an encoder (BERT and its like), which reads the passages and
-    # sets the width; the decoder is fresh, `fresh.dropout` is that of both.
-    name: str = ""
-    fresh: FreshGeneratorConfig = field(default_factory=FreshGeneratorConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # used when fresh and the encoder is not
-    template: str = "{passages}Question: {question}\nAnswer:"  # causal: segments, tokenised once
-    passage_template: str = "{title}\n{text}\n\n"  # causal: one passage inside {passages}
-    chat_template: str = "auto"  # causal: auto (the tokeniser's, around `template`, where it has one) | never
-    system_prompt: str = ""  # before everything else; the system message of a `messages` row takes its place
-    max_context_tokens: int = 256  # causal: of a system prompt and earlier turns; other kinds: within the question's
-    max_question_tokens: int = 32
-    max_passage_tokens: int = 64
-    max_answer_tokens: int = 16
-    length_groups: int = 4
-    attention: str = "auto"
-    gradient_checkpointing: bool = False
-    loss_chunk_tokens: int = 512  # logits of so many tokens at a time where all are many; 0: always all at once
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    trust_remote_code: bool = False
+    kind: str = setting("copy", "Kind of generator: copy (small, with a copy head), fusion (any encoder-decoder) or "
+        "causal (any causal language model).", choices=("copy", "fusion", "causal"))
+    name: str = setting("", "Hugging Face name or folder. With kind copy: of an encoder like BERT, which reads the "
+        "passages and sets the width, under a fresh decoder. Empty: a fresh generator of size `generator.fresh`.")
+    fresh: FreshGeneratorConfig = section(FreshGeneratorConfig)
+    tokenizer: TokenizerConfig = section(TokenizerConfig)
+    template: str = setting("{passages}Question: {question}\nAnswer:", "Prompt of a causal generator; its segments are "
+        "tokenised once. Must contain {passages} and {question}.")
+    passage_template: str = setting("{title}\n{text}\n\n", "Text of one passage inside {passages} of a causal "
+        "generator's prompt. Must contain {text}.")
+    chat_template: str = setting("auto", "Use of the tokeniser's chat template around `template` by a causal "
+        "generator: auto, where it has one, or never.", choices=("auto", "never"))
+    system_prompt: str = setting("", "Text before everything else; the system message of a `messages` row takes its "
+        "place.")
+    max_context_tokens: int = setting(256, "Number of tokens for system prompt and earlier turns of a causal "
+        "generator; in other kinds these count among the question's.", unit="tokens", least=1)
+    max_question_tokens: int = setting(32, "Number of tokens after which a question is cut for the generator.",
+        unit="tokens", least=1)
+    max_passage_tokens: int = setting(64, "Number of tokens after which a passage is cut for the generator.",
+        unit="tokens", least=1)
+    max_answer_tokens: int = setting(16, "Number of tokens after which an answer is cut in training.", unit="tokens",
+        least=1)
+    length_groups: int = setting(4, "Number of groups that a batch is sorted into by length, each trimmed to its "
+        "longest text.", unit="groups", least=1)
+    attention: str = setting("auto", "Implementation of attention; auto is eager on CPU and sdpa on GPU.",
+        choices=ATTENTIONS)
+    gradient_checkpointing: bool = setting(False, "Recomputes activations in the backward pass: less memory, more "
+        "time.")
+    loss_chunk_tokens: int = setting(512, "Number of tokens whose logits are computed at a time where there are many. "
+        "0: always all at once.", unit="tokens")
+    lora: LoraConfig = section(LoraConfig)
+    trust_remote_code: bool = setting(False, "Runs the Python code that a model repository brings along.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What is minimised; see `training/objectives/`."""
+    """The loss that is minimised (`training/objectives/`)."""
 
-    # rag_sequence, rag_token, realm, emdr2, pdist, loop, adist, fused | inverse_cloze, independent_cropping |
-    # dpo, kto | stochastic_rag, reinforce, grpo
-    name: str = "rag_sequence"
-    temperature: float = 1.0  # of p(z|q), on top of the encoder's own
-    target_temperature: float = 1.0  # pdist, loop, adist
-    confidence: bool = False  # pdist, loop, adist: a question counts by how sure the generator is of its best passage
-    weight: float = 1.0  # of the retriever loss beside the generator loss (emdr2, pdist, loop, adist)
-    level: str = "sequence"  # emdr2: sequence | token
-    normalization: str = "length"  # pdist: length | none
-    reduction: str = "batch"  # pdist, loop, adist: batch | elements
-    null_score: str = (
-        "learned"  # realm: score of the empty passage, a parameter of the retriever, or 0: learned | fixed
-    )
-    score_bias: bool = True  # fused: add log p(z|q) to the reader's attention on passage z, with gradient
-    keep_probability: float = 0.1  # inverse cloze: chance that the sentence stays in its passage
-    title_probability: float = 0.3  # inverse cloze: chance that the query is the title instead of a span
-    drop_probability: float = 0.1  # inverse cloze: chance that a query token is dropped
-    min_span: int = 5  # tokens of a query span
-    max_span: int = 14
-    scale: float = 1.0  # multiplies the loss
-    beta: float = 0.1  # dpo, kto: how strongly a preference may move the system from its reference
-    # dpo: of the chosen answer's negative log-likelihood per token, beside the preference; a preference alone may make
-    # both answers less likely, and says little about what to retrieve
-    chosen_weight: float = 0.0
-    desirable_weight: float = 1.0  # kto
-    undesirable_weight: float = 1.0  # kto
-    length_normalized: bool = False  # dpo, kto: log-likelihoods per answer token
-    num_selected: int = 2  # stochastic_rag: passages drawn of the retrieved ones
-    relaxation: float = 1.0  # stochastic_rag: temperature of the soft selection that the gradient flows through
-    group_size: int = 4  # reinforce, grpo: samples of a question
-    # reinforce, grpo: rewards against their group's mean, in units of its deviation (normalized) or of the reward
-    # (centered): what differs little then counts little
-    advantage: str = "normalized"
-    # reinforce, grpo: exact_match, f1, grounded (the answer stands in its passage), module:function, file.py:function
-    # (of question, answer, gold answers, passages read); likelihood (reinforce only): of the gold answer
-    reward: str = "exact_match"
-    sampling_temperature: float = 1.0  # reinforce, grpo: of the answers' tokens
-    clip: float = 0.2  # grpo
-    kl_weight: float = 0.0  # reinforce, grpo: of the divergence from the reference
+    name: str = setting("rag_sequence", "Objective: of retriever and generator (rag_sequence to fused), of the "
+        "retriever alone (inverse_cloze, independent_cropping), of preferences (dpo, kto), or of samples "
+        "(stochastic_rag, reinforce, grpo).", choices=(*GENERATIVE, *CONTRASTIVE, *PREFERENCE, *SAMPLING))
+    temperature: float = setting(1.0, "Divisor of the scores in p(z|q), on top of encoder.temperature.", unit="divisor",
+        above=0)
+    target_temperature: float = setting(1.0, "Divisor of the generator's scores in the target distribution (pdist, "
+        "loop, adist).", unit="divisor", above=0)
+    confidence: bool = setting(False, "Weights a question by how sure the generator is of its best passage (pdist, "
+        "loop, adist).")
+    weight: float = setting(1.0, "Factor of the retriever's loss beside the generator's (emdr2, pdist, loop, adist).",
+        unit="factor")
+    level: str = setting("sequence", "Level at which emdr2 marginalises over passages.", choices=("sequence", "token"))
+    normalization: str = setting("length", "Divides an answer's log-likelihood by its length in the target of pdist, "
+        "or not.", choices=("length", "none"))
+    reduction: str = setting("batch", "Mean of the divergence (pdist, loop, adist): over questions (batch), or divided "
+        "by the number of a question's passages as well (elements).", choices=("batch", "elements"))
+    null_score: str = setting("learned", "Score of realm's empty passage: a parameter of the retriever, or 0 (fixed).",
+        choices=("learned", "fixed"))
+    score_bias: bool = setting(True, "Adds log p(z|q) to the generator's attention on passage z, with gradient "
+        "(fused).")
+    keep_probability: float = setting(0.1, "Chance that the query's span also stays in its passage (inverse_cloze).",
+        unit="chance", least=0, most=1)
+    title_probability: float = setting(0.3, "Chance that the query is the title instead of a span (inverse_cloze).",
+        unit="chance", least=0, most=1)
+    drop_probability: float = setting(0.1, "Chance that a token of the query is dropped (inverse_cloze, "
+        "independent_cropping).", unit="chance", least=0, most=1)
+    min_span: int = setting(5, "Number of tokens of the shortest query span (inverse_cloze, independent_cropping).",
+        unit="tokens", least=1)
+    max_span: int = setting(14, "Number of tokens of the longest query span (inverse_cloze, independent_cropping).",
+        unit="tokens")
+    scale: float = setting(1.0, "Factor of the whole loss.", unit="factor", above=0)
+    beta: float = setting(0.1, "Factor of the log-ratios to the reference: the smaller, the further a preference may "
+        "move the system from it (dpo, kto).", unit="factor", above=0)
+    chosen_weight: float = setting(0.0, "Factor of the chosen answer's negative log-likelihood per token beside the "
+        "preference (dpo), which alone may make both answers less likely and says little about retrieval.",
+        unit="factor")
+    desirable_weight: float = setting(1.0, "Factor of the loss of desirable answers (kto).", unit="factor")
+    undesirable_weight: float = setting(1.0, "Factor of the loss of undesirable answers (kto).", unit="factor")
+    length_normalized: bool = setting(False, "Divides log-likelihoods by the number of answer tokens (dpo, kto).")
+    num_selected: int = setting(2, "Number of passages that are drawn of the retrieved ones (stochastic_rag).",
+        unit="passages", least=1)
+    relaxation: float = setting(1.0, "Temperature of the soft selection that the gradient flows through "
+        "(stochastic_rag).", unit="temperature", above=0)
+    group_size: int = setting(4, "Number of samples of a question (reinforce, grpo); 2 or more there.", unit="samples",
+        least=1)
+    advantage: str = setting("normalized", "Unit of rewards against their group's mean (reinforce, grpo): its "
+        "deviation, or the reward's own (centered), in which small differences count little.",
+        choices=("normalized", "centered"))
+    reward: str = setting("exact_match", "Reward of a sampled answer (reinforce, grpo): exact_match, f1, grounded (the "
+        "answer stands in its passage), module:function or file.py:function (of question, answer, gold answers and "
+        "passages read), or likelihood (reinforce only: of the gold answer).")
+    sampling_temperature: float = setting(1.0, "Temperature at which the tokens of answers are sampled (reinforce, "
+        "grpo).", unit="temperature", above=0)
+    clip: float = setting(0.2, "Distance from 1 at which the probability ratio is clipped (grpo).", unit="ratio",
+        above=0)
+    kl_weight: float = setting(0.0, "Factor of the divergence from the reference (reinforce, grpo).", unit="factor")
 
 
 @dataclass
 class AlignmentConfig:
     """The reference and the samples of preference and sampling objectives."""
 
-    # What the system is compared with: its weights at the start of the stage, frozen. copy (beside the trained ones),
-    # offload (kept in the host's memory, moved to the device for each batch) or none (its log-likelihoods are 0). Where
-    # nothing but fresh adapters trains, copy and offload mean the adapters switched off, without a copy.
-    reference: str = "copy"
-    updates_per_sample: int = 1  # grpo: optimiser steps on one batch of samples
+    reference: str = setting("copy", "Place of the frozen system that the trained one is compared with, its weights at "
+        "the start of the stage: beside the trained ones (copy), in the host's memory and moved for each batch "
+        "(offload), or nowhere (none: its log-likelihoods are 0). Where only fresh adapters train, copy and offload "
+        "switch the adapters off instead.", choices=("copy", "offload", "none"))
+    updates_per_sample: int = setting(1, "Number of optimiser steps on one batch of samples (grpo).", unit="steps",
+        least=1)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PretrainingConfig:
-    """Training examples cut from the corpus itself (`training/feeding/tasks.py`). The first six are the mixture's
-    weights; none set: the stage trains on questions."""
+    """Training examples that are cut from the corpus itself (`training/feeding/tasks.py`). The first six are the
+    mixture's weights; with none of them set the stage trains on questions."""
 
-    span_corruption: float | None = None  # spans of a passage are masked; the answer is what was there
-    salient_span: float | None = None  # a name, a date or a number is masked
-    prefix_lm: float | None = None  # a passage is continued
-    title_to_section: float | None = None  # the first sentences under a title
-    inverse_cloze: float | None = None  # the retriever alone: a span against its own passage among others
-    independent_cropping: float | None = None  # the retriever alone: two spans of one passage
-    contrast_passages: int = 64  # passages that a micro-batch of the two above contrasts; spans as in `objective`
-    recognizer: str = "regex"  # of salient spans: regex, or module:function (text -> [(start, stop), ...])
-    context_words: int = 24  # of a passage in a question at most; fewer where its tokens would be cut
-    mask_share: float = 0.15  # of the words, span corruption
-    mean_span_words: float = 3.0  # span corruption
-    duplicate_threshold: float = 0.7  # token-trigram Jaccard from which passages are near-duplicates; above 1: none are
-    margin: int = 8  # hits searched beyond retrieval.k, in place of an example's own passage and its near-duplicates
-    held_out: float = 0.02  # share of the passages (with near-duplicates) that no example is cut from but held-out ones
-    held_out_examples: int = 256  # that are measured; 0: none
+    span_corruption: float | None = setting(None, "Weight of masking spans of a passage; the answer is the text that "
+        "was there.", unit="weight")
+    salient_span: float | None = setting(None, "Weight of masking a name, a date or a number.", unit="weight")
+    prefix_lm: float | None = setting(None, "Weight of continuing a passage.", unit="weight")
+    title_to_section: float | None = setting(None, "Weight of writing the first sentences under a title.",
+        unit="weight")
+    inverse_cloze: float | None = setting(None, "Weight of matching a span with its passage among others; trains the "
+        "retriever alone.", unit="weight")
+    independent_cropping: float | None = setting(None, "Weight of matching two spans of one passage; trains the "
+        "retriever alone.", unit="weight")
+    contrast_passages: int = setting(64, "Number of passages that a micro-batch of inverse_cloze or "
+        "independent_cropping contrasts; their spans are set in `objective`.", unit="passages", least=1)
+    recognizer: str = setting("regex", "Finder of salient spans: regex, or module:function from a text to [(start, "
+        "stop), ...].", holds=_RECOGNIZER.fullmatch, allowed="regex or module:function")
+    context_words: int = setting(24, "Number of words of a passage in a question at most; fewer where its tokens would "
+        "be cut.", unit="words", least=1)
+    mask_share: float = setting(0.15, "Share of the words that span corruption masks.", unit="share", above=0, most=0.5)
+    mean_span_words: float = setting(3.0, "Number of words of a masked span on average.", unit="words", above=0)
+    duplicate_threshold: float = setting(0.7, "Jaccard similarity of token trigrams from which passages are "
+        "near-duplicates; above 1: none are.", unit="similarity", above=0)
+    margin: int = setting(8, "Number of hits that are searched beyond retrieval.k, in place of an example's passage "
+        "and its near-duplicates.", unit="passages")
+    held_out: float = setting(0.02, "Share of the passages (with near-duplicates) that only held-out examples are cut "
+        "from.", unit="share", least=0, below=1)
+    held_out_examples: int = setting(256, "Number of held-out examples that are measured. 0: none.", unit="examples")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RetrievalConfig:
-    """Where the passages of a question come from while training and evaluating."""
+    """The choice of the passages that belong to a question, in training and in evaluation."""
 
-    # index | fixed (RAG 1.0: the index of a frozen retriever) | gold (the labelled passage, filled up with retrieved
-    # ones) | long (no retrieval: as much of the corpus as fits in the prompt) | none (closed book)
-    source: str = "index"
-    k: int = 4
-    # Only passages whose metadata meets these conditions are found, by field: a value, a list of values, or bounds like
-    # {">=": 2019, "<": 2024}; indexing/corpus/stores/filters.py
-    where: dict[str, Any] = field(default_factory=dict)
-    max_context_tokens: int = 0  # long: of a prompt and its answer; 0: what the generator takes (causal only)
-    prefetch_depth: int = 1  # batches searched ahead while one trains
-    # Candidates are searched so many times k, scored again by the encoders as they are now, and the best k read
-    # (training/retrieving/rescore.py); 0, 1: off. In training only: an evaluation measures the index as it answers, so
-    # that runs with and without are compared by one measure, and a stage's last evaluation has a fresh index anyway.
-    # With hybrid the candidates of both indexes are scored again and fused anew; a re-ranker chooses among the best.
-    rescore: int = 0
-    # Words beside vectors (BM25, section `lexical`). none | rrf (reciprocal ranks choose the passages; p(z|q) is the
-    # dense one) | learned (p(z|q) is of inner product + weight * lexical score, the weight trains with the retriever)
-    hybrid: str = "none"
-    candidates: int = 100  # hybrid: hits of each of the two indexes that are fused
-    rrf_constant: float = 60.0  # rrf: a passage scores 1 / (constant + place) in each ranking
-    lexical_weight: float = 0.2  # learned: where the weight starts, in units of an inner product; lexical scores are
-    # divided by the corpus's best one for the same question
+    source: str = setting("index", "Source of the passages: the index, fixed (RAG 1.0: the index of a frozen "
+        "retriever), gold (the labelled passage, filled up with retrieved ones), long (no retrieval: as much of the "
+        "corpus as fits in the prompt) or none (closed book).", choices=("index", "fixed", "gold", "long", "none"))
+    k: int = setting(4, "Number of passages that are read for a question.", unit="passages", least=1)
+    where: dict[str, Any] = setting({}, "Conditions on a passage's metadata, by field: a value, a list of values, or "
+        "bounds like {\">=\": 2019, \"<\": 2024}. Only passages that meet all of them are found.")
+    max_context_tokens: int = setting(0, "Number of tokens of a long prompt and its answer (source long). 0: as many "
+        "as the generator takes (causal only).", unit="tokens")
+    prefetch_depth: int = setting(1, "Number of batches that are searched ahead while one trains.", unit="batches")
+    rescore: int = setting(0, "Factor of k: so many times k candidates are searched, scored again by the encoders as "
+        "they are now, and the best k read; in training only, and before a re-ranker chooses. 0 and 1: off.",
+        unit="factor")
+    hybrid: str = setting("none", "Fusion with lexical search (BM25): none, rrf (reciprocal ranks choose the passages; "
+        "p(z|q) stays the dense one) or learned (p(z|q) is of inner product + weight * lexical score; the weight "
+        "trains with the retriever).", choices=("none", "rrf", "learned"))
+    candidates: int = setting(100, "Number of hits of each of the two indexes that are fused (hybrid).",
+        unit="passages", least=1)
+    rrf_constant: float = setting(60.0, "Ranks that rrf adds to a passage's place: it scores 1 / (constant + place) in "
+        "each ranking.", unit="ranks")
+    lexical_weight: float = setting(0.2, "Weight of lexical scores at the start of learned fusion, in units of an "
+        "inner product; lexical scores are divided by the corpus's best one for the same question.", unit="weight",
+        above=0)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RerankerConfig:
     """A cross-encoder that reads question and passage together and is part of p(z|q)."""
 
-    mode: str = "off"  # off | add (to the retriever's score) | replace (it alone; the retriever then does not train)
-    name: str = ""  # Hugging Face cross-encoder, one label; empty: `fresh`, with the retriever's tokeniser
-    fresh: FreshEncoderConfig = field(default_factory=FreshEncoderConfig)
-    candidates: int = 20  # hits that are re-ranked, without gradient, before the best retrieval.k are read
-    max_question_tokens: int = 32  # with `name`: of its own tokeniser
-    max_passage_tokens: int = 128
-    length_groups: int = 4
-    attention: str = "auto"  # auto (eager on CPU, sdpa on GPU) | eager | sdpa | flash_attention_2
-    gradient_checkpointing: bool = False
-    trust_remote_code: bool = False
+    mode: str = setting("off", "Use of the re-ranker: off, its score added to the retriever's, or in place of it "
+        "(replace; the retriever then does not train).", choices=("off", "add", "replace"))
+    name: str = setting("", "Hugging Face cross-encoder with one label, name or folder. Empty: a fresh one of size "
+        "`reranker.fresh`, with the retriever's tokeniser.")
+    fresh: FreshEncoderConfig = section(FreshEncoderConfig)
+    candidates: int = setting(20, "Number of hits that are re-ranked, without gradient, before the best retrieval.k "
+        "are read.", unit="passages", least=1)
+    max_question_tokens: int = setting(32, "Number of tokens after which a question is cut, by the tokeniser of "
+        "reranker.name.", unit="tokens", least=1)
+    max_passage_tokens: int = setting(128, "Number of tokens after which a passage is cut for the re-ranker.",
+        unit="tokens", least=1)
+    length_groups: int = setting(4, "Number of groups that a batch is sorted into by length, each trimmed to its "
+        "longest text.", unit="groups", least=1)
+    attention: str = setting("auto", "Implementation of attention; auto is eager on CPU and sdpa on GPU.",
+        choices=ATTENTIONS)
+    gradient_checkpointing: bool = setting(False, "Recomputes activations in the backward pass: less memory, more "
+        "time.")
+    trust_remote_code: bool = setting(False, "Runs the Python code that a model repository brings along.")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingConfig:
     """One stage of training."""
 
-    train: str = "both"  # both | query_only | retriever_only | generator_only | none
-    steps: int = 250  # optimiser steps
-    batch_size: int = 16  # questions per micro-batch and trainer
-    lr_retriever: float = 1e-3
-    lr_generator: float = 2e-3
-    warmup_steps: int = 20
-    # Steps in which the generator learns alone, before the retriever's warm-up begins: for objectives that hand it the
-    # reader's verdict (pdist, loop, adist, reinforce), which is noise until the reader can read; nothing is refreshed
-    # meanwhile
-    retriever_delay_steps: int = 0
-    schedule: str = "linear"  # linear (to zero) | constant
-    log_every: int = 1
-    stop_after_nonfinite: int = 5  # updates skipped in a row before the run stops
-    # Retrieval got worse than at the start (training/measuring/collapse.py): warn | stop | ignore
-    on_collapse: str = "warn"
+    train: str = setting("both", "Parts of the system that train; query_only leaves the passage encoder, and with it "
+        "the index, as it is.", choices=(*TRAINS_RETRIEVER, "generator_only", "none"))
+    steps: int = setting(250, "Number of optimiser steps.", unit="steps")
+    batch_size: int = setting(16, "Number of questions of a micro-batch, for each trainer.", unit="questions", least=1)
+    lr_retriever: float = setting(1e-3, "Learning rate of the retriever, after the warm-up.", unit="rate")
+    lr_generator: float = setting(2e-3, "Learning rate of the generator, after the warm-up.", unit="rate")
+    warmup_steps: int = setting(20, "Number of steps in which the learning rate rises to its full value.", unit="steps")
+    retriever_delay_steps: int = setting(0, "Number of steps in which the generator learns alone, before the "
+        "retriever's warm-up begins, for objectives that teach the retriever by the generator's verdict (pdist, loop, "
+        "adist, reinforce); nothing is refreshed meanwhile.", unit="steps")
+    schedule: str = setting("linear", "Learning rate after the warm-up: linear (falls to zero) or constant.",
+        choices=("linear", "constant"))
+    log_every: int = setting(1, "Number of steps from one line of metrics to the next.", unit="steps", least=1)
+    stop_after_nonfinite: int = setting(5, "Number of updates in a row with numbers that are not finite after which "
+        "the run stops; each is skipped.", unit="updates", least=1)
+    on_collapse: str = setting("warn", "Reaction when retrieval got worse than at the start "
+        "(`training/measuring/collapse.py`).", choices=("warn", "stop", "ignore"))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EngineConfig:
-    """DeepSpeed."""
+    """The optimiser and its distribution over trainers: DeepSpeed."""
 
-    zero_stage: int = 0
-    # fp32 | bf16 (16-bit weights, fp32 masters) | bf16_autocast (fp32 weights, 16-bit compute) | auto (bf16_autocast
-    # where the trainers' GPU has products of bf16, or their CPU has and the matrices are wide; else fp32)
-    precision: str = "fp32"
-    gradient_accumulation: int = 1
-    clip_norm: float = 1.0  # of retriever and of generator, separately; 0: none
-    beta1: float = 0.9
-    beta2: float = 0.98
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    offload_optimizer: bool = False
-    timeout_s: float = 600.0  # of a collective
+    zero_stage: int = setting(0, "ZeRO stage: shards nothing (0), optimiser states (1), gradients too (2), weights too "
+        "(3).", choices=(0, 1, 2, 3))
+    precision: str = setting("fp32", "Precision: fp32, bf16 (16-bit weights, fp32 masters), bf16_autocast (fp32 "
+        "weights, 16-bit compute) or auto (bf16_autocast where the trainers' GPU has products of bf16, or their CPU "
+        "has and the matrices are wide; else fp32).", choices=("fp32", "bf16", "bf16_autocast", "auto"))
+    gradient_accumulation: int = setting(1, "Number of micro-batches of an optimiser step.", unit="batches", least=1)
+    clip_norm: float = setting(1.0, "Norm to which the gradients of retriever and of generator are clipped, each on "
+        "its own. 0: not clipped.", unit="norm")
+    beta1: float = setting(0.9, "Share of AdamW's running mean of gradients that a step keeps.", unit="share", least=0,
+        below=1)
+    beta2: float = setting(0.98, "Share of AdamW's running mean of squared gradients that a step keeps.", unit="share",
+        least=0, below=1)
+    epsilon: float = setting(1e-8, "Number that AdamW adds to its divisor.", unit="number", above=0)
+    weight_decay: float = setting(0.0, "Factor of AdamW's decoupled weight decay.", unit="factor")
+    offload_optimizer: bool = setting(False, "Keeps optimiser states in the host's memory; needs engine.zero_stage of "
+        "1 or more.")
+    timeout_s: float = setting(600.0, "Seconds after which a collective operation of the trainers fails.", unit="s",
+        above=0)
 
 
 @dataclass
 class CheckpointConfig:
-    """What is kept for a resume."""
+    """The state that a resumed run starts from."""
 
-    every_steps: int = 100
-    keep: int = 2
-    index: bool = True  # save the index generation in use with the checkpoint
+    every_steps: int = setting(100, "Number of steps from one checkpoint to the next. 0: only at the end.",
+        unit="steps")
+    keep: int = setting(2, "Number of newest checkpoints that are kept.", unit="checkpoints", least=1)
+    index: bool = setting(True, "Saves the index generation in use with the checkpoint.")
 
 
 @dataclass
 class DecodingConfig:
-    """How an answer is written."""
+    """The way in which an answer is written."""
 
-    mode: str = "marginal"  # marginal (per passage, answers summed with p(z|q)) | fused | top1
-    num_beams: int = 1
-    max_tokens: int = 12
+    mode: str = setting("marginal", "Use of the passages: marginal (an answer from each, summed with p(z|q)), fused "
+        "(one from all together) or top1 (from the best passage).", choices=DECODINGS)
+    num_beams: int = setting(1, "Number of beams. 1: greedy.", unit="beams", least=1)
+    max_tokens: int = setting(12, "Number of tokens after which an answer ends.", unit="tokens", least=1)
 
 
 @dataclass
 class NeedleConfig:
     """A sweep over prompts with the labelled passage at a known place among random others; off while it is empty."""
 
-    lengths: list[int] = field(default_factory=list)  # tokens of a prompt and its answer
-    depths: list[float] = field(default_factory=list)  # 0: the labelled passage comes first, 1: last
-    num_questions: int = 50  # asked in each cell, the same ones; 0: all
+    lengths: list[int] = setting([], "Number of tokens of a prompt and its answer, one row of the sweep each.",
+        unit="tokens", least=1, allowed="1 or more tokens")
+    depths: list[float] = setting([], "Share of the prompt before the labelled passage, one column each: 0 puts it "
+        "first, 1 last.", unit="share", least=0, most=1, allowed="between 0 (first) and 1 (last)")
+    num_questions: int = setting(50, "Number of questions that are asked in each cell, the same ones. 0: all.",
+        unit="questions")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluationConfig:
-    """What is measured, and when."""
+    """The measurements: what is measured, and when."""
 
-    every_steps: int = 0  # 0: only at the end
-    max_questions: int = 0  # of an evaluation during training; 0: all
-    batch_size: int = 32
-    k: int = 100  # depth of the ranking metrics
-    decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    # more modes at the end: marginal | fused | top1 | closed_book | gold | long
-    also: list[str] = field(default_factory=list)
-    needle: NeedleConfig = field(default_factory=NeedleConfig)
-    examples: int = 5  # decoded examples that the report prints
+    every_steps: int = setting(0, "Number of steps from one evaluation during training to the next. 0: only at the "
+        "end.", unit="steps")
+    max_questions: int = setting(0, "Number of questions of an evaluation during training. 0: all.", unit="questions")
+    batch_size: int = setting(32, "Number of questions that are answered together, by each trainer.", unit="questions",
+        least=1)
+    k: int = setting(100, "Number of hits that the ranking metrics look at.", unit="passages", least=1)
+    decoding: DecodingConfig = section(DecodingConfig)
+    also: list[str] = setting([], "Further modes at the end: other decodings, closed_book (no passage), gold (the "
+        "labelled passage) or long (as much of the corpus as fits).",
+        choices=(*DECODINGS, "closed_book", "gold", "long"))
+    needle: NeedleConfig = section(NeedleConfig)
+    examples: int = setting(5, "Number of decoded examples that the report prints.", unit="examples")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MonitorConfig:
     """Console, metrics.jsonl and W&B."""
 
-    console: bool = True
-    wandb: str = "auto"  # auto (online with a key, else offline) | online | offline | off
-    project: str = "tandem"
-    entity: str = ""
-    init_timeout_s: float = 20.0
+    console: bool = setting(True, "Prints metrics on the console.")
+    wandb: str = setting("auto", "Mode of W&B; auto is online where a key is found and offline otherwise.",
+        choices=("auto", "online", "offline", "off"))
+    project: str = setting("tandem", "Project in W&B.")
+    entity: str = setting("", "User or team in W&B. Empty: the account's default.")
+    init_timeout_s: float = setting(20.0, "Seconds that W&B may take to start before the run goes on without it.",
+        unit="s", above=0)

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from cluster.commands.common import newest_of, placement_of, prepared_data, ray_session, run_folder, say
 from cluster.config.experiment import Experiment
-from cluster.config.refusal import refuse
 from cluster.config.settings import Settings
 from cluster.results.findings import Findings, read_measured
 from cluster.results.summary import write_findings
 from cluster.stage.run_stage import is_finished, run_stage
+from indexing.declare import refuse
 from training.objectives.dispatch import needs
 from training.training_settings import NeedleConfig, ObjectiveConfig, PretrainingConfig
 
@@ -22,7 +22,8 @@ def measure(experiment: Experiment, name: str) -> None:
     file beside it, as their training left them. Raises ValueError for a stage without a reader or a checkpoint."""
     settings, as_of = experiment.stages[name], experiment.update.as_of
     if needs(settings.objective).in_batch:
-        raise refuse("objective.name", settings.objective.name, "a retriever alone answers nothing to evaluate")
+        allowed = "must have a generator: a retriever alone answers nothing"
+        raise refuse("objective.name", settings.objective.name, allowed)
     if as_of and as_of == settings.corpus.as_of:
         raise refuse("update.as_of", as_of, "must be another date than corpus.as_of, which the stage was trained on")
     checkpoint = newest_of(settings)
@@ -36,7 +37,13 @@ def measure(experiment: Experiment, name: str) -> None:
     begin = time.monotonic()
     with ray_session(experiment.directory) as namespace:
         for key, stage in stages.items():
-            run_stage(stage, prepared[key], checkpoint, placement_of(stage), f"{namespace}-{key}")
+            run_stage(
+                stage,
+                prepared[key],
+                init_from=checkpoint,
+                placement=placement_of(stage),
+                namespace=f"{namespace}-{key}",
+            )
     findings = Findings(seconds=time.monotonic() - begin)
     for other, stage in experiment.stages.items():
         found = read_measured(other, run_folder(stage)) if other != name and is_finished(stage) else None
@@ -60,7 +67,9 @@ def build_index(experiment: Experiment, name: str) -> None:
     asked = replace(asked, checkpoint=replace(asked.checkpoint, index=True), pretraining=PretrainingConfig())
     prepared = prepared_data(asked, experiment.directory, [])
     with ray_session(experiment.directory) as namespace:
-        run_stage(asked, prepared, checkpoint, placement_of(asked), f"{namespace}-index_only")
+        run_stage(
+            asked, prepared, init_from=checkpoint, placement=placement_of(asked), namespace=f"{namespace}-index_only"
+        )
     say(f"index in {run_folder(asked) / 'index'}")
 
 

@@ -22,11 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.config.matrix import Matrix, check_matrix, check_start, combined, folder_of, read_matrix
-from cluster.config.refusal import refuse
-from cluster.config.rules import check_date, suggestion
-from cluster.config.schema import COMMAND_LINE, checked, kind_of, read_yaml, unknown
+from cluster.config.schema import COMMAND_LINE, checked, kind_of, read_yaml
+from cluster.config.setting_names import unknown
 from cluster.config.settings import CompareConfig, Settings, UpdateConfig
 from cluster.config.validate import validate
+from indexing.declare import check_values, refuse, suggestion
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_FILE = ROOT / "configs" / "quickstart.yaml"
@@ -48,7 +48,7 @@ class Experiment:
         return Path(self.settings.run.directory) / self.settings.run.name
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Files:
     """What the files say together, before the command line."""
 
@@ -290,7 +290,7 @@ def _name_stages(stages: dict[str, Settings]) -> None:
 def _check_update(experiment: Experiment) -> None:
     """Refuse an update that names no date or no stage; a file without stages means its only run."""
     update, stages = experiment.update, experiment.stages
-    check_date("update.as_of", update.as_of)
+    check_values(update, "update.")
     if update.stages and not update.as_of:
         raise refuse("update.as_of", "", "must be end or a date where update.stages names stages")
     if update.as_of and list(stages) == [""] and not update.stages:

@@ -1,10 +1,10 @@
 """Checks of what searches words beside vectors, and of what re-ranks the hits."""
 
-from cluster.config.refusal import refuse
-from cluster.config.rules import CONTRASTIVE
 from cluster.config.settings import Settings
+from indexing.declare import refuse
 from indexing.lexical.lexical_check import check_lexical
 from training.feeding.mixture import pretrains
+from training.training_settings import CONTRASTIVE
 
 SEARCHES = ("index", "fixed", "gold")  # values of retrieval.source that ask the index
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.config.refusal import refuse
-from cluster.config.rules import suggestion
-from cluster.config.schema import checked, unknown
+from cluster.config.schema import checked
+from cluster.config.setting_names import unknown
 from cluster.config.settings import CompareConfig, Settings
+from indexing.declare import refuse, suggestion
 
 KEYS = ("base_stage", "baseline", "seeds", "cells", "axes")
 SAME_FOR_ALL = ("training.steps", "training.batch_size", "engine.gradient_accumulation")  # the budget

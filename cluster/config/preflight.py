@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.config.experiment import load
-from cluster.config.refusal import refuse
-from cluster.config.rules import values_of
 from cluster.config.settings import Settings
 from indexing.corpus.stores.filters import parse_filter
 from indexing.corpus.stores.metadata import count_passing
+from indexing.declare import refuse, values_of
 from indexing.dense.faiss_build import check_config
 from indexing.dense.kinds import check_dim, parse
 from indexing.hits import check_k

@@ -3,18 +3,16 @@
 Values stay text here; the type of the setting converts them later (`cluster/config/experiment.py`).
 """
 
-import re
 from dataclasses import is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from cluster.config.rules import suggestion, values_of
-from cluster.config.settings import CompareConfig, Settings, UpdateConfig
+from cluster.config.setting_names import unknown
+from indexing.declare import refuse
 
 COMMAND_LINE = "command line"
-SETTING_NAMES = [*values_of(Settings()), *values_of(UpdateConfig(), "update."), *values_of(CompareConfig(), "compare.")]
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -51,7 +49,7 @@ def checked(value: Any, kind: Any, key: str, source: str) -> Any:
         if value in ("", None):
             return {}
         if not isinstance(value, dict):
-            raise ValueError(f"{source}: {name}={value}: is a section and takes settings, not a value")
+            raise refuse(f"{source}: {name}", value, "must be a section with settings, not a value")
         hints = get_type_hints(kind)
         for entry in value:
             if entry not in hints:
@@ -61,32 +59,21 @@ def checked(value: Any, kind: Any, key: str, source: str) -> Any:
         if value in ("", None):
             return []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{source}: {name}={value}: must be a list like [first, second]")
+            raise refuse(f"{source}: {name}", value, "must be a list like [first, second]")
         return value
     if get_origin(kind) is dict:
         if value in ("", None):
             return {}
         if not isinstance(value, dict):
-            raise ValueError(f"{source}: {name}={value}: must map names to values, like {{name: value}}")
+            raise refuse(f"{source}: {name}", value, "must map names to values, like {name: value}")
         return value
     if kind is Any:
         return "" if value is None else value
     if isinstance(value, (dict, list)):
-        raise ValueError(f"{source}: {name}={value}: must be one value")
+        raise refuse(f"{source}: {name}", value, "must be one value")
     if NoneType in get_args(kind) and value in (None, "", "null", "~"):
         return None
     return "" if value is None or (kind is str and value in ("null", "~")) else value
-
-
-def unknown(source: str, prefix: str, entry: str, known: list[str]) -> ValueError:
-    """The refusal of a key: suggests the same field of another section, or a name that looks alike."""
-    section = re.sub(r"^stages\.[^.]+\.", "", prefix)
-    elsewhere = [name for name in SETTING_NAMES if name.rpartition(".")[2] == entry]
-    hint = suggestion(section + entry, elsewhere, cutoff=0.0) or suggestion(entry, known, prefix=section)
-    if not hint or "." in entry:
-        hint = suggestion(section + entry, SETTING_NAMES) or hint
-    hint = hint or f" Known here: {', '.join(known)}."
-    return ValueError(f"{source}: unknown setting {prefix}{entry}.{hint}")
 
 
 def kind_of(parts: list[str], kind: Any, prefix: str, known: list[str] | None = None) -> Any:

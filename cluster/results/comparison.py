@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from cluster.config.matrix import Matrix
-from cluster.config.rules import values_of
 from cluster.config.settings import Settings
 from cluster.results.context_costs import context_table
 from cluster.results.findings import Measured, read_measured
 from cluster.results.summary import HEADLINE
+from indexing.declare import values_of
 from training.metrics import paired_difference
 from training.reporting.jsonl import plain
 from training.reporting.plots import Points, points_svg
@@ -27,6 +27,7 @@ Results = Mapping[str, Mapping[int, Measured]]  # by cell and seed
 def write_comparison(
     matrix: Matrix,
     base: Settings,
+    *,
     folders: Mapping[str, Mapping[int, Path]],
     done: set[Path],
     failures: Mapping[tuple[str, int], str],

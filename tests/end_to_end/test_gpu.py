@@ -56,7 +56,7 @@ def make_job(world: TinyWorld, run_dir: Path, stage: int, objective: str, steps:
         run_dir,
         evaluate_questions="",
         generator=replace(world.generator, kind=kind),
-        objective=ObjectiveConfig(objective),
+        objective=ObjectiveConfig(name=objective),
         training=TrainingConfig(steps=steps, batch_size=8, warmup_steps=5, schedule="constant"),
         engine=EngineConfig(zero_stage=stage, precision="bf16", timeout_s=120.0),
         publish_every=20,

@@ -24,9 +24,13 @@ from indexing.indexing_settings import IndexConfig
 from training.measuring.sizes import encoder_size, reader_size
 from training.training_settings import EncoderConfig, GeneratorConfig
 
-LAPTOP = Host(4, 16 * GB, 5e10, 2e10, 8e9, 5e9, 3e10)
-CPU = Machines(None, LAPTOP, 0, 1024, 1.25e8, 0.1)
-H100 = Machines(GPUS["h100"], planned_host(96, 1024 * GB), 8, 1024, 1.25e10, 0.1)
+LAPTOP = Host(
+    cpus=4, memory_bytes=16 * GB, product_flops=5e10, scan_flops=2e10, pair_bytes=8e9, copy_bytes=5e9, bandwidth=3e10
+)
+CPU = Machines(device=None, host=LAPTOP, gpus_per_node=0, limit=1024, network=1.25e8, margin=0.1)
+H100 = Machines(
+    device=GPUS["h100"], host=planned_host(96, 1024 * GB), gpus_per_node=8, limit=1024, network=1.25e10, margin=0.1
+)
 
 
 def work(**changes: object) -> Work:
@@ -34,23 +38,57 @@ def work(**changes: object) -> Work:
     encoder = encoder_size(EncoderConfig(), "12x768x30522")
     reader = reader_size(GeneratorConfig(kind="fusion"), 0, "24x768x32128")
     base = Work(
-        passages=10**6, tokens=100.0, dim=768, encoder=encoder, reader=reader,
-        trained=encoder.parameters + reader.parameters, frozen=0, published=encoder.parameters,
-        encodes_passages=True, fused=True, uses_index=True, factory="Flat", halves=False, index_on_gpu=True,
-        nprobe=16, training_sample=100_000, batch=8, accumulation=1, trainers=1, k=20, question_tokens=32,
-        prompt_tokens=132.0, answer_tokens=16, checkpointing=(True, True), cached_passages=0,
-        loss_chunk=512, zero_stage=2, offload=False,
-        precision="bf16", published_bytes=2, every_steps=500, steps=10_000, step_seconds=0.0, batch_tokens=131072,
-    )  # fmt: skip
+        passages=10**6,
+        tokens=100.0,
+        dim=768,
+        encoder=encoder,
+        reader=reader,
+        trained=encoder.parameters + reader.parameters,
+        frozen=0,
+        published=encoder.parameters,
+        encodes_passages=True,
+        fused=True,
+        uses_index=True,
+        factory="Flat",
+        halves=False,
+        index_on_gpu=True,
+        nprobe=16,
+        training_sample=100_000,
+        batch=8,
+        accumulation=1,
+        trainers=1,
+        k=20,
+        question_tokens=32,
+        prompt_tokens=132.0,
+        answer_tokens=16,
+        checkpointing=(True, True),
+        cached_passages=0,
+        loss_chunk=512,
+        zero_stage=2,
+        offload=False,
+        precision="bf16",
+        published_bytes=2,
+        every_steps=500,
+        steps=10_000,
+        step_seconds=0.0,
+        batch_tokens=131072,
+    )
     return replace(base, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_thousand_passages_on_a_laptop_need_no_gpu() -> None:
     tower, reader = encoder_size(EncoderConfig()), reader_size(GeneratorConfig(), 3000)
     small = work(
-        passages=1000, dim=tower.dim, encoder=tower, reader=reader, trained=2_000_000, published=tower.parameters,
-        index_on_gpu=False, precision="fp32", batch_tokens=4096,
-    )  # fmt: skip
+        passages=1000,
+        dim=tower.dim,
+        encoder=tower,
+        reader=reader,
+        trained=2_000_000,
+        published=tower.parameters,
+        index_on_gpu=False,
+        precision="fp32",
+        batch_tokens=4096,
+    )
     counts = smallest(small, CPU)
     assert counts == Counts(trainers=1, shards=1, workers=1, nodes=1, gpus=0)
     assert counts.layout(CPU, False) == "machine 1"
@@ -73,7 +111,7 @@ def test_a_billion_passages_on_1024_gpus() -> None:
 
 def test_more_passages_never_need_less() -> None:
     for index_on_gpu, factory in ((True, "SQfp16"), (False, "Flat"), (False, "IVF4096,SQ8")):
-        before = Counts(0, 0, 0, 0, 0)
+        before = Counts(trainers=0, shards=0, workers=0, nodes=0, gpus=0)
         for passages in (10**3, 10**5, 10**6, 10**7, 3 * 10**7, 10**8, 3 * 10**8):
             counts = smallest(work(passages=passages, factory=factory, index_on_gpu=index_on_gpu), H100)
             assert (counts.gpus, counts.nodes, counts.shards) >= (before.gpus, before.nodes, 0)
@@ -111,7 +149,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
 
 def test_one_gpu_does_it_all_where_it_can() -> None:
     counts = smallest(work(passages=1000), H100)
-    assert counts == Counts(1, 1, 1, 1, 1, shared=True)
+    assert counts == Counts(trainers=1, shards=1, workers=1, nodes=1, gpus=1, shared=True)
 
 
 def test_workers_keep_up_with_publishing() -> None:
@@ -125,7 +163,7 @@ def test_workers_keep_up_with_publishing() -> None:
 def test_staleness_by_hand() -> None:
     """Steps of a second, published every 500: a commit is as stale as its refresh took; before the next one comes, by
     the time between two publishes more."""
-    counts = Counts(1, 8, 4, 2, 13)
+    counts = Counts(trainers=1, shards=8, workers=4, nodes=2, gpus=13)
     found = costs(work(step_seconds=1.0, factory="SQfp16"), H100, counts)
     assert found.staleness_at_commit_steps == pytest.approx(found.refresh_s)
     assert found.staleness_at_most_steps == pytest.approx(found.refresh_s + 500)
@@ -134,20 +172,20 @@ def test_staleness_by_hand() -> None:
 
 
 def test_search_by_hand() -> None:
-    counts = Counts(1, 2, 1, 1, 0)
+    counts = Counts(trainers=1, shards=2, workers=1, nodes=1, gpus=0)
     host = replace(LAPTOP, bandwidth=1e12)
     flat = work(index_on_gpu=False)
     rows = 500_000
     # two shards of one thread each: 4 processors, one for the trainer, one for the worker
     assert search_seconds(flat, replace(CPU, host=host), counts) == pytest.approx(2 * 8 * rows * 768 / 2e10)
     lists = work(index_on_gpu=False, factory="IVF1000,Flat")
-    coarse, read = search_work(index_kind("IVF1000,Flat", 768), rows, 768, 8, 16)[1:]
+    coarse, read = search_work(index_kind("IVF1000,Flat", 768), rows, dim=768, batch=8, nprobe=16)[1:]
     assert read == 8 * rows * 16 / 1000 * 3072
     assert search_seconds(lists, replace(CPU, host=host), counts) == pytest.approx(coarse / 5e10 + read / 8e9)
 
 
 def test_search_sets_the_pace_where_many_trainers_ask() -> None:
-    counts = Counts(16, 8, 4, 4, 28)
+    counts = Counts(trainers=16, shards=8, workers=4, nodes=4, gpus=28)
     found = costs(work(factory="SQfp16", passages=10**8, step_seconds=0.001), H100, counts)
     busy = 16 * search_seconds(work(factory="SQfp16", passages=10**8), H100, counts)
     assert found.search_share_of_step == pytest.approx(busy / 0.001)
@@ -177,7 +215,7 @@ def test_the_overrides_are_accepted_by_the_placement() -> None:
 
 
 def test_the_section_documents_what_the_table_knows() -> None:
-    from cluster.config.rules import CHOICES
+    from cluster.config.setting_names import DECLARED
 
-    assert {*GPUS, "cpu", "auto"} == set(CHOICES["plan.gpu"])
+    assert {*GPUS, "cpu", "auto"} == set(DECLARED["plan.gpu"][1].choices)
     assert PlanConfig().gpu == "auto"

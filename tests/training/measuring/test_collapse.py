@@ -99,7 +99,7 @@ def test_a_destroyed_retriever(world: TinyWorld, tmp_path: Path, setting: str) -
     """A learning rate that wrecks every weight of the retriever at the first step."""
     job = world.job(
         tmp_path / "run",
-        objective=ObjectiveConfig("adist"),
+        objective=ObjectiveConfig(name="adist"),
         training=TrainingConfig(
             steps=2, batch_size=4, warmup_steps=0, schedule="constant", lr_retriever=3.0, on_collapse=setting
         ),
@@ -129,7 +129,7 @@ def test_a_collapse_beside_a_late_index_names_it(
     """A retriever that learns from hits of weights long gone collapses whatever its objective is."""
     console = io.StringIO()
     shown = MonitorConfig(wandb="off")
-    job = world.job(tmp_path / "run", objective=ObjectiveConfig("pdist"), publish_every=10, monitor=shown)
+    job = world.job(tmp_path / "run", objective=ObjectiveConfig(name="pdist"), publish_every=10, monitor=shown)
     measures = Stage(job, world.index(), console).measures
     measures.watch(LoopState())
     assert measures.collapse is not None

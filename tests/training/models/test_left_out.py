@@ -121,7 +121,9 @@ def system_of(
 ) -> System:
     config = replace(GeneratorConfig(kind=kind, fresh=replace(FRESH, dropout=dropout)), **changes)
     encoder = replace(ENCODER, towers="separate")
-    return build_system(encoder, config, "both", (tokenizer, tokenizer), 0, objective).train()
+    return build_system(
+        encoder, config, train="both", tokenizers=(tokenizer, tokenizer), seed=0, objective=objective
+    ).train()
 
 
 def collate(generator: Generator, k: int = 3) -> RetrievalBatch:
@@ -148,7 +150,7 @@ def test_every_objective_encodes_every_passage_once(
 ) -> None:
     """3 x 3 passages by the reader, again only for a target that dropout would touch; 3 closed-book questions where the
     objective reads nothing. The retriever's towers see each text once."""
-    objective = ObjectiveConfig(name)
+    objective = ObjectiveConfig(name=name)
     system = system_of(tokenizer, kind, objective, dropout)
     encoder: Any = system.generator
     reader = count_rows(encoder.model.get_encoder() if kind == "fusion" else encoder.encoder.layers[0])
@@ -161,7 +163,7 @@ def test_every_objective_encodes_every_passage_once(
 
 def test_leaving_out_projects_nothing_again(tokenizer: PreTrainedTokenizerFast) -> None:
     """Keys of the fused memories, and of the closed-book questions."""
-    objective = ObjectiveConfig("loop")
+    objective = ObjectiveConfig(name="loop")
     system = system_of(tokenizer, "fusion", objective)
     keys = count_rows(system.generator.get_submodule("model.decoder.block.0.layer.1.EncDecAttention.k"))
     system.likelihoods(collate(system.generator), needs(objective), 1.0)
@@ -175,7 +177,7 @@ def test_every_objective_reaches_towers_and_generator(
     tokenizer: PreTrainedTokenizerFast, name: str, kind: str, k: int
 ) -> None:
     """One passage: everything is finite, and only an empty passage beside it leaves something to learn."""
-    objective = ObjectiveConfig(name)
+    objective = ObjectiveConfig(name=name)
     system = system_of(tokenizer, kind, objective)
     batch = collate(system.generator, k)
     if name == "fused" and kind == "causal":
@@ -205,7 +207,7 @@ def test_every_objective_reaches_towers_and_generator(
 
 
 def test_a_fixed_score_of_nothing_is_no_parameter(tokenizer: PreTrainedTokenizerFast) -> None:
-    system = system_of(tokenizer, "copy", ObjectiveConfig("realm", null_score="fixed"))
+    system = system_of(tokenizer, "copy", ObjectiveConfig(name="realm", null_score="fixed"))
     assert system.retriever.null is None
-    outputs = system.likelihoods(collate(system.generator), needs(ObjectiveConfig("realm")), 1.0)
+    outputs = system.likelihoods(collate(system.generator), needs(ObjectiveConfig(name="realm")), 1.0)
     assert outputs.null_score is None

@@ -38,7 +38,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def make(tokenizer: PreTrainedTokenizerFast, kind: str, dropout: float = 0.0, **changes: Any) -> System:
     config = replace(GeneratorConfig(kind=kind, fresh=replace(FRESH, dropout=dropout)), **changes)
-    return build_system(ENCODER, config, "both", (tokenizer, tokenizer), seed=0)
+    return build_system(ENCODER, config, train="both", tokenizers=(tokenizer, tokenizer), seed=0)
 
 
 def collate(generator: Generator) -> RetrievalBatch:
@@ -64,7 +64,7 @@ def test_a_distillation_target_is_scored_without_dropout(
     system = make(tokenizer, kind, dropout)
     assert has_dropout(system.generator) == (dropout > 0)
     batch = collate(system.generator)
-    objective = ObjectiveConfig("pdist")
+    objective = ObjectiveConfig(name="pdist")
     expected = system.eval().likelihoods(batch, needs(objective), 1.0)
     found = system.train().likelihoods(batch, needs(objective), 1.0)
     assert system.generator.training
@@ -84,7 +84,7 @@ def test_passages_are_projected_once_for_both_scores(
     tokenizer: PreTrainedTokenizerFast, name: str, biased: bool
 ) -> None:
     """Loss and gradients are those of two passes that share nothing but the encoder."""
-    needed = replace(needs(ObjectiveConfig(name)), score_bias=biased)
+    needed = replace(needs(ObjectiveConfig(name=name)), score_bias=biased)
     found = {}
     for checkpointing in (False, True):  # checkpointed layers keep no projections
         system = make(tokenizer, "fusion", gradient_checkpointing=checkpointing).train()
@@ -92,7 +92,7 @@ def test_passages_are_projected_once_for_both_scores(
         calls = count_calls(keys)
         outputs = system.likelihoods(collate(system.generator), needed, 1.0)
         assert calls == ([2, 6] if checkpointing else [2])
-        loss, _ = compute(ObjectiveConfig(name), outputs)
+        loss, _ = compute(ObjectiveConfig(name=name), outputs)
         loss.backward()
         gradients = {name: p.grad for name, p in system.named_parameters() if p.grad is not None}
         found[checkpointing] = (loss.detach(), outputs.scores.detach(), gradients)

@@ -56,25 +56,27 @@ class Case:
 
 
 CASES = {
-    "copy, shared towers, rag_sequence": Case("copy", "shared", ObjectiveConfig("rag_sequence")),
-    "copy, separate towers, pdist": Case("copy", "separate", ObjectiveConfig("pdist")),
-    "copy, separate towers, fused with score bias": Case("copy", "separate", ObjectiveConfig("fused")),
-    "fusion, separate towers, rag_sequence": Case("fusion", "separate", ObjectiveConfig("rag_sequence")),
-    "fusion, shared towers, pdist": Case("fusion", "shared", ObjectiveConfig("pdist")),
-    "fusion, shared towers, fused with score bias": Case("fusion", "shared", ObjectiveConfig("fused")),
-    "copy, shared towers, realm": Case("copy", "shared", ObjectiveConfig("realm")),
-    "copy, separate towers, loop": Case("copy", "separate", ObjectiveConfig("loop")),
-    "copy, shared towers, adist": Case("copy", "shared", ObjectiveConfig("adist")),
-    "fusion, separate towers, realm": Case("fusion", "separate", ObjectiveConfig("realm")),
-    "fusion, shared towers, loop": Case("fusion", "shared", ObjectiveConfig("loop")),
-    "fusion, separate towers, adist": Case("fusion", "separate", ObjectiveConfig("adist")),
-    "causal, shared towers, realm": Case("causal", "shared", ObjectiveConfig("realm")),
-    "causal, separate towers, loop": Case("causal", "separate", ObjectiveConfig("loop")),
-    "causal, shared towers, adist": Case("causal", "shared", ObjectiveConfig("adist")),
-    "causal, shared towers, rag_sequence": Case("causal", "shared", ObjectiveConfig("rag_sequence")),
-    "causal, separate towers, pdist": Case("causal", "separate", ObjectiveConfig("pdist")),
-    "copy, shared towers, rag_sequence and pairs": Case("copy", "shared", ObjectiveConfig("rag_sequence"), pairs=True),
-    "causal, separate towers, pdist and pairs": Case("causal", "separate", ObjectiveConfig("pdist"), pairs=True),
+    "copy, shared towers, rag_sequence": Case("copy", "shared", ObjectiveConfig(name="rag_sequence")),
+    "copy, separate towers, pdist": Case("copy", "separate", ObjectiveConfig(name="pdist")),
+    "copy, separate towers, fused with score bias": Case("copy", "separate", ObjectiveConfig(name="fused")),
+    "fusion, separate towers, rag_sequence": Case("fusion", "separate", ObjectiveConfig(name="rag_sequence")),
+    "fusion, shared towers, pdist": Case("fusion", "shared", ObjectiveConfig(name="pdist")),
+    "fusion, shared towers, fused with score bias": Case("fusion", "shared", ObjectiveConfig(name="fused")),
+    "copy, shared towers, realm": Case("copy", "shared", ObjectiveConfig(name="realm")),
+    "copy, separate towers, loop": Case("copy", "separate", ObjectiveConfig(name="loop")),
+    "copy, shared towers, adist": Case("copy", "shared", ObjectiveConfig(name="adist")),
+    "fusion, separate towers, realm": Case("fusion", "separate", ObjectiveConfig(name="realm")),
+    "fusion, shared towers, loop": Case("fusion", "shared", ObjectiveConfig(name="loop")),
+    "fusion, separate towers, adist": Case("fusion", "separate", ObjectiveConfig(name="adist")),
+    "causal, shared towers, realm": Case("causal", "shared", ObjectiveConfig(name="realm")),
+    "causal, separate towers, loop": Case("causal", "separate", ObjectiveConfig(name="loop")),
+    "causal, shared towers, adist": Case("causal", "shared", ObjectiveConfig(name="adist")),
+    "causal, shared towers, rag_sequence": Case("causal", "shared", ObjectiveConfig(name="rag_sequence")),
+    "causal, separate towers, pdist": Case("causal", "separate", ObjectiveConfig(name="pdist")),
+    "copy, shared towers, rag_sequence and pairs": Case(
+        "copy", "shared", ObjectiveConfig(name="rag_sequence"), pairs=True
+    ),
+    "causal, separate towers, pdist and pairs": Case("causal", "separate", ObjectiveConfig(name="pdist"), pairs=True),
 }
 KINDS = ("copy", "fusion", "causal")
 
@@ -85,7 +87,14 @@ KINDS = ("copy", "fusion", "causal")
 def make(case: Case, tokenizer: Path) -> System:
     words = load_tokenizer(tokenizer)
     generator = GeneratorConfig(kind=case.kind, fresh=FRESH, max_passage_tokens=16, max_answer_tokens=8)
-    return build_system(replace(ENCODER, towers=case.towers), generator, "both", (words, words), 5, case.objective)
+    return build_system(
+        replace(ENCODER, towers=case.towers),
+        generator,
+        train="both",
+        tokenizers=(words, words),
+        seed=5,
+        objective=case.objective,
+    )
 
 
 def collate(system: System, step: int, part: slice, pairs: bool = False) -> RetrievalBatch:
@@ -197,7 +206,7 @@ def reference(case: Case, tokenizer: Path) -> dict[str, Any]:
 
 def memorise(kind: str, tokenizer: Path) -> tuple[System, dict[str, np.ndarray]]:
     """A system that writes the answers of batch 0, which differ in length, and its weights."""
-    case = Case(kind, "shared", ObjectiveConfig("rag_sequence"))
+    case = Case(kind, "shared", ObjectiveConfig(name="rag_sequence"))
     system = make(case, tokenizer)
     batch = collate(system, 0, slice(None))
     optimizer = torch.optim.Adam(system.parameters(), lr=0.02)

@@ -45,7 +45,15 @@ def retrieval(hybrid: str, **changes: Any) -> RetrievalConfig:
 
 def make(world: TinyWorld, config: RetrievalConfig, train: str = "both") -> System:
     tokenizers = (world.tokenizer, world.tokenizer)
-    return build_system(world.encoder, world.generator, train, tokenizers, 3, ObjectiveConfig(), config).eval()
+    return build_system(
+        world.encoder,
+        world.generator,
+        train=train,
+        tokenizers=tokenizers,
+        seed=3,
+        objective=ObjectiveConfig(),
+        retrieval=config,
+    ).eval()
 
 
 @pytest.fixture
@@ -63,7 +71,9 @@ def serve(world: TinyWorld, index: LocalIndex) -> LocalIndex:
 
 def search_of(index: LocalIndex, world: TinyWorld, config: RetrievalConfig, weight: float = 0.0) -> HybridSearch:
     assert index.lexical is not None
-    return HybridSearch(index, index.lexical, world.question_store("test").text, config, lambda: weight)
+    return HybridSearch(
+        index, index.lexical, text_of=world.question_store("test").text, config=config, weight=lambda: weight
+    )
 
 
 def queries_of(world: TinyWorld) -> np.ndarray:
@@ -178,7 +188,7 @@ def test_hits_of_two_states_of_the_corpus_are_never_put_together(world: TinyWorl
     queries = queries_of(world)
     words = OtherCorpus(world.store(), WORDS)
     words.answers = answers
-    search = HybridSearch(index, words, world.question_store("test").text, retrieval("rrf"))
+    search = HybridSearch(index, words, text_of=world.question_store("test").text, config=retrieval("rrf"))
     found = search(NUMBERS, queries, 5).result()
     assert words.asked == [None, NOW]
     assert found.corpus == NOW
@@ -481,7 +491,7 @@ def test_a_warm_start_ignores_words(world: TinyWorld, tmp_path: Path) -> None:
     job = hybrid_job(
         world,
         tmp_path / "run",
-        objective=ObjectiveConfig("inverse_cloze"),
+        objective=ObjectiveConfig(name="inverse_cloze"),
         training=TrainingConfig(train="retriever_only", steps=1, batch_size=4),
         train_questions="",
     )

@@ -44,7 +44,7 @@ __all__ = ["tokenizer"]  # the fixture
 pytestmark = pytest.mark.long
 
 STAGES = (0, 2, 3)
-OBJECTIVE = ObjectiveConfig("rag_sequence")
+OBJECTIVE = ObjectiveConfig(name="rag_sequence")
 SMALL = FreshEncoderConfig(num_layers=1, hidden=16, num_heads=2, intermediate=32)
 CASES = {
     "weight": (RetrievalConfig(hybrid="learned"), RerankerConfig()),
@@ -57,7 +57,17 @@ def make(name: str, folder: Path) -> System:
     words = load_tokenizer(folder)
     generator = GeneratorConfig(kind="copy", fresh=FRESH, max_passage_tokens=16, max_answer_tokens=8)
     encoder = replace(ENCODER, max_question_tokens=8)
-    return build_system(encoder, generator, "both", (words, words), 5, OBJECTIVE, *CASES[name])
+    retrieval, reranker = CASES[name]
+    return build_system(
+        encoder,
+        generator,
+        train="both",
+        tokenizers=(words, words),
+        seed=5,
+        objective=OBJECTIVE,
+        retrieval=retrieval,
+        reranker=reranker,
+    )
 
 
 def collate(system: System, step: int, part: slice) -> RetrievalBatch:
@@ -73,7 +83,7 @@ def collate(system: System, step: int, part: slice) -> RetrievalBatch:
     lexical = torch.from_numpy(random.random((QUESTIONS, K)).astype(np.float32))
     flat = [one for rows in passages[part] for one in [*rows, *[np.array([0])] * (K - len(rows))]]
     reader = system.generator.collate(questions[part], passages[part], answers[part])
-    pairs = Pairing("retriever", 0)(questions[part], passages[part], K)
+    pairs = Pairing(side="retriever", pad_id=0)(questions[part], passages[part], K)
     ids = *pad_rows(questions[part], 0), *pad_rows(flat, 0)
     return RetrievalBatch(*ids, reader, lexical=lexical[part], pairs=pairs)
 

@@ -113,13 +113,13 @@ def test_masks_equal_the_plain_definition(
     assert where is not None
     store = store_with(tmp_path_factory.mktemp("masks"), [*rows, {"lang": "en", "year": 2019}])
     expected = [where.passes(row) for row in rows]
-    assert MetadataColumns(store.path, 0, len(rows)).mask(where).tolist() == expected
-    assert MetadataColumns(store.path, 1, len(rows) + 1).mask(where)[: len(rows) - 1].tolist() == expected[1:]
+    assert MetadataColumns(store.path, 0, stop=len(rows)).mask(where).tolist() == expected
+    assert MetadataColumns(store.path, 1, stop=len(rows) + 1).mask(where)[: len(rows) - 1].tolist() == expected[1:]
 
 
 def test_masks_are_kept_and_the_oldest_forgotten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata_module, "MASKS_KEPT", 2)
-    columns = MetadataColumns(store.path, 0, NUM)
+    columns = MetadataColumns(store.path, 0, stop=NUM)
     filters = [parse_filter({"year": year}) for year in (2000, 2001, 2002)]
     masks = [columns.mask(where) for where in filters if where is not None]
     assert columns.mask(filters[2]) is masks[2]  # pyright: ignore[reportArgumentType]
@@ -145,7 +145,9 @@ def test_shards_return_only_what_passes(store: Store, factory: str, num_shards: 
     vectors, queries = unit_vectors(NUM, 8), unit_vectors(6, 8, seed=1)
     shards = []
     for number, bounds in enumerate(shard_ranges(NUM, num_shards)):
-        shard = Shard(number, *bounds, IndexConfig(factory, nprobe=4), metadata=MetadataColumns(store.path, *bounds))
+        shard = Shard(
+            number, *bounds, IndexConfig(factory=factory, nprobe=4), metadata=MetadataColumns(store.path, *bounds)
+        )
         shard.stage(1, 10, bounds[0], vectors[slice(*bounds)])
         shard.prepare(1)
         shard.commit(1)
@@ -170,7 +172,7 @@ def test_shards_return_only_what_passes(store: Store, factory: str, num_shards: 
 
 
 def test_a_shard_without_metadata_says_so() -> None:
-    shard = Shard(2, 0, 4, IndexConfig())
+    shard = Shard(2, 0, stop=4, config=IndexConfig())
     with pytest.raises(ValueError, match=r"retrieval\.where is lang=en, but shard 2 knows no metadata"):
         shard.search(np.zeros((1, 4), np.float32), 1, where=parse_filter({"lang": "en"}))
 
@@ -204,10 +206,17 @@ def test_metadata_of_a_parquet_file(tmp_path: Path) -> None:
     day = datetime.date(2024, 5, 1)
     table = pyarrow.table(
         {
-            "id": ["a", "b"], "text": ["x", "y"], "lang": ["en", None], "year": [2019, 2020], "day": [day, day],
-            "share": [0.5, float("nan")], "tags": [["p", "q"], None], "vector": [[0.1], [0.2]], "raw": [b"1", b"2"],
+            "id": ["a", "b"],
+            "text": ["x", "y"],
+            "lang": ["en", None],
+            "year": [2019, 2020],
+            "day": [day, day],
+            "share": [0.5, float("nan")],
+            "tags": [["p", "q"], None],
+            "vector": [[0.1], [0.2]],
+            "raw": [b"1", b"2"],
         }
-    )  # fmt: skip
+    )
     parquet.write_table(table, tmp_path / "c.parquet")
     passages, _ = read_corpus(CorpusConfig(path=str(tmp_path / "c.parquet")))
     assert [passage.metadata for passage in passages] == [

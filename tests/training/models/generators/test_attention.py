@@ -239,8 +239,8 @@ def test_generators_without_attention_are_refused(tokenizer: PreTrainedTokenizer
     config = GeneratorConfig(kind="causal", name=str(tmp_path / "mamba"), attention="eager")
     arguments = (EncoderConfig(), config, "both", (tokenizer, tokenizer), 0)
     with pytest.raises(ValueError, match=message):
-        build_system(*arguments, ObjectiveConfig("adist"))
-    build_system(*arguments, ObjectiveConfig("loop"))  # needs no attention of it
+        build_system(*arguments, ObjectiveConfig(name="adist"))
+    build_system(*arguments, ObjectiveConfig(name="loop"))  # needs no attention of it
     for case in ("t5", "fresh llama"):
         generator = make(case, tokenizer, tmp_path)
         generator.attention = "flash_attention_2"

@@ -130,9 +130,11 @@ def test_what_is_masked_never_enters_a_state(family: str, folder: Path) -> None:
 @pytest.mark.parametrize("family", FUSION + CAUSAL + COPY)
 def test_a_joint_step_trains_all_of_it_and_it_answers(family: str, objective: str, folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer")
-    system = build_system(ENCODER, generator_config(family, folder), "both", (tokenizer, tokenizer), seed=1).train()
+    system = build_system(
+        ENCODER, generator_config(family, folder), train="both", tokenizers=(tokenizer, tokenizer), seed=1
+    ).train()
     batch = retrieval_batch(system)
-    wanted = ObjectiveConfig(objective)
+    wanted = ObjectiveConfig(name=objective)
     optimizer = torch.optim.Adam(system.parameters(), lr=5e-3)
     losses = []
     for _ in range(6):

@@ -75,7 +75,7 @@ def make(case: Case, folder: Path, on_ranks: bool) -> System:
     generator = generator_config(case.family, folder, loss_chunk_tokens=chunk, lora=lora)
     cache = savings.get("gradient_cache_passages", 0)
     encoder = replace(ENCODER, gradient_cache_passages=cache, lora=lora)
-    return build_system(encoder, generator, "both", (words, words), seed=5)
+    return build_system(encoder, generator, train="both", tokenizers=(words, words), seed=5)
 
 
 def collate(system: System, step: int, part: slice) -> RetrievalBatch:
@@ -100,7 +100,7 @@ def share(rank: int, world_size: int) -> slice:
 
 
 def loss_of(case: Case, outputs: Any) -> torch.Tensor:
-    return compute(ObjectiveConfig(case.objective), outputs)[0]
+    return compute(ObjectiveConfig(name=case.objective), outputs)[0]
 
 
 # ---------------------------------------------------------------- two ranks
@@ -120,7 +120,7 @@ def measure(rank: int, world_size: int, folder: Path, scratch: Path) -> dict[str
 def train(rank: int, world_size: int, stage: int, case: Case, folder: Path, scratch: Path) -> dict[str, Any]:
     system = make(case, folder, on_ranks=True)
     engine = Engine(system, replace(ENGINE, zero_stage=stage), parameter_groups(system))
-    needed = needs(ObjectiveConfig(case.objective))
+    needed = needs(ObjectiveConfig(name=case.objective))
     losses, norms = [], []
     for step in range(STEPS):
         batch = collate(system, step, share(rank, world_size))
@@ -168,7 +168,7 @@ def reference(case: Case, folder: Path) -> dict[str, Any]:
         eps=ENGINE.epsilon,
         weight_decay=0.0,
     )
-    needed = needs(ObjectiveConfig(case.objective))
+    needed = needs(ObjectiveConfig(name=case.objective))
     with torch.no_grad():
         untrained = system("likelihoods", collate(system, 0, slice(None)), needed, 1.0).per_passage.numpy()
     losses, norms = [], []

@@ -51,7 +51,14 @@ NAMES = ["input_ids", "token_type_ids", "attention_mask"]  # of BERT's own token
 def make(world: TinyWorld, config: RerankerConfig = CONFIG, train: str = "both", seed: int = 3) -> System:
     tokenizers = (world.tokenizer, world.tokenizer)
     system = build_system(
-        world.encoder, world.generator, train, tokenizers, seed, ObjectiveConfig(), RetrievalConfig(), config
+        world.encoder,
+        world.generator,
+        train=train,
+        tokenizers=tokenizers,
+        seed=seed,
+        objective=ObjectiveConfig(),
+        retrieval=RetrievalConfig(),
+        reranker=config,
     )
     with torch.no_grad():  # a fresh head says next to nothing
         for parameter in system.reranker.model.classifier.parameters() if system.reranker else ():  # type: ignore
@@ -170,13 +177,13 @@ def own_world(world: TinyWorld, cross_encoder: Path, folder: Path) -> TinyWorld:
         write_questions(
             made.questions(split),
             [asked.question(number) for number in range(len(asked))],
-            [
+            sides=[
                 retriever_question_side(world.tokenizer, world.encoder),
                 generator_question_side(world.tokenizer, world.generator),
                 reranker_side(tokenizer, 40),
             ],
-            generator_answer_side(world.tokenizer, world.generator),
-            made.store(),
+            answer_side=generator_answer_side(world.tokenizer, world.generator),
+            store=made.store(),
         )
     return made
 
@@ -220,7 +227,7 @@ def test_scores_and_gradients_are_those_of_the_formula(world: TinyWorld, mode: s
     assert system.reranker is not None
     batch = collator_of(world, system)(NUMBERS, hits_of())
     assert batch.pairs is not None
-    objective = ObjectiveConfig(name)
+    objective = ObjectiveConfig(name=name)
     outputs = system("likelihoods", batch, needs(objective), 1.0)
     dense = System(system.retriever, system.generator).scores(batch)
     reranked = system.reranker(batch.pairs).unflatten(0, (6, 4))
@@ -302,7 +309,9 @@ def test_the_best_candidates_by_their_score_go_on(world: TinyWorld) -> None:
 def test_a_question_with_few_hits_keeps_them_first() -> None:
     from indexing.hits import Hits
 
-    hits = Hits(np.array([[4, 2, -1]]), np.array([[0.9, 0.8, -np.inf]], np.float32), 1, 1)
+    hits = Hits(
+        ids=np.array([[4, 2, -1]]), scores=np.array([[0.9, 0.8, -np.inf]], np.float32), generation=1, weights_version=1
+    )
     moved = reordered(hits, np.array([[1, 0, 2]]))
     assert moved.ids.tolist() == [[2, 4, -1]]
 
@@ -344,7 +353,14 @@ def make_fresh(world: TinyWorld) -> System:
     """As the stage builds it."""
     tokenizers = (world.tokenizer, world.tokenizer)
     return build_system(
-        world.encoder, world.generator, "both", tokenizers, 3, ObjectiveConfig(), RetrievalConfig(), CONFIG
+        world.encoder,
+        world.generator,
+        train="both",
+        tokenizers=tokenizers,
+        seed=3,
+        objective=ObjectiveConfig(),
+        retrieval=RetrievalConfig(),
+        reranker=CONFIG,
     )
 
 
@@ -383,7 +399,14 @@ def test_own_tokens_through_a_stage(world: TinyWorld, cross_encoder: Path, tmp_p
 def final_weights_of(world: TinyWorld, config: RerankerConfig) -> dict[str, torch.Tensor]:
     tokenizers = (world.tokenizer, world.tokenizer)
     system = build_system(
-        world.encoder, world.generator, "both", tokenizers, 3, ObjectiveConfig(), RetrievalConfig(), config
+        world.encoder,
+        world.generator,
+        train="both",
+        tokenizers=tokenizers,
+        seed=3,
+        objective=ObjectiveConfig(),
+        retrieval=RetrievalConfig(),
+        reranker=config,
     )
     return dict(system.state_dict())
 
