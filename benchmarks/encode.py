@@ -70,10 +70,13 @@ def measure(
                 encoder(ids, mask)
 
     def chunks() -> list[np.ndarray]:
-        return [encode_range(table, start, stop, encode, batch_tokens) for start, stop in itertools.pairwise(bounds)]
+        return [
+            encode_range(table, start, stop=stop, encode=encode, batch_tokens=batch_tokens)
+            for start, stop in itertools.pairwise(bounds)
+        ]
 
     def refresh() -> None:
-        shard = Shard(0, 0, num_passages, IndexConfig())
+        shard = Shard(0, 0, stop=num_passages, config=IndexConfig())
         for start, vectors in zip(bounds, chunks(), strict=False):
             shard.stage(1, 0, start, vectors)
         shard.prepare(1)
@@ -105,7 +108,7 @@ def main() -> None:
     print("encoder  passages  tokens    bare/s  encode/s  refresh/s  refresh/bare")
     ratios = {}
     for name, (layers, hidden, num_heads, num_passages, mean_words, max_tokens) in SIZES.items():
-        fresh = FreshEncoderConfig(layers, hidden, num_heads, 4 * hidden)
+        fresh = FreshEncoderConfig(num_layers=layers, hidden=hidden, num_heads=num_heads, intermediate=4 * hidden)
         config = EncoderConfig(fresh=fresh, max_passage_tokens=max_tokens)
         encoder = build_encoder(config, VOCABULARY).requires_grad_(False).eval()
         encoder.length_groups = 1  # batches are sorted already

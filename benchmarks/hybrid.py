@@ -45,7 +45,9 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(settings.cluster.threads_per_trainer)
     prepared = prepare_data(settings, experiment.directory, print, [settings.questions.evaluate])
     tokenizers = load_tokenizer(prepared.tokenizers / "retriever"), load_tokenizer(prepared.tokenizers / "generator")
-    system = build_system(settings.encoder, settings.generator, "none", tokenizers, settings.run.seed).eval()
+    system = build_system(
+        settings.encoder, settings.generator, train="none", tokenizers=tokenizers, seed=settings.run.seed
+    ).eval()
     start = starting_checkpoint(settings, experiment.stages)
     if start:
         load_weights_into(system, fit_weights(load_weights(Path(start)), system))
@@ -56,7 +58,11 @@ def main(arguments: list[str]) -> None:
     with torch.inference_mode():
         queries = system("encode_questions", *collator.question_tensors(numbers)).numpy()
         index = OneGeneration(
-            settings, store, None, encode_function(system.retriever.passage_encoder), prepared.lexical
+            settings,
+            store,
+            checkpoint=None,
+            encode=encode_function(system.retriever.passage_encoder),
+            lexical=prepared.lexical,
         )
     assert index.lexical is not None
     words, text_of = index.lexical, questions.text
@@ -75,10 +81,12 @@ def main(arguments: list[str]) -> None:
     measured("bm25", lambda: words.submit([text_of(int(number)) for number in numbers], DEPTH).result().ids)
     for constant in CONSTANTS:
         config = replace(settings.retrieval, hybrid="rrf", rrf_constant=constant)
-        by_rank = HybridSearch(index, words, text_of, config)
+        by_rank = HybridSearch(index, words, text_of=text_of, config=config)
         measured(f"rrf, constant {constant:g}", lambda s=by_rank: s(numbers, queries, DEPTH).result().ids)
     for weight in WEIGHTS:
-        by_score = HybridSearch(index, words, text_of, settings.retrieval, lambda weight=weight: weight)
+        by_score = HybridSearch(
+            index, words, text_of=text_of, config=settings.retrieval, weight=lambda weight=weight: weight
+        )
         measured(f"weighted, {weight:g}", lambda s=by_score: s(numbers, queries, DEPTH).result().ids)
 
 

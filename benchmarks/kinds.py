@@ -83,7 +83,10 @@ def main() -> None:
     figures = {}
     for factory in kinds_for(arguments.vectors, arguments.dim):
         config = IndexConfig(
-            factory, nprobe=arguments.nprobe, ef_search=arguments.ef_search, training_sample=arguments.training_sample
+            factory=factory,
+            nprobe=arguments.nprobe,
+            ef_search=arguments.ef_search,
+            training_sample=arguments.training_sample,
         )
         begin = time.perf_counter()
         index = build_index(vectors, config)

@@ -101,13 +101,15 @@ def encode(encoder: TextEncoder, store: LiveStore, numbers: np.ndarray) -> np.nd
         with torch.inference_mode():
             return encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 
-    return encode_numbers(store.tokens("retriever"), numbers, call, 4096)
+    return encode_numbers(store.tokens("retriever"), numbers, encode=call, batch_tokens=4096)
 
 
 def measure_updates(data: Path, size: int, folder: Path) -> dict[str, float]:
     """Make all updates of `data`; prints a line per date."""
     passages = list(iterate_corpus(CorpusConfig(path=str(data)))[0])
-    tokenizer = build_tokenizer("", TOWER.tokenizer, (f"{p.title} {p.text}" for p in passages), folder / "tokenizer")
+    tokenizer = build_tokenizer(
+        "", TOWER.tokenizer, texts=(f"{p.title} {p.text}" for p in passages), save_dir=folder / "tokenizer"
+    )
     side = retriever_passage_side(tokenizer, TOWER)
     write_store(folder / "store", passages, [side])
     torch.manual_seed(0)
@@ -115,9 +117,15 @@ def measure_updates(data: Path, size: int, folder: Path) -> dict[str, float]:
     refresh = RefreshConfig(num_workers=1)
     index = IndexConfig(num_shards=2)
     service = start_index_service(
-        folder / "run", NAMESPACE, folder / "store", folder / "tokenizer", TOWER, index, refresh,
-        plan(ClusterConfig(), refresh, index, nodes_of_cluster()),
-    )  # fmt: skip
+        folder / "run",
+        NAMESPACE,
+        store=folder / "store",
+        tokenizer=folder / "tokenizer",
+        encoder=TOWER,
+        index=index,
+        refresh=refresh,
+        placement=plan(ClusterConfig(), refresh, index, nodes_of_cluster()),
+    )
     try:
         client = service.connect()
         client.publish(1, to_numpy(encoder.state_dict()))
@@ -132,7 +140,7 @@ def measure_updates(data: Path, size: int, folder: Path) -> dict[str, float]:
             put = [Passage(u["_id"], u["title"], u["text"]) for u in batch if u["op"] == "upsert"]
             gone = [u["_id"] for u in batch if u["op"] == "delete" and store.row_of(u["_id"]) is not None]
             begin = time.perf_counter()
-            change = change_corpus(store, Wanted(put, gone, "upsert"), [side])
+            change = change_corpus(store, Wanted(put, gone, "upsert"), sides=[side])
             wait_until_served(store.log.folder, change.version, WAIT_S)
             rows.setdefault(day, []).append((time.perf_counter() - begin, len(put) + len(gone)))
             vectors = np.concatenate([vectors, encode(encoder, store, np.arange(len(vectors), len(store)))])
@@ -219,10 +227,14 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
     actor = shard_class.options(name="million", namespace=NAMESPACE, num_cpus=0).remote(
         0, 0, num_rows, IndexConfig(), 1
     )
-    shards = ShardGroup([RayShard(0, 0, num_rows, NamedActor("million", NAMESPACE), 600.0)])
+    shards = ShardGroup([RayShard(0, 0, stop=num_rows, actor=NamedActor("million", NAMESPACE), step_timeout_s=600.0)])
     known: dict[int, np.ndarray] = {}
-    pool = EncodePool([KnowingWorker(known)], shards, lambda event, **fields: None, 3, 600.0)
-    identity = IndexIdentity("none", base.fingerprint, "Flat", ((0, num_rows),))
+    pool = EncodePool(
+        [KnowingWorker(known)], shards, events=lambda event, **fields: None, max_failures=3, chunk_timeout_s=600.0
+    )
+    identity = IndexIdentity(
+        encoder_fingerprint="none", corpus_fingerprint=base.fingerprint, factory="Flat", ranges=((0, num_rows),)
+    )
     log = LiveStore.open_with(base.path, folder / "run" / "corpus").log  # the coordinator's own view
     events: list[tuple[str, dict[str, Any]]] = []
     index_folder = folder / "run" / "index"
@@ -230,9 +242,13 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
     def note(event: str, **fields: Any) -> None:
         events.append((event, fields))
 
-    snapshots = Snapshots(index_folder, shards, identity, note, 2, 2, log)
-    settings = RefreshSettings(BLOCK, 3, 600.0, 120.0, 1)
-    coordinator = RefreshCoordinator(settings, shards, pool, snapshots, lambda weights: weights, note, log)
+    snapshots = Snapshots(index_folder, shards, identity=identity, events=note, keep=2, keep_protected=2, log=log)
+    settings = RefreshSettings(
+        chunk_passages=BLOCK, max_failures=3, chunk_timeout_s=600.0, search_timeout_s=120.0, first_generation=1
+    )
+    coordinator = RefreshCoordinator(
+        settings, shards, pool=pool, snapshots=snapshots, keep_weights=lambda weights: weights, events=note, log=log
+    )
     coordinator.recover(60.0)
     begin = time.perf_counter()
     coordinator.publish(Weights(1, 1, None))
@@ -252,7 +268,16 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
 
     thread = threading.Thread(target=follow)
     thread.start()
-    client = IndexClient(IndexAddress(NAMESPACE, "none", ("million",), num_rows, 120.0, "/dev/null"))
+    client = IndexClient(
+        IndexAddress(
+            namespace=NAMESPACE,
+            coordinator="none",
+            shards=("million",),
+            num_passages=num_rows,
+            search_timeout_s=120.0,
+            events_path="/dev/null",
+        )
+    )
     queries = random_vectors(16, 5)
     client.submit(queries, K).result()
     added_s, deleted_s, again_s = [], [], []
@@ -262,14 +287,14 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
         known.update(zip(range(first, first + 1000), new, strict=True))
         put = [Passage(f"new-{first + n}", "", f"a new passage {n}") for n in range(1000)]
         begin = time.perf_counter()
-        change = change_corpus(store, Wanted(put), [side])
+        change = change_corpus(store, Wanted(put), sides=[side])
         wait_until_served(store.log.folder, change.version, WAIT_S)
         while not (client.submit(new[:16], 1).result().ids[:, 0] == np.arange(first, first + 16)).all():
             pass
         added_s.append(time.perf_counter() - begin)
         gone = np.arange(repeat * 1000, repeat * 1000 + 1000)
         begin = time.perf_counter()
-        change = change_corpus(store, Wanted(delete=[f"p{n}" for n in gone]), [])
+        change = change_corpus(store, Wanted(delete=[f"p{n}" for n in gone]), sides=[])
         wait_until_served(store.log.folder, change.version, WAIT_S)
         deleted_s.append(time.perf_counter() - begin)
         hits = client.submit(random_vectors(1000, 0)[:16] if not repeat else queries, K).result()

@@ -167,7 +167,9 @@ def run(rounds: int, num_passages: int, quiet_steps: int, folder: Path) -> dict[
     """Start the service over a fresh corpus, and measure."""
     config = EncoderConfig()
     passages = make_passages(num_passages)
-    tokenizer = build_tokenizer("", config.tokenizer, (p.text for p in passages[:2000]), folder / "tokenizer")
+    tokenizer = build_tokenizer(
+        "", config.tokenizer, texts=(p.text for p in passages[:2000]), save_dir=folder / "tokenizer"
+    )
     write_store(folder / "store", passages, [retriever_passage_side(tokenizer, config)])
     refresh, index = RefreshConfig(), IndexConfig()
     service = start_index_service(

@@ -95,8 +95,8 @@ class BlockWorker:
 class TimedShard(RayShard):
     """Notes how long its calls take."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
         self.prepare_s: list[float] = []
         self.commit_s: list[float] = []
 
@@ -224,10 +224,10 @@ def planned(kind: str, passages: int, num_shards: int, host: Host, generations: 
     rows = math.ceil(passages / num_shards)
     factory, nprobe = factory_of(kind, rows)
     index = estimate.index_kind(factory, DIM)
-    one = estimate.shard_bytes(index, rows, DIM, SAMPLE)
+    one = estimate.shard_bytes(index, rows, dim=DIM, training_sample=SAMPLE)
     stage = estimate.stage_seconds(passages, DIM, host.copy_bytes, 1)
     build = estimate.build_seconds(estimate.build_work(index, rows, DIM, SAMPLE), host.product_flops, host.copy_bytes)
-    scan, coarse, read = estimate.search_work(index, rows, DIM, BATCH, nprobe)
+    scan, coarse, read = estimate.search_work(index, rows, dim=DIM, batch=BATCH, nprobe=nprobe)
     search = scan / host.scan_flops + coarse / host.product_flops + read / host.pair_bytes
     return {
         "plan_refresh_s": stage + num_shards * build,
@@ -272,15 +272,36 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
     worker, group = BlockWorker(), ShardGroup(shards)
     log = ChangeLog(folder / "corpus", "", passages)  # of a corpus that nobody changes
     coordinator = RefreshCoordinator(
-        RefreshSettings(CHUNK, 0, 3600.0, 3600.0, 1),
+        RefreshSettings(
+            chunk_passages=CHUNK, max_failures=0, chunk_timeout_s=3600.0, search_timeout_s=3600.0, first_generation=1
+        ),
         group,
-        EncodePool([worker], shards, events, 0, 3600.0),
-        Snapshots(folder / "index", shards, IndexIdentity("", "", factory, tuple(ranges)), events, 1, 1, log),
-        lambda weights: weights,
-        events,
-        log,
+        pool=EncodePool([worker], shards, events=events, max_failures=0, chunk_timeout_s=3600.0),
+        snapshots=Snapshots(
+            folder / "index",
+            shards,
+            identity=IndexIdentity(
+                encoder_fingerprint="", corpus_fingerprint="", factory=factory, ranges=tuple(ranges)
+            ),
+            events=events,
+            keep=1,
+            keep_protected=1,
+            log=log,
+        ),
+        keep_weights=lambda weights: weights,
+        events=events,
+        log=log,
     )
-    client = IndexClient(IndexAddress(NAMESPACE, "none", names, passages, 600.0, str(folder / "events.jsonl")))
+    client = IndexClient(
+        IndexAddress(
+            namespace=NAMESPACE,
+            coordinator="none",
+            shards=names,
+            num_passages=passages,
+            search_timeout_s=600.0,
+            events_path=str(folder / "events.jsonl"),
+        )
+    )
     queries = make_block(0, BATCH, 99)
     memory, searching, processors, spent = Memory(pids), None, Processors(pids, worker), 0.0
     seconds = 0.0

@@ -59,7 +59,16 @@ def start_shards(
         ray.get(actor.prepare.remote(1))
         ray.get(actor.commit.remote(1))
         actors.append(actor)
-    return IndexClient(IndexAddress(NAMESPACE, "none", names, len(vectors), 60.0, "/dev/null")), actors
+    return IndexClient(
+        IndexAddress(
+            namespace=NAMESPACE,
+            coordinator="none",
+            shards=names,
+            num_passages=len(vectors),
+            search_timeout_s=60.0,
+            events_path="/dev/null",
+        )
+    ), actors
 
 
 def measure(vectors: np.ndarray, num_shards: int, threads: int, repeats: int) -> dict[str, float]:

@@ -223,7 +223,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tandem-soak-") as folder:
         try:
             corpus, run_dir = make_corpus(Path(folder)), Path(folder) / "run"
-            prepared = Prepared(corpus.store, {}, corpus.tokenizer)
+            prepared = Prepared(passages=corpus.store, questions={}, tokenizers=corpus.tokenizer)
             with open_to_changes(run_dir / "corpus", prepared):
                 service = start_index_service(
                     run_dir=run_dir,

@@ -114,7 +114,9 @@ class Bench:
                 return encode_questions(self.joint, self.collator, numbers)
 
         assert self.service is not None
-        prefetcher = Remembering(self.service, self.stream.batch, encode, K, depth, start)
+        prefetcher = Remembering(
+            self.service, self.stream.batch, encode_questions=encode, k=K, depth=depth, start=start
+        )
         config = RetrievalConfig(k=K, prefetch_depth=depth)
         return RetrievedBatches(
             prefetcher, self.collator, config=config, device=self.joint.device, stream=self.stream

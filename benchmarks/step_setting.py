@@ -58,13 +58,19 @@ def make_settings(corpus: Path, root: Path, reader: str) -> Settings:
         corpus=CorpusConfig(path=str(corpus)),
         questions=QuestionsConfig(path=str(corpus)),
         encoder=EncoderConfig(
-            fresh=FreshEncoderConfig(LAYERS, HIDDEN, HEADS, 4 * HIDDEN),
+            fresh=FreshEncoderConfig(num_layers=LAYERS, hidden=HIDDEN, num_heads=HEADS, intermediate=4 * HIDDEN),
             tokenizer=TokenizerConfig(vocabulary=VOCABULARY),
             max_passage_tokens=MAX_TOKENS,
         ),
         generator=GeneratorConfig(
             kind="fusion",
-            fresh=FreshGeneratorConfig(LAYERS, LAYERS, HIDDEN, HEADS, 4 * HIDDEN),
+            fresh=FreshGeneratorConfig(
+                num_encoder_layers=LAYERS,
+                num_decoder_layers=LAYERS,
+                hidden=HIDDEN,
+                num_heads=HEADS,
+                intermediate=4 * HIDDEN,
+            ),
             max_passage_tokens=MAX_TOKENS,
         ),
     )
@@ -85,7 +91,7 @@ def build(settings: Settings, prepared: Prepared) -> System:
     """The system, the same every time."""
     folder = prepared.tokenizers
     tokenizers = load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator")
-    return build_system(settings.encoder, settings.generator, "both", tokenizers, seed=0)
+    return build_system(settings.encoder, settings.generator, train="both", tokenizers=tokenizers, seed=0)
 
 
 def write_t5(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:

@@ -31,7 +31,7 @@ STOP_TIMEOUT_S = 30.0
 HEAD_GONE_S = 20.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """This machine's place in the job."""
 
@@ -59,7 +59,14 @@ def from_environment(environment: dict[str, str]) -> Machine:
         raise ValueError(f"TANDEM_NODES_TIMEOUT_S={timeout_s}: must be whole seconds")
     name = re.sub(r"[^A-Za-z0-9]", "-", environment.get("SLURM_JOB_ID", "") or f"{head}-{port}")
     token_file = Path(environment.get("TANDEM_TOKEN_FILE") or f"runs/.token-{name}").resolve()
-    return Machine(head, int(port), int(num_nodes), int(rank), token_file, float(timeout_s))
+    return Machine(
+        head=head,
+        port=int(port),
+        num_nodes=int(num_nodes),
+        rank=int(rank),
+        token_file=token_file,
+        timeout_s=float(timeout_s),
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -24,7 +24,7 @@ class CorpusState:
 UNCHANGED = CorpusState()  # the base store alone
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardHits:
     """What one shard answers. `ids` are passage numbers of the whole corpus, best first."""
 
@@ -40,7 +40,7 @@ class ShardHits:
     corpus: CorpusState = UNCHANGED
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Hits:
     """What the index answers. `ids` are passage numbers, best first; equal scores by number."""
 
@@ -120,7 +120,15 @@ def merge(shard_hits: Sequence[ShardHits], k: int, allow_fewer: bool = False) ->
         min(hits.corpus.added for hits in shard_hits), max(hits.corpus.hidden for hits in shard_hits)
     )  # what was deleted is hidden on one shard after the other
     vectors, each = _leading_vectors(shard_hits, order), _each(shard_hits, order)
-    return Hits(ids, scores, generations[0], versions[0], vectors, each, corpus=corpus)
+    return Hits(
+        ids=ids,
+        scores=scores,
+        generation=generations[0],
+        weights_version=versions[0],
+        vectors=vectors,
+        versions=each,
+        corpus=corpus,
+    )
 
 
 def joined(parts: Sequence[ShardIndexed], number: int) -> Indexed:

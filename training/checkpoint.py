@@ -42,6 +42,7 @@ WEIGHTS = "model.safetensors"
 def save_checkpoint(
     run_dir: Path,
     step: int,
+    *,
     engine: "Engine",
     state: Mapping[str, Any],
     rank_state: Mapping[str, Any],

@@ -189,6 +189,7 @@ class ClozeSource:
         self,
         store: Store,
         stream: Stream,
+        *,
         config: ObjectiveConfig,
         separator_id: int,
         pad_id: int,

@@ -41,7 +41,7 @@ from training.training_settings import (
 PROGRESS_EVERY_S = 5.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StageJob:
     """Everything that a trainer process needs to know."""
 
@@ -86,6 +86,7 @@ class Parts:
         self,
         job: StageJob,
         store: Store,
+        *,
         system: System,
         tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
         engine: Engine,
@@ -119,9 +120,13 @@ class Parts:
         if self.service.lexical is None:
             raise ValueError(f"retrieval.hybrid={self.job.retrieval.hybrid}: the index service has no lexical index")
         return HybridSearch(
-            self.service, self.service.lexical, questions.text, self.job.retrieval, self.lexical_weight,
-            self.store.is_living,
-        )  # fmt: skip
+            self.service,
+            self.service.lexical,
+            text_of=questions.text,
+            config=self.job.retrieval,
+            weight=self.lexical_weight,
+            is_living=self.store.is_living,
+        )
 
     def refusion(self) -> Refusion | None:
         """How hits of both indexes are fused by fresh scores; None where there is but one."""

@@ -22,7 +22,7 @@ from training.retrieving.retrieve import IndexService, IndexStatus
 from training.training_settings import ObjectiveConfig, TrainingConfig
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Fetched:
     """One micro-batch on its device, and what is known of the hits in it."""
 
@@ -51,7 +51,7 @@ class Source(Protocol):
         ...
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LoopState:
     """Where the loop is; saved whole with every checkpoint."""
 
@@ -67,7 +67,7 @@ class LoopState:
     start: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Hooks:
     """What the loop does besides training, each a plain function that does one thing; None: not in this stage."""
 
@@ -108,6 +108,7 @@ class Window:
 def train(
     config: TrainingConfig,
     objective: ObjectiveConfig,
+    *,
     engine: Engine,
     source: Source,
     service: IndexService | None,
@@ -150,11 +151,13 @@ def train(
         # Hand out the encoder where it is time; the index follows by itself.
         drift = hooks.refresh(state, window.fetched, timer) if hooks.refresh is not None else {}
         if service is not None and hooks.max_staleness_steps:
-            _wait_if_stale(service, state, hooks, monitor, retriever_waits(config))
+            _wait_if_stale(service, state, hooks=hooks, monitor=monitor, still=retriever_waits(config))
 
         # Log.
         status = service.status() if service is not None else None
-        metrics = step_metrics(window, state, step_times(timer, begin), status, retriever_waits(config))
+        metrics = step_metrics(
+            window, state, times=step_times(timer, begin), status=status, still=retriever_waits(config)
+        )
         metrics |= drift
         if hooks.passages_fixed and "index/staleness_steps" in metrics:
             metrics |= {"index/staleness_steps": 0, "index/staleness_max_steps": 0}
@@ -179,6 +182,7 @@ def train(
 def publish(
     engine: Engine,
     service: IndexService,
+    *,
     state: LoopState,
     precision: str,
     whole: bool = True,
@@ -203,7 +207,7 @@ def _between_steps(state: LoopState, hooks: Hooks, timer: Timer) -> None:
             hooks.save(state)
 
 
-def _wait_if_stale(service: IndexService, state: LoopState, hooks: Hooks, monitor: Monitor, still: int) -> None:
+def _wait_if_stale(service: IndexService, state: LoopState, *, hooks: Hooks, monitor: Monitor, still: int) -> None:
     """Training waits for a refresh here and nowhere else. Every passage's own vector counts: after partial refreshes
     it is the one encoded longest ago, and a whole refresh that is waited for. Up to step `still` no vector ages."""
     oldest = state.step - hooks.max_staleness_steps
@@ -223,7 +227,7 @@ def step_times(timer: Timer, begin: float) -> dict[str, float]:
 
 
 def step_metrics(
-    window: Window, state: LoopState, times: dict[str, float], status: IndexStatus | None, still: int = 0
+    window: Window, state: LoopState, *, times: dict[str, float], status: IndexStatus | None, still: int = 0
 ) -> dict[str, float]:
     """Everything that is known of one optimiser step, by metric key. Up to step `still` the encoders did not change."""
     fetched, seconds = window.fetched, times["time/step_s"]

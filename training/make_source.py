@@ -43,16 +43,18 @@ class CorpusExamples:
         self.groups = np.array(open_groups(job.duplicates))
         train, out = split_passages(self.groups, config.held_out)
         sides = example_sides(parts.tokenizers, job.encoder, job.generator)
-        self.training = CorpusQuestions(parts.store, train, config, sides, job.seed, TRAINING)
+        self.training = CorpusQuestions(parts.store, train, config=config, sides=sides, seed=job.seed, purpose=TRAINING)
         self.held_out: CorpusQuestions | None = None
         if len(out) and config.held_out_examples:
-            self.held_out = CorpusQuestions(parts.store, out, config, sides, HELD_OUT_SEED, HELD_OUT)
+            self.held_out = CorpusQuestions(
+                parts.store, out, config=config, sides=sides, seed=HELD_OUT_SEED, purpose=HELD_OUT
+            )
 
     def search(self, questions: CorpusQuestions) -> FairSearch:
         """How passages for `questions` are searched."""
         assert self.parts.service is not None
         margin, hybrid = self.parts.job.pretraining.margin, self.parts.hybrid_search(questions)
-        return FairSearch(self.parts.service, questions, self.groups, margin, hybrid)
+        return FairSearch(self.parts.service, questions, groups=self.groups, margin=margin, search=hybrid)
 
 
 def make_source(
@@ -77,15 +79,28 @@ def make_source(
         stream = Stream(len(questions), job.training.batch_size, *place)
         judged = job.objective.name in PREFERENCE or samples_answers(job.objective)
         answers, batch_of = None if judged else _training_answers(parts, questions, stream), stream.batch
-        collator = make_collator(job.objective, parts.store, questions, parts.system.generator, parts.pad_id, job.seed)
+        collator = make_collator(
+            job.objective,
+            parts.store,
+            questions=questions,
+            generator=parts.system.generator,
+            pad_id=parts.pad_id,
+            seed=job.seed,
+        )
         search = hybrid = parts.hybrid_search(questions)
     select = parts.selection(collator)
     if job.retrieval.source == "long":
         long_context = LongContext(collator, job.retrieval.max_context_tokens, job.generator.max_answer_tokens)
-        return LongContextBatches(collator, stream, long_context.choose, engine.device, start)
+        return LongContextBatches(collator, stream, choose=long_context.choose, device=engine.device, start=start)
     if parts.service is None:
-        source = ClosedBookBatches(collator, batch_of, engine.device, start, answers)
-        return _with_pairs(parts, corpus, _aligned(parts, source, collator, reference, loader_state), place, start)
+        source = ClosedBookBatches(collator, batch_of, device=engine.device, start=start, answers=answers)
+        return _with_pairs(
+            parts,
+            corpus,
+            source=_aligned(parts, source, collator=collator, reference=reference, loader_state=loader_state),
+            place=place,
+            start=start,
+        )
     k, depth = job.retrieval.k, job.retrieval.prefetch_depth
     # A labelled passage takes one place: search one more, so that k - 1 others are left.
     k += (job.retrieval.source == "gold") + (MORE_FOR_REFUSALS if job.questions.refusal_share else 0)
@@ -98,29 +113,50 @@ def make_source(
         candidates = min(k * job.retrieval.rescore, parts.service.num_passages)
         keep_vectors = parts.index_is_fresh and as_they_came
         fresh, fuse = FreshVectors(engine, collator), parts.refusion()
-        rescore = Rescorer(fresh, k, parts.index_is_fresh, keep_vectors, fuse)
+        rescore = Rescorer(fresh, k, vectors_are_fresh=parts.index_is_fresh, keep_vectors=keep_vectors, fuse=fuse)
     prefetcher = Prefetcher(
-        parts.service, batch_of, lambda numbers: encode_questions(engine, collator, numbers), candidates, depth, start,
-        with_vectors=parts.index_is_fresh and (as_they_came or rescore is not None), search=search,
-        is_living=parts.store.is_living, rescore=rescore, select=select,
-    )  # fmt: skip
+        parts.service,
+        batch_of,
+        encode_questions=lambda numbers: encode_questions(engine, collator, numbers),
+        k=candidates,
+        depth=depth,
+        start=start,
+        with_vectors=parts.index_is_fresh and (as_they_came or rescore is not None),
+        search=search,
+        is_living=parts.store.is_living,
+        rescore=rescore,
+        select=select,
+    )
     weighed = hybrid if parts.weighs_words else None
-    source = RetrievedBatches(prefetcher, collator, job.retrieval, engine.device, stream, answers, weighed)
+    source = RetrievedBatches(
+        prefetcher, collator, config=job.retrieval, device=engine.device, stream=stream, answers=answers, hybrid=weighed
+    )
     if loader_state:
         source.restore(loader_state)
-    return _with_pairs(parts, corpus, _aligned(parts, source, collator, reference, loader_state), place, start)
+    return _with_pairs(
+        parts,
+        corpus,
+        source=_aligned(parts, source, collator=collator, reference=reference, loader_state=loader_state),
+        place=place,
+        start=start,
+    )
 
 
 def _pairs(parts: Parts, stream: Stream, task: str, passages: np.ndarray | None = None) -> ClozeSource:
     separator = parts.tokenizers[0].sep_token_id
     separator_id = separator if isinstance(separator, int) else -1
     return ClozeSource(
-        parts.store, stream, replace(parts.job.objective, name=task), separator_id, parts.pad_id, passages
+        parts.store,
+        stream,
+        config=replace(parts.job.objective, name=task),
+        separator_id=separator_id,
+        pad_id=parts.pad_id,
+        passages=passages,
     )
 
 
 def _with_pairs(
-    parts: Parts, corpus: CorpusExamples | None, source: Source, place: tuple[int, int, int], start: int
+    parts: Parts, corpus: CorpusExamples | None, *, source: Source, place: tuple[int, int, int], start: int
 ) -> Source:
     """Pairs of the mixture's contrastive tasks beside every micro-batch, cut from the same passages as its examples."""
     config = parts.job.pretraining
@@ -129,7 +165,13 @@ def _with_pairs(
         return source
     passages = corpus.training.candidates
     stream = Stream(len(passages), config.contrast_passages, *place)
-    return WithPairs(source, {task: _pairs(parts, stream, task, passages) for task in shares}, shares, place[0], start)
+    return WithPairs(
+        source,
+        {task: _pairs(parts, stream, task, passages) for task in shares},
+        shares=shares,
+        seed=place[0],
+        start=start,
+    )
 
 
 def make_probe(parts: Parts, corpus: CorpusExamples | None) -> DriftProbe:
@@ -145,25 +187,36 @@ def make_probe(parts: Parts, corpus: CorpusExamples | None) -> DriftProbe:
     collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
     k = min(job.retrieval.k, service.num_passages)
     depth = min(k * max(job.retrieval.rescore, PROBE_FACTOR), service.num_passages)
-    return DriftProbe(FreshVectors(parts.engine, collator), service, numbers, k, depth)
+    return DriftProbe(FreshVectors(parts.engine, collator), service, numbers=numbers, k=k, depth=depth)
 
 
 def _aligned(
     parts: Parts,
     source: Source,
+    *,
     collator: Collator,
     reference: Reference | None,
     loader_state: dict[str, Any] | None,
 ) -> Source:
     job = parts.job
     return aligned(
-        source, parts.engine, collator, parts.store, parts.to_text, job.generator.max_answer_tokens, job.objective,
-        job.alignment, reference, loader_state,
-    )  # fmt: skip
+        source,
+        parts.engine,
+        collator=collator,
+        store=parts.store,
+        to_text=parts.to_text,
+        max_tokens=job.generator.max_answer_tokens,
+        objective=job.objective,
+        alignment=job.alignment,
+        reference=reference,
+        loader_state=loader_state,
+    )
 
 
 def _training_answers(parts: Parts, questions: QuestionStore, stream: Stream) -> TrainingAnswers:
     config = parts.job.questions
     refusal = generator_answer_side(parts.tokenizers[1], parts.job.generator).tokenize([("", config.refusal)])[0]
     row = np.array(refusal, dtype=np.int32) if config.refusal else None
-    return TrainingAnswers(questions, parts.store, stream, config.target, row, config.refusal_share)
+    return TrainingAnswers(
+        questions, parts.store, stream=stream, choice=config.target, refusal=row, refusal_share=config.refusal_share
+    )

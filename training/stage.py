@@ -53,19 +53,38 @@ class Stage:
         if job.corpus:
             self.store = LiveStore.open_with(job.passages, job.corpus)
         self.system = build_system(
-            job.encoder, job.generator, job.training.train, self.tokenizers, job.seed, job.objective, job.retrieval,
-            job.reranker,
-        )  # fmt: skip
+            job.encoder,
+            job.generator,
+            train=job.training.train,
+            tokenizers=self.tokenizers,
+            seed=job.seed,
+            objective=job.objective,
+            retrieval=job.retrieval,
+            reranker=job.reranker,
+        )
         self._built = built_parts(self.system) if job.init_from else {}
         self._initial = initial_copy(self.system) if has_reference(job) else None
         self.reference: Reference | None = None
         self.engine = Engine(self.system, job.engine, parameter_groups(self.system))
         self.monitor = Monitor(
-            self.run_dir, job.monitor, job.config, job.training.steps, self.engine.rank, stream=stream
+            self.run_dir,
+            job.monitor,
+            run_config=job.config,
+            total_steps=job.training.steps,
+            rank=self.engine.rank,
+            stream=stream,
         )
         self.state = LoopState()
         self.source: Source | None = None
-        self.parts = Parts(job, self.store, self.system, self.tokenizers, self.engine, service, self.monitor)
+        self.parts = Parts(
+            job,
+            self.store,
+            system=self.system,
+            tokenizers=self.tokenizers,
+            engine=self.engine,
+            service=service,
+            monitor=self.monitor,
+        )
         self.corpus = CorpusExamples(self.parts) if pretrains(job.pretraining) else None
         self.measures = Measures(self.parts, self.corpus)
         self.freshness: Freshness | None = None
@@ -86,12 +105,12 @@ class Stage:
                 train(
                     job.training,
                     job.objective,
-                    self.engine,
-                    self.source,
-                    self.service,
-                    self.monitor,
-                    self.state,
-                    self.hooks(),
+                    engine=self.engine,
+                    source=self.source,
+                    service=self.service,
+                    monitor=self.monitor,
+                    state=self.state,
+                    hooks=self.hooks(),
                 )
                 self.monitor.message(f"trained to step {self.state.step} in {time.monotonic() - begin:.0f} s")
             if self.parts.retriever_trains and self.state.step:
@@ -128,14 +147,16 @@ class Stage:
             return None
         initial, self._initial = self._initial, None
         offload, init_from = self.job.alignment.reference == "offload", self.job.init_from
-        return build_reference(self.engine, initial, offload, init_from, self.run_dir, resumes)
+        return build_reference(
+            self.engine, initial, offload=offload, init_from=init_from, run_dir=self.run_dir, resumes=resumes
+        )
 
     def serve_index(self, fresh: bool) -> None:
         """Wait until a generation of the present weights serves. Collective."""
         if self.service is None:
             return
         if fresh:
-            publish(self.engine, self.service, self.state, self.job.publish_precision)
+            publish(self.engine, self.service, state=self.state, precision=self.job.publish_precision)
         begin = time.monotonic()
 
         def told(encoded: int) -> None:
@@ -159,7 +180,15 @@ class Stage:
         plan = replace(self.job.plan, every_steps=self.job.publish_every, precision=self.job.publish_precision)
         probe = make_probe(self.parts, self.corpus) if plan.probe_questions else None
         still = retriever_waits(self.job.training)
-        freshness = Freshness(plan, self.engine, self.service, self.monitor, probe, len(self.store), still)
+        freshness = Freshness(
+            plan,
+            self.engine,
+            service=self.service,
+            monitor=self.monitor,
+            probe=probe,
+            num_numbers=len(self.store),
+            still=still,
+        )
         freshness.begin(self.state, (loader_state or {}).get("freshness"))
         return freshness
 
@@ -209,7 +238,7 @@ class Stage:
         save_checkpoint(
             self.run_dir,
             state.step,
-            self.engine,
+            engine=self.engine,
             state={
                 "loop": asdict(state),
                 "generation": generation,

@@ -65,9 +65,15 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, questions: 
     store = LiveStore.open_with(prepared.passages, folder.parent.parent / "corpus")
     encoder = with_towers_of(settings.encoder, saved_names(folder))
     system = build_system(
-        encoder, settings.generator, "none", tokenizers, settings.run.seed, None, settings.retrieval,
-        settings.reranker,
-    ).eval()  # fmt: skip
+        encoder,
+        settings.generator,
+        train="none",
+        tokenizers=tokenizers,
+        seed=settings.run.seed,
+        objective=None,
+        retrieval=settings.retrieval,
+        reranker=settings.reranker,
+    ).eval()
     load_weights_into(system, fit_weights(load_weights(folder), system))
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         sides = [
@@ -77,15 +83,15 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, questions: 
         ]
         asked = write_questions(
             Path(scratch) / "asked",
-            [Question(f"asked-{number}", question, [""]) for number, question in enumerate(questions)],
-            sides,
-            generator_answer_side(tokenizers[1], settings.generator),
-            store,
-            QuestionText(tokenizers[1], settings.generator),
+            [Question(id=f"asked-{number}", text=question, answers=[""]) for number, question in enumerate(questions)],
+            sides=sides,
+            answer_side=generator_answer_side(tokenizers[1], settings.generator),
+            store=store,
+            render=QuestionText(tokenizers[1], settings.generator),
         )
         collator = Collator(store, asked, system.generator, pad_id(tokenizers[0]))
         collator.pairing = make_pairing(settings.reranker, tokenizers[0], root / "tokenizers")
-        found = _retrieve(settings, system, collator, store, folder, prepared)
+        found = _retrieve(settings, system, collator=collator, store=store, checkpoint=folder, prepared=prepared)
         answers = _answer(settings, system, collator, found.hits)
     passages = [store.passage(int(row)) for row in found.hits.ids[0]]
     texts = [to_text(tokenizers[1], tokens) for tokens in answers.decoded.tokens]
@@ -109,14 +115,18 @@ def answer_question(settings: Settings, root: Path, checkpoint: str, questions: 
 
 
 def _retrieve(
-    settings: Settings, system: System, collator: Collator, store: LiveStore, checkpoint: Path, prepared: Prepared
+    settings: Settings, system: System, *, collator: Collator, store: LiveStore, checkpoint: Path, prepared: Prepared
 ) -> Retrieved:
     """Search every phrasing as training does, fuse the rankings, re-rank by the first phrasing, keep the best k."""
     retrieval, reranker = settings.retrieval, settings.reranker
     questions = collator.stored
     numbers = np.arange(len(questions))
     index = OneGeneration(
-        settings, store, checkpoint, encode_function(system.retriever.passage_encoder), prepared.lexical
+        settings,
+        store,
+        checkpoint=checkpoint,
+        encode=encode_function(system.retriever.passage_encoder),
+        lexical=prepared.lexical,
     )
     queries = system("encode_questions", *collator.question_tensors(numbers)).numpy()
     k = min(retrieval.k, index.num_passages)
@@ -125,12 +135,18 @@ def _retrieve(
     depth = min(max(several, reranker.candidates if reranker.mode != "off" else k), index.num_passages)
     hybrid = None
     if index.lexical is not None:
-        hybrid = HybridSearch(index, index.lexical, questions.text, retrieval, lambda: float(system("lexical_weight")))
+        hybrid = HybridSearch(
+            index,
+            index.lexical,
+            text_of=questions.text,
+            config=retrieval,
+            weight=lambda: float(system("lexical_weight")),
+        )
     hits = (hybrid or dense_search(index))(numbers, queries, depth).result()
     if hits.places is None:
         places = np.broadcast_to(np.arange(1, depth + 1, dtype=np.int32), hits.ids.shape)
         hits = replace(hits, places=np.stack([places, np.zeros_like(places)], axis=-1))
-    first = _first(hits, questions, hybrid, retrieval.rrf_constant, depth)
+    first = _first(hits, questions, hybrid=hybrid, constant=retrieval.rrf_constant, depth=depth)
     if reranker.mode != "off":
         select = Reranking(lambda batch: system("rank", batch), collator, reranker.candidates, 1)
         first = select(numbers[:1], first)
@@ -138,7 +154,7 @@ def _retrieve(
     return Retrieved(first, *(_places(first.ids, hits, ranking) for ranking in (0, 1)))
 
 
-def _first(hits: Hits, questions: QuestionStore, hybrid: HybridSearch | None, constant: float, depth: int) -> Hits:
+def _first(hits: Hits, questions: QuestionStore, *, hybrid: HybridSearch | None, constant: float, depth: int) -> Hits:
     """Hits of the first question: its own, or those of all phrasings fused."""
     if len(hits.ids) == 1:
         return replace(hits, places=None)

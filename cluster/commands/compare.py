@@ -32,7 +32,7 @@ from training.reporting.progress import duration
 MARK_FILE, ERROR_FILE = "compared.json", "error.log"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One run of the matrix."""
 
@@ -68,12 +68,27 @@ def run_matrix(experiment: Experiment, run: Run | None = None) -> int:
     try:
         with ray_session(experiment.directory) if waiting and run is None else nullcontext("") as namespace:
             for number, task in enumerate(waiting):
-                _attempt(task, data[task.name], f"{namespace}-{number}", failures, run or _run_on_cluster)
-                _tell_progress(task, number + 1, len(waiting), time.monotonic() - begin, failures)
+                _attempt(
+                    task,
+                    data[task.name],
+                    namespace=f"{namespace}-{number}",
+                    failures=failures,
+                    run=run or _run_on_cluster,
+                )
+                _tell_progress(
+                    task, number + 1, total=len(waiting), seconds=time.monotonic() - begin, failures=failures
+                )
     finally:  # also of an interrupted matrix: what there is so far
         found = {name: {task.seed: task.folder for task in tasks if task.name == name} for name in matrix.cells}
         base = experiment.stages[matrix.base_stage]
-        write_comparison(matrix, base, found, {task.folder for task in tasks if is_done(task)}, failures, root)
+        write_comparison(
+            matrix,
+            base,
+            folders=found,
+            done={task.folder for task in tasks if is_done(task)},
+            failures=failures,
+            root=root,
+        )
     return 1 if failures else 0
 
 
@@ -98,7 +113,7 @@ def _tasks_of_seed(experiment: Experiment, matrix: Matrix, data: dict[str, str],
         placed = replace(settings, run=replace(settings.run, name=place, seed=seed, init_from=init_from))
         parts = [fingerprint(with_absolute_models(placed)), data[name], start.mark if start is not None else ""]
         mark = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        task = Task(name, seed, placed, mark, start)
+        task = Task(name=name, seed=seed, settings=placed, mark=mark, start=start)
         tasks.append(task)
         if not is_cell:
             starts[name] = task
@@ -136,7 +151,7 @@ def _data(experiment: Experiment, matrix: Matrix) -> dict[str, Prepared]:
     return found
 
 
-def _attempt(task: Task, data: Prepared, namespace: str, failures: Failures, run: Run) -> None:
+def _attempt(task: Task, data: Prepared, *, namespace: str, failures: Failures, run: Run) -> None:
     """Run one task, from where an interrupted one stood; what it raises is kept."""
     if task.start is not None and (task.start.name, task.seed) in failures:
         failures[task.name, task.seed] = f"not run: {task.start.name}, which it starts from, failed"
@@ -156,10 +171,10 @@ def _attempt(task: Task, data: Prepared, namespace: str, failures: Failures, run
 
 def _run_on_cluster(task: Task, data: Prepared, namespace: str) -> None:
     start = starting_checkpoint(task.settings, {})
-    run_stage(task.settings, data, start, placement_of(task.settings), namespace)
+    run_stage(task.settings, data, init_from=start, placement=placement_of(task.settings), namespace=namespace)
 
 
-def _tell_progress(task: Task, done: int, total: int, seconds: float, failures: Failures) -> None:
+def _tell_progress(task: Task, done: int, *, total: int, seconds: float, failures: Failures) -> None:
     how = failures.get((task.name, task.seed))
     left = f", about {duration(seconds / done * (total - done))} left" if done < total else ""
     say(f"compare: {done}/{total} {task.name}, seed {task.seed}: {f'FAILED: {how}' if how else 'done'}{left}")

@@ -52,7 +52,7 @@ class OneGeneration:
     corpus encoded. Has of an `IndexService` what a search needs."""
 
     def __init__(
-        self, settings: Settings, store: LiveStore, checkpoint: Path | None, encode: Encode, lexical: Path | None
+        self, settings: Settings, store: LiveStore, *, checkpoint: Path | None, encode: Encode, lexical: Path | None
     ) -> None:
         config = replace(settings.index, device="cpu")
         saved, directory = -1, Path()
@@ -64,23 +64,32 @@ class OneGeneration:
         words = None if lexical is None else LiveLexical(LexicalIndex.load(lexical), store, where=self.where)
         self.lexical = None if words is None else DoneWords(words)
         ranges = shard_ranges(store.log.num_base, config.num_shards)
-        metadata = [MetadataColumns(store, *bounds, number, len(ranges)) for number, bounds in enumerate(ranges)]
+        metadata = [
+            MetadataColumns(store, *bounds, shard=number, num_shards=len(ranges))
+            for number, bounds in enumerate(ranges)
+        ]
         self.shards = [
             Shard(number, *bounds, config, metadata=metadata[number]) for number, bounds in enumerate(ranges)
         ]
         for shard in self.shards:
-            self._fill(shard, store, directory if known else None, encode, settings.refresh.batch_tokens)
+            self._fill(
+                shard,
+                store,
+                saved=directory if known else None,
+                encode=encode,
+                batch_tokens=settings.refresh.batch_tokens,
+            )
         self.num_passages = store.log.num_living()
         if self.where is not None:
             self.num_passages = count_passing(store.path, self.where, store.log.folder)
             if not self.num_passages:
                 raise ValueError(f"no passage passes the filter retrieval.where={settings.retrieval.where}")
 
-    def _fill(self, shard: Shard, store: LiveStore, saved: Path | None, encode: Encode, batch_tokens: int) -> None:
+    def _fill(self, shard: Shard, store: LiveStore, *, saved: Path | None, encode: Encode, batch_tokens: int) -> None:
         """Load what was saved of a shard's passages, encode the others, and serve them all."""
         log, generation, number = store.log, self.generation, shard.shard_number
         shard.hide(log.version, log.deleted_at())
-        owned = log.owned(number, len(self.shards), shard.start, shard.stop, log.version)
+        owned = log.owned(number, len(self.shards), start=shard.start, stop=shard.stop, version=log.version)
         if saved is not None:
             shard.load(generation - 1, saved)
             known = log.num_numbers(shard.status().corpora[generation - 1])
@@ -90,13 +99,21 @@ class OneGeneration:
             mine = np.arange(shard.start, shard.stop) if owned is None else owned
             shard.begin(generation, 0, owned, log.version)
         if len(mine):
-            shard.stage(generation, 0, mine, encode_numbers(store.tokens("retriever"), mine, encode, batch_tokens))
+            shard.stage(
+                generation,
+                0,
+                mine,
+                encode_numbers(store.tokens("retriever"), mine, encode=encode, batch_tokens=batch_tokens),
+            )
         shard.prepare(generation)
         shard.commit(generation)
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> Done[Hits]:
         """Search every shard now; where a filter leaves fewer than `k` passages, those there are."""
-        found = [shard.search(queries, k, self.generation, num_vectors, self.where) for shard in self.shards]
+        found = [
+            shard.search(queries, k, generation=self.generation, num_vectors=num_vectors, where=self.where)
+            for shard in self.shards
+        ]
         return Done(merge(found, k, allow_fewer=self.where is not None))
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:

@@ -55,7 +55,13 @@ def train(experiment: Experiment) -> int:
                 continue
             say(f"stage {settings.run.name}")
             start = starting_checkpoint(settings, stages)
-            run_stage(settings, prepared[name], start, placements[name], f"{namespace}-{name or 'run'}")
+            run_stage(
+                settings,
+                prepared[name],
+                init_from=start,
+                placement=placements[name],
+                namespace=f"{namespace}-{name or 'run'}",
+            )
         for name in experiment.update.stages:
             _after_update(experiment, name, namespace)
     _report(experiment, time.monotonic() - begin)
@@ -156,7 +162,13 @@ def _after_update(experiment: Experiment, name: str, namespace: str) -> None:
     say(f"stage {run_name}: the corpus as of {experiment.update.as_of}, encoded anew without training")
     prepared = prepared_data(updated, experiment.directory, splits=[updated.questions.evaluate])
     start = updated.run.init_from
-    run_stage(updated, prepared, start, placement_of(updated), f"{namespace}-{name or 'run'}-updated")
+    run_stage(
+        updated,
+        prepared,
+        init_from=start,
+        placement=placement_of(updated),
+        namespace=f"{namespace}-{name or 'run'}-updated",
+    )
 
 
 def _report(experiment: Experiment, seconds: float) -> None:

@@ -26,7 +26,7 @@ CUDA_CONTEXT_BYTES = 0.6e9
 BUCKET_BYTES = 2 * 2 * 2e8  # DeepSpeed's two buckets of 2e8 numbers (training/engine/engine_setup.py), in 16 bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexKind:
     """An index factory in numbers."""
 
@@ -89,7 +89,16 @@ def index_kind(factory: str, dim: int, halves: bool = False) -> IndexKind:
     if code is None and not links:
         raise ValueError(f"index.factory={factory}: {parts[0]} needs a kind of code behind it, such as {parts[0]},Flat")
     code = dim * FLOAT if code is None else code
-    return IndexKind(factory, lists, code, beside, fixed, links, sub_quantizers, codewords)
+    return IndexKind(
+        factory=factory,
+        lists=lists,
+        code_bytes=code,
+        beside_bytes=beside,
+        fixed_bytes=fixed,
+        links=links,
+        sub_quantizers=sub_quantizers,
+        codewords=codewords,
+    )
 
 
 def _graph_bytes(links: int) -> float:
@@ -134,7 +143,9 @@ class ShardBytes:
         return self.staging + self.generation if self.on_gpu else self.at_most
 
 
-def shard_bytes(kind: IndexKind, num_vectors: int, dim: int, training_sample: int, on_gpu: bool = False) -> ShardBytes:
+def shard_bytes(
+    kind: IndexKind, num_vectors: int, *, dim: int, training_sample: int, on_gpu: bool = False
+) -> ShardBytes:
     """Of a shard of `num_vectors`. An exhaustive CPU index stages in its own storage; another kind holds its vectors in
     float32, and a copy of its training sample, until it is built."""
     generation = index_bytes(kind, num_vectors)
@@ -174,7 +185,7 @@ def build_seconds(work: tuple[float, float], product_flops: float, copy_bytes: f
 
 
 def search_work(
-    kind: IndexKind, num_vectors: int, dim: int, batch: int, nprobe: int, on_gpu: bool = False
+    kind: IndexKind, num_vectors: int, *, dim: int, batch: int, nprobe: int, on_gpu: bool = False
 ) -> tuple[float, float, float]:
     """What `batch` queries cost one shard: operations of products of all queries with all vectors; operations of
     coarse products; bytes read by one query after another.
@@ -207,7 +218,7 @@ def encode_seconds(num_passages: int, flops_each: float, flops_per_s: float, num
 
 
 def state_bytes(
-    trained: int, frozen: int, stage: int, ranks: int, precision: str, offload: bool
+    trained: int, frozen: int, *, stage: int, ranks: int, precision: str, offload: bool
 ) -> tuple[float, float]:
     """(device, host) bytes of weights, gradients and AdamW's state on one of `ranks`.
 

@@ -15,7 +15,7 @@ GB = 1e9
 SCAN_K = 36  # hits that a probing search keeps: 20 and the spare ones
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """A GPU, or all processors of a machine together."""
 
@@ -33,19 +33,75 @@ class Device:
 # has A100s between 40 and 60%. No such table is known for the smaller cards: they get the H100's.
 GPUS: dict[str, Device] = {
     # NVIDIA H100 Tensor Core GPU datasheet (SXM): 80 GB, 989 TFLOP/s bf16, 67 fp32, 3.35 TB/s
-    "h100": Device("h100", 80 * GB, 989e12, 67e12, 3.35e12, 0.35, ("H100",)),
+    "h100": Device(
+        name="h100",
+        memory_bytes=80 * GB,
+        flops=989e12,
+        fp32_flops=67e12,
+        bandwidth=3.35e12,
+        share=0.35,
+        ray_names=("H100",),
+    ),
     # NVIDIA H200 Tensor Core GPU datasheet (SXM): 141 GB, 989 TFLOP/s, 67 fp32, 4.8 TB/s
-    "h200": Device("h200", 141 * GB, 989e12, 67e12, 4.8e12, 0.35, ("H200",)),
+    "h200": Device(
+        name="h200",
+        memory_bytes=141 * GB,
+        flops=989e12,
+        fp32_flops=67e12,
+        bandwidth=4.8e12,
+        share=0.35,
+        ray_names=("H200",),
+    ),
     # NVIDIA A100 Tensor Core GPU datasheet (SXM): 312 TFLOP/s, 19.5 fp32; 80 GB with 2,039 GB/s, 40 GB with 1,555 GB/s
-    "a100-80g": Device("a100-80g", 80 * GB, 312e12, 19.5e12, 2.039e12, 0.40, ("A100-80G",)),
-    "a100-40g": Device("a100-40g", 40 * GB, 312e12, 19.5e12, 1.555e12, 0.40, ("A100", "A100-40G")),
+    "a100-80g": Device(
+        name="a100-80g",
+        memory_bytes=80 * GB,
+        flops=312e12,
+        fp32_flops=19.5e12,
+        bandwidth=2.039e12,
+        share=0.40,
+        ray_names=("A100-80G",),
+    ),
+    "a100-40g": Device(
+        name="a100-40g",
+        memory_bytes=40 * GB,
+        flops=312e12,
+        fp32_flops=19.5e12,
+        bandwidth=1.555e12,
+        share=0.40,
+        ray_names=("A100", "A100-40G"),
+    ),
     # NVIDIA L40S datasheet: 48 GB, 362 TFLOP/s (733 with sparsity), 91.6 fp32, 864 GB/s
-    "l40s": Device("l40s", 48 * GB, 362e12, 91.6e12, 0.864e12, 0.35, ("L40S",)),
+    "l40s": Device(
+        name="l40s",
+        memory_bytes=48 * GB,
+        flops=362e12,
+        fp32_flops=91.6e12,
+        bandwidth=0.864e12,
+        share=0.35,
+        ray_names=("L40S",),
+    ),
     # NVIDIA A10G product brief (AWS G5): 24 GB, 70 TFLOP/s (140 with sparsity), 35 fp32, 600 GB/s
-    "a10g": Device("a10g", 24 * GB, 70e12, 35e12, 0.6e12, 0.35, ("A10G",)),
+    "a10g": Device(
+        name="a10g",
+        memory_bytes=24 * GB,
+        flops=70e12,
+        fp32_flops=35e12,
+        bandwidth=0.6e12,
+        share=0.35,
+        ray_names=("A10G",),
+    ),
     # NVIDIA T4 datasheet: 16 GB, 320 GB/s. Its 65 TFLOP/s are fp16, which this project does not train in, and it has
     # no bf16: the 8.1 TFLOP/s of fp32 count
-    "t4": Device("t4", 16 * GB, 8.1e12, 8.1e12, 0.32e12, 0.35, ("T4",)),
+    "t4": Device(
+        name="t4",
+        memory_bytes=16 * GB,
+        flops=8.1e12,
+        fp32_flops=8.1e12,
+        bandwidth=0.32e12,
+        share=0.35,
+        ray_names=("T4",),
+    ),
 }
 BANDWIDTH_SHARE = 0.8  # of peak bandwidth, for long scans: BabelStream (Deakin et al. 2018) reaches 0.8 to 0.9 on GPUs
 CPU_SHARE = 0.6  # of the matrix product's rate that encoding reaches: benchmarks/results/encode.md, 48 to 53 GFLOP/s
@@ -57,7 +113,7 @@ HOST_FLOPS_PER_CPU = 0.8 * 2.5e9 * 32 / 2
 HOST_BANDWIDTH, THREAD_BANDWIDTH = 2.0e11, 1.0e10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Host:
     """One machine without its GPUs."""
 
@@ -77,8 +133,15 @@ class Host:
 
 def planned_host(cpus: int, memory_bytes: float) -> Host:
     """A machine that is not here: the constants above."""
-    rates = (HOST_FLOPS_PER_CPU, HOST_FLOPS_PER_CPU / 2, THREAD_BANDWIDTH, THREAD_BANDWIDTH / 2)
-    return Host(cpus, memory_bytes, *rates, HOST_BANDWIDTH)
+    return Host(
+        cpus=cpus,
+        memory_bytes=memory_bytes,
+        product_flops=HOST_FLOPS_PER_CPU,
+        scan_flops=HOST_FLOPS_PER_CPU / 2,
+        pair_bytes=THREAD_BANDWIDTH,
+        copy_bytes=THREAD_BANDWIDTH / 2,
+        bandwidth=HOST_BANDWIDTH,
+    )
 
 
 def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], float] = time.process_time) -> Host:
@@ -110,7 +173,15 @@ def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], fl
     finally:
         faiss.omp_set_num_threads(threads)
     cpus = os.cpu_count() or 1
-    return Host(cpus, float(psutil.virtual_memory().total), product, scan, pair, copy, cpus * 2 * max(pair, copy))
+    return Host(
+        cpus=cpus,
+        memory_bytes=float(psutil.virtual_memory().total),
+        product_flops=product,
+        scan_flops=scan,
+        pair_bytes=pair,
+        copy_bytes=copy,
+        bandwidth=cpus * 2 * max(pair, copy),
+    )
 
 
 def median_seconds(work: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:

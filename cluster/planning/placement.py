@@ -27,7 +27,7 @@ class Node:
     gpu_memory_bytes: float = 0.0  # of each GPU
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Seat:
     """What each of `number` like processes holds."""
 
@@ -111,10 +111,20 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
 
     def seated(helper_cpus: float) -> PlacementPlan:
         return PlacementPlan(
-            Seat("trainer", cluster.num_trainers, trainer_cpus, trainer_gpus, trainer_threads),
-            Seat("index shard", num_shards, helper_cpus, shard_gpus, shard_threads),
             Seat(
-                "refresh worker", refresh.num_workers, helper_cpus, worker_gpus, 0 if worker_gpus else refresh.threads
+                name="trainer",
+                number=cluster.num_trainers,
+                cpus=trainer_cpus,
+                gpus=trainer_gpus,
+                threads=trainer_threads,
+            ),
+            Seat(name="index shard", number=num_shards, cpus=helper_cpus, gpus=shard_gpus, threads=shard_threads),
+            Seat(
+                name="refresh worker",
+                number=refresh.num_workers,
+                cpus=helper_cpus,
+                gpus=worker_gpus,
+                threads=0 if worker_gpus else refresh.threads,
             ),
             tuple(nodes),
         )

@@ -29,7 +29,7 @@ RETRIEVER = "retriever"
 GPU_CPUS, GPU_MEMORY = 12, 128 * GB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """One stage, planned."""
 
@@ -58,7 +58,14 @@ def plan(settings: Settings, root: Path, stage: str = "") -> Plan:
         counts = smallest(work, machines)
     except ValueError as error:
         raise ValueError(f"stage {stage}: {error}" if stage else str(error)) from None
-    return Plan(stage or settings.run.name, work, machines, counts, costs(work, machines, counts), notes)
+    return Plan(
+        stage=stage or settings.run.name,
+        work=work,
+        machines=machines,
+        counts=counts,
+        costs=costs(work, machines, counts),
+        notes=notes,
+    )
 
 
 def work_of(
@@ -72,7 +79,7 @@ def work_of(
     tower = encoder_size(encoder, planned.encoder)
     vocabulary = encoder.tokenizer.vocabulary if not encoder.name else generator.tokenizer.vocabulary
     reader = None if needed.in_batch else reader_size(generator, vocabulary, planned.generator)
-    trained, held = _parameters(settings, tower.parameters, tower.layers, tower.hidden, reader)
+    trained, held = _parameters(settings, tower.parameters, layers=tower.layers, hidden=tower.hidden, reader=reader)
     precision = settings.engine.precision
     if precision == "auto":
         half = planned.gpu not in ("t4", "cpu") if on_gpu is None else on_gpu
@@ -127,11 +134,21 @@ def machines_of(settings: Settings, work: Work) -> Machines:
         host = this_host(work.dim, work.batch)
         cpus, memory = planned.node_cpus or host.cpus, planned.node_memory_gb * GB or host.memory_bytes
         host = replace(host, cpus=cpus, memory_bytes=memory)
-        return Machines(None, host, 0, limit, network, margin, threads)
+        return Machines(
+            device=None, host=host, gpus_per_node=0, limit=limit, network=network, margin=margin, threads=threads
+        )
     per_node = min(planned.gpus_per_node, limit)
     cpus = planned.node_cpus or GPU_CPUS * per_node
     host = planned_host(cpus, planned.node_memory_gb * GB or GPU_MEMORY * per_node)
-    return Machines(GPUS[gpu], host, per_node, limit, network, margin, threads)
+    return Machines(
+        device=GPUS[gpu],
+        host=host,
+        gpus_per_node=per_node,
+        limit=limit,
+        network=network,
+        margin=margin,
+        threads=threads,
+    )
 
 
 def _corpus(settings: Settings, root: Path, num_passages: int) -> tuple[int, float, tuple[str, ...]]:
@@ -174,7 +191,7 @@ def _counted(settings: Settings) -> int:
     return sum(1 for _ in iterate_corpus(corpus)[0])
 
 
-def _parameters(settings: Settings, tower: int, layers: int, hidden: int, reader: Any) -> tuple[int, int]:
+def _parameters(settings: Settings, tower: int, *, layers: int, hidden: int, reader: Any) -> tuple[int, int]:
     """(that train, that a trainer holds), the frozen reference of an alignment among them."""
     train = settings.training.train
     towers = settings.encoder.num_towers(train)

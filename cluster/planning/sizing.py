@@ -25,7 +25,7 @@ RAY_CALL_S, RAY_SHARD_S = 0.0015, 0.0005  # of one search through Ray, and of ea
 MAX_PLANNED = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """One stage."""
 
@@ -65,7 +65,7 @@ class Work:
     batch_tokens: int  # of one encoder call of a refresh worker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Machines:
     """`device` None: no GPUs; `limit` counts GPUs, or machines then."""
 
@@ -89,7 +89,7 @@ class Machines:
         return self.device.memory_bytes * (1 - self.margin)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     """Who does it, and on how many machines."""
 
@@ -121,7 +121,7 @@ class Counts:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Costs:
     """What a placement needs and costs. Bytes, seconds, steps, GPU-hours (machine-hours without GPUs)."""
 
@@ -155,12 +155,16 @@ def shard_bytes(work: Work, shards: int) -> estimate.ShardBytes:
     """Of the largest of `shards` shards."""
     kind = estimate.index_kind(work.factory, work.dim, work.halves)
     rows = math.ceil(work.passages / max(1, shards))
-    return estimate.shard_bytes(kind, rows, work.dim, work.training_sample, work.index_on_gpu)
+    return estimate.shard_bytes(
+        kind, rows, dim=work.dim, training_sample=work.training_sample, on_gpu=work.index_on_gpu
+    )
 
 
 def trainer_bytes(work: Work, ranks: int, on_gpu: bool) -> tuple[float, float]:
     """(where it computes, host's memory beside that) of one trainer among `ranks`."""
-    device, host = estimate.state_bytes(work.trained, work.frozen, work.zero_stage, ranks, work.precision, work.offload)
+    device, host = estimate.state_bytes(
+        work.trained, work.frozen, stage=work.zero_stage, ranks=ranks, precision=work.precision, offload=work.offload
+    )
     value = 4 if work.precision == "fp32" else 2
     encoder, batch, k = work.encoder, work.batch, work.k
     passages = batch * k if work.encodes_passages else 0
@@ -173,7 +177,13 @@ def trainer_bytes(work: Work, ranks: int, on_gpu: bool) -> tuple[float, float]:
         tokens = batch * k * (work.prompt_tokens + work.answer_tokens)
         length = work.prompt_tokens * (k if work.fused and reader.shape.encoder is None else 1)
         device += estimate.activation_bytes(
-            tokens, length, reader.layers, reader.hidden, reader.heads, value, work.checkpointing[1]
+            tokens,
+            length,
+            layers=reader.layers,
+            hidden=reader.hidden,
+            heads=reader.heads,
+            value_bytes=value,
+            checkpointing=work.checkpointing[1],
         )
         scored = batch * (1 if work.fused else k) * work.answer_tokens
         if work.loss_chunk:
@@ -248,7 +258,9 @@ def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
     kind = estimate.index_kind(work.factory, work.dim, work.halves)
     rows = math.ceil(work.passages / max(1, counts.shards))
     on_gpu = work.index_on_gpu and machines.device is not None
-    scan, coarse, read = estimate.search_work(kind, rows, work.dim, work.batch, work.nprobe, on_gpu)
+    scan, coarse, read = estimate.search_work(
+        kind, rows, dim=work.dim, batch=work.batch, nprobe=work.nprobe, on_gpu=on_gpu
+    )
     if work.index_on_gpu and machines.device is not None:
         device = machines.device
         stored = rows * kind.code_bytes if scan else read
@@ -346,7 +358,7 @@ def _smallest_on_cpu(work: Work, machines: Machines) -> Counts:
         what = f"a trainer, a refresh worker and one of {machines.limit} shards"
         raise ValueError(_too_small(what, needed(machines.limit), machines.host_room, "the memory of one machine"))
     helpers = nodes if work.uses_index else 0
-    return Counts(work.trainers, helpers, helpers, nodes, 0)
+    return Counts(trainers=work.trainers, shards=helpers, workers=helpers, nodes=nodes, gpus=0)
 
 
 def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
@@ -359,7 +371,7 @@ def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
         raise ValueError(_too_small(f"a trainer among {limit}", needed, room, "the memory of one GPU"))
     trainers = max(fitting, work.trainers)
     if not work.uses_index:
-        return Counts(trainers, 0, 0, math.ceil(trainers / per_node), trainers)
+        return Counts(trainers=trainers, shards=0, workers=0, nodes=math.ceil(trainers / per_node), gpus=trainers)
     shards = _first(lambda number: _shard_fits(work, machines, number), MAX_PLANNED)
     if shards is None:
         part = shard_bytes(work, MAX_PLANNED)
@@ -381,7 +393,9 @@ def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
     wanted = math.ceil(encode_seconds(work, machines, 1) / interval) if interval else 1
     workers = min(max(1, wanted), left)
     nodes = nodes_of(workers)
-    return Counts(trainers, on_gpu or nodes, workers, nodes, trainers + on_gpu + workers)
+    return Counts(
+        trainers=trainers, shards=on_gpu or nodes, workers=workers, nodes=nodes, gpus=trainers + on_gpu + workers
+    )
 
 
 def _interval(work: Work, step_s: float) -> float:
@@ -410,7 +424,11 @@ def _one_gpu(work: Work, machines: Machines, trainers: int, shards: int) -> Coun
         needed += shard_bytes(work, 1).at_most + estimate.CUDA_CONTEXT_BYTES
     interval = _interval(work, step_seconds(work, machines, 1, SHARED_GPU[0]))
     fast = machines.limit == 1 or not interval or encode_seconds(work, machines, 1, SHARED_GPU[1]) <= interval
-    return Counts(1, 1, 1, 1, 1, shared=True) if needed <= machines.device_room and fast else None
+    return (
+        Counts(trainers=1, shards=1, workers=1, nodes=1, gpus=1, shared=True)
+        if needed <= machines.device_room and fast
+        else None
+    )
 
 
 def _first(fits: Callable[[int], bool], limit: int) -> int | None:

@@ -91,7 +91,7 @@ def run(command: Command, settings: "Settings", root: Path, folder: Path) -> int
     store, tokenizers = _open(settings, root, folder)
     corpus = folder / "corpus"
     sides = passage_sides(settings, tokenizers) if wanted.put else []
-    change = change_corpus(store, wanted, sides, settings.retrieval.k)
+    change = change_corpus(store, wanted, sides=sides, keep=settings.retrieval.k)
     done = f"{len(wanted.put)} put in, {len(change.deleted)} taken away: version {change.version} of the corpus"
     living = store.log.num_living()
     if not is_running(corpus):

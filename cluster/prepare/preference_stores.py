@@ -30,7 +30,7 @@ class QuestionSides:
 
 
 def prepare_preferences(
-    settings: Settings, folder: Path, store: Store, way: QuestionSides, train: bool, say: Say
+    settings: Settings, folder: Path, *, store: Store, way: QuestionSides, train: bool, say: Say
 ) -> dict[str, Path]:
     """The stores by what they are for, `train` (only where wanted and the objective learns from preferences) and
     `evaluate`; writes what is not there yet. Raises ValueError for bad settings and, with `on_bad: error`, lines."""
@@ -52,7 +52,13 @@ def prepare_preferences(
         found = read_preferences(config, split, as_pairs)
         questions = sampled_pairs(config, found.questions) if use == "evaluate" else found.questions
         written = write_questions(
-            paths[use], questions, way.sides, way.answer_side, store, way.render, labels=found.labels
+            paths[use],
+            questions,
+            sides=way.sides,
+            answer_side=way.answer_side,
+            store=store,
+            render=way.render,
+            labels=found.labels,
         )
         say(f"{len(written)} {kind} of preferences, split {split}, tokenised into {paths[use]}")
         if found.num_too_unequal:

@@ -51,7 +51,7 @@ REPORT_EVERY_S = 5.0
 SECTIONS = {"retriever": "encoder", "generator": "generator", "reranker": "reranker"}  # tokeniser folder: settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """Where the data of a stage lies."""
 
@@ -75,18 +75,25 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
     tokenizers = prepare_tokenizers(settings, root, say)
     own = reranker_sides(settings, root)
     folder = root / "data" / _key(settings, tokenizers, own)
-    passages = _prepare_passages(settings, folder / "passages", tokenizers, own[:1], say)
+    passages = _prepare_passages(settings, folder / "passages", tokenizers=tokenizers, own=own[:1], say=say)
     store = Store.open(passages, verify=False)
     paths = {split: folder / f"questions-{split}" for split in wanted}
     for split, path in paths.items():
         if not is_complete(path):
-            _prepare_questions(settings, split, path, store, tokenizers, own[1:], say)
+            _prepare_questions(settings, split, path=path, store=store, tokenizers=tokenizers, own=own[1:], say=say)
     _check_answers(settings, paths)
     duplicates = _prepare_duplicates(settings, folder, store, say) if pretrains(settings.pretraining) else None
     way = _question_sides(settings, tokenizers, own[1:])
-    preferences = prepare_preferences(settings, folder, store, way, splits is None, say)
+    preferences = prepare_preferences(settings, folder, store=store, way=way, train=splits is None, say=say)
     lexical = _prepare_lexical(settings, folder, store, say) if settings.retrieval.hybrid != "none" else None
-    return Prepared(passages, paths, root / "tokenizers", duplicates, preferences, lexical)
+    return Prepared(
+        passages=passages,
+        questions=paths,
+        tokenizers=root / "tokenizers",
+        duplicates=duplicates,
+        preferences=preferences,
+        lexical=lexical,
+    )
 
 
 def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
@@ -119,14 +126,21 @@ def prepare_tokenizers(
         shutil.copytree(start, folder)
     encoder, generator, reranker = settings.encoder, settings.generator, settings.reranker
     if has_own_tokens(reranker):
-        _build_tokenizer(reranker.name, TokenizerConfig(), iter(()), folder, "reranker", reranker.trust_remote_code)
+        _build_tokenizer(
+            reranker.name,
+            TokenizerConfig(),
+            texts=iter(()),
+            folder=folder,
+            part="reranker",
+            trust=reranker.trust_remote_code,
+        )
     if start is not None:
         return load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator")
 
     def build(name: str, config: TokenizerConfig, part: str, trust: bool) -> PreTrainedTokenizerFast:
         if not name and not (folder / part / "tokenizer.json").is_file():
             say(f"training a tokeniser of {config.vocabulary} pieces for the {part}")
-        return _build_tokenizer(name, config, _texts(settings), folder, part, trust)
+        return _build_tokenizer(name, config, texts=_texts(settings), folder=folder, part=part, trust=trust)
 
     retriever = build(encoder.name, encoder.tokenizer, "retriever", encoder.trust_remote_code)
     if not encoder.name and not generator.name:  # both fresh: one vocabulary
@@ -137,10 +151,10 @@ def prepare_tokenizers(
 
 
 def _build_tokenizer(
-    name: str, config: TokenizerConfig, texts: Iterator[str], folder: Path, part: str, trust: bool
+    name: str, config: TokenizerConfig, *, texts: Iterator[str], folder: Path, part: str, trust: bool
 ) -> PreTrainedTokenizerFast:
     try:
-        return build_tokenizer(name, config, texts, folder / part, trust)
+        return build_tokenizer(name, config, texts=texts, save_dir=folder / part, trust_remote_code=trust)
     except ValueError as error:
         setting = f"{SECTIONS[part]}.name={name}: " if name else f"{SECTIONS[part]}."  # or its tokenizer.vocabulary
         raise ValueError(f"{setting}{error}") from None
@@ -177,6 +191,7 @@ def _texts(settings: Settings) -> Iterator[str]:
 def _prepare_passages(
     settings: Settings,
     path: Path,
+    *,
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
     own: list[TokenSide],
     say: Say,
@@ -198,6 +213,7 @@ def _prepare_passages(
 def _prepare_questions(
     settings: Settings,
     split: str,
+    *,
     path: Path,
     store: Store,
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
@@ -212,7 +228,13 @@ def _prepare_questions(
         raise ValueError(f"questions.path {settings.questions.path!r}: split {split!r} has no question to ask")
     way = _question_sides(settings, tokenizers, own)
     written: QuestionStore = write_questions(
-        path, questions, way.sides, way.answer_side, store, way.render, config.refusal
+        path,
+        questions,
+        sides=way.sides,
+        answer_side=way.answer_side,
+        store=store,
+        render=way.render,
+        refusal=config.refusal,
     )
     say(f"{len(written)} questions of split {split} tokenised into {path}")
 

@@ -26,7 +26,7 @@ from indexing.shard.serving import GenerationGone
 from indexing.shard.shard import ShardStatus
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """One generation that is to be made."""
 
@@ -46,6 +46,7 @@ class Builder:
         self,
         shards: ShardGroup,
         pool: EncodePool,
+        *,
         log: ChangeLog,
         events: Events,
         in_order: Callable[[ShardStatus], bool],
@@ -69,12 +70,20 @@ class Builder:
             every = np.arange(shard.start, shard.stop) if numbers is None else numbers
             return split_numbers(shard.number, every, self._chunk_passages, base=shard.stop)
 
-        return Plan(generation, weights, corpus_version, begin, chunks, urgent)
+        return Plan(
+            generation=generation,
+            weights=weights,
+            corpus_version=corpus_version,
+            begin=begin,
+            chunks=chunks,
+            urgent=urgent,
+        )
 
     def derived(
         self,
         generation: int,
         origin: int,
+        *,
         numbers: np.ndarray,
         weights: Weights,
         weights_version: int,
@@ -90,7 +99,15 @@ class Builder:
         def chunks(shard: ShardPort) -> list[Chunk]:
             return split_numbers(shard.number, self._mine(shard, numbers), self._chunk_passages)
 
-        return Plan(generation, weights, corpus_version, begin, chunks, True, before)
+        return Plan(
+            generation=generation,
+            weights=weights,
+            corpus_version=corpus_version,
+            begin=begin,
+            chunks=chunks,
+            urgent=True,
+            before=before,
+        )
 
     def build(self, plan: Plan) -> None:
         """Stage and prepare on every shard; one that is lost on the way is filled again. Raises RefreshFailed."""
@@ -103,7 +120,7 @@ class Builder:
             missing = self._shards.pick(unprepared & self._unstaged(plan))
             if attempt and missing:
                 self._events("shards_filled_again", generation=generation, shards=[one.number for one in missing])
-            self._shards.wait(self._wait_s, self._in_order, missing)
+            self._shards.wait(self._wait_s, self._in_order, shards=missing)
             lost = self._begin(plan, missing)
             there = [shard for shard in missing if shard.number not in lost]
             lost |= self._pool.run(generation, plan.weights, [c for s in there for c in plan.chunks(s)], plan.urgent)
@@ -155,7 +172,9 @@ class Builder:
         )
 
     def _owned(self, shard: ShardPort, corpus_version: int) -> np.ndarray | None:
-        return self.log.owned(shard.number, len(self._shards), shard.start, shard.stop, corpus_version)
+        return self.log.owned(
+            shard.number, len(self._shards), start=shard.start, stop=shard.stop, version=corpus_version
+        )
 
     def _mine(self, shard: ShardPort, numbers: np.ndarray) -> np.ndarray:
         """Which of sorted passage numbers are a shard's."""

@@ -60,7 +60,7 @@ NOT_GIVEN_UP = "", 0  # no reason, of no publish
 DISK_S = 60.0  # that a commit waits for the snapshot of a generation that has to make room
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefreshSettings:
     """The coordinator's share of the settings."""
 
@@ -71,7 +71,7 @@ class RefreshSettings:
     first_generation: int  # this service's numbers begin here
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CoordinatorStatus:
     """What clients poll."""
 
@@ -99,6 +99,7 @@ class RefreshCoordinator:
         self,
         settings: RefreshSettings,
         shards: ShardGroup,
+        *,
         pool: EncodePool,
         snapshots: Snapshots,
         keep_weights: Callable[[Weights], Weights],
@@ -118,25 +119,31 @@ class RefreshCoordinator:
         self._builder = Builder(
             shards,
             pool,
-            log,
-            events,
-            self._in_order,
-            settings.chunk_passages,
-            settings.max_failures,
-            settings.search_timeout_s,
+            log=log,
+            events=events,
+            in_order=self._in_order,
+            chunk_passages=settings.chunk_passages,
+            max_failures=settings.max_failures,
+            wait_s=settings.search_timeout_s,
         )
         self.repair = Repair(
-            shards, pool, snapshots, lambda: self._serving, events, self._builder, settings.search_timeout_s / 4
+            shards,
+            pool,
+            snapshots=snapshots,
+            serving=lambda: self._serving,
+            events=events,
+            builder=self._builder,
+            hung_s=settings.search_timeout_s / 4,
         )
         self.live = LiveCorpus(
             self._builder,
             shards,
-            lambda: self._serving,
-            self._commit_derived,
-            lambda generation: self._abort(generation),
-            self._number,
-            self._weights_of,
-            events,
+            serving=lambda: self._serving,
+            commit=self._commit_derived,
+            abort=lambda generation: self._abort(generation),
+            next_generation=self._number,
+            weights_of=self._weights_of,
+            events=events,
         )
         self._keep_weights = keep_weights
         self._events = events
@@ -268,7 +275,13 @@ class RefreshCoordinator:
             self._builder.build(plan)
             self._make_room()
             with self.changing:
-                built = Serving(generation, weights.version, weights.publish_id, weights, corpus_version)
+                built = Serving(
+                    generation=generation,
+                    weights_version=weights.version,
+                    publish_id=weights.publish_id,
+                    weights=weights,
+                    corpus_version=corpus_version,
+                )
                 new = self.live.caught_up(built, lambda: self._builder.build(plan))
                 self._commit(new, begin)
         except Exception as error:  # whatever it was, nothing of the generation may stay
@@ -424,7 +437,16 @@ class RefreshCoordinator:
         self.snapshots.tidy()
         first = self.settings.first_generation
         hung_s, hide = self.settings.search_timeout_s / 4, self._builder.hide
-        serving, number = take_over(self.shards, self.snapshots, self._events, first, initial, timeout_s, hung_s, hide)
+        serving, number = take_over(
+            self.shards,
+            self.snapshots,
+            events=self._events,
+            first_generation=first,
+            initial=initial,
+            timeout_s=timeout_s,
+            hung_s=hung_s,
+            hide=hide,
+        )
         oldest, figures = (-1, UNKNOWN) if serving is None else self._look_at(serving)
         with self._changed:
             self._serving, self._next_generation = serving, number

@@ -79,6 +79,7 @@ class EncodePool:
         self,
         workers: Sequence[WorkerPort],
         shards: Iterable[ShardPort],
+        *,
         events: Events,
         max_failures: int,
         chunk_timeout_s: float,

@@ -50,6 +50,7 @@ class LiveCorpus:
         self,
         builder: Builder,
         shards: ShardGroup,
+        *,
         serving: Callable[[], Serving | None],
         commit: Callable[[Serving, str, dict[str, object]], None],
         abort: Callable[[int], None],
@@ -127,7 +128,7 @@ class LiveCorpus:
             self._wait("the weights of the serving generation are gone; the next publish brings the added passages")
             return False
         try:
-            self._derive(serving, added, weights, version, said, begin)
+            self._derive(serving, added, weights=weights, corpus_version=version, said=said, begin=begin)
         except RefreshFailed as failed:
             self._wait(str(failed))
             return False
@@ -154,7 +155,15 @@ class LiveCorpus:
             kept = replace(serving, weights_version=weights.version, publish_id=weights.publish_id, weights=weights)
         else:
             kept = serving
-        self._derive(kept, numbers, weights, serving.corpus_version, said, begin, "passages_encoded_again")
+        self._derive(
+            kept,
+            numbers,
+            weights=weights,
+            corpus_version=serving.corpus_version,
+            said=said,
+            begin=begin,
+            event="passages_encoded_again",
+        )
         new = self._serving()
         assert new is not None
         return new.generation
@@ -172,7 +181,15 @@ class LiveCorpus:
         generation = self._next_generation()
         self._events("derive_started", generation=generation, origin=whole.generation, passages=len(added))
         weights, number = whole.weights, whole.weights_version
-        plan = self._builder.derived(generation, whole.generation, added, weights, number, version, before)
+        plan = self._builder.derived(
+            generation,
+            whole.generation,
+            numbers=added,
+            weights=weights,
+            weights_version=number,
+            corpus_version=version,
+            before=before,
+        )
         try:
             self._builder.build(plan)
         except Exception:
@@ -198,6 +215,7 @@ class LiveCorpus:
         self,
         serving: Serving,
         numbers: np.ndarray,
+        *,
         weights: Weights,
         corpus_version: int,
         said: dict[str, object],
@@ -209,7 +227,9 @@ class LiveCorpus:
         generation = self._next_generation()
         self._events("derive_started", generation=generation, origin=serving.generation, passages=len(numbers))
         origin, version = serving.generation, serving.weights_version
-        plan = self._builder.derived(generation, origin, numbers, weights, version, corpus_version)
+        plan = self._builder.derived(
+            generation, origin, numbers=numbers, weights=weights, weights_version=version, corpus_version=corpus_version
+        )
         try:
             self._builder.build(plan)
         except Exception as error:  # whatever it was, nothing of the generation may stay

@@ -60,7 +60,7 @@ class Weights:
     only: np.ndarray | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Serving:
     """The generation that answers searches. `weights` is None when a restarted coordinator no longer has them."""
 

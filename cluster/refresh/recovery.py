@@ -23,6 +23,7 @@ from indexing.shard.shard import ShardStatus
 def take_over(
     group: ShardGroup,
     snapshots: Snapshots,
+    *,
     events: Events,
     first_generation: int,
     initial: tuple[Wish, str] | None,
@@ -59,9 +60,15 @@ def take_over(
         wish, directory = initial
     else:
         return None, first_generation
-    serving = Serving(wish.generation, wish.weights_version, 0, None, wish.corpus_version)
+    serving = Serving(
+        generation=wish.generation,
+        weights_version=wish.weights_version,
+        publish_id=0,
+        weights=None,
+        corpus_version=wish.corpus_version,
+    )
     if directory is not None:
-        _load(group, statuses, wish.generation, directory, timeout_s)
+        _load(group, statuses, generation=wish.generation, directory=directory, timeout_s=timeout_s)
     else:
         snapshots.want(serving)
     events("index_taken_over", generation=wish.generation, weights_version=wish.weights_version, directory=directory)
@@ -69,7 +76,7 @@ def take_over(
 
 
 def _load(
-    group: ShardGroup, statuses: Sequence[ShardStatus], generation: int, directory: str, timeout_s: float
+    group: ShardGroup, statuses: Sequence[ShardStatus], *, generation: int, directory: str, timeout_s: float
 ) -> None:
     """Have every shard load its part."""
     for shard, status in zip(group, statuses, strict=True):

@@ -25,6 +25,7 @@ class Repair:
         self,
         shards: Iterable[ShardPort],
         pool: EncodePool,
+        *,
         snapshots: Snapshots,
         serving: Callable[[], Serving | None],
         events: Events,

@@ -61,6 +61,7 @@ class ShardGroup:
         self,
         timeout_s: float,
         in_order: Callable[[ShardStatus], bool] = lambda status: True,
+        *,
         shards: Sequence[ShardPort] | None = None,
         hung_s: float = math.inf,
         events: Events | None = None,

@@ -36,7 +36,7 @@ WEIGHTS, WEIGHTS_FILE = "weights", "weights.npz"  # folder and file in it
 FAILURES = 3  # of one generation, before its snapshot is given up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexIdentity:
     """What an index on disk must share with the run that loads it."""
 
@@ -105,6 +105,7 @@ class Snapshots:
         self,
         directory: str | Path,
         shards: Iterable[ShardPort],
+        *,
         identity: IndexIdentity,
         events: Events,
         keep: int,

@@ -45,10 +45,10 @@ def needle_sections(stages: Mapping[str, Measured]) -> list[Section]:
         sweep = measured.result.get("needle")
         if sweep:
             heat = HeatMap(
-                f"{name}: exact match, {sweep['num_questions']} questions a cell",
-                [f"{length:,}" for length in sweep["lengths"]],
-                [f"{depth:.0%}" for depth in sweep["depths"]],
-                [list(column) for column in zip(*sweep["exact_match"], strict=True)],
+                title=f"{name}: exact match, {sweep['num_questions']} questions a cell",
+                columns=[f"{length:,}" for length in sweep["lengths"]],
+                rows=[f"{depth:.0%}" for depth in sweep["depths"]],
+                values=[list(column) for column in zip(*sweep["exact_match"], strict=True)],
                 x_title="tokens of the prompt",
                 y_title="depth of the labelled passage",
             )

@@ -110,7 +110,9 @@ def write_findings(findings: Findings, directory: Path, run_dirs: Mapping[str, P
     if contexts is not None:
         tables.append(contexts)
     needles = needle_sections(findings.stages)
-    run_report(run_dirs, tables, _examples(findings), directory / REPORT_FILE, title=directory.name, more=needles)
+    run_report(
+        run_dirs, tables, examples=_examples(findings), out=directory / REPORT_FILE, title=directory.name, more=needles
+    )
     print("\n\n".join(print_table(table) for table in tables))
     print(f"{directory / SUMMARY_FILE}  {directory / REPORT_FILE}  ({time.strftime('%H:%M:%S')})")
     return summary

@@ -75,8 +75,12 @@ class ShardActor:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before FAISS is imported, which reads it once
         if config.products == "bfloat16":
             offer_half_products(threads)
-        metadata = None if store is None else MetadataColumns(store, start, stop, number, config.num_shards, corpus)
-        self._shard = Shard(number, start, stop, config, metadata=metadata)
+        metadata = (
+            None
+            if store is None
+            else MetadataColumns(store, start, stop=stop, shard=number, num_shards=config.num_shards, corpus=corpus)
+        )
+        self._shard = Shard(number, start, stop=stop, config=config, metadata=metadata)
 
     @ray.method(concurrency_group="search")
     def search(
@@ -88,7 +92,7 @@ class ShardActor:
         where: Filter | None = None,
     ) -> ShardHits | Gone:
         try:
-            return self._shard.search(queries, k, generation, num_vectors, where)
+            return self._shard.search(queries, k, generation=generation, num_vectors=num_vectors, where=where)
         except GenerationGone as gone:
             return Gone(gone.committed)
 
@@ -150,7 +154,7 @@ class ShardActor:
         self._shard.load(generation, directory)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
     """What a refresh worker encodes with."""
 
@@ -198,7 +202,9 @@ class RefreshWorkerActor:
                 self._publish_id = weights.publish_id
             rows = np.arange(start, stop) if numbers is None else numbers
             table.know(rows)
-            vectors = encode_numbers(table, rows, self._encode, self._settings.batch_tokens, pad)
+            vectors = encode_numbers(
+                table, rows, encode=self._encode, batch_tokens=self._settings.batch_tokens, pad_id=pad
+            )
             self._check_finite(rows, vectors, weights.version)
         return vectors, len(vectors)
 
@@ -262,7 +268,7 @@ def _step_back(threads: int) -> None:
     os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CoordinatorSettings:
     """Names, paths and numbers: what a restarted coordinator starts from."""
 
@@ -298,21 +304,23 @@ class CoordinatorActor:
         self._coordinator = RefreshCoordinator(
             refresh,
             shards,
-            EncodePool(workers, shards, self._events, refresh.max_failures, limit),
-            Snapshots(
+            pool=EncodePool(
+                workers, shards, events=self._events, max_failures=refresh.max_failures, chunk_timeout_s=limit
+            ),
+            snapshots=Snapshots(
                 Path(settings.run_dir) / "index",
                 shards,
-                settings.identity,
-                self._events,
-                settings.keep_generations,
-                settings.keep_protected,
-                log,
-                lambda weights, path: write_weights(weights, path, limit),
-                read_weights,
+                identity=settings.identity,
+                events=self._events,
+                keep=settings.keep_generations,
+                keep_protected=settings.keep_protected,
+                log=log,
+                write_weights=lambda weights, path: write_weights(weights, path, limit),
+                read_weights=read_weights,
             ),
-            lambda weights: keep_weights(weights, limit),
-            self._events,
-            log,
+            keep_weights=lambda weights: keep_weights(weights, limit),
+            events=self._events,
+            log=log,
         )
         self._place = here()
         self._start_error = ""

@@ -63,7 +63,7 @@ class HalfProducts:
             which, above = _above(product, num_rows, scores.min(axis=1))
             if len(which):
                 more = product[torch.from_numpy(above), torch.from_numpy(which)].float().numpy()
-                scores, rows = _joined(scores, rows, which, more, above + begin)
+                scores, rows = _joined(scores, rows, which=which, more=more, more_rows=above + begin)
         return scores, rows
 
 
@@ -89,7 +89,7 @@ def _ordered(bits: np.ndarray) -> np.ndarray:
 
 
 def _joined(
-    scores: np.ndarray, rows: np.ndarray, which: np.ndarray, more: np.ndarray, more_rows: np.ndarray
+    scores: np.ndarray, rows: np.ndarray, *, which: np.ndarray, more: np.ndarray, more_rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best of `scores` [batch, count] and of `more` [any], which belong to the queries `which`, rising."""
     batch, count = scores.shape

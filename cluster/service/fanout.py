@@ -78,7 +78,7 @@ class Fanout:
         self._events("shard_slow", shard=shard, searches=searches, slow_after_s=limit, on_slow=action)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Asked:
     """One shard's part of a question."""
 
@@ -99,7 +99,7 @@ class Question:
         self._asked = []
         for shard, replicas in enumerate(fanout.shards):
             first, number = fanout.preferred[shard], len(replicas)
-            self._asked.append(_Asked(shard, [(first + step) % number for step in range(number)]))
+            self._asked.append(_Asked(shard=shard, untried=[(first + step) % number for step in range(number)]))
             self._ask_next(self._asked[-1])
 
     def answers(self, deadline: float) -> list[Answer]:

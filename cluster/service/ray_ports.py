@@ -71,7 +71,7 @@ class RayShard:
     """A `ShardPort`."""
 
     def __init__(
-        self, number: int, start: int, stop: int, actor: NamedActor, step_timeout_s: float, name: str = ""
+        self, number: int, start: int, *, stop: int, actor: NamedActor, step_timeout_s: float, name: str = ""
     ) -> None:
         """`step_timeout_s` bounds what builds, reads or writes an index; `name` is for messages."""
         self.number, self.start, self.stop = number, start, stop
@@ -145,7 +145,7 @@ def ray_shard(
     """The port of a shard whose replicas have these names."""
     labels = [f"shard {number}, replica {replica}" for replica in range(len(names))] if len(names) > 1 else [""]
     replicas = [
-        RayShard(number, start, stop, NamedActor(name, namespace), step_timeout_s, label)
+        RayShard(number, start, stop=stop, actor=NamedActor(name, namespace), step_timeout_s=step_timeout_s, name=label)
         for name, label in zip(names, labels, strict=True)
     ]
     return ReplicatedShard(replicas) if len(replicas) > 1 else replicas[0]

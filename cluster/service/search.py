@@ -44,7 +44,7 @@ STATUS_AGE_S = 0.05  # a status younger than this is not asked for again
 HUNG_S = 40.0  # a coordinator silent for so long is killed, and starts again: it never waits for anything
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexAddress:
     """Where an index service is found, and what clients need to know of it."""
 
@@ -77,6 +77,7 @@ class Search:
         self,
         client: "IndexClient",
         queries: np.ndarray,
+        *,
         k: int,
         num_vectors: int,
         where: Filter | None = None,
@@ -127,7 +128,9 @@ class Search:
             self._question = self._ask()
 
     def _ask(self, generation: int | None = None) -> Question:
-        return self._client.ask_shards(self._queries, self._k, generation, self._num_vectors, self._where)
+        return self._client.ask_shards(
+            self._queries, self._k, generation=generation, num_vectors=self._num_vectors, where=self._where
+        )
 
 
 class IndexClient:
@@ -167,6 +170,7 @@ class IndexClient:
         queries: np.ndarray,
         k: int,
         num_vectors: int = 0,
+        *,
         where: Filter | None = None,
         allow_fewer: bool = False,
     ) -> Search:
@@ -177,10 +181,17 @@ class IndexClient:
         where = self.address.where if where is None else where
         if where == self.address.where and not (where is not None and allow_fewer):
             check_k(k, self.num_passages)
-        return Search(self, np.ascontiguousarray(queries, np.float32), k, num_vectors, where, allow_fewer)
+        return Search(
+            self,
+            np.ascontiguousarray(queries, np.float32),
+            k=k,
+            num_vectors=num_vectors,
+            where=where,
+            allow_fewer=allow_fewer,
+        )
 
     def ask_shards(
-        self, queries: Any, k: int, generation: int | None, num_vectors: int, where: Filter | None = None
+        self, queries: Any, k: int, *, generation: int | None, num_vectors: int, where: Filter | None = None
     ) -> Question:
         """Ask every shard, for the pinned generation unless another one is named."""
         pinned = self._pinned if generation is None else generation

@@ -86,6 +86,7 @@ class IndexServiceHandle:
 def start_index_service(
     run_dir: str | Path,
     namespace: str,
+    *,
     store: str | Path,
     tokenizer: str | Path,
     encoder: EncoderConfig,
@@ -175,10 +176,15 @@ def start_index_service(
     try:
         if lexical is not None:
             _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus), where), placement)
-        _start(handle, ranges, index, worker, coordinator, placement)
+        _start(handle, ranges, index=index, worker=worker, coordinator=coordinator, placement=placement)
         if wait:
             wish = None if initial is None else initial[0]
-            handle = replace(handle, complete=await_ready(handle, placement, start_timeout_s, wish, log.version))
+            handle = replace(
+                handle,
+                complete=await_ready(
+                    handle, placement, timeout_s=start_timeout_s, initial=wish, corpus_version=log.version
+                ),
+            )
     except BaseException:
         handle.stop()
         raise
@@ -188,6 +194,7 @@ def start_index_service(
 def await_ready(
     handle: IndexServiceHandle,
     placement: PlacementPlan,
+    *,
     timeout_s: float,
     initial: Wish | None = None,
     corpus_version: int = 0,
@@ -218,7 +225,12 @@ def index_identity(passages: Store, encoder: EncoderConfig, index: IndexConfig) 
     """What tells an index that fits from another one. Raises ValueError for more shards than passages."""
     ranges = shard_ranges(len(passages), index.num_shards)
     fingerprint = encoder_fingerprint(encoder, passages.side_fingerprint(SIDE))
-    return IndexIdentity(fingerprint, passages.fingerprint, index.factory, tuple(ranges))
+    return IndexIdentity(
+        encoder_fingerprint=fingerprint,
+        corpus_fingerprint=passages.fingerprint,
+        factory=index.factory,
+        ranges=tuple(ranges),
+    )
 
 
 def encoder_fingerprint(encoder: EncoderConfig, tokenizer_fingerprint: str) -> str:
@@ -240,6 +252,7 @@ def _next_number(run_dir: Path) -> int:
 def _start(
     handle: IndexServiceHandle,
     ranges: Sequence[tuple[int, int]],
+    *,
     index: IndexConfig,
     worker: WorkerSettings,
     coordinator: CoordinatorSettings,
@@ -261,7 +274,7 @@ def _start(
     workers = [
         worker_class.options(**_options(name, handle, seats[1], placement)).remote(worker) for name in handle.workers
     ]
-    idle = Seat("coordinator", 1, 0.0, 0.0, 0)
+    idle = Seat(name="coordinator", number=1, cpus=0.0, gpus=0.0, threads=0)
     chief = coordinator_class.options(**_options(handle.address.coordinator, handle, idle, placement)).remote(
         coordinator
     )
@@ -275,7 +288,9 @@ def _start_lexical(
 ) -> None:
     """Start the actor; `parts`: where index, store and changes lie, and who may be found."""
     remote: Any = ray.remote
-    options = _options(handle.address.lexical, handle, Seat("lexical", 1, 0.0, 0.0, 0), placement)
+    options = _options(
+        handle.address.lexical, handle, Seat(name="lexical", number=1, cpus=0.0, gpus=0.0, threads=0), placement
+    )
     actor = remote(concurrency_groups=THREADS)(LexicalActor).options(**options).remote(*parts)
     actor.load.remote()
     _ALIVE[handle.address.lexical] = [actor]

@@ -56,7 +56,7 @@ def inherit_corpus(
 
 
 def inherit_index(
-    settings: Settings, init_from: str, run_dir: Path, identity: IndexIdentity, log: ChangeLog | None = None
+    settings: Settings, init_from: str, *, run_dir: Path, identity: IndexIdentity, log: ChangeLog | None = None
 ) -> Path | None:
     """The generation that the checkpoint `init_from` names, linked into `run_dir/index`; None where it cannot serve.
 

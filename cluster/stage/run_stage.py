@@ -55,7 +55,9 @@ UNDECISIVE = ("monitor", "cluster", "run", "checkpoint", "plan")  # sections tha
 HOPELESS = (ValueError, FloatingPointError, TimeoutError)  # in a trainer: starting it again would end the same way
 
 
-def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement: PlacementPlan, namespace: str) -> None:
+def run_stage(
+    settings: Settings, prepared: Prepared, *, init_from: str, placement: PlacementPlan, namespace: str
+) -> None:
     """Run the stage to its end, or from where an interrupted one stood. What it measured stands in its run directory.
 
     Raises ValueError for settings and for a stage that does not fit the machines' memory, RuntimeError with the place
@@ -79,13 +81,17 @@ def run_stage(settings: Settings, prepared: Prepared, init_from: str, placement:
                 snapshot = snapshot_to_resume(run_dir)
                 if snapshot is None and newest_checkpoint(run_dir, lambda _: None) is None:
                     identity = index_identity(passages, settings.encoder, settings.index)
-                    snapshot = inherit_index(settings, init_from, run_dir, identity, log)
+                    snapshot = inherit_index(settings, init_from, run_dir=run_dir, identity=identity, log=log)
                 try:
-                    service = _start_index(settings, prepared, placement, run_dir, namespace, snapshot)
+                    service = _start_index(
+                        settings, prepared, placement=placement, run_dir=run_dir, namespace=namespace, snapshot=snapshot
+                    )
                 except TornSnapshot as torn:  # the checkpoint's weights make the index anew
                     events("snapshot_refused", why=str(torn))
                     print(f"{torn}; the index is encoded again", flush=True)
-                    service = _start_index(settings, prepared, placement, run_dir, namespace, snapshot := None)
+                    service = _start_index(
+                        settings, prepared, placement=placement, run_dir=run_dir, namespace=namespace, snapshot=None
+                    )
                 job.index_from_snapshot = snapshot is not None and service.complete
             with _started(service, placement, settings.cluster.start_timeout_s):
                 _fit(job, service, settings, placement)
@@ -103,7 +109,7 @@ def _started(service: IndexServiceHandle | None, placement: PlacementPlan, timeo
     def wait() -> None:
         assert service is not None
         try:
-            await_ready(service, placement, timeout_s)
+            await_ready(service, placement, timeout_s=timeout_s)
         except Exception as error:  # the edge of a thread: raised below
             failures.append(error)
             service.stop()
@@ -122,6 +128,7 @@ def _started(service: IndexServiceHandle | None, placement: PlacementPlan, timeo
 def _start_index(
     settings: Settings,
     prepared: Prepared,
+    *,
     placement: PlacementPlan,
     run_dir: Path,
     namespace: str,

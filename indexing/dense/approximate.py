@@ -25,7 +25,7 @@ GRAPH_SHARE = 0.25  # of all vectors: a graph search that would visit more compa
 class Approximate:
     """FAISS's own searches in one index. Safe from several threads."""
 
-    def __init__(self, index: Any, kind: Kind, device: str, nprobe: int, ef_search: int) -> None:
+    def __init__(self, index: Any, kind: Kind, *, device: str, nprobe: int, ef_search: int) -> None:
         self._index, self._kind, self._gpu = index, kind, device == "gpu"
         self._inner = inner_of(index)
         self._rotation = load_faiss().downcast_VectorTransform(index.chain.at(0)) if kind.rotated else None
@@ -103,7 +103,9 @@ class Approximate:
             scores, rows, short = _allowed_first(scores, rows, k, allowed)
             if len(short) and self._twin is None:
                 on_cpu = load_faiss().index_gpu_to_cpu(self._index)
-                self._twin = Approximate(on_cpu, self._kind, "cpu", self._nprobe, self._ef_search)
+                self._twin = Approximate(
+                    on_cpu, self._kind, device="cpu", nprobe=self._nprobe, ef_search=self._ef_search
+                )
         if len(short):
             assert self._twin is not None
             scores[short], rows[short] = self._twin.search(queries[short], k, allowed)

@@ -15,7 +15,7 @@ Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask int64 [n, t
 
 
 def encode_rows(
-    table: TokenTable, rows: np.ndarray, encode: Encode, batch_tokens: int, pad_id: int = 0
+    table: TokenTable, rows: np.ndarray, *, encode: Encode, batch_tokens: int, pad_id: int = 0
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Encode `rows` of `table`, longest first, at most `batch_tokens` padded tokens at a time (one row at least).
 
@@ -31,19 +31,19 @@ def encode_rows(
 
 
 def encode_range(
-    table: TokenTable, start: int, stop: int, encode: Encode, batch_tokens: int, pad_id: int = 0
+    table: TokenTable, start: int, *, stop: int, encode: Encode, batch_tokens: int, pad_id: int = 0
 ) -> np.ndarray:
     """Vectors float32 [stop - start, dim] of the passages `start` to `stop` - 1, in their order."""
     assert start < stop
-    return encode_numbers(table, np.arange(start, stop), encode, batch_tokens, pad_id)
+    return encode_numbers(table, np.arange(start, stop), encode=encode, batch_tokens=batch_tokens, pad_id=pad_id)
 
 
 def encode_numbers(
-    table: TokenTable, numbers: np.ndarray, encode: Encode, batch_tokens: int, pad_id: int = 0
+    table: TokenTable, numbers: np.ndarray, *, encode: Encode, batch_tokens: int, pad_id: int = 0
 ) -> np.ndarray:
     """Vectors float32 [n, dim] of the passages `numbers` (int64 [n], sorted, none twice), in their order."""
     vectors = np.empty((0, 0), np.float32)
-    for rows, block in encode_rows(table, numbers, encode, batch_tokens, pad_id):
+    for rows, block in encode_rows(table, numbers, encode=encode, batch_tokens=batch_tokens, pad_id=pad_id):
         if not vectors.size:
             vectors = np.empty((len(numbers), block.shape[1]), np.float32)
         vectors[np.searchsorted(numbers, rows)] = block

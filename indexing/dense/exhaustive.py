@@ -66,18 +66,20 @@ class Exhaustive:
         share = count / len(self._stored)
         only = None if allowed is None or share >= WIDE_FILTER else selector(allowed)
         if self._proposer is None or only is not None:
-            return self._search_by_faiss(queries, k, allowed, count, only)
+            return self._search_by_faiss(queries, k, allowed=allowed, count=count, only=only)
         wanted = min(_wanted(k, self._proposer.spare_candidates, allowed, share), len(self._stored))
         rows, ceiling = self._proposer.propose(queries, wanted)
         scores, rows = self._best(queries, k, rows, allowed)
         if wanted < len(self._stored):
             unsure = np.flatnonzero(~(scores[:, -1] > ceiling))
             if len(unsure):
-                scores[unsure], rows[unsure] = self._search_by_faiss(queries[unsure], k, allowed, count, None)
+                scores[unsure], rows[unsure] = self._search_by_faiss(
+                    queries[unsure], k, allowed=allowed, count=count, only=None
+                )
         return scores, rows
 
     def _search_by_faiss(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None, count: int, only: Any
+        self, queries: np.ndarray, k: int, *, allowed: np.ndarray | None, count: int, only: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """`only`: FAISS's selector of the allowed rows, where they are to be skipped instead of dropped."""
         total, dim = self._stored.shape

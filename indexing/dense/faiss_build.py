@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from indexing.corpus.snapshot import sync_directory, write_file
+from indexing.declare import check_values
 from indexing.dense.approximate import Approximate
 from indexing.dense.exact import score_pairs
 from indexing.dense.exhaustive import Exhaustive
@@ -41,7 +42,9 @@ class Index:
         self.num_vectors: int = faiss_index.ntotal
         self.dim: int = faiss_index.d
         self.halves = halves
-        self._approximate = Approximate(faiss_index, self.kind, config.device, config.nprobe, config.ef_search)
+        self._approximate = Approximate(
+            faiss_index, self.kind, device=config.device, nprobe=config.nprobe, ef_search=config.ef_search
+        )
         self._stored = None if config.device == "gpu" else _stored(faiss_index, self.kind)  # whole vectors, at hand
         self._exhaustive: Exhaustive | None = None
         if self._stored is not None and self.kind.exhaustive:
@@ -183,18 +186,17 @@ def place(index: Any, config: IndexConfig, halves: np.ndarray | None) -> Index:
 
 def check_config(config: IndexConfig, num_vectors: int) -> None:
     """Raise ValueError where the settings cannot give an index of `num_vectors` (the smallest shard's, say)."""
-    if config.device not in ("cpu", "gpu"):
-        raise ValueError(f"index.device is {config.device!r}: allowed are cpu, gpu")
-    for name in ("nprobe", "ef_search", "ef_construction", "training_sample", "num_shards"):
-        value = vars(config)[name]
-        if value < 1:
-            raise ValueError(f"index.{name} is {value}: allowed is 1 or more")
-    if config.rescore_candidates < 0:
-        raise ValueError(f"index.rescore_candidates is {config.rescore_candidates}: allowed is 0 or more")
+    check_values(config, "index.")
     if num_vectors < 1:
         raise ValueError("an index needs at least one vector")
     check_products(config.products, parse(config.factory), config.device)
-    check_kind(parse(config.factory), config.device, num_vectors, config.training_sample, config.rescore_candidates)
+    check_kind(
+        parse(config.factory),
+        config.device,
+        num_vectors=num_vectors,
+        training_sample=config.training_sample,
+        rescore_candidates=config.rescore_candidates,
+    )
     if config.device == "gpu":
         check_gpu()
 

@@ -10,10 +10,11 @@ HNSWn[,Flat | SQfp16 | SQ8]             a graph with n links a vector (Malkov an
 import re
 from dataclasses import dataclass
 
-ALLOWED = "Flat, SQfp16, SQ8, PQm, IVFn,Flat|SQfp16|SQ8|PQm, HNSWn[,SQfp16|SQ8], and OPQm, before PQm or IVFn,PQm"
+from indexing.declare import refuse
+from indexing.indexing_settings import FACTORIES
+
 EXHAUSTIVE = ("Flat", "SQfp16")  # as a whole: searched exactly
 COMPRESSED = ("SQ8", "PQ")
-PRODUCTS = ("float32", "bfloat16")  # that candidates of an exhaustive kind are found by
 GPU_PARTS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)  # of a PQ code in FAISS's GPU kernels
 MAX_LINKS = 512
 PQ_BITS = (4, 12)
@@ -25,7 +26,7 @@ _PATTERN = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kind:
     """What a factory string says. 0: there is none of it."""
 
@@ -69,56 +70,57 @@ def parse(factory: str) -> Kind:
     """What `factory` names. Raises ValueError for what is none of the kinds."""
     found = _PATTERN.fullmatch(factory)
     if found is None or not factory:
-        raise ValueError(f"index.factory is {factory!r}: allowed are {ALLOWED}")
+        raise refuse("index.factory", factory, f"must be one of {FACTORIES}")
     opq, lists, links, parts, bits = (int(found[name] or 0) for name in ("opq", "lists", "links", "parts", "bits"))
     codec = "PQ" if parts else found["codec"] or ("Flat" if links else "")
     if not codec or factory.endswith(",") or (links and codec == "PQ") or (opq and codec != "PQ"):
-        raise ValueError(f"index.factory is {factory!r}: allowed are {ALLOWED}")
+        raise refuse("index.factory", factory, f"must be one of {FACTORIES}")
     if parts and not PQ_BITS[0] <= (bits or 8) <= PQ_BITS[1]:
-        allowed = f"{PQ_BITS[0]} to {PQ_BITS[1]}"
-        raise ValueError(f"index.factory is {factory!r}, with {bits} bits a part: allowed are {allowed}")
+        raise refuse("index.factory", factory, f"must have {PQ_BITS[0]} to {PQ_BITS[1]} bits a part")
     if opq and opq != parts:
-        example = "OPQ16,IVF1024,PQ16"
-        raise ValueError(f"index.factory is {factory!r}: OPQ and PQ need the same number of parts, like {example}")
+        allowed = "must have the same number of parts for OPQ and PQ, like OPQ16,IVF1024,PQ16"
+        raise refuse("index.factory", factory, allowed)
     if links > MAX_LINKS or links == 1:
-        raise ValueError(f"index.factory is {factory!r}: allowed are 2 to {MAX_LINKS} links")
-    return Kind(factory, codec, lists, links, parts, (bits or 8) if parts else 0, bool(opq))
+        raise refuse("index.factory", factory, f"must have 2 to {MAX_LINKS} links")
+    return Kind(
+        factory=factory,
+        codec=codec,
+        lists=lists,
+        links=links,
+        parts=parts,
+        bits=(bits or 8) if parts else 0,
+        rotated=bool(opq),
+    )
 
 
-def check_kind(kind: Kind, device: str, num_vectors: int, training_sample: int, rescore_candidates: int) -> None:
+def check_kind(kind: Kind, device: str, *, num_vectors: int, training_sample: int, rescore_candidates: int) -> None:
     """Raise ValueError where `num_vectors` (of the smallest shard) or other settings do not fit the kind."""
     factory = kind.factory
     if device == "gpu":
         check_gpu_kind(kind)
     if kind.lists > num_vectors:
-        raise ValueError(
-            f"index.factory is {factory!r}, which trains {kind.lists} lists, but a shard holds {num_vectors} "
-            f"vectors: allowed are 1 to {num_vectors} lists"
-        )
+        allowed = f"must have 1 to {num_vectors} lists: a shard holds {num_vectors} vectors"
+        raise refuse("index.factory", factory, allowed)
     needed = kind.training_vectors
     if needed > num_vectors:
-        raise ValueError(
-            f"index.factory is {factory!r}, which trains on {needed} vectors or more (2 to the power of its bits), but "
-            f"a shard holds {num_vectors}: take fewer bits, like PQ{kind.parts}x4, fewer shards, or SQ8"
+        allowed = (
+            f"must train on at most {num_vectors} vectors, those of a shard, but needs {needed} (2 to the power of"
         )
+        raise refuse("index.factory", factory, f"{allowed} its bits): take PQ{kind.parts}x4, fewer shards, or SQ8")
     if needed > training_sample:
-        raise ValueError(f"index.training_sample is {training_sample}: {factory!r} needs {needed} or more")
-    if rescore_candidates and not kind.compressed:
-        raise ValueError(
-            f"index.rescore_candidates is {rescore_candidates}: allowed is 0 with index.factory {factory}, whose "
-            "scores come from whole vectors already"
+        raise refuse(
+            "index.training_sample", training_sample, f"must be at least {needed} with index.factory={factory}"
         )
+    if rescore_candidates and not kind.compressed:
+        allowed = f"must be 0 with index.factory={factory}, whose scores come from whole vectors already"
+        raise refuse("index.rescore_candidates", rescore_candidates, allowed)
 
 
 def check_products(products: str, kind: Kind, device: str) -> None:
     """Raise ValueError for products that no search of the kind makes use of."""
-    if products not in PRODUCTS:
-        raise ValueError(f"index.products is {products!r}: allowed are {', '.join(PRODUCTS)}")
     if products != "float32" and not (kind.exhaustive and device == "cpu"):
-        raise ValueError(
-            f"index.products is {products}: allowed is float32 with index.factory {kind.factory} on {device}; it is "
-            f"{' and '.join(EXHAUSTIVE)} on cpu that it serves"
-        )
+        allowed = f"must be float32 with index.factory={kind.factory} on {device}: it serves {' and '.join(EXHAUSTIVE)}"
+        raise refuse("index.products", products, f"{allowed} on cpu")
 
 
 def check_dim(kind: Kind, dim: int) -> None:
@@ -126,21 +128,17 @@ def check_dim(kind: Kind, dim: int) -> None:
     if kind.parts and dim % kind.parts:
         fitting = [parts for parts in range(1, dim + 1) if dim % parts == 0]
         near = sorted(sorted(fitting, key=lambda parts: abs(parts - kind.parts))[:3])
-        raise ValueError(
-            f"index.factory is {kind.factory!r}, but vectors of {dim} numbers cannot be cut into {kind.parts} equal "
-            f"parts: allowed are divisors of {dim}, like {', '.join(map(str, near))}"
-        )
+        allowed = f"must cut vectors of {dim} numbers into equal parts: {', '.join(map(str, near))}, not {kind.parts}"
+        raise refuse("index.factory", kind.factory, allowed)
 
 
 def check_gpu_kind(kind: Kind) -> None:
     """Raise ValueError for a kind that FAISS has for CPU only."""
     if kind.links:
-        raise ValueError(f"index.factory is {kind.factory!r}, which FAISS has for CPU only: set index.device=cpu")
+        raise refuse("index.factory", kind.factory, "must be without HNSW with index.device=gpu")
     if not kind.lists and not kind.exhaustive:
-        raise ValueError(
-            f"index.factory is {kind.factory!r}, which FAISS has for CPU only: with index.device gpu allowed are Flat, "
-            f"SQfp16 and IVFn,... (like IVF1024,{kind.codec}{kind.parts or ''})"
-        )
+        allowed = "must be Flat, SQfp16 or IVFn,... with index.device=gpu"
+        raise refuse("index.factory", kind.factory, f"{allowed} (like IVF1024,{kind.codec}{kind.parts or ''})")
     if kind.parts and (kind.bits != 8 or kind.parts not in GPU_PARTS):
         allowed = ", ".join(map(str, GPU_PARTS))
-        raise ValueError(f"index.factory is {kind.factory!r}: on GPU allowed are 8 bits and {allowed} parts")
+        raise refuse("index.factory", kind.factory, f"must have 8 bits and {allowed} parts with index.device=gpu")

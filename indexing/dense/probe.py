@@ -56,7 +56,7 @@ class RecentQueries:
 
 
 def probe_recall(
-    index: Index, vectors: np.ndarray, num_queries: int, recent: np.ndarray | None = None, seed: int = 0
+    index: Index, vectors: np.ndarray, *, num_queries: int, recent: np.ndarray | None = None, seed: int = 0
 ) -> float | None:
     """Recall@PROBE_K of `index`, which was built from `vectors` [n, dim], on up to `num_queries` queries: the last of
     `recent` [any, dim], else rows of `vectors` with noise. None: `num_queries` is 0."""

@@ -45,7 +45,7 @@ class LexicalHits:
     of: np.ndarray | None = None  # float32 [batch, m]: scores of passages that were asked for by number
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Postings:
     """Words and where they stand: column w holds the passages of word w, rising."""
 
@@ -68,6 +68,7 @@ class LexicalIndex:
         self,
         config: LexicalConfig,
         corpus: str,
+        *,
         postings: Postings,
         weights: np.ndarray | None = None,
         statistics: Postings | None = None,
@@ -126,11 +127,11 @@ class LexicalIndex:
         postings = _sorted(
             more.words,
             np.concatenate([columns, more.columns]),
-            np.concatenate([old.passages, more.passages]),
-            np.concatenate([old.counts, more.counts]),
-            np.concatenate([old.lengths, more.lengths]),
+            passages=np.concatenate([old.passages, more.passages]),
+            counts=np.concatenate([old.counts, more.counts]),
+            lengths=np.concatenate([old.lengths, more.lengths]),
         )
-        return LexicalIndex(self.config, self.corpus, postings, statistics=self.statistics)
+        return LexicalIndex(self.config, self.corpus, postings=postings, statistics=self.statistics)
 
     def save(self, path: str | Path) -> None:
         """Write a directory with a checksummed manifest. Raises FileExistsError, OSError with the path."""
@@ -157,14 +158,15 @@ class LexicalIndex:
         extra = open_extra(path, KIND, contents)
         words = Ragged(path, "words", "uint8")
         postings = Postings(
-            {words.text(number): number for number in range(len(words))},
-            map_array(path / "starts", "int64"),
-            map_array(path / "passages", "int32"),
-            map_array(path / "counts", "int32"),
-            map_array(path / "lengths", "int32"),
+            words={words.text(number): number for number in range(len(words))},
+            starts=map_array(path / "starts", "int64"),
+            passages=map_array(path / "passages", "int32"),
+            counts=map_array(path / "counts", "int32"),
+            lengths=map_array(path / "lengths", "int32"),
         )
         config = LexicalConfig(**extra["config"])
-        return cls(config, extra["corpus_fingerprint"], postings, map_array(path / "weights", "float32"))
+        weights = map_array(path / "weights", "float32")
+        return cls(config, extra["corpus_fingerprint"], postings=postings, weights=weights)
 
     def _columns(self, texts: Sequence[str]) -> list[list[int]]:
         """The known words of each text, each as often as it stands there."""
@@ -185,7 +187,7 @@ def build_lexical(config: LexicalConfig, corpus: str, texts: Iterable[str]) -> L
     check_lexical(config)
     counted = _count(config, texts, {}, first=0)
     parts = counted.columns, counted.passages, counted.counts, counted.lengths
-    return LexicalIndex(config, corpus, _sorted(counted.words, *parts))
+    return LexicalIndex(config, corpus, postings=_sorted(counted.words, *parts))
 
 
 def lexical_corpus(path: str | Path) -> str:
@@ -242,7 +244,7 @@ def score_postings(config: LexicalConfig, postings: Postings, statistics: Postin
     return (np.repeat(idf, in_passages) * weights).astype(np.float32)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Counted:
     """Words of texts, not yet in order."""
 
@@ -255,7 +257,8 @@ class _Counted:
 
 def _count(config: LexicalConfig, texts: Iterable[str], words: dict[str, int], first: int) -> _Counted:
     """Count the words of `texts`, numbered from `first` on; new ones are added to `words`."""
-    found = _Counted(words, *(np.zeros(0, dtype) for dtype in (np.int64, np.int32, np.int32, np.int32)))
+    none = np.zeros(0, np.int32)
+    found = _Counted(words=words, columns=np.zeros(0, np.int64), passages=none, counts=none, lengths=none)
     parts = [found]
     for batch in batched(texts, BATCH_TEXTS):
         rows = words_of(config, batch)
@@ -264,7 +267,15 @@ def _count(config: LexicalConfig, texts: Iterable[str], words: dict[str, int], f
         places = np.repeat(np.arange(len(rows)), lengths)
         keys, counts = np.unique(columns * len(rows) + places, return_counts=True)
         passages = first + keys % len(rows)
-        parts.append(_Counted(words, keys // len(rows), passages.astype(np.int32), counts.astype(np.int32), lengths))
+        parts.append(
+            _Counted(
+                words=words,
+                columns=keys // len(rows),
+                passages=passages.astype(np.int32),
+                counts=counts.astype(np.int32),
+                lengths=lengths,
+            )
+        )
         first += len(rows)
     joined = {
         name: np.concatenate([vars(part)[name] for part in parts])
@@ -283,7 +294,11 @@ def _sorted(
     number = {int(old): new for new, old in enumerate(used)}
     kept = {word: number[old] for word, old in words.items() if old in number}
     return Postings(
-        kept, starts, passages[order].astype(np.int32), counts[order].astype(np.int32), lengths.astype(np.int32)
+        words=kept,
+        starts=starts,
+        passages=passages[order].astype(np.int32),
+        counts=counts[order].astype(np.int32),
+        lengths=lengths.astype(np.int32),
     )
 
 

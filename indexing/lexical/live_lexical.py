@@ -55,9 +55,9 @@ class LiveLexical:
         if base.corpus != store.fingerprint:
             raise ValueError(f"the lexical index was built from another corpus than {store.path}: it cannot serve it")
         self.base, self.store, self.lag_s, self.where = base, store, lag_s, where
-        self._metadata = MetadataColumns(store, 0, base.num_passages)
+        self._metadata = MetadataColumns(store, 0, stop=base.num_passages)
         empty = build_lexical(base.config, base.corpus, ())
-        added = LexicalIndex(base.config, base.corpus, empty.postings, statistics=base.postings)
+        added = LexicalIndex(base.config, base.corpus, postings=empty.postings, statistics=base.postings)
         self._lock = threading.Lock()
         self._view = _View(-1, added, None, np.empty(0, bool))  # of no version: the first look sees all
         self._follow(UNCHANGED)

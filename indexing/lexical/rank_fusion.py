@@ -12,7 +12,7 @@ import numpy as np
 from indexing.hits import best_first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fused:
     """One ranking out of two, [batch, k] each; places count from 1, 0: not in that ranking."""
 
@@ -53,13 +53,19 @@ def normalised(scores: np.ndarray, best: np.ndarray) -> np.ndarray:
     return (scores / np.where(best > 0, best, np.float32(1))[:, None]).astype(np.float32)
 
 
-def fuse_by_rank(dense: np.ndarray, lexical: np.ndarray, shares: np.ndarray, constant: float, k: int) -> Fused:
+def fuse_by_rank(dense: np.ndarray, lexical: np.ndarray, *, shares: np.ndarray, constant: float, k: int) -> Fused:
     """Reciprocal rank fusion of dense and lexical ids [batch, n]; `shares` [batch, n]: normalised scores of the lexical
     ones. A dense hit that is no lexical one counts as sharing nothing."""
     scores, ids = reciprocal_rank_fusion([dense, lexical], constant, k)
     places = places_of(ids, lexical)
     known = np.take_along_axis(np.pad(shares, ((0, 0), (1, 0))), places, axis=1)
-    return Fused(ids, scores, known.astype(np.float32), places_of(ids, dense), places)
+    return Fused(
+        ids=ids,
+        scores=scores,
+        lexical=known.astype(np.float32),
+        dense_places=places_of(ids, dense),
+        lexical_places=places,
+    )
 
 
 def fuse_by_score(
@@ -83,7 +89,13 @@ def fuse_by_score(
     scores = np.where(best < 0, np.float32("-inf"), scores)
     place = (best[:, :, None] == ids[:, None, :]).argmax(axis=2)
     known = np.where(best < 0, np.float32(0), np.take_along_axis(shares, place, axis=1))
-    return Fused(best, scores, known.astype(np.float32), places_of(best, dense[0]), places_of(best, lexical[0]))
+    return Fused(
+        ids=best,
+        scores=scores,
+        lexical=known.astype(np.float32),
+        dense_places=places_of(best, dense[0]),
+        lexical_places=places_of(best, lexical[0]),
+    )
 
 
 def behind(fused: Fused, dense: np.ndarray) -> Fused:

@@ -28,7 +28,7 @@ VIEWS_KEPT = 16  # of the last filters: a byte a passage each
 Passes = Callable[[np.ndarray | None], np.ndarray]  # passage numbers (None: the shard's range) -> bool, as them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """The big index. `key` tells it from every other one, also on disk."""
 
@@ -270,6 +270,7 @@ class Generation:
 def build_base(
     vectors: WaitingVectors,
     start: int,
+    *,
     numbers: np.ndarray | None,
     generation: int,
     weights_version: int,
@@ -281,7 +282,16 @@ def build_base(
     as `build_index`."""
     index, figures = vectors.build(seed, recent) if vectors.num_rows else (None, UNKNOWN)
     key = secrets.token_hex(8)
-    return Base(index, start, numbers, generation, weights_version, corpus_version, key, figures)
+    return Base(
+        index=index,
+        start=start,
+        numbers=numbers,
+        generation=generation,
+        weights_version=weights_version,
+        corpus_version=corpus_version,
+        key=key,
+        figures=figures,
+    )
 
 
 def make_delta(numbers: np.ndarray, versions: np.ndarray, vectors: np.ndarray, config: IndexConfig) -> Delta:

@@ -66,7 +66,7 @@ class _Saved:
         return any(len(part) and part[-1] >= num_base for part in parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Owner:
     """What a new shard owns."""
 
@@ -114,7 +114,7 @@ def check_ranges(
         )
 
 
-def fits(directory: str | Path, number: int, start: int, stop: int, num_shards: int) -> bool:
+def fits(directory: str | Path, number: int, *, start: int, stop: int, num_shards: int) -> bool:
     """Whether saved shard `number` holds exactly what shard `number` of `num_shards` owns, or nobody holds it: then it
     is to be loaded as it is (and what is wrong is said there)."""
     saved = _read_saved(directory)
@@ -140,7 +140,9 @@ def load_range(
     overlaps = [max(0, min(stop, one.stop) - max(start, one.start)) for one in saved]
     if sum(overlaps) < stop - start:
         raise ValueError(f"{directory} does not hold the passages {start} to {stop - 1} of the corpus")
-    owner = _Owner(shard, start, stop, config.num_shards, max(one.stop for one in saved))
+    owner = _Owner(
+        shard=shard, start=start, stop=stop, num_shards=config.num_shards, num_base=max(one.stop for one in saved)
+    )
     parts, deltas = list[_Part](), list[tuple[np.ndarray, np.ndarray, np.ndarray]]()
     for one in saved:
         part, delta = _taken(one, owner, generation, config)
@@ -153,7 +155,7 @@ def load_range(
         raise ValueError(f"{directory} holds shards of different weights and corpus versions {sorted(versions)}")
     weights_version, corpus_version = versions.pop()
     parts, others = _of_one_version(parts)
-    base = _base(parts, owner, config, seed, directory)
+    base = _base(parts, owner, config=config, seed=seed, directory=directory)
     known = np.concatenate([numbers for numbers, _, _ in deltas]) if deltas else np.empty(0, np.int64)
     deltas += [_as_delta(part, np.sort(known), config, directory) for part in others]
     deltas = [each for each in deltas if len(each[0])]
@@ -197,7 +199,7 @@ def _of_one_version(parts: list[_Part]) -> tuple[list[_Part], list[_Part]]:
     return [p for p, s in zip(parts, same, strict=True) if s], [p for p, s in zip(parts, same, strict=True) if not s]
 
 
-def _base(parts: list[_Part], owner: _Owner, config: IndexConfig, seed: int, directory: str | Path) -> Base:
+def _base(parts: list[_Part], owner: _Owner, *, config: IndexConfig, seed: int, directory: str | Path) -> Base:
     """One big index of these parts."""
     kind = parse(config.factory)
     numbers = np.concatenate([part.numbers for part in parts]) if parts else np.empty(0, np.int64)
@@ -215,14 +217,14 @@ def _base(parts: list[_Part], owner: _Owner, config: IndexConfig, seed: int, dir
     keys = [str(part.extra.get("key") or part.path) for part in parts]
     key = hashlib.sha256(f"{owner} {keys}".encode()).hexdigest()[:16]  # the same in every replica
     return Base(
-        index,
-        owner.start,
-        None if whole else numbers,
-        max((int(part.extra["generation"]) for part in parts), default=0),
-        int(first.get("weights_version", 0)),
-        max((int(part.extra.get("corpus_version", 0)) for part in parts), default=0),
-        key,
-        UNKNOWN if index is None else Figures(index.num_bytes / index.num_vectors),
+        index=index,
+        start=owner.start,
+        numbers=None if whole else numbers,
+        generation=max((int(part.extra["generation"]) for part in parts), default=0),
+        weights_version=int(first.get("weights_version", 0)),
+        corpus_version=max((int(part.extra.get("corpus_version", 0)) for part in parts), default=0),
+        key=key,
+        figures=UNKNOWN if index is None else Figures(index.num_bytes / index.num_vectors),
     )
 
 

@@ -42,7 +42,7 @@ class NotBegun(Exception):
     """Rows of a generation whose passages this shard was not told: it came back empty since."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardStatus:
     """A view of one shard. -1 stands for no generation."""
 
@@ -81,6 +81,7 @@ class Shard:
         start: int,
         stop: int,
         config: IndexConfig,
+        *,
         seed: int = 0,
         metadata: MetadataColumns | None = None,
     ) -> None:
@@ -135,7 +136,15 @@ class Shard:
             weights = found.weights_version if weights_version is None else weights_version
             corpus = found.corpus_version if corpus_version is None else corpus_version
             self._deriving = Staging(
-                generation, weights, corpus, self.start, numbers, self._config, found.dim, found, origin
+                generation,
+                weights,
+                corpus_version=corpus,
+                start=self.start,
+                numbers=numbers,
+                config=self._config,
+                dim=found.dim,
+                origin=found,
+                source=origin,
             )
 
     def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
@@ -273,9 +282,17 @@ class Shard:
         num_allowed = -1 if where is None else view.num_rows
         with self._table:
             return ShardHits(
-                ids, scores, number, found.weights_version, self._serving.newest(), vectors, versions, found.num_living,
-                num_allowed, CorpusState(found.corpus_version, hidden),
-            )  # fmt: skip
+                ids=ids,
+                scores=scores,
+                generation=number,
+                weights_version=found.weights_version,
+                committed=self._serving.newest(),
+                vectors=vectors,
+                versions=versions,
+                num_living=found.num_living,
+                num_allowed=num_allowed,
+                corpus=CorpusState(found.corpus_version, hidden),
+            )
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> ShardIndexed:
         """What this shard has of the passages `ids` int64 [n] in `generation`. Raises GenerationGone."""
@@ -300,7 +317,7 @@ class Shard:
             config = self._config
             place = {"start": self.start, "stop": self.stop, "factory": config.factory, "num_shards": config.num_shards}
             other = None if earlier is None else Path(earlier) / name
-            write_generation(path, number, found, place, other)
+            write_generation(path, number, generation=found, place=place, earlier=other)
         return path
 
     def load(self, generation: int, directory: str | Path) -> int:
@@ -313,7 +330,7 @@ class Shard:
         with self._table:
             if self._serving.is_open(generation):
                 return self._serving.served[generation].generation.weights_version
-        if fits(directory, self.shard_number, self.start, self.stop, self._config.num_shards):
+        if fits(directory, self.shard_number, start=self.start, stop=self.stop, num_shards=self._config.num_shards):
             self._check_saved(path, verify(path, contents=False), generation)
             found, _ = read_generation(path, self._config)
         else:
@@ -416,7 +433,15 @@ class Shard:
         if staging is None or key != staging.key or (wanted is not None and staging.corpus_version != wanted[1]):
             numbers, corpus_version = wanted if wanted is not None else (None, 0)
             rows = self.stop - self.start if numbers is None else numbers
-            staging = Staging(generation, weights_version, corpus_version, self.start, rows, self._config, dim)
+            staging = Staging(
+                generation,
+                weights_version,
+                corpus_version=corpus_version,
+                start=self.start,
+                numbers=rows,
+                config=self._config,
+                dim=dim,
+            )
             with self._table:
                 self._staging = staging
         return staging

@@ -34,7 +34,7 @@ KIND = "index shard"
 
 
 def write_generation(
-    path: Path, number: int, generation: Generation, place: dict[str, Any], earlier: Path | None
+    path: Path, number: int, *, generation: Generation, place: dict[str, Any], earlier: Path | None
 ) -> None:
     """Write `generation` to the new directory `path`; `place` (shard range and kind of index) goes into the manifest.
 
@@ -125,7 +125,16 @@ def _read_base(path: Path, extra: dict[str, Any], config: IndexConfig) -> Base:
     key, corpus_version = extra.get("key") or secrets.token_hex(8), extra.get("corpus_version", 0)
     figures = UNKNOWN if index is None else Figures(index.num_bytes / rows, recall=extra.get("recall"))
     weights_version = extra["weights_version"]
-    return Base(index, extra["start"], numbers, extra["generation"], weights_version, corpus_version, key, figures)
+    return Base(
+        index=index,
+        start=extra["start"],
+        numbers=numbers,
+        generation=extra["generation"],
+        weights_version=weights_version,
+        corpus_version=corpus_version,
+        key=key,
+        figures=figures,
+    )
 
 
 def _link_base(earlier: Path, target: Path, key: str) -> bool:

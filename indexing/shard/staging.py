@@ -17,6 +17,7 @@ class Staging:
         self,
         generation: int,
         weights_version: int,
+        *,
         corpus_version: int,
         start: int,
         numbers: np.ndarray | int,
@@ -87,12 +88,28 @@ class Staging:
         version, corpus = self.weights_version, self.corpus_version
         if self.origin is None:
             waiting = self._vectors if isinstance(self._vectors, WaitingVectors) else self._waiting()
-            base = build_base(waiting, self.start, self.numbers, self.generation, version, corpus, seed, recent)
+            base = build_base(
+                waiting,
+                self.start,
+                numbers=self.numbers,
+                generation=self.generation,
+                weights_version=version,
+                corpus_version=corpus,
+                seed=seed,
+                recent=recent,
+            )
             self.built = Generation(base, None, version, corpus)
         else:
             assert self.numbers is not None
             delta = self._vectors if isinstance(self._vectors, np.ndarray) else np.empty((0, self.dim), np.float32)
-            self.built = self.origin.derive(self.numbers, delta, self._versions, version, corpus, self._config)
+            self.built = self.origin.derive(
+                self.numbers,
+                delta,
+                versions=self._versions,
+                weights_version=version,
+                corpus_version=corpus,
+                config=self._config,
+            )
         self._vectors = None
 
     def _room(self) -> "WaitingVectors | np.ndarray":

@@ -53,5 +53,5 @@ class WaitingVectors:
             self._faiss_index.ntotal = self.num_rows
             index = Index(self._faiss_index, self._config)
         seconds = time.perf_counter() - begin
-        found = probe_recall(index, self._rows, self._config.probe_queries, recent, seed)
+        found = probe_recall(index, self._rows, num_queries=self._config.probe_queries, recent=recent, seed=seed)
         return index, Figures(index.num_bytes / self.num_rows, seconds, found)

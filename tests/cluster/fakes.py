@@ -42,7 +42,7 @@ class FakeShard:
         self.shard = self._empty()
 
     def _empty(self) -> Shard:
-        return Shard(self.number, self.start, self.stop, IndexConfig())
+        return Shard(self.number, self.start, stop=self.stop, config=IndexConfig())
 
     def die(self) -> None:
         """As SIGKILL and a restart."""
@@ -154,7 +154,9 @@ class World:
         self.shards = [FakeShard(number, *pair, self.log) for number, pair in enumerate(ranges)]
         self.ports: list[ShardPort] = list(self.shards)  # what the coordinator talks to
         self.workers = [FakeWorker(f"worker-{number}") for number in range(num_workers)]
-        self.identity = IndexIdentity("encoder", "corpus", "Flat", tuple(ranges))
+        self.identity = IndexIdentity(
+            encoder_fingerprint="encoder", corpus_fingerprint="corpus", factory="Flat", ranges=tuple(ranges)
+        )
 
     def changes(self) -> ChangeLog:
         """The changes of the corpus, as a process sees them."""
@@ -179,12 +181,34 @@ class World:
         numbers |= {"search_timeout_s": 20.0, "first_generation": 1, **changes}
         settings = RefreshSettings(**numbers)
         group = ShardGroup(self.ports)
-        pool = EncodePool(self.workers, group, self.note, settings.max_failures, settings.chunk_timeout_s)
+        pool = EncodePool(
+            self.workers,
+            group,
+            events=self.note,
+            max_failures=settings.max_failures,
+            chunk_timeout_s=settings.chunk_timeout_s,
+        )
         log = self.changes()
         snapshots = Snapshots(
-            self.directory / "index", group, self.identity, self.note, keep, 2, log, write_weights, read_weights
+            self.directory / "index",
+            group,
+            identity=self.identity,
+            events=self.note,
+            keep=keep,
+            keep_protected=2,
+            log=log,
+            write_weights=write_weights,
+            read_weights=read_weights,
         )
-        coordinator = RefreshCoordinator(settings, group, pool, snapshots, lambda weights: weights, self.note, log)
+        coordinator = RefreshCoordinator(
+            settings,
+            group,
+            pool=pool,
+            snapshots=snapshots,
+            keep_weights=lambda weights: weights,
+            events=self.note,
+            log=log,
+        )
         if recover:
             coordinator.recover(5.0)
         return coordinator
@@ -203,7 +227,9 @@ class World:
         living = np.arange(log.num_numbers())[log.is_living(np.arange(log.num_numbers()))]
         versions = np.broadcast_to(np.asarray(versions), log.num_numbers())
         vectors = np.stack([vectors_of(int(v), n, n + 1)[0] for n, v in enumerate(versions.tolist())])
-        hits = merge([shard.shard.search(vectors, len(living), generation) for shard in self.shards], len(living))
+        hits = merge(
+            [shard.shard.search(vectors, len(living), generation=generation) for shard in self.shards], len(living)
+        )
         scores, rows = search_exactly(vectors[living], vectors, len(living))
         assert hits.ids.tolist() == living[rows].tolist()
         np.testing.assert_array_equal(hits.scores, scores)
@@ -218,7 +244,7 @@ class World:
             one = shard.shard
             for generation in one.status().generations:
                 with suppress(GenerationGone):
-                    ids = one.search(queries, MAX_PASSAGES, generation).ids
+                    ids = one.search(queries, MAX_PASSAGES, generation=generation).ids
                     found += [f"{generation} on {shard.number}: {n}" for n in np.intersect1d(ids, numbers)]
         return found
 
@@ -231,7 +257,7 @@ class World:
         """Every shard serves `generation`, and its vectors are those of `version`."""
         for shard in self.shards:
             wanted = vectors_of(version, shard.start, shard.stop)
-            hits = shard.shard.search(wanted, 1, generation)
+            hits = shard.shard.search(wanted, 1, generation=generation)
             scores = (wanted @ wanted.T).max(axis=1)
             np.testing.assert_allclose(hits.scores[:, 0], scores, rtol=1e-5)
             assert hits.weights_version == version

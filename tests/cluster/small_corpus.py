@@ -51,7 +51,7 @@ class Corpus:
             with torch.inference_mode():
                 return encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 
-        return encode_range(table, 0, len(table), encode, 4096)
+        return encode_range(table, 0, stop=len(table), encode=encode, batch_tokens=4096)
 
 
 def make_corpus(folder: Path) -> Corpus:
@@ -59,7 +59,7 @@ def make_corpus(folder: Path) -> Corpus:
     chance = np.random.default_rng(0)
     words = ["".join(chance.choice(list("abcdefghij"), 4)) for _ in range(60)]
     texts = [" ".join(chance.choice(words, chance.integers(3, 12))) for _ in range(NUM_PASSAGES)]
-    tokenizer = build_tokenizer("", ENCODER.tokenizer, texts, folder / "tokenizer")
+    tokenizer = build_tokenizer("", ENCODER.tokenizer, texts=texts, save_dir=folder / "tokenizer")
     passages = [
         Passage(f"p{number}", words[number % 60], text, {"third": number % 3, "number": number})
         for number, text in enumerate(texts)

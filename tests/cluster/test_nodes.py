@@ -61,6 +61,8 @@ def test_machine_that_finds_no_head_fails_in_bounded_time(tmp_path: Path, capsys
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    machine = nodes.Machine("127.0.0.1", port, 2, 1, tmp_path / "token", timeout_s=0.5)
+    machine = nodes.Machine(
+        head="127.0.0.1", port=port, num_nodes=2, rank=1, token_file=tmp_path / "token", timeout_s=0.5
+    )
     assert nodes._follower(machine) == 1
     assert "TANDEM_TOKEN_FILE" in capsys.readouterr().err

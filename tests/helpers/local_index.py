@@ -101,7 +101,9 @@ class LocalIndex:
         """Search the generation that serves now."""
         assert self.generation >= 0, "a search before the first generation"
         num_vectors = num_vectors if self.keeps_vectors else 0
-        hits = merge([shard.search(queries, k, self.generation, num_vectors) for shard in self._shards], k)
+        hits = merge(
+            [shard.search(queries, k, generation=self.generation, num_vectors=num_vectors) for shard in self._shards], k
+        )
         return LocalHits(hits, time.monotonic() + self.delay_s)
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
@@ -137,7 +139,7 @@ class LocalIndex:
                 shard.derive(generation, self.generation, rows, version)
             else:
                 shard.begin(generation, version)
-            for numbers, vectors in encode_rows(self._table, rows, self._encode, BATCH_TOKENS):
+            for numbers, vectors in encode_rows(self._table, rows, encode=self._encode, batch_tokens=BATCH_TOKENS):
                 shard.stage(generation, version, numbers, vectors)
             shard.prepare(generation)
             self.passages_encoded += len(rows)
@@ -176,7 +178,13 @@ class LocalIndex:
         """What serves."""
         oldest = min(shard.status().oldest_version for shard in self._shards)
         return IndexStatus(
-            self.generation, self.weights_version, self.generations_committed, 0.0, 0.0, 0, oldest_version=oldest
+            generation=self.generation,
+            weights_version=self.weights_version,
+            generations_committed=self.generations_committed,
+            refresh_seconds=0.0,
+            refresh_passages_per_s=0.0,
+            failures=0,
+            oldest_version=oldest,
         )
 
     @property

@@ -189,4 +189,6 @@ def random_pairs(batch: int = 8, dim: int = 4, seed: int = 0, dtype: torch.dtype
 def contrastive_loss_of(config: ObjectiveConfig, pairs: Pairs, gather: Gather | None = None) -> tuple[Tensor, Stats]:
     """The contrastive objective at encoder temperature 0.5."""
     assert needs(config).in_batch
-    return compute(config, in_batch(pairs.queries, pairs.passages, pairs.numbers, 0.5, gather))
+    return compute(
+        config, in_batch(pairs.queries, pairs.passages, passage_numbers=pairs.numbers, temperature=0.5, gather=gather)
+    )

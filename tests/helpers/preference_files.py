@@ -50,7 +50,9 @@ def preference_store(world: TinyWorld, folder: Path, split: str, as_pairs: bool)
     ]
     answer_side = token_rows.generator_answer_side(reader_tokenizer, world.generator)
     path = folder / f"{'pairs' if as_pairs else 'judged'}-{split}"
-    write_questions(path, found.questions, question_sides, answer_side, world.store(), labels=found.labels)
+    write_questions(
+        path, found.questions, sides=question_sides, answer_side=answer_side, store=world.store(), labels=found.labels
+    )
     return path
 
 

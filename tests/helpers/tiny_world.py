@@ -128,7 +128,9 @@ def make_world(
     passages = list(iterate_corpus(corpus)[0])
     asked = {split: read_questions(questions, split) for split in ("train", "test")}
     texts = [f"{passage.title} {passage.text}" for passage in passages] + [q.text for q in asked["train"]]
-    tokenizer = build_tokenizer("", encoder.tokenizer, iter(texts), folder / "tokenizers" / "retriever", False)
+    tokenizer = build_tokenizer(
+        "", encoder.tokenizer, texts=iter(texts), save_dir=folder / "tokenizers" / "retriever", trust_remote_code=False
+    )
     shutil.copytree(folder / "tokenizers" / "retriever", folder / "tokenizers" / "generator")
     reader_tokenizer = load_tokenizer(folder / "tokenizers" / "generator")
     made = TinyWorld(folder, encoder, generator, tokenizer)
@@ -144,5 +146,5 @@ def make_world(
     ]
     answer_side = token_rows.generator_answer_side(reader_tokenizer, generator)
     for split, rows in asked.items():
-        write_questions(made.questions(split), rows, question_sides, answer_side, store)
+        write_questions(made.questions(split), rows, sides=question_sides, answer_side=answer_side, store=store)
     return made

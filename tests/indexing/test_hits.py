@@ -7,7 +7,13 @@ from indexing.hits import Hits, ShardHits, merge
 
 
 def hits(ids: list[list[int]], scores: list[list[float]], generation: int = 3, weights_version: int = 30) -> ShardHits:
-    return ShardHits(np.array(ids, np.int64), np.array(scores, np.float32), generation, weights_version, generation)
+    return ShardHits(
+        ids=np.array(ids, np.int64),
+        scores=np.array(scores, np.float32),
+        generation=generation,
+        weights_version=weights_version,
+        committed=generation,
+    )
 
 
 def test_hand_computed() -> None:
@@ -41,12 +47,26 @@ def test_leading_vectors_belong_to_the_hits(num_vectors: int, k: int) -> None:
         order = np.lexsort((np.broadcast_to(np.arange(start, stop), (6, stop - start)), -scores[:, start:stop]), axis=1)
         ids = order + start
         vectors = np.repeat(ids[:, :num_vectors, None], 3, axis=2).astype(np.float32)
-        parts.append(ShardHits(ids, np.take_along_axis(scores, ids, axis=1), 1, 1, 1, vectors))
+        parts.append(
+            ShardHits(
+                ids=ids,
+                scores=np.take_along_axis(scores, ids, axis=1),
+                generation=1,
+                weights_version=1,
+                committed=1,
+                vectors=vectors,
+            )
+        )
     merged = merge(parts, k)
     assert merged.vectors is not None
     assert merged.vectors.shape == (6, min(num_vectors, k), 3)
     assert (merged.vectors == merged.ids[:, :num_vectors, None]).all()
-    assert merge([*parts[:2], ShardHits(ids, parts[2].scores, 1, 1, 1)], k).vectors is None
+    assert (
+        merge(
+            [*parts[:2], ShardHits(ids=ids, scores=parts[2].scores, generation=1, weights_version=1, committed=1)], k
+        ).vectors
+        is None
+    )
 
 
 def test_missing_ids_never_leave() -> None:
@@ -73,6 +93,12 @@ def test_refused(parts: list[ShardHits], k: int, message: str) -> None:
 
 
 def test_no_queries() -> None:
-    empty = ShardHits(np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32), 1, 1, 1)
+    empty = ShardHits(
+        ids=np.zeros((0, 4), np.int64),
+        scores=np.zeros((0, 4), np.float32),
+        generation=1,
+        weights_version=1,
+        committed=1,
+    )
     merged: Hits = merge([empty], 2)
     assert merged.ids.shape == (0, 2)

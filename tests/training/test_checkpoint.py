@@ -43,7 +43,9 @@ def new_engine(stage: int, precision: str = "fp32", seed: int = 0) -> Engine:
 
 def save(engine: Engine, run_dir: Path, step: int, **settings: Any) -> Path:
     own = {"rng": rng_state(), "loader": {"order": np.arange(5) + engine.rank, "position": step}}
-    return save_checkpoint(run_dir, step, engine, {"step": step, "generation": 3}, own, **{"keep": 2, **settings})
+    return save_checkpoint(
+        run_dir, step, engine=engine, state={"step": step, "generation": 3}, rank_state=own, **{"keep": 2, **settings}
+    )
 
 
 def measure_resume(run_dir: Path, stage: int, precision: str) -> dict[str, Any]:
@@ -281,7 +283,7 @@ def test_old_checkpoints_go_and_damaged_later_ones_too(run_dir: Path) -> None:
 
 def test_a_state_that_is_no_json_is_an_error_that_leaves_nothing(run_dir: Path) -> None:
     with pytest.raises(OSError, match=r"step-3 .rank 0: TypeError: .*; earlier checkpoints are whole"):
-        save_checkpoint(run_dir, 3, new_engine(2), {"bad": {1, 2}}, {}, keep=2)
+        save_checkpoint(run_dir, 3, engine=new_engine(2), state={"bad": {1, 2}}, rank_state={}, keep=2)
     assert newest_checkpoint(run_dir, pytest.fail) == run_dir / "checkpoints" / "step-2"
 
 

@@ -63,7 +63,7 @@ def cloze(world: TinyWorld, batch_size: int = 16, **settings) -> ClozeSource:
     config = ObjectiveConfig(**{"name": "inverse_cloze", "drop_probability": 0.0, "title_probability": 0.0, **settings})
     separator = world.tokenizer.sep_token_id
     assert isinstance(separator, int)
-    return ClozeSource(store, Stream(len(store), batch_size, seed=2), config, separator, 0)
+    return ClozeSource(store, Stream(len(store), batch_size, seed=2), config=config, separator_id=separator, pad_id=0)
 
 
 def pairs(source: ClozeSource, numbers: range = range(4)) -> list[tuple[list[int], list[int], list[int]]]:

@@ -68,19 +68,39 @@ def test_constant_rates_and_odd_lengths():
 
 def contrast_batch() -> ContrastBatch:
     ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
-    return ContrastBatch(ids, mask, ids, mask, torch.arange(2))
+    return ContrastBatch(
+        query_ids=ids, query_mask=mask, passage_ids=ids, passage_token_mask=mask, passage_numbers=torch.arange(2)
+    )
 
 
 def test_metrics_of_a_step_with_two_micro_batches():
     window = Window()
     for loss, version, wait_s, found in ((2.0, 5, 0.1, 0.5), (4.0, 3, 0.2, 1.0)):
         fetched = Fetched(
-            contrast_batch(), 2, wait_s, generation=version // 2, weights_version=version, gold_in_k=found
+            batch=contrast_batch(),
+            num_questions=2,
+            search_wait_s=wait_s,
+            generation=version // 2,
+            weights_version=version,
+            gold_in_k=found,
         )
         window.add(fetched, {"loss/total": torch.tensor(loss)})
     figures = Figures(80.5, 0.25, 0.9)
-    status = IndexStatus(4, 8, 5, 1.5, 120.0, 1, slow=7, hedged=6, refused=2, figures=figures)
-    metrics = step_metrics(window, LoopState(step=9, skipped_steps=2, blocked_steps=3), {"time/step_s": 0.5}, status)
+    status = IndexStatus(
+        generation=4,
+        weights_version=8,
+        generations_committed=5,
+        refresh_seconds=1.5,
+        refresh_passages_per_s=120.0,
+        failures=1,
+        slow=7,
+        hedged=6,
+        refused=2,
+        figures=figures,
+    )
+    metrics = step_metrics(
+        window, LoopState(step=9, skipped_steps=2, blocked_steps=3), times={"time/step_s": 0.5}, status=status
+    )
     expected = {
         "loss/total": 3.0,
         "perf/questions_per_s": 8.0,
@@ -112,8 +132,8 @@ def test_figures_that_are_not_known_are_no_metrics():
 
 def test_a_step_without_an_index_has_no_index_metrics():
     window = Window()
-    window.add(Fetched(contrast_batch(), 2), {"loss/total": torch.tensor(1.0)})
-    metrics = step_metrics(window, LoopState(step=1), {"time/step_s": 0.5}, None)
+    window.add(Fetched(batch=contrast_batch(), num_questions=2), {"loss/total": torch.tensor(1.0)})
+    metrics = step_metrics(window, LoopState(step=1), times={"time/step_s": 0.5}, status=None)
     assert not [name for name in metrics if name.startswith("index/")]
 
 
@@ -131,14 +151,24 @@ class Run:
     def every(self, steps: int, precision: str = "float32") -> Callable[..., dict[str, float]]:
         """A refresh every so many steps."""
         plan, still = RefreshPlan(every_steps=steps, precision=precision), retriever_waits(self.stage.job.training)
-        return Freshness(plan, self.stage.engine, self.index, self.stage.monitor, still=still).after_step
+        return Freshness(
+            plan, self.stage.engine, service=self.index, monitor=self.stage.monitor, still=still
+        ).after_step
 
     def train(self, hooks: Hooks, source: Source | None = None) -> LoopState:
         stage, job = self.stage, self.stage.job
         taken = source or stage.source
         assert taken is not None
-        arguments = (stage.engine, taken, self.index, stage.monitor, stage.state, hooks)
-        return train(job.training, job.objective, *arguments)
+        return train(
+            job.training,
+            job.objective,
+            engine=stage.engine,
+            source=taken,
+            service=self.index,
+            monitor=stage.monitor,
+            state=stage.state,
+            hooks=hooks,
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         lines = (self.stage.run_dir / "metrics.jsonl").read_text().splitlines()

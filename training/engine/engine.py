@@ -35,7 +35,7 @@ GATHER_ELEMENTS = 64_000_000  # ZeRO 3 weights made whole at once while gatherin
 TAG, LAYOUT = "state", "layout.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What `Engine.step` did."""
 
@@ -119,7 +119,13 @@ class Engine(Ranks):
         self._awaits_step = False
         if not self.at_boundary:
             self._engine.step()
-            return StepResult(False, False, {}, self.skipped_in_a_row, self.num_skipped)
+            return StepResult(
+                at_boundary=False,
+                updated=False,
+                grad_norm={},
+                skipped_in_a_row=self.skipped_in_a_row,
+                num_skipped=self.num_skipped,
+            )
         norms, finite = self._gradient_norms()
         for group in self._optimizer.param_groups:
             clip, norm = self.config.clip_norm, norms[group["name"]]
@@ -132,7 +138,13 @@ class Engine(Ranks):
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.num_skipped += not finite
         grad_norm = {name: norms.get(name, 0.0) for name in self._group_names}
-        return StepResult(True, finite, grad_norm, self.skipped_in_a_row, self.num_skipped)
+        return StepResult(
+            at_boundary=True,
+            updated=finite,
+            grad_norm=grad_norm,
+            skipped_in_a_row=self.skipped_in_a_row,
+            num_skipped=self.num_skipped,
+        )
 
     # ---------------------------------------------------------------- weights by name
 

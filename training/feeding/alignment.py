@@ -33,14 +33,14 @@ MISMATCH_TRIES = 20  # draws until another question's answer is found
 
 
 def make_collator(
-    objective: ObjectiveConfig, store: Store, questions: QuestionStore, generator: Generator, pad_id: int, seed: int
+    objective: ObjectiveConfig, store: Store, *, questions: QuestionStore, generator: Generator, pad_id: int, seed: int
 ) -> Collator:
     """The collator of the objective's data. Raises ValueError when the questions are not judged as it needs."""
     match objective.name:
         case "dpo":
             return PairCollator(store, questions, generator, pad_id)
         case "kto":
-            return JudgedCollator(store, questions, generator, pad_id, seed)
+            return JudgedCollator(store, questions, generator=generator, pad_id=pad_id, seed=seed)
         case _ if samples_answers(objective):
             return AskedCollator(store, questions, generator, pad_id)
         case _:
@@ -63,7 +63,7 @@ class JudgedCollator(Collator):
     """Questions with one judged answer, and beside it the answer of another question for KTO's z. Which other question
     depends on the question and the seed alone, not on who computes it."""
 
-    def __init__(self, store: Store, questions: QuestionStore, generator: Generator, pad_id: int, seed: int) -> None:
+    def __init__(self, store: Store, questions: QuestionStore, *, generator: Generator, pad_id: int, seed: int) -> None:
         super().__init__(store, questions, generator, pad_id)
         if questions.labels is None:
             raise ValueError(f"{questions.path} holds no judged answers: objective.name=kto needs preferences")
@@ -114,6 +114,7 @@ class SampledBatches:
         self,
         source: Source,
         engine: Engine,
+        *,
         collator: Collator,
         store: Store,
         to_text: Callable[[Sequence[int]], str],
@@ -201,7 +202,14 @@ class SampledBatches:
         read = [] if passage < 0 else [self.store.passage(passage)]
         passages = [f"{passage.title} {passage.text}" for passage in read]
         answer = restore_spelling(self.to_text(tokens), passages)
-        return measure(self.objective.reward, self.reward, question.text, answer, question.answers, passages)
+        return measure(
+            self.objective.reward,
+            self.reward,
+            question=question.text,
+            answer=answer,
+            golds=question.answers,
+            passages=passages,
+        )
 
 
 @dataclass
@@ -225,6 +233,7 @@ class ReferencedBatches:
 def aligned(
     source: Source,
     engine: Engine,
+    *,
     collator: Collator,
     store: Store,
     to_text: Callable[[Sequence[int]], str],
@@ -237,7 +246,16 @@ def aligned(
     """`source` with what the objective asks for around it; itself for an objective that asks for nothing."""
     if samples_answers(objective):
         updates = alignment.updates_per_sample
-        source = SampledBatches(source, engine, collator, store, to_text, max_tokens, objective, updates)
+        source = SampledBatches(
+            source,
+            engine,
+            collator=collator,
+            store=store,
+            to_text=to_text,
+            max_tokens=max_tokens,
+            objective=objective,
+            updates_per_sample=updates,
+        )
         source.restore(loader_state or {})
     return source if reference is None else ReferencedBatches(source, reference)
 

@@ -20,6 +20,7 @@ class TrainingAnswers:
         self,
         questions: QuestionStore,
         store: Store,
+        *,
         stream: Stream,
         choice: str = "in_passage",
         refusal: np.ndarray | None = None,

@@ -1,7 +1,7 @@
 """The micro-batches of a stage: questions with their hits, or spans cut from the corpus for a warm start."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from training.training_settings import RetrievalConfig
 
 PAIRS = 13  # purpose of a random generator
 
+HIT_FIELDS = [entry.name for entry in fields(Hits)]  # in the order in which a checkpoint keeps them
+
 
 class RetrievedBatches:
     """Questions with the passages that the index returned, searched ahead by the prefetcher."""
@@ -26,6 +28,7 @@ class RetrievedBatches:
         self,
         prefetcher: Prefetcher,
         collator: Collator,
+        *,
         config: RetrievalConfig,
         device: torch.device,
         stream: Stream,
@@ -64,7 +67,7 @@ class RetrievedBatches:
         found = [bool(np.isin(row, rows).any()) for row, rows in zip(passages, gold, strict=True)]
         self._trained = searched.number + 1
         return Fetched(
-            batch,
+            batch=batch,
             num_questions=len(searched.questions),
             search_wait_s=searched.wait_s,
             generation=searched.hits.generation,
@@ -95,14 +98,14 @@ class RetrievedBatches:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken; the prefetcher must start at `state["number"]`."""
         self._trained = state["number"]
-        self.prefetcher.restore([Hits(*values) for values in state["ahead"]])
+        self.prefetcher.restore([Hits(**dict(zip(HIT_FIELDS, values, strict=True))) for values in state["ahead"]])
 
 
 class WithPairs:
     """Micro-batches of another source, each with a batch of pairs for the contrastive tasks of a mixture beside it."""
 
     def __init__(
-        self, source: Source, pairs: dict[str, ClozeSource], shares: dict[str, float], seed: int, start: int = 0
+        self, source: Source, pairs: dict[str, ClozeSource], *, shares: dict[str, float], seed: int, start: int = 0
     ) -> None:
         """`shares`: of each contrastive task in the whole mixture; which one a micro-batch has is drawn by them."""
         self.source, self.pairs, self.shares, self.seed, self.number = source, pairs, shares, seed, start
@@ -130,6 +133,7 @@ class ClosedBookBatches:
         self,
         collator: Collator,
         batch_of: Callable[[int], np.ndarray],
+        *,
         device: torch.device,
         start: int = 0,
         answers: TrainingAnswers | None = None,
@@ -144,7 +148,7 @@ class ClosedBookBatches:
         self.number += 1
         passages = [np.empty(0, dtype=np.int64)] * len(questions)
         batch = self.collator(questions, passages, answers=answers).to(self.device)
-        return Fetched(batch, num_questions=len(questions))
+        return Fetched(batch=batch, num_questions=len(questions))
 
     def state(self) -> dict[str, Any]:
         """Number of the next batch."""
@@ -161,7 +165,7 @@ class ClozeBatches:
         """The next micro-batch on the device."""
         batch = self.source.batch(self.number).to(self.device)
         self.number += 1
-        return Fetched(batch, num_questions=len(batch.passage_numbers))
+        return Fetched(batch=batch, num_questions=len(batch.passage_numbers))
 
     def state(self) -> dict[str, Any]:
         """Number of the next batch."""

@@ -50,7 +50,7 @@ class LongContext:
         return order[: int(np.searchsorted(ends, room, side="right"))].astype(np.int64)
 
     def bury(
-        self, question: int, gold: int, labelled: np.ndarray, depth: float, rng: np.random.Generator
+        self, question: int, gold: int, *, labelled: np.ndarray, depth: float, rng: np.random.Generator
     ) -> np.ndarray:
         """A prompt with the passage `gold` at `depth` (0 first, 1 last) among random passages, none of them
         `labelled`; int64. It is there also where it does not fit."""
@@ -107,6 +107,7 @@ class LongContextBatches:
         self,
         collator: Collator,
         stream: Stream,
+        *,
         choose: Callable[[int, np.random.Generator], np.ndarray],
         device: torch.device,
         start: int = 0,
@@ -120,7 +121,7 @@ class LongContextBatches:
         passages = [self.choose(int(question), rng) for question, rng in zip(questions, random, strict=True)]
         self.number += 1
         batch = self.collator(questions, passages, for_retriever=False).to(self.device)
-        return Fetched(batch, num_questions=len(questions))
+        return Fetched(batch=batch, num_questions=len(questions))
 
     def state(self) -> dict[str, Any]:
         """Number of the next batch."""

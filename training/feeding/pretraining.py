@@ -26,7 +26,7 @@ HELD_OUT_SEED = 0  # the same passages in every run, so that runs can be compare
 TRAINING, HELD_OUT = 11, 12  # purposes of the random generators
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CorpusExample:
     """One example, tokenised."""
 
@@ -38,7 +38,7 @@ class CorpusExample:
     answer_tokens: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExampleSides:
     """How examples become tokens: the sides of questions, and how each tokeniser is told of a mask."""
 
@@ -56,13 +56,15 @@ def example_sides(
 ) -> ExampleSides:
     """The sides of these models. Only an encoder-decoder is given sentinels: it alone was pretrained on them."""
     return ExampleSides(
-        retriever_question_side(tokenizers[0], encoder),
-        generator_question_side(tokenizers[1], reader),
-        generator_answer_side(tokenizers[1], reader),
-        MaskWords(_mask_word(tokenizers[0])),
-        MaskWords(_mask_word(tokenizers[1]), _sentinels(tokenizers[1]) if reader.kind == "fusion" else ()),
-        encoder.max_question_tokens,
-        reader.max_question_tokens,
+        retriever=retriever_question_side(tokenizers[0], encoder),
+        generator=generator_question_side(tokenizers[1], reader),
+        answer=generator_answer_side(tokenizers[1], reader),
+        retriever_mask=MaskWords(_mask_word(tokenizers[0])),
+        generator_mask=MaskWords(
+            _mask_word(tokenizers[1]), _sentinels(tokenizers[1]) if reader.kind == "fusion" else ()
+        ),
+        max_retriever_tokens=encoder.max_question_tokens,
+        max_generator_tokens=reader.max_question_tokens,
     )
 
 
@@ -70,7 +72,7 @@ class CorpusQuestions:
     """Examples by their number, which has no end; a `Questions` of `training/data.py`."""
 
     def __init__(
-        self, store: Store, rows: np.ndarray, config: PretrainingConfig, sides: ExampleSides, seed: int, purpose: int
+        self, store: Store, rows: np.ndarray, *, config: PretrainingConfig, sides: ExampleSides, seed: int, purpose: int
     ) -> None:
         """`rows`: the passages that may be cut. Raises ValueError where there is none, or for a mixture of nothing."""
         if not len(rows):
@@ -135,7 +137,9 @@ class CorpusQuestions:
         words = self.config.context_words
         while True:
             random = np.random.default_rng(seed)
-            example = make_example(task, passage, random, self.config, words, self.recognize)
+            example = make_example(
+                task, passage, random=random, config=self.config, words=words, recognize=self.recognize
+            )
             if example is None:
                 return None
             if sides.generator_mask.sentinels and len(example.spans) >= len(sides.generator_mask.sentinels):
@@ -151,7 +155,12 @@ class CorpusQuestions:
         if not len(answer_row):
             return None
         return CorpusExample(
-            task, source, question, answer, {"retriever": retriever, "generator": generator}, answer_row
+            task=task,
+            source=source,
+            question=question,
+            answer=answer,
+            tokens={"retriever": retriever, "generator": generator},
+            answer_tokens=answer_row,
         )
 
 
@@ -197,6 +206,7 @@ class FairSearch:
         self,
         service: IndexService,
         questions: CorpusQuestions,
+        *,
         groups: np.ndarray,
         margin: int,
         search: Search | None = None,
@@ -212,7 +222,14 @@ class FairSearch:
         """Start the search of examples `numbers` with float32 `queries` [batch, dim]; no vectors come along."""
         own = self.group_of(self.questions.sources(numbers))
         depth = min(k + self.margin, self.service.num_passages)
-        return FairHits(self, numbers, own, queries, k, self.search(numbers, queries, depth, again=again))
+        return FairHits(
+            self,
+            numbers,
+            own=own,
+            queries=queries,
+            k=k,
+            pending=self.search(numbers, queries, depth, again=again),
+        )
 
     def group_of(self, numbers: np.ndarray) -> np.ndarray:
         """The group of near-duplicates of each passage; a text that replaced another one is in that one's, a passage
@@ -229,6 +246,7 @@ class FairHits:
         self,
         search: FairSearch,
         numbers: np.ndarray,
+        *,
         own: np.ndarray,
         queries: np.ndarray,
         k: int,

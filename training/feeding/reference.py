@@ -62,7 +62,7 @@ class Reference:
 
 
 def build_reference(
-    engine: Engine, initial: System | None, offload: bool, init_from: str, run_dir: Path, resumes: bool
+    engine: Engine, initial: System | None, *, offload: bool, init_from: str, run_dir: Path, resumes: bool
 ) -> Reference:
     """The reference of a stage; collective.
 

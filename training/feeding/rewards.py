@@ -41,7 +41,7 @@ def load_reward(name: str) -> Reward:
 
 
 def measure(
-    name: str, reward: Reward, question: str, answer: str, golds: Sequence[str], passages: Sequence[str]
+    name: str, reward: Reward, *, question: str, answer: str, golds: Sequence[str], passages: Sequence[str]
 ) -> float:
     """`reward` of one answer. Raises ValueError that names the setting and the question when it raises, or returns what
     is no finite number."""

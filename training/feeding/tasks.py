@@ -82,6 +82,7 @@ class MaskWords:
 def make_example(
     task: str,
     passage: Passage,
+    *,
     random: np.random.Generator,
     config: PretrainingConfig,
     words: int,
@@ -91,7 +92,9 @@ def make_example(
     not what the task needs. Raises AssertionError for an unknown task."""
     match task:
         case "span_corruption":
-            return span_corruption(passage.text, random, words, config.mask_share, config.mean_span_words)
+            return span_corruption(
+                passage.text, random, words=words, mask_share=config.mask_share, mean_span_words=config.mean_span_words
+            )
         case "salient_span":
             return salient_span(passage.text, random, words, recognize)
         case "prefix_lm":
@@ -102,7 +105,7 @@ def make_example(
 
 
 def span_corruption(
-    text: str, random: np.random.Generator, words: int, mask_share: float, mean_span_words: float
+    text: str, random: np.random.Generator, *, words: int, mask_share: float, mean_span_words: float
 ) -> Example | None:
     """Random spans of a stretch of `words` words, `mask_share` of it, each `mean_span_words` long on average; None for
     fewer than three words. The lengths of spans and of what lies between are random partitions, as in T5; a stretch

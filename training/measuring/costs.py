@@ -28,7 +28,7 @@ OPERATIONS_PER_STATE = 6
 COSTS = ("prompt_tokens", "flops", "retrieval_flops", "kv_cache_bytes", "state_bytes", "seconds")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """Of one question."""
 
@@ -68,7 +68,15 @@ class CostModel:
                 answers = [len(written[question * places + place]) for place in real]
             cache, state = kept_bytes(self.shape, lengths, self.value_bytes)
             flops = answer_flops(self.shape, lengths, answers, fused)
-            costs.append(Cost(sum(lengths), flops, searched[question], cache, state))
+            costs.append(
+                Cost(
+                    prompt_tokens=sum(lengths),
+                    flops=flops,
+                    retrieval_flops=searched[question],
+                    kv_cache_bytes=cache,
+                    state_bytes=state,
+                )
+            )
         return costs
 
     def _search(self, batch: RetrievalBatch) -> list[float]:

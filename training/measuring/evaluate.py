@@ -47,7 +47,7 @@ DECODINGS = ("marginal", "fused", "top1")
 LONG_SEED = 0  # of the order in which the corpus stands in long prompts: the same for every system
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Evaluation:
     """Means over the split, and what happened with each question."""
 
@@ -87,6 +87,7 @@ class Evaluator:
         self,
         engine: Engine,
         collator: Collator,
+        *,
         store: Store,
         service: IndexService | None,
         to_text: Callable[[Sequence[int]], str],
@@ -172,7 +173,9 @@ class Evaluator:
             for part in self._batches(mine, self._size_of(prompt_tokens)):
                 chunk = mine[part]
                 passages = [choose(int(number)) for number in chunk]
-                written = self._write(chunk, passages, replace(self.config.decoding, mode="fused"), for_retriever=False)
+                written = self._write(
+                    chunk, passages, decoding=replace(self.config.decoding, mode="fused"), for_retriever=False
+                )
                 answers = [self.questions.question(int(number)).answers for number in chunk]
                 values = answer_metrics(written.predictions, answers)["exact_match"]
                 found |= dict(zip(chunk.tolist(), values.tolist(), strict=True))
@@ -214,7 +217,7 @@ class Evaluator:
         assert self.search is not None
         asked = [numbers[part] for part in self._batches(numbers)]
         pending = [
-            self.search(some, encode_questions(self.engine, self.collator, some), depth, self.num_vectors)
+            self.search(some, encode_questions(self.engine, self.collator, some), depth, num_vectors=self.num_vectors)
             for some in asked
         ]
         found = [search.result() for search in pending]
@@ -246,7 +249,9 @@ class Evaluator:
             chunk = rows[part]
             passages = [self._passages(row, mode) for row in chunk]
             some = known.of(part) if retrieved else Known()
-            predictions, likelihoods, written = self._predict(numbers[part], passages, decoding, not long, some)
+            predictions, likelihoods, written = self._predict(
+                numbers[part], passages, decoding=decoding, for_retriever=not long, known=some
+            )
             measured = answer_metrics(predictions, [row["answers"] for row in chunk])
             old = answer_metrics(predictions, [row["old_answers"] for row in chunk])["exact_match"]
             for i, row in enumerate(chunk):
@@ -292,6 +297,7 @@ class Evaluator:
         self,
         numbers: np.ndarray,
         passages: list[np.ndarray],
+        *,
         decoding: DecodingConfig,
         for_retriever: bool,
         known: "Known",
@@ -301,7 +307,7 @@ class Evaluator:
         often."""
         predictions, likelihoods, written = [""] * len(numbers), [0.0] * len(numbers), None
         if self.questions.num_with_options < len(self.questions):
-            written = self._write(numbers, passages, decoding, for_retriever, known)
+            written = self._write(numbers, passages, decoding=decoding, for_retriever=for_retriever, known=known)
             predictions, likelihoods = written.predictions, written.log_likelihoods
         if self.questions.max_options:
             scores = self._score_options(numbers, passages, decoding.mode, known.lexical)
@@ -338,6 +344,7 @@ class Evaluator:
         self,
         numbers: np.ndarray,
         passages: list[np.ndarray],
+        *,
         decoding: DecodingConfig,
         for_retriever: bool = True,
         known: "Known | None" = None,

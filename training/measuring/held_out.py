@@ -23,6 +23,7 @@ class HeldOut:
         self,
         engine: Engine,
         collator: Collator,
+        *,
         search: FairSearch | None,
         config: EvaluationConfig,
         retrieval: RetrievalConfig,

@@ -102,10 +102,21 @@ class Measures:
         questions = QuestionStore.open(job.evaluate_questions, verify=False, corpus=parts.store)
         collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
         evaluator = Evaluator(
-            parts.engine, collator, parts.store, parts.service, parts.to_text, job.evaluation, job.retrieval,
-            job.objective, job.generator, parts.progress, parts.index_is_fresh, job.questions.refusal,
-            parts.hybrid_search(questions), parts.selection(collator),
-        )  # fmt: skip
+            parts.engine,
+            collator,
+            store=parts.store,
+            service=parts.service,
+            to_text=parts.to_text,
+            config=job.evaluation,
+            retrieval=job.retrieval,
+            objective=job.objective,
+            generator=job.generator,
+            progress=parts.progress,
+            passages_fixed=parts.index_is_fresh,
+            refusal=job.questions.refusal,
+            search=parts.hybrid_search(questions),
+            select=parts.selection(collator),
+        )
         if job.evaluation.needle.lengths:
             check_needle(evaluator, job.evaluation.needle)
         return evaluator
@@ -118,16 +129,32 @@ class Measures:
         search = corpus.search(corpus.held_out) if parts.service is not None else None
         number = job.pretraining.held_out_examples
         select = parts.selection(collator)
-        return HeldOut(parts.engine, collator, search, job.evaluation, job.retrieval, job.objective, number, select)
+        return HeldOut(
+            parts.engine,
+            collator,
+            search=search,
+            config=job.evaluation,
+            retrieval=job.retrieval,
+            objective=job.objective,
+            number=number,
+            select=select,
+        )
 
     def _make_preferences(self) -> PreferenceEvaluator:
         parts, job = self.parts, self.parts.job
         pairs = QuestionStore.open(job.evaluate_preferences, verify=False, corpus=parts.store)
         collator = PairCollator(parts.store, pairs, parts.system.generator, parts.pad_id)
         return PreferenceEvaluator(
-            parts.engine, collator, parts.service, job.retrieval, job.evaluation.batch_size, job.objective.temperature,
-            parts.progress, parts.hybrid_search(pairs), parts.selection(collator),
-        )  # fmt: skip
+            parts.engine,
+            collator,
+            service=parts.service,
+            retrieval=job.retrieval,
+            batch_size=job.evaluation.batch_size,
+            temperature=job.objective.temperature,
+            progress=parts.progress,
+            search=parts.hybrid_search(pairs),
+            select=parts.selection(collator),
+        )
 
     def _measure_preferences(self, file: str = "", limit: int = 0) -> dict[str, float]:
         """Log-likelihood accuracy on held-out pairs, where there are any; a row a pair into `file`."""

@@ -60,4 +60,6 @@ def check_needle(evaluator: Evaluator, config: NeedleConfig) -> tuple[list[LongC
 
 def _haystack(context: LongContext, gold: dict[int, np.ndarray], depth: float, number: int) -> np.ndarray:
     labelled = gold[number]
-    return context.bury(number, int(labelled[0]), labelled, depth, np.random.default_rng([SEED, number]))
+    return context.bury(
+        number, int(labelled[0]), labelled=labelled, depth=depth, rng=np.random.default_rng([SEED, number])
+    )

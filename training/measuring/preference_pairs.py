@@ -25,6 +25,7 @@ class PreferenceEvaluator:
         self,
         engine: Engine,
         collator: PairCollator,
+        *,
         service: IndexService | None,
         retrieval: RetrievalConfig,
         batch_size: int,

@@ -24,7 +24,7 @@ from training.training_settings import EncoderConfig, GeneratorConfig
 POSITIONS = 512  # learned positions of an encoder that is only three numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncoderSize:
     """One tower."""
 
@@ -40,7 +40,7 @@ class EncoderSize:
         return read_flops(self.stack, max(1, round(tokens)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReaderSize:
     """A generator. `layers`: of encoder and decoder together."""
 
@@ -62,9 +62,13 @@ def encoder_size(config: EncoderConfig, given: str = "") -> EncoderSize:
     configuration of `encoder.name` is not on this machine."""
     if given:
         layers, hidden, vocabulary = three_numbers("plan.encoder", given)
-        stack = Stack(12 * layers * hidden * hidden, layers, hidden, hidden)
+        stack = Stack(
+            weights=12 * layers * hidden * hidden, attention_layers=layers, attention_dim=hidden, kv_dim=hidden
+        )
         parameters = stack.weights + (vocabulary + POSITIONS) * hidden
-        return EncoderSize(parameters, hidden, layers, hidden, max(1, hidden // 64), stack)
+        return EncoderSize(
+            parameters=parameters, dim=hidden, layers=layers, hidden=hidden, heads=max(1, hidden // 64), stack=stack
+        )
     with torch.device("meta"):
         if config.name:
             tower = _named_tower(config)
@@ -86,14 +90,18 @@ def reader_size(config: GeneratorConfig, vocabulary: int, given: str = "") -> Re
     ValueError, naming `plan.generator`, where the configuration of `generator.name` is not on this machine."""
     if given:
         layers, hidden, vocabulary = three_numbers("plan.generator", given)
-        return _plain_reader(config.kind, layers, hidden, 4 * hidden, vocabulary, max(1, hidden // 64))
+        return _plain_reader(
+            config.kind, layers, hidden=hidden, wide=4 * hidden, vocabulary=vocabulary, heads=max(1, hidden // 64)
+        )
     fresh = config.fresh
     if config.kind == "copy":
         return _copy_reader(config, vocabulary)
     if config.name:
         return _named_reader(config)
     layers = fresh.num_decoder_layers + (fresh.num_encoder_layers if config.kind == "fusion" else 0)
-    return _plain_reader(config.kind, layers, fresh.hidden, fresh.intermediate, vocabulary, fresh.num_heads)
+    return _plain_reader(
+        config.kind, layers, hidden=fresh.hidden, wide=fresh.intermediate, vocabulary=vocabulary, heads=fresh.num_heads
+    )
 
 
 def three_numbers(setting: str, text: str) -> tuple[int, int, int]:
@@ -126,10 +134,17 @@ def _copy_reader(config: GeneratorConfig, vocabulary: int) -> ReaderSize:
             source = PretrainedSource(
                 encoder_only(AutoModel.from_config(shape, trust_remote_code=config.trust_remote_code))
             )
-        reader = CopyReader(config, vocabulary, 0, 1, 2, source)
+        reader = CopyReader(config, vocabulary, start_id=0, end_id=1, pad_id=2, source=source)
     layers += config.fresh.num_decoder_layers
     heads = config.fresh.num_heads
-    return ReaderSize(_count(reader), layers, reader.tokens.embedding_dim, heads, vocabulary, shape_of(reader))
+    return ReaderSize(
+        parameters=_count(reader),
+        layers=layers,
+        hidden=reader.tokens.embedding_dim,
+        heads=heads,
+        vocabulary=vocabulary,
+        shape=shape_of(reader),
+    )
 
 
 def _named_reader(config: GeneratorConfig) -> ReaderSize:
@@ -143,7 +158,14 @@ def _named_reader(config: GeneratorConfig) -> ReaderSize:
         layers += int(getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or layers)
     heads = int(getattr(text, "num_attention_heads", None) or 1)
     found = fusion_shape(model) if config.kind == "fusion" else causal_shape(model)
-    return ReaderSize(_count(model), layers, text.hidden_size, heads, text.vocab_size, found)
+    return ReaderSize(
+        parameters=_count(model),
+        layers=layers,
+        hidden=text.hidden_size,
+        heads=heads,
+        vocabulary=text.vocab_size,
+        shape=found,
+    )
 
 
 def _configuration(section: str, name: str, trust: bool, folder: str) -> Any:
@@ -160,26 +182,37 @@ def _configuration(section: str, name: str, trust: bool, folder: str) -> Any:
         raise ValueError(f"{unknown} ({str(error).splitlines()[0]})") from error
 
 
-def _plain_reader(kind: str, layers: int, hidden: int, wide: int, vocabulary: int, heads: int) -> ReaderSize:
+def _plain_reader(kind: str, layers: int, *, hidden: int, wide: int, vocabulary: int, heads: int) -> ReaderSize:
     """Attention of 4 h^2, a feed-forward of 2 h w; half of an encoder-decoder's layers decode, with one attention more
     each, whose keys and values are the memory's."""
     layer, square = 4 * hidden * hidden + 2 * hidden * wide, hidden * hidden
     output = vocabulary * hidden
     if kind == "causal":
-        stack = Stack(layers * layer, layers, hidden, hidden)
-        return ReaderSize(stack.weights + output, layers, hidden, heads, vocabulary, Shape(stack, output))
+        stack = Stack(weights=layers * layer, attention_layers=layers, attention_dim=hidden, kv_dim=hidden)
+        return ReaderSize(
+            parameters=stack.weights + output,
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            vocabulary=vocabulary,
+            shape=Shape(decoder=stack, output=output),
+        )
     below = layers // 2
     above = layers - below
     shape = Shape(
-        decoder=Stack(above * (layer + 2 * square), above, hidden, hidden),
+        decoder=Stack(
+            weights=above * (layer + 2 * square), attention_layers=above, attention_dim=hidden, kv_dim=hidden
+        ),
         output=output,
-        encoder=Stack(below * layer, below, hidden, hidden),
+        encoder=Stack(weights=below * layer, attention_layers=below, attention_dim=hidden, kv_dim=hidden),
         memory_weights=2 * above * square,
         memory_kept=2 * above * hidden,
         cross_products=2 * above * hidden,
     )
     parameters = layers * layer + 4 * above * square + output
-    return ReaderSize(parameters, layers, hidden, heads, vocabulary, shape)
+    return ReaderSize(
+        parameters=parameters, layers=layers, hidden=hidden, heads=heads, vocabulary=vocabulary, shape=shape
+    )
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -47,7 +47,9 @@ def score_answers(generator: Generator, scores: Tensor, batch: CandidateBatch) -
 @torch.no_grad()
 def sample(generator: Generator, reader: ReaderBatch, max_tokens: int, temperature: float) -> Decoded:
     """One sampled answer for each passage of `reader`."""
-    return generator.write(generator.read(reader), reader, False, max_tokens, num_beams=1, temperature=temperature)
+    return generator.write(
+        generator.read(reader), reader, fused=False, max_tokens=max_tokens, num_beams=1, temperature=temperature
+    )
 
 
 def answer_tensors(generator: Generator, groups: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor]:

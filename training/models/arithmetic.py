@@ -21,7 +21,7 @@ STATE_SPACE_LAYERS = ("linear_attention", "mamba", "mamba2")  # names in transfo
 CROSS_KEYS = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stack:
     """Layers that tokens pass one after another: an encoder, a decoder, a causal model."""
 
@@ -34,7 +34,7 @@ class Stack:
     state_kept: int = 0  # numbers that one such layer carries on, with its convolution's window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
     """A generator. `encoder` None: causal, the prompt runs through `decoder`; otherwise the decoder attends to a memory
     of encoded tokens."""
@@ -103,7 +103,12 @@ def _stack(module: nn.Module, config: Any, model: PreTrainedModel, is_decoder: b
     if layers and not size:
         size = config.hidden_size // heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    stack = Stack(weights, layers, heads * (size or 0) if layers else 0, key_heads * (size or 0) if layers else 0)
+    stack = Stack(
+        weights=weights,
+        attention_layers=layers,
+        attention_dim=heads * (size or 0) if layers else 0,
+        kv_dim=key_heads * (size or 0) if layers else 0,
+    )
     return _with_states(stack, module)
 
 
@@ -131,7 +136,7 @@ def _with_states(stack: Stack, module: nn.Module) -> Stack:
 
 def causal_shape(model: PreTrainedModel) -> Shape:
     """Attention, state-space or hybrid."""
-    return Shape(_stack(model, model.config.get_text_config(), model), _output_weights(model))
+    return Shape(decoder=_stack(model, model.config.get_text_config(), model), output=_output_weights(model))
 
 
 def fusion_shape(model: PreTrainedModel) -> Shape:
@@ -162,11 +167,21 @@ def _copy_shape(reader: CopyReader) -> Shape:
         backbone = reader.encoder.backbone
         encoder = _stack(backbone, backbone.config, backbone, is_decoder=False)
     else:
-        encoder = Stack(count_weights(reader.encoder), size.num_encoder_layers, hidden, hidden)
+        encoder = Stack(
+            weights=count_weights(reader.encoder),
+            attention_layers=size.num_encoder_layers,
+            attention_dim=hidden,
+            kv_dim=hidden,
+        )
     memory = hidden * hidden * (2 * size.num_decoder_layers + 1)
     writing = count_weights(reader.decoder) + count_weights(reader.copy_query) + count_weights(reader.gates)
     return Shape(
-        decoder=Stack(writing - 2 * size.num_decoder_layers * hidden * hidden, size.num_decoder_layers, hidden, hidden),
+        decoder=Stack(
+            weights=writing - 2 * size.num_decoder_layers * hidden * hidden,
+            attention_layers=size.num_decoder_layers,
+            attention_dim=hidden,
+            kv_dim=hidden,
+        ),
         output=reader.vocabulary * hidden,
         encoder=encoder,
         memory_weights=memory,

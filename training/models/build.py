@@ -25,6 +25,7 @@ TRAINS_RETRIEVER = ("both", "query_only", "retriever_only")
 def build_system(
     encoder: EncoderConfig,
     generator: GeneratorConfig,
+    *,
     train: str,
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
     seed: int,
@@ -107,9 +108,9 @@ def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast)
             return CopyReader(
                 config,
                 len(tokenizer),
-                end_id(tokenizer) if start is None else start,
-                end_id(tokenizer),
-                pad_id(tokenizer),
+                start_id=end_id(tokenizer) if start is None else start,
+                end_id=end_id(tokenizer),
+                pad_id=pad_id(tokenizer),
             )
         case "fusion":
             from training.models.generators.fusion_in_decoder import FusionGenerator

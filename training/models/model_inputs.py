@@ -62,7 +62,7 @@ class RetrievalBatch:
         return int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum()) + answers + pairs + contrast
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CandidateBatch(RetrievalBatch):
     """Questions with K passages and `group` answers each. `reader` holds `batch` questions with K passages, or, for
     samples, `batch * group` questions with the passage and the answer of each sample."""

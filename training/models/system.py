@@ -151,7 +151,13 @@ class System(nn.Module):
         """Scores of the spans against the passages of the whole batch, of every trainer's batch."""
         queries = self.retriever.encode_queries(batch.query_ids, batch.query_mask)
         passages = self.retriever.encode_passages(batch.passage_ids, batch.passage_token_mask)
-        return in_batch(queries, passages, batch.passage_numbers, self.retriever.temperature, gather_rows)
+        return in_batch(
+            queries,
+            passages,
+            passage_numbers=batch.passage_numbers,
+            temperature=self.retriever.temperature,
+            gather=gather_rows,
+        )
 
     @torch.no_grad()
     def answer(self, batch: RetrievalBatch, decoding: DecodingConfig, temperature: float, score_bias: bool) -> Answers:
@@ -167,7 +173,14 @@ class System(nn.Module):
         else:
             per_passage = self.generator.per_passage_log_probs(reading, batch.reader).sum(dim=2)
             log_likelihood = mixture_log_probs(prior, per_passage, batch.reader.passage_mask)
-        decoded = self.generator.write(reading, batch.reader, fused, decoding.max_tokens, decoding.num_beams, bias)
+        decoded = self.generator.write(
+            reading,
+            batch.reader,
+            fused=fused,
+            max_tokens=decoding.max_tokens,
+            num_beams=decoding.num_beams,
+            passage_bias=bias,
+        )
         return Answers(prior, log_likelihood, decoded)
 
     @torch.no_grad()
@@ -175,6 +188,7 @@ class System(nn.Module):
         self,
         batch: RetrievalBatch,
         answers: Sequence[tuple[Tensor, Tensor]],
+        *,
         mode: str,
         temperature: float,
         score_bias: bool,

@@ -41,6 +41,7 @@ def info_nce(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, St
 def in_batch(
     queries: Tensor,
     passages: Tensor,
+    *,
     passage_numbers: Tensor,
     temperature: float | Tensor,
     gather: Gather | None = None,

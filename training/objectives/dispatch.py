@@ -85,7 +85,11 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_
             loss, stats = info_nce(outputs, config.temperature)
         case "dpo":
             loss, stats = dpo(
-                _candidates(outputs), config.beta, config.chosen_weight, config.length_normalized, config.temperature
+                _candidates(outputs),
+                config.beta,
+                chosen_weight=config.chosen_weight,
+                length_normalized=config.length_normalized,
+                temperature=config.temperature,
             )
         case "kto":
             weights = (config.desirable_weight, config.undesirable_weight)
@@ -94,7 +98,11 @@ def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_
             )
         case "grpo":
             loss, stats = grpo(
-                _candidates(outputs), config.clip, config.kl_weight, config.advantage, config.temperature
+                _candidates(outputs),
+                config.clip,
+                kl_weight=config.kl_weight,
+                advantage=config.advantage,
+                temperature=config.temperature,
             )
         case "reinforce" if samples_answers(config):
             loss, stats = reinforce(_candidates(outputs), config.kl_weight, config.advantage, config.temperature)

@@ -75,7 +75,15 @@ def pdist(
             pass
         case _:
             raise ValueError(f"objective.normalization={normalization!r}: allowed are length, none")
-    return _distil(gains, prior, outputs, reduction, weight, target_temperature, confidence)
+    return _distil(
+        gains,
+        prior,
+        outputs=outputs,
+        reduction=reduction,
+        weight=weight,
+        target_temperature=target_temperature,
+        confidence=confidence,
+    )
 
 
 def loop(
@@ -92,7 +100,15 @@ def loop(
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
     totals = answer_tokens(outputs.left_out.detach(), outputs.answer_mask).sum(dim=-1)
     gains = -totals / answer_lengths(outputs.answer_mask).unsqueeze(-1)
-    return _distil(gains, prior, outputs, reduction, weight, target_temperature, confidence)
+    return _distil(
+        gains,
+        prior,
+        outputs=outputs,
+        reduction=reduction,
+        weight=weight,
+        target_temperature=target_temperature,
+        confidence=confidence,
+    )
 
 
 def adist(
@@ -106,12 +122,21 @@ def adist(
     """As `pdist` with g = what the answer's tokens take from passage k by attention (`Likelihoods.attention`)."""
     assert outputs.attention is not None
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
-    return _distil(outputs.attention.detach(), prior, outputs, reduction, weight, target_temperature, confidence)
+    return _distil(
+        outputs.attention.detach(),
+        prior,
+        outputs=outputs,
+        reduction=reduction,
+        weight=weight,
+        target_temperature=target_temperature,
+        confidence=confidence,
+    )
 
 
 def _distil(
     gains: Tensor,
     prior: Tensor,
+    *,
     outputs: Likelihoods,
     reduction: str,
     weight: float,

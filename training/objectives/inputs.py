@@ -14,7 +14,7 @@ from torch import Tensor
 Stats = dict[str, Tensor]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Likelihoods:
     """Scores of fresh encoders and what the generator says of the answers. `k` is the number of candidates of a
     contrastive objective."""
@@ -35,7 +35,7 @@ class Likelihoods:
     contrast_share: float = 0.0  # of the loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Needs:
     """What the trained module has to compute before `compute` can be called."""
 

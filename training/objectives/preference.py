@@ -28,7 +28,7 @@ from training.objectives.inputs import (
 Reduce = Callable[[Tensor], Tensor]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Candidates(Likelihoods):
     """What the policy and the reference say of `group` answers to each question, given the same K passages.
 
@@ -49,6 +49,7 @@ class Candidates(Likelihoods):
 def dpo(
     outputs: Candidates,
     beta: float = 0.1,
+    *,
     chosen_weight: float = 0.0,
     length_normalized: bool = False,
     temperature: float = 1.0,

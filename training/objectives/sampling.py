@@ -111,12 +111,13 @@ def reinforce(
     log_prob, prior = sample_log_probs(outputs, temperature)
     assert outputs.rewards is not None
     gain = advantages(outputs.rewards.to(log_prob.dtype), advantage) * log_prob
-    return _sampled(gain, log_prob, prior, outputs, kl_weight, temperature)
+    return _sampled(gain, log_prob, prior=prior, outputs=outputs, kl_weight=kl_weight, temperature=temperature)
 
 
 def grpo(
     outputs: Candidates,
     clip: float = 0.2,
+    *,
     kl_weight: float = 0.0,
     advantage: str = "normalized",
     temperature: float = 1.0,
@@ -129,7 +130,7 @@ def grpo(
     ratio = (log_prob - old.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     better = advantages(outputs.rewards.to(log_prob.dtype), advantage)
     gain = torch.minimum(ratio * better, ratio.clamp(1 - clip, 1 + clip) * better)
-    loss, stats = _sampled(gain, log_prob, prior, outputs, kl_weight, temperature)
+    loss, stats = _sampled(gain, log_prob, prior=prior, outputs=outputs, kl_weight=kl_weight, temperature=temperature)
     clipped = ((ratio.detach() - 1).abs() > clip).float().mean()
     return loss, stats | {"alignment/clipped": clipped}
 
@@ -174,7 +175,7 @@ def divergence(log_prob: Tensor, reference: Tensor) -> Tensor:
 
 
 def _sampled(
-    gain: Tensor, log_prob: Tensor, prior: Tensor, outputs: Candidates, kl_weight: float, temperature: float
+    gain: Tensor, log_prob: Tensor, *, prior: Tensor, outputs: Candidates, kl_weight: float, temperature: float
 ) -> tuple[Tensor, Stats]:
     """The loss of a gain [batch, group] with the statistics that both objectives have."""
     assert outputs.rewards is not None

@@ -23,7 +23,7 @@ from training.retrieving.retrieve import IndexService
 PROBE_FACTOR = 4  # candidates are so many times k, or retrieval.rescore times where that is more
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Drift:
     """Means over the probe; NaN where there was nothing to compare with."""
 
@@ -50,7 +50,7 @@ class _Vectors:
 class DriftProbe:
     """Probes an index with the same questions each time."""
 
-    def __init__(self, fresh: FreshVectors, service: IndexService, numbers: np.ndarray, k: int, depth: int) -> None:
+    def __init__(self, fresh: FreshVectors, service: IndexService, *, numbers: np.ndarray, k: int, depth: int) -> None:
         """`numbers` of the questions, the same on every rank; `depth` candidates for each, k of them read."""
         self.fresh, self.service, self.numbers, self.k, self.depth = fresh, service, numbers, k, depth
         engine = fresh.engine
@@ -82,7 +82,13 @@ class DriftProbe:
         by_number = {number: row for rows, _, _ in everyone for number, row in rows.items()}
         means = _mean(np.stack(list(by_number.values())))
         passage_shift = _mean(np.concatenate([found for _, found, _ in everyone])[:, None])[0]
-        return Drift(means[0], means[1], passage_shift, means[2], everyone[0][2])
+        return Drift(
+            overlap=means[0],
+            rank_correlation=means[1],
+            passage_shift=passage_shift,
+            query_shift=means[2],
+            weights_version=everyone[0][2],
+        )
 
     def remember(self) -> None:
         """What `measure` has just seen is what the shifts are measured from: the weights were published."""

@@ -25,6 +25,7 @@ class Freshness:
         self,
         plan: RefreshPlan,
         engine: Engine,
+        *,
         service: IndexService,
         monitor: Monitor,
         probe: DriftProbe | None = None,
@@ -86,7 +87,14 @@ class Freshness:
         # A refresh that has failed meanwhile may never come: newer weights are then as good as another attempt.
         under_way = status.weights_version < state.published and status.failures == self._failures
         overlap = drift.overlap if drift is not None else None
-        return decide(self.plan, state.step, state.refreshed_share, state.partial_refreshes, overlap, under_way)
+        return decide(
+            self.plan,
+            state.step,
+            share=state.refreshed_share,
+            num_partial=state.partial_refreshes,
+            overlap=overlap,
+            under_way=under_way,
+        )
 
     def _refresh(self, state: LoopState, decision: Decision, drift: Drift | None) -> None:
         only = None
@@ -99,7 +107,7 @@ class Freshness:
         share = 1.0 if decision.whole else self.plan.partial
         self._note("refresh_triggered", state, decision, drift, share=share)
         self._failures = self.service.status().failures
-        publish(self.engine, self.service, state, self.plan.precision, decision.whole, only)
+        publish(self.engine, self.service, state=state, precision=self.plan.precision, whole=decision.whole, only=only)
         state.refreshed_share += share
         state.partial_refreshes = 0 if decision.whole else state.partial_refreshes + 1
         if self.probe is not None:

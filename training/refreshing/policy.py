@@ -18,7 +18,7 @@ from dataclasses import dataclass
 POLICIES = ("every_steps", "on_drift", "both")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RefreshPlan:
     """The settings of section `refresh` that the trainer reads."""
 
@@ -55,7 +55,7 @@ class Decision:
 
 
 def decide(
-    plan: RefreshPlan, step: int, share: float, num_partial: int, overlap: float | None, under_way: bool
+    plan: RefreshPlan, step: int, *, share: float, num_partial: int, overlap: float | None, under_way: bool
 ) -> Decision | None:
     """What to do after optimiser step `step`; None where nobody asks for a refresh.
 

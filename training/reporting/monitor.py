@@ -38,6 +38,7 @@ class Monitor:
         self,
         run_dir: Path,
         config: MonitorConfig,
+        *,
         run_config: Mapping[str, Any],
         total_steps: int,
         rank: int,
@@ -63,7 +64,14 @@ class Monitor:
             num_rows = sum(1 for _ in read_rows(self._metrics_path))
             if config.wandb == "online" and mode == "offline":
                 self._report_wandb("no key found (WANDB_API_KEY or netrc); going on offline", failed=True)
-            self._wandb = WandbThread(run_dir, config, mode, redact(dict(run_config)), num_rows, self._report_wandb)
+            self._wandb = WandbThread(
+                run_dir,
+                config,
+                mode=mode,
+                run_config=redact(dict(run_config)),
+                num_rows=num_rows,
+                report=self._report_wandb,
+            )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record `metrics` of optimiser step `step`; numbers that are not finite become null and are counted."""
@@ -135,6 +143,7 @@ class WandbThread:
         self,
         run_dir: Path,
         config: MonitorConfig,
+        *,
         mode: str,
         run_config: dict[str, Any],
         num_rows: int,

@@ -15,7 +15,7 @@ INK = "#010203"  # drawn in this colour, then replaced by the text colour of the
 NUM_MEAN = 15  # values that a running mean spans
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Plot:
     """Curves by run name in one frame; `marks` are steps at which something happened to a run."""
 
@@ -37,7 +37,7 @@ class Points:
     marked: str = ""  # name whose points are drawn on as dotted lines
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HeatMap:
     """A value between 0 and 1 for each row and column."""
 

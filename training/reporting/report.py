@@ -79,6 +79,7 @@ def write_report(path: Path, title: str, sections: Sequence[Section]) -> None:
 def run_report(
     run_dirs: Mapping[str, Path],
     tables: Sequence[Table],
+    *,
     examples: Sequence[Example],
     out: Path,
     title: str = "Tandem",
@@ -142,22 +143,35 @@ def choose_plots(metrics: Mapping[str, Metrics]) -> list[Plot]:
 
     def evaluated(name: str) -> list[Plot]:
         keys = sorted({key for found in metrics.values() for key in found if is_evaluation(key, name)})
-        return [Plot(key.removeprefix("eval/"), curves(key), marks, bounds=unit) for key in keys]
+        return [Plot(title=key.removeprefix("eval/"), curves=curves(key), marks=marks, bounds=unit) for key in keys]
 
     return [
-        Plot("loss/total", curves("loss/total"), marks, smooth=True),
+        Plot(title="loss/total", curves=curves("loss/total"), marks=marks, smooth=True),
         *evaluated("recall@1"),
-        Plot("gold passage among the k of the step", curves("retrieval/gold_in_k"), marks, smooth=True, bounds=unit),
+        Plot(
+            title="gold passage among the k of the step",
+            curves=curves("retrieval/gold_in_k"),
+            marks=marks,
+            smooth=True,
+            bounds=unit,
+        ),
         *evaluated("exact_match"),
-        Plot("staleness of the index (steps)", curves("index/staleness_steps"), marks, steps=True),
-        Plot("overlap of the index's best with those by fresh scores", curves("drift/overlap"), marks, bounds=unit),
-        Plot("loss/generator", curves("loss/generator"), marks, smooth=True),
-        Plot("loss/retriever", curves("loss/retriever"), marks, smooth=True),
-        Plot("entropy of p(z|q)", curves("retrieval/entropy"), marks, smooth=True),
-        Plot("gradient norm, retriever", curves("optim/grad_norm_retriever"), smooth=True),
-        Plot("gradient norm, generator", curves("optim/grad_norm_generator"), smooth=True),
-        Plot("step time (s)", curves("time/step_s"), marks, smooth=True),
-        Plot("search wait (share of the step)", curves("time/search_wait_share"), marks, smooth=True),
+        Plot(title="staleness of the index (steps)", curves=curves("index/staleness_steps"), marks=marks, steps=True),
+        Plot(
+            title="overlap of the index's best with those by fresh scores",
+            curves=curves("drift/overlap"),
+            marks=marks,
+            bounds=unit,
+        ),
+        Plot(title="loss/generator", curves=curves("loss/generator"), marks=marks, smooth=True),
+        Plot(title="loss/retriever", curves=curves("loss/retriever"), marks=marks, smooth=True),
+        Plot(title="entropy of p(z|q)", curves=curves("retrieval/entropy"), marks=marks, smooth=True),
+        Plot(title="gradient norm, retriever", curves=curves("optim/grad_norm_retriever"), smooth=True),
+        Plot(title="gradient norm, generator", curves=curves("optim/grad_norm_generator"), smooth=True),
+        Plot(title="step time (s)", curves=curves("time/step_s"), marks=marks, smooth=True),
+        Plot(
+            title="search wait (share of the step)", curves=curves("time/search_wait_share"), marks=marks, smooth=True
+        ),
     ]
 
 

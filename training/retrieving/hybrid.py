@@ -39,6 +39,7 @@ class HybridSearch:
         self,
         service: DenseIndex,
         lexical: LexicalService,
+        *,
         text_of: Callable[[int], str],
         config: RetrievalConfig,
         weight: Callable[[], float] = lambda: 0.0,
@@ -58,7 +59,7 @@ class HybridSearch:
         texts = [self.text_of(int(number)) for number in numbers]
         if self.config.hybrid == "learned" and not again:
             self.last_weight = self.weight()
-        return PendingFused(self, texts, queries, k, num_vectors > 0)
+        return PendingFused(self, texts, queries=queries, k=k, with_vectors=num_vectors > 0)
 
     def scores(self, numbers: np.ndarray, passages: Sequence[np.ndarray], corpus: CorpusState) -> np.ndarray:
         """Normalised lexical scores float32 [batch, k] of passage numbers [batch][up to k] in a state of the corpus; 0
@@ -76,7 +77,9 @@ class HybridSearch:
 class PendingFused:
     """Two searches under way (`PendingHits`)."""
 
-    def __init__(self, search: HybridSearch, texts: list[str], queries: np.ndarray, k: int, with_vectors: bool) -> None:
+    def __init__(
+        self, search: HybridSearch, texts: list[str], *, queries: np.ndarray, k: int, with_vectors: bool
+    ) -> None:
         self._search, self._texts, self._queries, self._k = search, texts, queries, k
         self._with_vectors = with_vectors
         self._candidates = min(search.config.candidates, search.service.num_passages)
@@ -139,9 +142,9 @@ class PendingFused:
         config, best = self._search.config, words.scores[:, 0]
         shares, first = normalised(words.scores, best), dense.ids[:, : self._candidates]
         if config.hybrid == "rrf":
-            fused = fuse_by_rank(first, words.ids, shares, config.rrf_constant, self._k)
+            fused = fuse_by_rank(first, words.ids, shares=shares, constant=config.rrf_constant, k=self._k)
         else:
-            fused = self._weighted(first, dense, words, shares, best)
+            fused = self._weighted(first, dense, words=words, shares=shares, best=best)
         fused = behind(fused, dense.ids)
         if (fused.ids < 0).any() and (dense.ids < 0).any():
             return None
@@ -150,12 +153,17 @@ class PendingFused:
         uniform = bool((indexed.versions == dense.weights_version).all())
         places = np.stack([fused.dense_places, fused.lexical_places], axis=-1)
         return replace(
-            dense, ids=fused.ids, scores=fused.scores, vectors=vectors, versions=None if uniform else indexed.versions,
-            lexical=fused.lexical, places=places,
-        )  # fmt: skip
+            dense,
+            ids=fused.ids,
+            scores=fused.scores,
+            vectors=vectors,
+            versions=None if uniform else indexed.versions,
+            lexical=fused.lexical,
+            places=places,
+        )
 
     def _weighted(
-        self, first: np.ndarray, dense: Hits, words: LexicalHits, shares: np.ndarray, best: np.ndarray
+        self, first: np.ndarray, dense: Hits, *, words: LexicalHits, shares: np.ndarray, best: np.ndarray
     ) -> Fused:
         """Every candidate of either index with its score in both: the lexical ones of the `first` dense hits are looked
         up, the dense ones of lexical hits are products with the index's vectors. Where the index keeps none, such a hit

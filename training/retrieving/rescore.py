@@ -68,6 +68,7 @@ class Rescorer:
         self,
         fresh: FreshVectors,
         k: int,
+        *,
         vectors_are_fresh: bool,
         keep_vectors: bool,
         fuse: Callable[[np.ndarray, Hits], np.ndarray] | None = None,

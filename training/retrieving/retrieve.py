@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from training.retrieving.rerank import Select
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexStatus:
     """A cheap, possibly slightly old, view of the index for the metrics."""
 
@@ -153,7 +153,7 @@ def dense_search(service: DenseIndex) -> Search:
     return lambda numbers, queries, k, num_vectors=0, again=False: service.submit(queries, k, num_vectors)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Searched:
     """One batch of questions with its hits."""
 
@@ -207,6 +207,7 @@ class Prefetcher:
         self,
         service: IndexService,
         batch_of: Callable[[int], np.ndarray],
+        *,
         encode_questions: Callable[[np.ndarray], np.ndarray],
         k: int,
         depth: int,
@@ -247,12 +248,19 @@ class Prefetcher:
             hits, seconds, overlap = again.hits, again.seconds, again.overlap
         if self.select is not None:
             hits = self.select(first.questions, hits)
-        return Searched(first.number, first.questions, hits, wait_s, seconds, overlap)
+        return Searched(
+            number=first.number,
+            questions=first.questions,
+            hits=hits,
+            wait_s=wait_s,
+            rescore_s=seconds,
+            rescore_overlap=overlap,
+        )
 
     def _submit(self) -> None:
         questions = self.batch_of(self.position)
         queries = self.encode_questions(questions)
-        pending = self.search(questions, queries, self._depth(), self.num_vectors)
+        pending = self.search(questions, queries, self._depth(), num_vectors=self.num_vectors)
         self._queue.append(_InFlight(self.position, questions, pending, queries))
         self.position += 1
 
@@ -263,7 +271,9 @@ class Prefetcher:
         if living.all():
             return hits
         if item.queries is not None:
-            return self.search(item.questions, item.queries, self._depth(), self.num_vectors, again=True).result()
+            return self.search(
+                item.questions, item.queries, self._depth(), num_vectors=self.num_vectors, again=True
+            ).result()
         order = np.argsort(~living, axis=1, kind="stable")
         return without(chosen(hits, order), ~np.take_along_axis(living, order, axis=1))
 

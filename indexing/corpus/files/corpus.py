@@ -9,12 +9,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from indexing.corpus.files.formats import Question, parse_question
 from indexing.corpus.files.lines import BadLine, find_file, id_field, metadata_field, read_lines, text_field
+from indexing.declare import check_values, is_date, looked_at, refuse
 from indexing.indexing_settings import CorpusConfig, QuestionsConfig
 
 BAD_KINDS = (
@@ -76,8 +76,7 @@ def read_corpus(config: CorpusConfig) -> tuple[list[Passage], CorpusReport]:
 
 def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusReport]:
     """`read_corpus` as a stream: the report fills as passages are taken; bad lines are refused after the last one."""
-    _check_on_bad("corpus.on_bad", config.on_bad)
-    corpus, updates = corpus_path(config), _updates_path(config)
+    corpus, updates = corpus_path(config), updates_path(config)
     report = CorpusReport()
 
     def stream() -> Iterator[Passage]:
@@ -87,7 +86,7 @@ def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusRepor
             yield passage
         _refuse_bad(report, "corpus.on_bad", config.on_bad)
         if not num_passages:
-            raise ValueError(f"corpus.path {config.path!r} has no passages")
+            raise refuse("corpus.path", config.path, "must have passages, but is empty")
 
     return stream(), report
 
@@ -108,7 +107,7 @@ def read_passages(path: Path, max_characters: int) -> list[Passage]:
 def validate(config: CorpusConfig) -> CorpusReport:
     """Read everything, keep nothing, refuse no line: the report."""
     report = CorpusReport()
-    for _ in _updated(config, corpus_path(config), _updates_path(config), report):
+    for _ in _updated(config, corpus_path(config), updates_path(config), report):
         pass
     return report
 
@@ -119,18 +118,16 @@ def read_questions(config: QuestionsConfig, split: str) -> list[Question]:
     With `as_of`, `answers` are those of the timeline entry that covers the date and `old_answers` those of the entry
     before it; a question without such an entry is left out. Raises ValueError as `read_corpus` does.
     """
-    _check_on_bad("questions.on_bad", config.on_bad)
-    _check_date("questions.as_of", config.as_of)
+    check_values(config, "questions.")
     if not config.path:
-        raise ValueError("questions.path is empty: needed is a folder with queries-SPLIT.jsonl[.gz]")
+        raise refuse("questions.path", "", "must be a folder with queries-SPLIT.jsonl[.gz]")
     folder = Path(config.path)
     path = find_file(folder, f"queries-{split}.jsonl")
     mixed = path is None  # BEIR's one file for all splits, told apart by their judgements
     path = path or find_file(folder, "queries.jsonl")
     if path is None:
-        raise ValueError(
-            f"questions.path {config.path!r} has neither queries-{split}.jsonl[.gz] nor queries.jsonl[.gz]"
-        )
+        allowed = f"must have queries-{split}.jsonl[.gz] or queries.jsonl[.gz]{looked_at(config.path)}"
+        raise refuse("questions.path", config.path, allowed)
     report = CorpusReport()
     relevant = _read_relevant(folder / "qrels" / f"{split}.tsv", mixed, report)
 
@@ -169,7 +166,7 @@ def _read_updates(path: Path, config: CorpusConfig, report: CorpusReport) -> dic
 
     def parse(fields: dict[str, Any]) -> tuple[str, str, Passage | None]:
         day, operation = fields.get("date"), fields.get("op")
-        if not isinstance(day, str) or not _is_date(day):
+        if not isinstance(day, str) or not is_date(day):
             raise BadLine("missing_field", f"date is {day!r}: needed is YYYY-MM-DD")
         match operation:
             case "upsert":
@@ -244,60 +241,41 @@ def _read_relevant(path: Path, required: bool, report: CorpusReport) -> dict[str
 
 
 def corpus_path(config: CorpusConfig) -> Path:
-    _check_date("corpus.as_of", config.as_of)
-    if config.format not in ("auto", "beir", "jsonl", "parquet"):
-        raise ValueError(f"corpus.format is {config.format!r}: allowed are auto, beir, jsonl, parquet")
-    if config.max_characters < 1:
-        raise ValueError(f"corpus.max_characters is {config.max_characters}: allowed is 1 or more")
-    if not config.path:
-        raise ValueError("corpus.path is empty: needed is a BEIR folder, a .jsonl[.gz] or a .parquet file")
+    """Return the file of the corpus. Raises ValueError where there is none."""
+    check_values(config, "corpus.")
     path = Path(config.path)
-    if config.format == "beir" or (config.format == "auto" and path.is_dir()):
+    if config.path and (config.format == "beir" or (config.format == "auto" and path.is_dir())):
         found = find_file(path, "corpus.jsonl")
         if found is None:
-            raise ValueError(f"corpus.path {config.path!r} is no folder with corpus.jsonl[.gz]")
+            allowed = f"must be a folder with corpus.jsonl[.gz]{looked_at(config.path)}"
+            raise refuse("corpus.path", config.path, allowed)
         return found
-    if not path.is_file():
-        raise ValueError(f"corpus.path {config.path!r} does not exist")
     endings = {"auto": (".jsonl", ".jsonl.gz", ".parquet"), "jsonl": (".jsonl", ".jsonl.gz"), "parquet": (".parquet",)}
+    if not path.is_file():
+        allowed = f"must be a BEIR folder, or a .jsonl[.gz] or .parquet file, that exists{looked_at(config.path)}"
+        raise refuse("corpus.path", config.path, allowed)
     if not path.name.endswith(endings[config.format]):
-        allowed = ", ".join(endings[config.format])
-        raise ValueError(
-            f"corpus.path {config.path!r} with corpus.format {config.format}: allowed endings are {allowed}"
-        )
+        allowed = f"must end in {' or '.join(endings[config.format])} with corpus.format={config.format}"
+        raise refuse("corpus.path", config.path, allowed)
     return path
 
 
-def _updates_path(config: CorpusConfig) -> Path | None:
+def updates_path(config: CorpusConfig) -> Path | None:
+    """Return the file of the corpus's dated updates; None where none is applied. Raises ValueError where it lacks."""
     if not config.as_of:
         return None
     if config.updates:
         path = Path(config.updates)
         if not path.is_file():
-            raise ValueError(f"corpus.updates {config.updates!r} does not exist")
+            allowed = f"must be a file that exists{looked_at(config.updates)}"
+            raise refuse("corpus.updates", config.updates, allowed)
         return path
     corpus = Path(config.path)
     path = find_file(corpus if corpus.is_dir() else corpus.parent, "updates.jsonl")
     if path is None:
-        raise ValueError(f"corpus.as_of is {config.as_of!r}, but there is no updates.jsonl[.gz] beside {config.path!r}")
+        allowed = f"must be empty, since there is no updates.jsonl[.gz] beside {config.path}"
+        raise refuse("corpus.as_of", config.as_of, allowed)
     return path
-
-
-def _check_on_bad(name: str, value: str) -> None:
-    if value not in ("error", "skip"):
-        raise ValueError(f"{name} is {value!r}: allowed are error, skip")
-
-
-def _check_date(name: str, value: str) -> None:
-    if value not in ("", "end") and not _is_date(value):
-        raise ValueError(f"{name} is {value!r}: allowed are YYYY-MM-DD, end and empty")
-
-
-def _is_date(value: str) -> bool:
-    try:
-        return date.fromisoformat(value).isoformat() == value
-    except ValueError:
-        return False
 
 
 def _refuse_bad(report: CorpusReport, name: str, on_bad: str) -> None:

@@ -18,7 +18,7 @@ from indexing.corpus.files.lines import BadLine, id_field, strings, text_field
 ROLES = ("system", "user", "assistant")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """A question with its answers and the passages that state them."""
 
@@ -49,7 +49,15 @@ def parse_question(fields: dict[str, Any], as_of: str, labels: Sequence[str]) ->
     else:
         answers, old_answers = strings(fields.get("answers", [])), []
     options = _options(question_id, fields["options"], answers) if fields.get("options") is not None else []
-    return Question(question_id, text, answers, [], old_answers, metadata, options)
+    return Question(
+        id=question_id,
+        text=text,
+        answers=answers,
+        relevant=[],
+        old_answers=old_answers,
+        metadata=metadata,
+        options=options,
+    )
 
 
 def _options(question_id: str, value: Any, answers: list[str]) -> list[str]:
@@ -77,7 +85,15 @@ def _claim(question_id: str, fields: dict[str, Any], metadata: dict[str, Any], l
     if label not in labels:
         allowed = ", ".join(labels)
         raise BadLine("missing_field", f"label of {question_id!r} is {label[:40]!r}: questions.labels has {allowed}")
-    return Question(question_id, claim, [label], [], [], metadata, list(labels))
+    return Question(
+        id=question_id,
+        text=claim,
+        answers=[label],
+        relevant=[],
+        old_answers=[],
+        metadata=metadata,
+        options=list(labels),
+    )
 
 
 def _chat(question_id: str, fields: dict[str, Any], metadata: dict[str, Any]) -> Question:
@@ -109,7 +125,16 @@ def _chat(question_id: str, fields: dict[str, Any], metadata: dict[str, Any]) ->
     answers = strings(fields.get("answers", []))
     if spoken[-1]["role"] == "assistant":
         answers = [turns.pop()["content"], *answers]
-    return Question(question_id, turns[-1]["content"], answers, [], [], metadata, [], turns[:-1])
+    return Question(
+        id=question_id,
+        text=turns[-1]["content"],
+        answers=answers,
+        relevant=[],
+        old_answers=[],
+        metadata=metadata,
+        options=[],
+        earlier=turns[:-1],
+    )
 
 
 def _answers_at(timeline: Any, as_of: str) -> tuple[list[str], list[str]]:

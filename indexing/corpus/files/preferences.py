@@ -15,9 +15,9 @@ import numpy as np
 
 from indexing.corpus.files.corpus import CorpusReport, Question
 from indexing.corpus.files.lines import BadLine, find_file, id_field, read_lines, text_field
+from indexing.declare import check_values, looked_at, refuse
 from indexing.indexing_settings import PreferencesConfig
 
-FORMATS = ("auto", "paired", "unpaired")
 FILE = "preferences.jsonl"
 SAMPLE_SEED = 0  # of `preferences.max_pairs`
 
@@ -37,20 +37,20 @@ class Preferences:
 def preferences_path(config: PreferencesConfig) -> Path:
     """The file. Raises ValueError where there is none."""
     if not config.path:
-        raise ValueError(f"preferences.path is empty: needed is a .jsonl[.gz] file or a folder with {FILE}[.gz]")
+        raise refuse("preferences.path", "", f"must be a .jsonl[.gz] file or a folder with {FILE}[.gz]")
     path = Path(config.path)
     found = find_file(path, FILE) if path.is_dir() else path
     if found is None or not found.is_file():
-        raise ValueError(f"preferences.path {config.path!r}: needed is a .jsonl[.gz] file or a folder with {FILE}[.gz]")
+        allowed = f"must be a .jsonl[.gz] file or a folder with {FILE}[.gz]{looked_at(config.path)}"
+        raise refuse("preferences.path", config.path, allowed)
     if not found.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"preferences.path {config.path!r}: allowed endings are .jsonl and .jsonl.gz")
+        raise refuse("preferences.path", config.path, "must end in .jsonl or .jsonl.gz")
     return found
 
 
 def is_paired(config: PreferencesConfig) -> bool:
     """Whether the file holds pairs: as the settings say, or by its first good line."""
-    if config.format not in FORMATS:
-        raise ValueError(f"preferences.format is {config.format!r}: allowed are {', '.join(FORMATS)}")
+    check_values(config, "preferences.")
     if config.format != "auto":
         return config.format == "paired"
     for _, content in read_lines(preferences_path(config)):
@@ -66,13 +66,10 @@ def read_preferences(config: PreferencesConfig, split: str, as_pairs: bool) -> P
     skip (with counts, files and lines), and for a split of which nothing is left.
     """
     path, paired = preferences_path(config), is_paired(config)
-    if config.on_bad not in ("error", "skip"):
-        raise ValueError(f"preferences.on_bad is {config.on_bad!r}: allowed are error, skip")
+    check_values(config, "preferences.")
     if as_pairs and not paired:
-        raise ValueError(
-            f"preferences.path {config.path!r} holds judged answers (prompt, answer, desirable): pairs (prompt, "
-            "chosen, rejected) are needed for objective.name=dpo and for preferences.evaluate; kto takes both kinds"
-        )
+        allowed = "must hold pairs (prompt, chosen, rejected) for objective.name=dpo and for preferences.evaluate; this"
+        raise refuse("preferences.path", config.path, f"{allowed} file has judged answers, which kto takes too")
     found = Preferences([], None if as_pairs else [])
     seen: set[str] = set()
     for number, content in read_lines(path):
@@ -152,7 +149,9 @@ def _question(fields: dict[str, Any], number: int, answers: list[str]) -> Questi
     several = metadata.get("positive_passage_ids")
     relevant = [text_field(fields, "positive_passage_id", ""), *(several if isinstance(several, list) else [])]
     relevant = list(dict.fromkeys(str(passage_id) for passage_id in relevant if passage_id))
-    return Question(name, _text(fields, "prompt"), answers, relevant, [], metadata)
+    return Question(
+        id=name, text=_text(fields, "prompt"), answers=answers, relevant=relevant, old_answers=[], metadata=metadata
+    )
 
 
 def _text(fields: dict[str, Any], name: str) -> str:

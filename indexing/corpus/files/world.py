@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from indexing.corpus.files.world_words import FILLERS, RELATIONS, invented_words
+from indexing.declare import check_values
 from indexing.indexing_settings import WorldConfig
 
 START_DATE = "2024-01-01"
@@ -50,7 +51,7 @@ class WorldPassage:
     mention: Statement | None  # a true fact about a look-alike
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class World:
     """Everything that the files are written from."""
 
@@ -84,21 +85,9 @@ class World:
         return found
 
 
-def check_world(config: WorldConfig) -> None:
-    """Refuse sizes that make no world. Raises ValueError."""
-    if config.num_people < 10:
-        raise ValueError(f"corpus.world.num_people is {config.num_people}; at least 10 are needed for look-alikes")
-    if not 2 <= config.num_values <= 20_000:
-        raise ValueError(f"corpus.world.num_values is {config.num_values}; allowed are 2 to 20000")
-    for name in ("lookalike_probability", "swap_fraction"):
-        value = {"lookalike_probability": config.lookalike_probability, "swap_fraction": config.swap_fraction}[name]
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"corpus.world.{name} is {value}; allowed are 0 to 1")
-
-
 def build_world(config: WorldConfig) -> World:
     """Draw a world in memory; the same config gives the same world. Raises ValueError on impossible sizes."""
-    check_world(config)
+    check_values(config, "corpus.world.")
     words = invented_words(_random(config, "words"))
     people = _draw_names(config, words)
     values = [_draw_values(config, relation.name, words) for relation in RELATIONS]
@@ -109,7 +98,15 @@ def build_world(config: WorldConfig) -> World:
     rng = _random(config, "questions")
     wordings = [[rng.randrange(2) for _ in RELATIONS] for _ in people]
     passages = _draw_passages(config, people)
-    return World(people, _draw_splits(config), values, before, after, passages, wordings)
+    return World(
+        people=people,
+        splits=_draw_splits(config),
+        values=values,
+        before=before,
+        after=after,
+        passages=passages,
+        question_wordings=wordings,
+    )
 
 
 def write_world(config: WorldConfig, folder: Path) -> None:

@@ -34,7 +34,7 @@ FORMAT = 1
 POLL_S = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """What one version did."""
 
@@ -149,7 +149,14 @@ class ChangeLog:
 
     def append(self, num_added: int, deleted: np.ndarray, replaces: np.ndarray) -> Change:
         """Write the next version; the change is made when this returns. Call with the lock held."""
-        change = Change(self.version + 1, self.num_numbers(), num_added, np.unique(deleted), replaces, "")
+        change = Change(
+            version=self.version + 1,
+            first=self.num_numbers(),
+            num_added=num_added,
+            deleted=np.unique(deleted),
+            replaces=replaces,
+            checksum="",
+        )
         rest: dict[str, Any] = {
             "format": FORMAT,
             "version": change.version,
@@ -180,7 +187,14 @@ class ChangeLog:
         if found["previous"] != (self.changes[-1].checksum if self.changes else ""):
             raise TornSnapshot(str(path), f"it does not follow {self.path(self.version).name}")
         deleted, replaces = (np.array(found[name], np.int64) for name in ("deleted", "replaces"))
-        return Change(found["version"], found["first"], found["num_added"], deleted, replaces, found["sha256"])
+        return Change(
+            version=found["version"],
+            first=found["first"],
+            num_added=found["num_added"],
+            deleted=deleted,
+            replaces=replaces,
+            checksum=found["sha256"],
+        )
 
     def _take(self, change: Change) -> None:
         numbers = np.concatenate([self.deleted, change.deleted])

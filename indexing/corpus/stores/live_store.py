@@ -196,7 +196,7 @@ class Wanted:
 
 
 def change_corpus(
-    store: LiveStore, wanted: Wanted, sides: Sequence[TokenSide], keep: int = 1, timeout_s: float = LOCK_S
+    store: LiveStore, wanted: Wanted, *, sides: Sequence[TokenSide], keep: int = 1, timeout_s: float = LOCK_S
 ) -> Change:
     """Make one change, all of it or nothing; it is made when this returns.
 

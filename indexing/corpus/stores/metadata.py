@@ -39,6 +39,7 @@ class MetadataColumns:
         store: str | Path | Store,
         start: int,
         stop: int,
+        *,
         shard: int = 0,
         num_shards: int = 1,
         corpus: str | Path | None = None,
@@ -140,9 +141,9 @@ def count_passing(path: str | Path, where: Filter, corpus: str | Path | None = N
     `MetadataColumns.mask` does."""
     store = open_store(path, corpus)
     if not isinstance(store, LiveStore):
-        return int(np.count_nonzero(MetadataColumns(store, 0, len(store)).mask(where)))
+        return int(np.count_nonzero(MetadataColumns(store, 0, stop=len(store)).mask(where)))
     numbers = np.arange(len(store))
-    passing = MetadataColumns(store, 0, store.num_base).passes(where, numbers)
+    passing = MetadataColumns(store, 0, stop=store.num_base).passes(where, numbers)
     return int(np.count_nonzero(passing & store.is_living(numbers)))
 
 

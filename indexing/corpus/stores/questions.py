@@ -96,6 +96,7 @@ class QuestionStore:
 def write_questions(
     path: str | Path,
     questions: Sequence[Question],
+    *,
     sides: Sequence[TokenSide],
     answer_side: TokenSide,
     store: Store,

@@ -30,7 +30,9 @@ from training.training_settings import RetrievalConfig
 def search(
     settings: Settings, store: LiveStore, encoder: torch.nn.Module, checkpoint: Path, queries: np.ndarray
 ) -> Hits:
-    index = OneGeneration(settings, store, checkpoint, encode_function(cast(Any, encoder)), None)
+    index = OneGeneration(
+        settings, store, checkpoint=checkpoint, encode=encode_function(cast(Any, encoder)), lexical=None
+    )
     return index.submit(queries, min(settings.retrieval.k, index.num_passages)).result()
 
 
@@ -68,7 +70,7 @@ def test_a_saved_index_serves_a_changed_corpus_under_a_filter(corpus: Corpus, tm
     vectors = corpus.vectors(1)
     with write_once(index, {}) as folder:
         for number, (start, stop) in enumerate(shard_ranges(NUM_PASSAGES, 2)):
-            shard = Shard(number, start, stop, config)
+            shard = Shard(number, start, stop=stop, config=config)
             shard.stage(4, 9, start, vectors[start:stop])
             shard.prepare(4)
             shard.commit(4)
@@ -76,8 +78,8 @@ def test_a_saved_index_serves_a_changed_corpus_under_a_filter(corpus: Corpus, tm
     store = LiveStore.open_with(corpus.store, tmp_path / "corpus")
     put = [Passage(f"new{n}", "", f"abcd {n}", {"third": n % 3, "origin": "live"}) for n in range(7)]
     side = retriever_passage_side(load_tokenizer(corpus.tokenizer), ENCODER)
-    change_corpus(store, Wanted(put=put, delete=["p0", "p3", "p8"]), [side])
-    change_corpus(store, Wanted(delete=["new3"]), [])
+    change_corpus(store, Wanted(put=put, delete=["p0", "p3", "p8"]), sides=[side])
+    change_corpus(store, Wanted(delete=["new3"]), sides=[])
     numbers = np.arange(len(store))
     encoded: list[int] = []
 
@@ -87,7 +89,7 @@ def test_a_saved_index_serves_a_changed_corpus_under_a_filter(corpus: Corpus, tm
             return encoder(ids, mask)
 
     with torch.inference_mode():
-        now = encode_numbers(store.tokens("retriever"), numbers, encode_function(encoder), 4096)
+        now = encode_numbers(store.tokens("retriever"), numbers, encode=encode_function(encoder), batch_tokens=4096)
         queries = now[[NUM_PASSAGES + 1]]
         for where in ({}, {"third": 0}, {"origin": "live"}):
             passing = np.array([all(store.metadata(int(n)).get(f) == v for f, v in where.items()) for n in numbers])

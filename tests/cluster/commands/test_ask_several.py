@@ -116,7 +116,7 @@ def test_an_answer_is_from_the_corpus_as_it_is_now(tmp_path: Path) -> None:
     questions = [question, f"{store.passage(0).title} birth place"]
     before = ids_in(answer_question(settings, tmp_path, checkpoint, questions[:1]), store)
     put = [Passage("added", "", question)]
-    change_corpus(store, Wanted(put=put, delete=before), passage_sides(settings, tmp_path / "tokenizers"))
+    change_corpus(store, Wanted(put=put, delete=before), sides=passage_sides(settings, tmp_path / "tokenizers"))
     for asked in (questions[:1], questions):
         found = ids_in(answer_question(settings, tmp_path, checkpoint, asked), store)
         assert len(found) == K

@@ -64,22 +64,22 @@ def test_unknown_kinds_are_refused_by_name(factory: str) -> None:
 
 def test_a_shard_holds_what_its_code_holds() -> None:
     """Flat waits in its own storage; another kind waits in float32, with a copy of its training sample."""
-    flat = shard_bytes(index_kind("Flat", DIM), 1000, DIM, 100)
+    flat = shard_bytes(index_kind("Flat", DIM), 1000, dim=DIM, training_sample=100)
     assert (flat.serving, flat.refreshing, flat.at_most) == (256e3, 512e3, (MAX_COMMITTED + 1) * 256e3)
-    lists = shard_bytes(index_kind("IVF10,SQ8", DIM), 1000, DIM, 100)
+    lists = shard_bytes(index_kind("IVF10,SQ8", DIM), 1000, dim=DIM, training_sample=100)
     generation = 1000 * 72 + 10 * 256 + 512
     assert lists.staging == 1100 * 256
     assert lists.refreshing == 2 * generation + 1100 * 256
     assert lists.at_most == 3 * generation + 1100 * 256
     for factory in ("Flat", "SQfp16", "SQ8"):
         waiting = WaitingVectors(1000, DIM, IndexConfig(factory=factory))
-        planned = shard_bytes(index_kind(factory, DIM), 1000, DIM, 0)
+        planned = shard_bytes(index_kind(factory, DIM), 1000, dim=DIM, training_sample=0)
         one = planned.staging or planned.generation
         assert waiting._rows.nbytes == pytest.approx(one, rel=0.01)
 
 
 def test_a_shard_on_a_gpu_waits_in_the_hosts_memory() -> None:
-    one = shard_bytes(index_kind("SQfp16", DIM), 1000, DIM, 100, on_gpu=True)
+    one = shard_bytes(index_kind("SQfp16", DIM), 1000, dim=DIM, training_sample=100, on_gpu=True)
     assert one.at_most == pytest.approx(3 * (128e3 + 512) + 256 * 2**20)
     assert one.host_at_most == pytest.approx(256e3 + 128e3 + 512)
 
@@ -94,20 +94,20 @@ def test_build_and_search_by_hand() -> None:
     )
     assert estimate.stage_seconds(1000, DIM, 256e3, 2) == estimate.STAGE_PASSES / 2
     assert estimate.build_seconds((6e9, 2e9), 3e9, 1e9) == 4.0
-    assert search_work(flat, 1000, DIM, 16, 5) == (2 * 16 * 1000 * 64, 0, 0)
-    assert search_work(lists, 1000, DIM, 16, 5) == (0, 2 * 16 * 10 * 64, 16 * 500 * 256)
-    assert search_work(lists, 1000, DIM, 16, 50)[2] == 16 * 1000 * 256  # no more lists than there are
+    assert search_work(flat, 1000, dim=DIM, batch=16, nprobe=5) == (2 * 16 * 1000 * 64, 0, 0)
+    assert search_work(lists, 1000, dim=DIM, batch=16, nprobe=5) == (0, 2 * 16 * 10 * 64, 16 * 500 * 256)
+    assert search_work(lists, 1000, dim=DIM, batch=16, nprobe=50)[2] == 16 * 1000 * 256  # no more lists than there are
 
 
 def test_states_of_each_stage_by_hand() -> None:
     """Of 1,000 parameters on 4 ranks; DeepSpeed's own estimates where it has them (2P + 18P/N, 18P/N + ...)."""
-    bf16 = [state_bytes(1000, 0, stage, 4, "bf16", False)[0] for stage in range(4)]
+    bf16 = [state_bytes(1000, 0, stage=stage, ranks=4, precision="bf16", offload=False)[0] for stage in range(4)]
     assert bf16 == [20_000, 2000 + 2000 + 4000, 2000 + 18_000 / 4, 20_000 / 4]
-    fp32 = [state_bytes(1000, 0, stage, 4, "fp32", False)[0] for stage in range(4)]
+    fp32 = [state_bytes(1000, 0, stage=stage, ranks=4, precision="fp32", offload=False)[0] for stage in range(4)]
     assert fp32 == [16_000, 4000 + 4000 + 3000, 4000 + 1000 + 3000, 1000 + 1000 + 3000]
-    assert state_bytes(1000, 500, 0, 4, "fp32", False)[0] == 16_000 + 2000
-    assert state_bytes(1000, 500, 3, 4, "bf16", False)[0] == 5000 + 250
-    assert state_bytes(1000, 0, 2, 4, "bf16", True) == (2500, 4000)
+    assert state_bytes(1000, 500, stage=0, ranks=4, precision="fp32", offload=False)[0] == 16_000 + 2000
+    assert state_bytes(1000, 500, stage=3, ranks=4, precision="bf16", offload=False)[0] == 5000 + 250
+    assert state_bytes(1000, 0, stage=2, ranks=4, precision="bf16", offload=True) == (2500, 4000)
 
 
 def test_deepspeed_agrees() -> None:
@@ -115,15 +115,19 @@ def test_deepspeed_agrees() -> None:
 
     for ranks in (1, 2, 8):
         theirs = estimate_zero2_model_states_mem_needs(10**8, ranks, 1, cpu_offload=False)[1]
-        assert state_bytes(10**8, 0, 2, ranks, "bf16", False)[0] == pytest.approx(theirs)
+        assert state_bytes(10**8, 0, stage=2, ranks=ranks, precision="bf16", offload=False)[0] == pytest.approx(theirs)
 
 
 def test_activations_by_hand() -> None:
     """Korthikanti et al. 2022, equation 2: s b h L (34 + 5 a s / h)."""
     expected = 128 * 8 * 64 * 3 * (34 + 5 * 4 * 128 / 64)
-    assert estimate.activation_bytes(128 * 8, 128, 3, 64, 4, 2, False) == pytest.approx(expected)
-    assert estimate.activation_bytes(1024, 128, 3, 64, 4, 4, False) == pytest.approx(2 * expected)
-    less = estimate.activation_bytes(1024, 128, 3, 64, 4, 2, True)
+    assert estimate.activation_bytes(
+        128 * 8, 128, layers=3, hidden=64, heads=4, value_bytes=2, checkpointing=False
+    ) == pytest.approx(expected)
+    assert estimate.activation_bytes(
+        1024, 128, layers=3, hidden=64, heads=4, value_bytes=4, checkpointing=False
+    ) == pytest.approx(2 * expected)
+    less = estimate.activation_bytes(1024, 128, layers=3, hidden=64, heads=4, value_bytes=2, checkpointing=True)
     assert less == pytest.approx(1024 * 3 * 64 * 2 + expected / 3)
 
 
@@ -132,9 +136,9 @@ def test_more_is_never_less() -> None:
         kind = index_kind(factory, DIM)
         sizes = [int(size) for size in np.logspace(3, 9, 25)]
         for line in (
-            [shard_bytes(kind, n, DIM, 10**5).at_most for n in sizes],
+            [shard_bytes(kind, n, dim=DIM, training_sample=10**5).at_most for n in sizes],
             [sum(estimate.build_work(kind, n, DIM, 10**5)) for n in sizes],
-            [sum(search_work(kind, n, DIM, 16, 8)) for n in sizes],
+            [sum(search_work(kind, n, dim=DIM, batch=16, nprobe=8)) for n in sizes],
         ):
             assert all(math.isfinite(value) for value in line)
             assert line == sorted(line), factory

@@ -33,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / "a"
     texts = [" ".join(WORDS.split()[n : n + 6]) for n in range(9)]
     tokenizers = [
-        build_tokenizer("", ENCODER.tokenizer, texts, folder / "tokenizers" / name)
+        build_tokenizer("", ENCODER.tokenizer, texts=texts, save_dir=folder / "tokenizers" / name)
         for name in ("retriever", "generator")
     ]
     sides = [
@@ -42,7 +42,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_store(folder / "passages", [Passage(f"p{n}", "", text) for n, text in enumerate(texts)], sides)
     (folder / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
-    with open_to_changes(folder / "corpus", Prepared(folder / "passages", {}, folder / "tokenizers")):
+    with open_to_changes(
+        folder / "corpus", Prepared(passages=folder / "passages", questions={}, tokenizers=folder / "tokenizers")
+    ):
         assert is_running(folder / "corpus")
     assert not is_running(folder / "corpus")
     return folder
@@ -144,7 +146,7 @@ def test_mistakes_are_one_line_and_change_nothing(
 
 
 def test_the_wait_for_a_job_ends(run: Path) -> None:
-    corpus, prepared = run / "corpus", Prepared(run / "passages", {}, run / "tokenizers")
+    corpus, prepared = run / "corpus", Prepared(passages=run / "passages", questions={}, tokenizers=run / "tokenizers")
     with open_to_changes(corpus, prepared):
         (corpus / "serving.json").write_text('{"version": 2, "generation": 5, "waits": "a shard is lost"}')
         assert wait_until_served(corpus, 2, 1.0)["generation"] == 5
@@ -156,7 +158,7 @@ def test_the_wait_for_a_job_ends(run: Path) -> None:
 def test_a_job_that_died_does_not_run(run: Path) -> None:
     """Its driver's number may belong to another process by now."""
     corpus = run / "corpus"
-    with open_to_changes(corpus, Prepared(run / "passages", {}, run / "tokenizers")):
+    with open_to_changes(corpus, Prepared(passages=run / "passages", questions={}, tokenizers=run / "tokenizers")):
         driver = json.loads((corpus / "running.json").read_text())
         for other in ({**driver, "created": driver["created"] - 5}, {**driver, "pid": 2**22 + 5}):
             (corpus / "running.json").write_text(json.dumps(other))
@@ -168,7 +170,7 @@ def test_a_run_goes_on_with_the_changes_of_the_run_that_it_starts_from(run: Path
     before, own = store_of(run), tmp_path / "next"
     checkpoint = str(run / "checkpoints" / "step-1")
     assert inherit_corpus(checkpoint, own, before).version == 0
-    change_corpus(before, Wanted(delete=["p1"]), [])
+    change_corpus(before, Wanted(delete=["p1"]), sides=[])
     assert inherit_corpus("", own, before).version == 0
 
     def inherited() -> LiveStore:
@@ -176,10 +178,10 @@ def test_a_run_goes_on_with_the_changes_of_the_run_that_it_starts_from(run: Path
         return LiveStore.open_with(run / "passages", own / "corpus")
 
     assert inherited().row_of("p1") is None
-    change_corpus(before, Wanted(delete=["p2"]), [])
+    change_corpus(before, Wanted(delete=["p2"]), sides=[])
     assert inherited().log.version == 2
-    change_corpus(inherited(), Wanted(delete=["p3"]), [])
-    change_corpus(before, Wanted(delete=["p4"]), [])
+    change_corpus(inherited(), Wanted(delete=["p3"]), sides=[])
+    change_corpus(before, Wanted(delete=["p4"]), sides=[])
     store = inherited()
     assert [store.row_of(f"p{n}") is None for n in range(1, 5)] == [True, True, True, False]
 
@@ -188,7 +190,7 @@ def test_a_re_ranker_reads_what_was_added_before_there_was_one(run: Path, tmp_pa
     """A stage with a re-ranker that has a tokeniser of its own goes on with the changes of one without: what was added
     there is tokenised for it, too."""
     before, own, settings = store_of(run), tmp_path / "own", read_settings(run)
-    change_corpus(before, Wanted(put=[Passage("n1", "t", "a new cat"), Passage("n2", "", "dogs")]), sides_of(run))
+    change_corpus(before, Wanted(put=[Passage("n1", "t", "a new cat"), Passage("n2", "", "dogs")]), sides=sides_of(run))
     shutil.copytree(run / "tokenizers", tmp_path / "tokenizers")
     shutil.copytree(run / "tokenizers" / "retriever", tmp_path / "tokenizers" / "reranker")
     settings = replace(settings, reranker=RerankerConfig(mode="add", name="cross-encoder"))

@@ -199,7 +199,9 @@ def test_refused_questions_lose_what_answers_them_and_targets_are_as_asked(tmp_p
     stage = stage_of(settings_for(tmp_path), tmp_path)
     questions = QuestionStore.open(stage.job.train_questions)
     stream, refusal = Stream(len(questions), 200, seed=1), np.array([7], dtype=np.int32)
-    answers = TrainingAnswers(questions, stage.store, stream, "sampled", refusal, 0.3)
+    answers = TrainingAnswers(
+        questions, stage.store, stream=stream, choice="sampled", refusal=refusal, refusal_share=0.3
+    )
     refused, rows = answers.refused(0), answers.rows(0, stream.batch(0))
     assert refused.mean() == pytest.approx(0.3, abs=0.1)
     chosen = []
@@ -209,10 +211,10 @@ def test_refused_questions_lose_what_answers_them_and_targets_are_as_asked(tmp_p
         else:
             chosen.append([a.tolist() for a in questions.answer_tokens(int(question))].index(row.tolist()))
     assert min(np.bincount(chosen, minlength=3)) > 25
-    again = TrainingAnswers(questions, stage.store, stream, "sampled", refusal, 0.3)
+    again = TrainingAnswers(questions, stage.store, stream=stream, choice="sampled", refusal=refusal, refusal_share=0.3)
     assert [row.tolist() for row in again.rows(0, stream.batch(0))] == [row.tolist() for row in rows]
     for choice_of, place in (("first", 0), ("in_passage", 1)):
-        made = TrainingAnswers(questions, stage.store, stream, choice_of).rows(1, stream.batch(1))
+        made = TrainingAnswers(questions, stage.store, stream=stream, choice=choice_of).rows(1, stream.batch(1))
         wanted = [questions.answer_tokens(int(question))[place] for question in stream.batch(1)]
         assert [row.tolist() for row in made] == [row.tolist() for row in wanted]
     number = 3

@@ -193,7 +193,19 @@ def test_what_replicas_have_in_common() -> None:
         generations: dict[int, int], staged: int = -1, rows: int = 0, prepared: bool = False, derived: int = -1
     ) -> ShardStatus:
         newest, wanted = max(generations, default=-1), 10 if staged >= 0 else 0
-        whole = ShardStatus(0, 10, 20, newest, generations, staged, staged * 10, rows, prepared, 1, wanted)
+        whole = ShardStatus(
+            shard_number=0,
+            start=10,
+            stop=20,
+            committed=newest,
+            generations=generations,
+            staged=staged,
+            staged_weights_version=staged * 10,
+            staged_rows=rows,
+            prepared=prepared,
+            in_flight=1,
+            staged_wanted=wanted,
+        )
         return replace(whole, derived=derived, hidden=len(generations), corpora=dict.fromkeys(generations, 0))
 
     whole = in_common([status({1: 1, 2: 2}, 3, 10, True), status({2: 2}, 3, 4)])

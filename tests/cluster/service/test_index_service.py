@@ -234,7 +234,9 @@ class SlowClient(IndexClient):
 
     def _ask(self, timeout_s: float) -> CoordinatorStatus:
         self.heard += 1
-        return CoordinatorStatus(7, 99 if self.heard == 8 else -1, passages_encoded=10 * self.heard)
+        return CoordinatorStatus(
+            generation=7, weights_version=99 if self.heard == 8 else -1, passages_encoded=10 * self.heard
+        )
 
 
 def test_a_wait_is_as_long_as_passages_are_encoded(client: IndexClient) -> None:

@@ -78,7 +78,7 @@ def expected_hits(corpus: Corpus, words: Path, version: int, k: int, allowed: np
 
 def hybrid(client: IndexClient, corpus: Corpus) -> HybridSearch:
     assert client.lexical is not None
-    return HybridSearch(client, client.lexical, texts(corpus).__getitem__, RETRIEVAL)
+    return HybridSearch(client, client.lexical, text_of=texts(corpus).__getitem__, config=RETRIEVAL)
 
 
 def lexical_of(client: IndexClient) -> LexicalClient:

@@ -73,7 +73,7 @@ def lexical_places(ids: np.ndarray, lexical: np.ndarray) -> np.ndarray:
 def search_of(client: IndexClient, both: Both) -> HybridSearch:
     assert client.lexical is not None
     living = both.store.is_living
-    return HybridSearch(client, client.lexical, both.questions.__getitem__, RETRIEVAL, is_living=living)
+    return HybridSearch(client, client.lexical, text_of=both.questions.__getitem__, config=RETRIEVAL, is_living=living)
 
 
 class Searcher(threading.Thread):
@@ -163,7 +163,7 @@ def test_words_follow_the_changes_of_the_corpus(ray_session: Session, corpus: Co
         assert status is not None
         path = client.save_generation(status.generation, WAIT_S)
         service.stop()
-        change_corpus(both.store, Wanted(put=[Passage("last", "", questions[3])], delete=["later"]), [both.side])
+        change_corpus(both.store, Wanted(put=[Passage("last", "", questions[3])], delete=["later"]), sides=[both.side])
         service = start(corpus, run_dir, lexical=run_dir / lexical_name(CONFIG, base.fingerprint), snapshot=path)
         client = service.connect()
         wait_until(lambda: (s := client._ask(10.0)) is not None and s.corpus_version == both.store.log.version)

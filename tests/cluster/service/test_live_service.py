@@ -49,7 +49,7 @@ class Living:
 
     def change(self, **wanted: Any) -> int:
         """Make a change and wait until it is served; the version."""
-        version = change_corpus(self.store, Wanted(**wanted), [self.side]).version
+        version = change_corpus(self.store, Wanted(**wanted), sides=[self.side]).version
         assert wait_until_served(self.folder, version, WAIT_S)["version"] >= version
         return version
 
@@ -81,7 +81,7 @@ def encode_with(encoder: Any, store: LiveStore) -> np.ndarray:
         with torch.inference_mode():
             return encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 
-    return encode_numbers(store.tokens("retriever"), np.arange(len(store)), encode, 4096)
+    return encode_numbers(store.tokens("retriever"), np.arange(len(store)), encode=encode, batch_tokens=4096)
 
 
 class Searcher(threading.Thread):
@@ -211,7 +211,7 @@ def test_changes_while_searching_with_deaths_in_between(
     assert status is not None
     path = client.save_generation(status.generation, WAIT_S)
     service.stop()
-    change_corpus(living.store, Wanted(put=[new(12, text[1:])], delete=["new-11", "p10"]), [living.side])
+    change_corpus(living.store, Wanted(put=[new(12, text[1:])], delete=["new-11", "p10"]), sides=[living.side])
     again = launch(snapshot=path)
     client = again.connect()
     wait_until_served(living.folder, living.store.log.version, WAIT_S)

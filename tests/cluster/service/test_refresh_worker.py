@@ -15,7 +15,15 @@ from training.models.retriever.encoder import load_passage_weights
 def vectors_of(corpus: Corpus, precision: str, folder: Path) -> np.ndarray:
     """Of the first 32 passages at step 7: float32 [32, dim]."""
     settings = WorkerSettings(
-        str(corpus.store), "retriever", ENCODER, str(corpus.tokenizer), 4096, precision, 1, "cpu", str(folder)
+        store=str(corpus.store),
+        side="retriever",
+        encoder=ENCODER,
+        tokenizer=str(corpus.tokenizer),
+        batch_tokens=4096,
+        precision=precision,
+        threads=1,
+        device="cpu",
+        corpus=str(folder),
     )
     worker = RefreshWorkerActor(settings)
     encoder, table, pad = worker._load()

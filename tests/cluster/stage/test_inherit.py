@@ -22,7 +22,9 @@ from training.models.parts.weights import to_numpy
 from training.stage import Stage
 from training.training_settings import TrainingConfig
 
-IDENTITY = IndexIdentity("encoder", "corpus", "Flat", ((0, 5), (5, 9)))
+IDENTITY = IndexIdentity(
+    encoder_fingerprint="encoder", corpus_fingerprint="corpus", factory="Flat", ranges=((0, 5), (5, 9))
+)
 FIXED = Settings(training=TrainingConfig(train="query_only"))
 VECTORS = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
 
@@ -32,7 +34,7 @@ def write_run(folder: Path, current: bool = True) -> Path:
     extra = {**asdict(IDENTITY), "generation": 3, "weights_version": 40}
     with write_once(folder / "index" / "generation-3", extra) as directory:
         for number, (start, stop) in enumerate(IDENTITY.ranges):
-            shard = Shard(number, start, stop, IndexConfig())
+            shard = Shard(number, start, stop=stop, config=IndexConfig())
             shard.stage(3, 40, start, VECTORS[start:stop])
             shard.prepare(3)
             shard.commit(3)
@@ -49,9 +51,9 @@ def test_a_fitting_index_is_linked_and_answers(tmp_path: Path) -> None:
     (run_dir / "index").mkdir(parents=True)
     expected = run_dir / "index" / "generation-3"
     for _ in range(2):  # harmless when repeated
-        assert inherit_index(FIXED, str(checkpoint), run_dir, IDENTITY) == expected
+        assert inherit_index(FIXED, str(checkpoint), run_dir=run_dir, identity=IDENTITY) == expected
     assert [path.name for path in (run_dir / "index").iterdir()] == ["generation-3"]
-    shard = Shard(1, 5, 9, IndexConfig())
+    shard = Shard(1, 5, stop=9, config=IndexConfig())
     assert shard.load(3, expected) == 40
     hits = shard.search(VECTORS[:2], 4, num_vectors=2)
     np.testing.assert_array_equal(hits.ids, 5 + np.argsort(-(VECTORS[:2] @ VECTORS[5:].T), axis=1))
@@ -69,7 +71,10 @@ def test_a_fitting_index_is_linked_and_answers(tmp_path: Path) -> None:
     ids=["both", "retriever_only", "bfloat16"],
 )
 def test_an_encoder_that_changes_takes_none(settings: Settings, tmp_path: Path) -> None:
-    assert inherit_index(settings, str(write_run(tmp_path / "before")), tmp_path / "run", IDENTITY) is None
+    assert (
+        inherit_index(settings, str(write_run(tmp_path / "before")), run_dir=tmp_path / "run", identity=IDENTITY)
+        is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,9 @@ def test_an_encoder_that_changes_takes_none(settings: Settings, tmp_path: Path) 
     ],
 )
 def test_another_index_is_left_alone(identity: IndexIdentity, tmp_path: Path) -> None:
-    assert inherit_index(FIXED, str(write_run(tmp_path / "before")), tmp_path / "run", identity) is None
+    assert (
+        inherit_index(FIXED, str(write_run(tmp_path / "before")), run_dir=tmp_path / "run", identity=identity) is None
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -89,10 +96,10 @@ def test_another_index_is_left_alone(identity: IndexIdentity, tmp_path: Path) ->
 def test_another_number_of_shards_takes_over_too(ranges: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
     (tmp_path / "run" / "index").mkdir(parents=True)
     start, identity = str(write_run(tmp_path / "before")), replace(IDENTITY, ranges=ranges)
-    directory = inherit_index(FIXED, start, tmp_path / "run", identity)
+    directory = inherit_index(FIXED, start, run_dir=tmp_path / "run", identity=identity)
     assert directory is not None
     for number, (first, last) in enumerate(ranges):
-        shard = Shard(number, first, last, IndexConfig())
+        shard = Shard(number, first, stop=last, config=IndexConfig())
         assert shard.load(3, directory) == 40
         best = shard.search(VECTORS, 1).ids[:, 0]
         np.testing.assert_array_equal(best, first + np.argmax(VECTORS @ VECTORS[first:last].T, axis=1))
@@ -101,20 +108,26 @@ def test_another_number_of_shards_takes_over_too(ranges: tuple[tuple[int, int], 
 def test_an_index_without_vectors_to_score_again_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run" / "index").mkdir(parents=True)
     settings = replace(FIXED, index=replace(FIXED.index, rescore_candidates=30))
-    assert inherit_index(settings, str(write_run(tmp_path / "before")), tmp_path / "run", IDENTITY) is None
+    assert (
+        inherit_index(settings, str(write_run(tmp_path / "before")), run_dir=tmp_path / "run", identity=IDENTITY)
+        is None
+    )
 
 
 def test_stale_missing_and_damaged_indexes_are_left_alone(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert inherit_index(FIXED, "", run_dir, IDENTITY) is None
-    assert inherit_index(FIXED, str(tmp_path / "checkpoints" / "step-1"), run_dir, IDENTITY) is None
-    assert inherit_index(FIXED, str(write_run(tmp_path / "stale", current=False)), run_dir, IDENTITY) is None
+    assert inherit_index(FIXED, "", run_dir=run_dir, identity=IDENTITY) is None
+    assert inherit_index(FIXED, str(tmp_path / "checkpoints" / "step-1"), run_dir=run_dir, identity=IDENTITY) is None
+    assert (
+        inherit_index(FIXED, str(write_run(tmp_path / "stale", current=False)), run_dir=run_dir, identity=IDENTITY)
+        is None
+    )
     checkpoint = write_run(tmp_path / "before")
     damaged = next((tmp_path / "before").rglob("*.faiss"))
     content = bytearray(damaged.read_bytes())
     content[-3] ^= 1
     damaged.write_bytes(content)
-    assert inherit_index(FIXED, str(checkpoint), run_dir, IDENTITY) is None
+    assert inherit_index(FIXED, str(checkpoint), run_dir=run_dir, identity=IDENTITY) is None
 
 
 def towers(stage: Stage) -> list[dict[str, np.ndarray]]:

@@ -60,7 +60,7 @@ class LiveOracle:
         first = self.num_added
         self.num_added += len(texts)
         put = [Passage(f"new{first + number}", "", text) for number, text in enumerate(texts)]
-        change = change_corpus(self._store, Wanted(put=put), [self._side])
+        change = change_corpus(self._store, Wanted(put=put), sides=[self._side])
         served = wait_until_served(self.folder, change.version, timeout_s)
         with self._lock:  # changes come one at a time, so that the numbers are the next ones
             assert change.first == len(self._since)
@@ -71,7 +71,7 @@ class LiveOracle:
         """Delete passages, and wait until they are gone."""
         with self._lock:
             self._doomed[numbers] = True
-        change = change_corpus(self._store, Wanted(delete=self._store.ids(numbers)), [])
+        change = change_corpus(self._store, Wanted(delete=self._store.ids(numbers)), sides=[])
         wait_until_served(self.folder, change.version, timeout_s)
         with self._lock:
             self._gone = np.append(self._gone, np.array(numbers, np.int64))
@@ -92,4 +92,4 @@ class LiveOracle:
             with torch.inference_mode():
                 return encoder(torch.from_numpy(ids), torch.from_numpy(mask)).numpy()
 
-        return encode_numbers(table, numbers, encode, 4096)
+        return encode_numbers(table, numbers, encode=encode, batch_tokens=4096)

@@ -29,7 +29,7 @@ def test_every_row_once_within_the_budget(store: Store, batch_tokens: int) -> No
     wanted = np.array([5, 59, 0, *range(10, 40)])
     seen = {}
     last_length = 10**9
-    for rows, vectors in encode_rows(table, wanted, encode, batch_tokens, pad_id=7):
+    for rows, vectors in encode_rows(table, wanted, encode=encode, batch_tokens=batch_tokens, pad_id=7):
         lengths = table.lengths[rows]
         assert len(rows) == 1 or len(rows) * lengths.max() <= batch_tokens
         assert lengths.max() <= last_length
@@ -44,7 +44,7 @@ def test_every_row_once_within_the_budget(store: Store, batch_tokens: int) -> No
 
 def test_range_is_in_order(store: Store) -> None:
     table = store.tokens("retriever")
-    vectors = encode_range(table, 20, 50, encode, 200, pad_id=7)
+    vectors = encode_range(table, 20, stop=50, encode=encode, batch_tokens=200, pad_id=7)
     assert vectors.shape == (30, 3)
     assert vectors[:, 0].tolist() == [row.sum() for row in table.rows(np.arange(20, 50))]
 
@@ -54,14 +54,14 @@ def test_refusals(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_tokens is 0"):
         list(length_batches(table, np.arange(3), 0))
     with pytest.raises(ValueError, match=r"shape \(1, 3\) from 3 passages"):
-        list(encode_rows(table, np.arange(3), lambda ids, mask: np.zeros((1, 3)), 1000))
+        list(encode_rows(table, np.arange(3), encode=lambda ids, mask: np.zeros((1, 3)), batch_tokens=1000))
     with pytest.raises(IndexError):
-        list(encode_rows(table, np.array([60]), encode, 1000))
+        list(encode_rows(table, np.array([60]), encode=encode, batch_tokens=1000))
     with RaggedWriter(tmp_path, "t", "int32") as writer:
         writer.append([[1], [], [2]])
     with pytest.raises(ValueError, match="row 1 has no tokens"):
-        list(encode_rows(TokenTable(tmp_path, "t"), np.arange(3), encode, 1000))
-    assert list(encode_rows(table, np.arange(0), encode, 1000)) == []
+        list(encode_rows(TokenTable(tmp_path, "t"), np.arange(3), encode=encode, batch_tokens=1000))
+    assert list(encode_rows(table, np.arange(0), encode=encode, batch_tokens=1000)) == []
 
 
 def test_little_padding(tmp_path: Path) -> None:

@@ -14,22 +14,24 @@ VECTORS, QUERIES = clustered_vectors(600, 16), clustered_vectors(80, 16, seed=1)
 
 
 def test_recall_of_recent_queries_is_that_against_brute_force() -> None:
-    index = build_index(VECTORS, IndexConfig("IVF32,Flat", nprobe=1))
+    index = build_index(VECTORS, IndexConfig(factory="IVF32,Flat", nprobe=1))
     expected = recall(index.search(QUERIES[-20:], 10)[1], search_exactly(VECTORS, QUERIES[-20:], 10)[1])
-    assert probe_recall(index, VECTORS, 20, QUERIES) == pytest.approx(expected)
+    assert probe_recall(index, VECTORS, num_queries=20, recent=QUERIES) == pytest.approx(expected)
     assert 0.1 < expected < 0.95
 
 
 def test_without_questions_its_own_vectors_are_asked() -> None:
-    narrow, wide = (build_index(VECTORS, IndexConfig("IVF32,Flat", nprobe=n)) for n in (1, 32))
-    found = probe_recall(narrow, VECTORS, 50)
+    narrow, wide = (build_index(VECTORS, IndexConfig(factory="IVF32,Flat", nprobe=n)) for n in (1, 32))
+    found = probe_recall(narrow, VECTORS, num_queries=50)
     assert found is not None
     assert 0.2 < found < 0.99
-    assert found == probe_recall(narrow, VECTORS, 50)  # the same noise
-    assert probe_recall(wide, VECTORS, 50) == 1.0
-    assert probe_recall(narrow, VECTORS, 0) is None
-    assert probe_recall(build_index(VECTORS, IndexConfig()), VECTORS, 50) == 1.0
-    assert probe_recall(build_index(VECTORS[:3], IndexConfig("SQ8")), VECTORS[:3], 5) == 1.0  # fewer than k
+    assert found == probe_recall(narrow, VECTORS, num_queries=50)  # the same noise
+    assert probe_recall(wide, VECTORS, num_queries=50) == 1.0
+    assert probe_recall(narrow, VECTORS, num_queries=0) is None
+    assert probe_recall(build_index(VECTORS, IndexConfig()), VECTORS, num_queries=50) == 1.0
+    assert (
+        probe_recall(build_index(VECTORS[:3], IndexConfig(factory="SQ8")), VECTORS[:3], num_queries=5) == 1.0
+    )  # fewer than k
 
 
 def test_recent_queries() -> None:
@@ -47,19 +49,19 @@ def test_recent_queries() -> None:
 
 
 def test_a_shard_measures_every_generation() -> None:
-    shard = Shard(0, 0, 600, IndexConfig("IVF32,SQ8", nprobe=1, probe_queries=20))
+    shard = Shard(0, 0, stop=600, config=IndexConfig(factory="IVF32,SQ8", nprobe=1, probe_queries=20))
     assert shard.status().figures == UNKNOWN
     for generation in (1, 2):
         shard.stage(generation, generation, 0, VECTORS)
         shard.prepare(generation)
         shard.commit(generation)
-        shard.search(QUERIES, 3, generation)
+        shard.search(QUERIES, 3, generation=generation)
         figures = shard.status().figures
         assert figures.bytes_per_passage == pytest.approx(16 + 8 + 4 * 32 * 16 / 600)
         assert figures.build_s > 0
         assert figures.recall is not None
         if generation == 2:  # asked what was asked of the first one
-            index = build_index(VECTORS, IndexConfig("IVF32,SQ8", nprobe=1))
+            index = build_index(VECTORS, IndexConfig(factory="IVF32,SQ8", nprobe=1))
             expected = recall(index.search(QUERIES[-20:], 10)[1], search_exactly(VECTORS, QUERIES[-20:], 10)[1])
             assert figures.recall == pytest.approx(expected)
 

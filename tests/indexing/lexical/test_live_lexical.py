@@ -84,7 +84,7 @@ def test_every_state_of_the_corpus_is_answered_as_by_hand(base: Store) -> None:
         some = [str(id) for id in random.permutation(living)[:2]]
         put = [Passage(f"new-{step}-{i}", "", random_text(random)) for i in range(random.integers(0, 3))]
         put += [Passage(some[1], "", random_text(random))]
-        change_corpus(writer, Wanted(put=put, delete=some[:1], mode="upsert"), SIDES)
+        change_corpus(writer, Wanted(put=put, delete=some[:1], mode="upsert"), sides=SIDES)
         texts, log = texts_of_numbers(writer), writer.log
         numbers = np.arange(len(texts))
         scores = np.stack([bm25(first, texts, question) for question in QUESTIONS])
@@ -115,7 +115,7 @@ def test_a_filter_finds_what_brute_force_finds_among_those_that_pass(tmp_path: P
         years = random.integers(2000, 2040, 3)
         put = [Passage(f"new-{step}-{i}", "", random_text(random), {"year": int(y)}) for i, y in enumerate(years)]
         deleted = [f"p{n}" for n in (step, 10 + step)]
-        change_corpus(writer, Wanted(put=put, delete=deleted), SIDES)
+        change_corpus(writer, Wanted(put=put, delete=deleted), sides=SIDES)
         texts = texts_of_numbers(writer)
         there = writer.log.is_living(np.arange(len(texts)))
         there &= [2010 <= writer.metadata(number)["year"] < 2030 for number in range(len(texts))]
@@ -130,7 +130,7 @@ def test_a_filter_finds_what_brute_force_finds_among_those_that_pass(tmp_path: P
 def test_words_that_the_base_does_not_know_count_among_what_was_added(base: Store) -> None:
     writer, index = writer_of(base), live(base)
     put = [Passage("a", "", "quasar red"), Passage("b", "", "quasar quasar sea"), Passage("c", "", "sea")]
-    change_corpus(writer, Wanted(put=put), SIDES)
+    change_corpus(writer, Wanted(put=put), sides=SIDES)
     found = index.search(["quasar", "red quasar"], 3)
     assert found.ids[0].tolist() == [26, 25, -1]
     assert found.ids[1, 0] == 25
@@ -147,7 +147,7 @@ def test_a_state_that_the_log_does_not_show_is_waited_for_and_not_for_ever(base:
         with pytest.raises(CorpusLag, match=r"shows version 0 of the corpus, and not 1 after 0\.3 s"):
             index.search(QUESTIONS, 3, state)
     index.lag_s = 20.0
-    later = threading.Timer(0.3, lambda: change_corpus(writer, Wanted(delete=["p3"]), SIDES))
+    later = threading.Timer(0.3, lambda: change_corpus(writer, Wanted(delete=["p3"]), sides=SIDES))
     later.start()
     assert index.search(QUESTIONS, 3, CorpusState(0, 1)).corpus == CorpusState(0, 1)
     later.join()

@@ -38,7 +38,7 @@ def test_a_small_constant_trusts_the_first_places() -> None:
 
 def test_fused_by_rank_knows_where_each_came_from() -> None:
     dense, lexical = np.array([[3, 7, 5]]), np.array([[7, 9, -1]])
-    fused = fuse_by_rank(dense, lexical, np.array([[1.0, 0.25, 0.0]], np.float32), 60, 4)
+    fused = fuse_by_rank(dense, lexical, shares=np.array([[1.0, 0.25, 0.0]], np.float32), constant=60, k=4)
     np.testing.assert_array_equal(fused.ids, [[7, 3, 9, 5]])
     np.testing.assert_array_equal(fused.dense_places, [[2, 1, 0, 3]])
     np.testing.assert_array_equal(fused.lexical_places, [[1, 0, 2, 0]])
@@ -78,7 +78,9 @@ def test_fused_by_score_equals_brute_force_over_all_candidates(seed: int) -> Non
 
 def test_what_was_no_candidate_stands_behind() -> None:
     """With the score of the last candidate; nothing comes twice, and nothing is moved."""
-    fused = fuse_by_rank(np.array([[3, 7], [1, 2]]), np.array([[7, 9], [2, 1]]), np.zeros((2, 2), np.float32), 60, 5)
+    fused = fuse_by_rank(
+        np.array([[3, 7], [1, 2]]), np.array([[7, 9], [2, 1]]), shares=np.zeros((2, 2), np.float32), constant=60, k=5
+    )
     filled = behind(fused, np.array([[3, 7, 9, 4, 5], [1, 2, 6, 8, 9]]))
     np.testing.assert_array_equal(filled.ids, [[7, 3, 9, 4, 5], [1, 2, 6, 8, 9]])
     np.testing.assert_array_equal(filled.dense_places, [[2, 1, 0, 4, 5], [1, 2, 3, 4, 5]])

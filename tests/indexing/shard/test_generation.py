@@ -31,7 +31,7 @@ class Corpus:
         self.versions = np.full(num_base, 1, np.int64)
         self.deleted = np.empty(0, np.int64)
         self.corpus_version, self.generation, self.weights_version = 0, 0, 1
-        config = IndexConfig(factory, num_shards, nprobe=64)
+        config = IndexConfig(factory=factory, num_shards=num_shards, nprobe=64)
         self.shards = [Shard(n, *bounds, config) for n, bounds in enumerate(shard_ranges(num_base, num_shards))]
         self.rebuild(self.weights_version)
 
@@ -109,7 +109,13 @@ class Corpus:
         """Ids, scores, vectors and versions are those of brute force, for some k up to all that live."""
         living = self.living()
         for k in {1, min(7, len(living)), len(living)}:
-            hits = merge([shard.search(queries, k, generation or self.generation, 3) for shard in self.shards], k)
+            hits = merge(
+                [
+                    shard.search(queries, k, generation=generation or self.generation, num_vectors=3)
+                    for shard in self.shards
+                ],
+                k,
+            )
             scores, rows = search_exactly(self.vectors[living], queries, k)
             assert hits.ids.tolist() == living[rows].tolist()
             if self.factory in EXHAUSTIVE:
@@ -144,8 +150,8 @@ def test_any_sequence_of_changes_answers_as_brute_force(tmp_path: Path, seed: in
                 directory = tmp_path / f"{step}"
                 for number, shard in enumerate(corpus.shards):
                     shard.save(corpus.generation, directory)
-                    config = IndexConfig(factory, len(corpus.shards), nprobe=64)
-                    again = Shard(number, shard.start, shard.stop, config)
+                    config = IndexConfig(factory=factory, num_shards=len(corpus.shards), nprobe=64)
+                    again = Shard(number, shard.start, stop=shard.stop, config=config)
                     again.hide(corpus.corpus_version, corpus.deleted)
                     again.load(corpus.generation, directory)
                     assert again.status().corpora == {corpus.generation: shard.status().corpora[corpus.generation]}
@@ -157,21 +163,21 @@ def test_what_was_deleted_is_gone_from_the_generation_before_too() -> None:
     corpus = Corpus(30, 2, 0)
     before = corpus.generation
     corpus.add(3)
-    best = corpus.shards[0].search(corpus.vectors[:4], 1, before).ids[:, 0]
+    best = corpus.shards[0].search(corpus.vectors[:4], 1, generation=before).ids[:, 0]
     corpus.corpus_version += 1
     corpus.deleted = np.unique(np.append(best, 30))
     for shard in corpus.shards:
         shard.hide(corpus.corpus_version, corpus.deleted)
         for generation in (before, corpus.generation):
-            found = shard.search(corpus.vectors, 30, generation).ids
+            found = shard.search(corpus.vectors, 30, generation=generation).ids
             assert not np.isin(found, corpus.deleted).any()
-    assert 31 in corpus.shards[1].search(corpus.vectors, 30, corpus.generation).ids
-    assert 31 not in corpus.shards[1].search(corpus.vectors, 30, before).ids
+    assert 31 in corpus.shards[1].search(corpus.vectors, 30, generation=corpus.generation).ids
+    assert 31 not in corpus.shards[1].search(corpus.vectors, 30, generation=before).ids
 
 
 def test_what_is_staged_when_something_is_deleted_never_shows_it() -> None:
     """Built and derived generations that were begun before."""
-    shard, vectors = Shard(0, 0, 10, IndexConfig()), unit_vectors(12, DIM)
+    shard, vectors = Shard(0, 0, stop=10, config=IndexConfig()), unit_vectors(12, DIM)
     shard.stage(1, 1, 0, vectors[:10])
     shard.prepare(1)
     shard.commit(1)
@@ -183,9 +189,9 @@ def test_what_is_staged_when_something_is_deleted_never_shows_it() -> None:
     shard.hide(1, np.array([4, 11]))
     for generation in (2, 3):
         shard.commit(generation)
-        ids = shard.search(vectors, 12, generation).ids
+        ids = shard.search(vectors, 12, generation=generation).ids
         assert not np.isin(ids, [4, 11]).any()
-    assert sorted(shard.search(vectors[:1], 12, 3).ids[0]) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert sorted(shard.search(vectors[:1], 12, generation=3).ids[0]) == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]
 
 
 def test_a_shard_without_living_passages_answers() -> None:
@@ -196,8 +202,8 @@ def test_a_shard_without_living_passages_answers() -> None:
         shard.prepare(1)
         shard.commit(1)
         shard.hide(1, np.arange(5))
-    assert shards[0].search(vectors, 4, 1, 2).ids.shape == (10, 0)
-    hits = merge([shard.search(vectors, 4, 1, 2) for shard in shards], 4)
+    assert shards[0].search(vectors, 4, generation=1, num_vectors=2).ids.shape == (10, 0)
+    hits = merge([shard.search(vectors, 4, generation=1, num_vectors=2) for shard in shards], 4)
     assert hits.ids.tolist() == (5 + search_exactly(vectors[5:], vectors, 4)[1]).tolist()
     for shard in shards:  # rebuilt: an index of nothing
         numbers = np.arange(5, 10) if shard.shard_number else np.empty(0, np.int64)
@@ -206,13 +212,13 @@ def test_a_shard_without_living_passages_answers() -> None:
             shard.stage(2, 2, 5, vectors[5:])
         shard.prepare(2)
         shard.commit(2)
-    hits = merge([shard.search(vectors, 4, 2, 2) for shard in shards], 4)
+    hits = merge([shard.search(vectors, 4, generation=2, num_vectors=2) for shard in shards], 4)
     assert hits.ids.tolist() == (5 + search_exactly(vectors[5:], vectors, 4)[1]).tolist()
     shards[0].derive(3, 2, np.array([10]))  # and it can take passages again
     shards[0].stage(3, 2, np.array([10]), vectors[:1])
     shards[0].prepare(3)
     shards[0].commit(3)
-    assert shards[0].search(vectors[:2], 4, 3, 2).ids.tolist() == [[10], [10]]
+    assert shards[0].search(vectors[:2], 4, generation=3, num_vectors=2).ids.tolist() == [[10], [10]]
 
 
 def test_the_big_index_is_shared_in_memory_and_on_disk(tmp_path: Path) -> None:
@@ -249,13 +255,13 @@ def test_a_torn_derived_snapshot_is_refused(tmp_path: Path) -> None:
             for damage in (whole[:position], whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :]):
                 file.write_bytes(damage)
                 with pytest.raises(TornSnapshot, match="shard-0000"):
-                    Shard(0, 0, 20, IndexConfig()).load(corpus.generation, tmp_path)
+                    Shard(0, 0, stop=20, config=IndexConfig()).load(corpus.generation, tmp_path)
         file.write_bytes(whole)
-    assert Shard(0, 0, 20, IndexConfig()).load(corpus.generation, tmp_path) == 1
+    assert Shard(0, 0, stop=20, config=IndexConfig()).load(corpus.generation, tmp_path) == 1
 
 
 def test_refused_calls() -> None:
-    shard, vectors = Shard(0, 0, 10, IndexConfig()), unit_vectors(10, DIM)
+    shard, vectors = Shard(0, 0, stop=10, config=IndexConfig()), unit_vectors(10, DIM)
     with pytest.raises(GenerationGone):
         shard.derive(1, 0, np.array([3]))
     with pytest.raises(NotBegun):  # it came back empty, and does not know what it owns by now
@@ -282,7 +288,7 @@ def test_refused_calls() -> None:
 
 def test_built_and_derived_are_staged_at_the_same_time() -> None:
     """A change is committed while a whole generation is being built, and the built one is then brought up to date."""
-    shard, old, new = Shard(0, 0, 10, IndexConfig()), unit_vectors(11, DIM), unit_vectors(11, DIM, seed=1)
+    shard, old, new = Shard(0, 0, stop=10, config=IndexConfig()), unit_vectors(11, DIM), unit_vectors(11, DIM, seed=1)
     shard.stage(1, 1, 0, old[:10])
     shard.prepare(1)
     shard.commit(1)
@@ -303,13 +309,13 @@ def test_built_and_derived_are_staged_at_the_same_time() -> None:
     shard.commit(4)
     status = shard.status()
     assert (status.staged, status.derived, status.corpora) == (-1, -1, {3: 1, 4: 1})
-    hits = shard.search(new, 11, 4)
+    hits = shard.search(new, 11, generation=4)
     assert hits.ids.tolist() == search_exactly(new, new, 11)[1].tolist()
     assert (hits.weights_version, hits.versions) == (20, None)
 
 
 def test_hide_waits_for_searches_that_began_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    shard, vectors = Shard(0, 0, 10, IndexConfig()), unit_vectors(10, DIM)
+    shard, vectors = Shard(0, 0, stop=10, config=IndexConfig()), unit_vectors(10, DIM)
     shard.stage(1, 1, 0, vectors)
     shard.prepare(1)
     shard.commit(1)
@@ -329,7 +335,7 @@ def test_hide_waits_for_searches_that_began_before(monkeypatch: pytest.MonkeyPat
     with pytest.raises(TimeoutError, match=r"last 0\.05 s"):
         shard.hide(1, np.array([3]), timeout_s=0.05)
     monkeypatch.setattr(Index, "search", search)
-    assert 3 not in shard.search(vectors, 10, 1).ids  # later ones are right at once
+    assert 3 not in shard.search(vectors, 10, generation=1).ids  # later ones are right at once
     hiding = threading.Thread(target=shard.hide, args=(1, np.array([3])))
     hiding.start()
     go_on.set()

@@ -78,7 +78,7 @@ def loaded(folder: Path, config: IndexConfig) -> list[Shard]:
 
 
 def hits_of(shards: list[Shard], k: int = 10) -> Hits:
-    return merge([shard.search(QUERIES, k, 2) for shard in shards], k)
+    return merge([shard.search(QUERIES, k, generation=2) for shard in shards], k)
 
 
 def exact(k: int = 10) -> np.ndarray:
@@ -86,13 +86,13 @@ def exact(k: int = 10) -> np.ndarray:
 
 
 KINDS = [
-    IndexConfig("Flat"),
-    IndexConfig("SQfp16"),
-    IndexConfig("SQ8"),
-    IndexConfig("IVF8,SQ8", nprobe=8, rescore_candidates=40),
-    IndexConfig("PQ8x4", rescore_candidates=60),
-    IndexConfig("OPQ4,IVF4,PQ4x4", nprobe=4, rescore_candidates=100, training_sample=150),
-    IndexConfig("HNSW8"),
+    IndexConfig(factory="Flat"),
+    IndexConfig(factory="SQfp16"),
+    IndexConfig(factory="SQ8"),
+    IndexConfig(factory="IVF8,SQ8", nprobe=8, rescore_candidates=40),
+    IndexConfig(factory="PQ8x4", rescore_candidates=60),
+    IndexConfig(factory="OPQ4,IVF4,PQ4x4", nprobe=4, rescore_candidates=100, training_sample=150),
+    IndexConfig(factory="HNSW8"),
 ]
 
 
@@ -115,7 +115,7 @@ def test_a_delta_beside_every_kind(config: IndexConfig) -> None:
 
 
 def test_figures_of_a_derived_generation_are_those_of_its_base(tmp_path: Path) -> None:
-    config = IndexConfig("IVF8,SQ8", 1, nprobe=1, probe_queries=30)
+    config = IndexConfig(factory="IVF8,SQ8", num_shards=1, nprobe=1, probe_queries=30)
     (built,) = derived(config)
     figures, found = built.status().figures, built._serving.served[1].generation.figures
     base = built._serving.served[2].generation.base.figures
@@ -137,10 +137,10 @@ def test_figures_of_a_derived_generation_are_those_of_its_base(tmp_path: Path) -
 def test_a_changed_corpus_on_another_number_of_shards(
     tmp_path: Path, factory: str, before: int, after: int, make: type
 ) -> None:
-    shards = make(IndexConfig(factory, before))
+    shards = make(IndexConfig(factory=factory, num_shards=before))
     for shard in shards:
         shard.save(2, tmp_path)
-    one, other = hits_of(shards, 50), hits_of(loaded(tmp_path, IndexConfig(factory, after)), 50)
+    one, other = hits_of(shards, 50), hits_of(loaded(tmp_path, IndexConfig(factory=factory, num_shards=after)), 50)
     assert one.ids.tolist() == other.ids.tolist()
     assert one.scores.tolist() == other.scores.tolist()
     assert (one.versions is None) == (other.versions is None)
@@ -161,7 +161,7 @@ def test_changes_go_on_after_another_number_of_shards(tmp_path: Path, seed: int)
             corpus.rebuild(corpus.weights_version + 10)
         for shard in corpus.shards:
             shard.save(corpus.generation, tmp_path / f"{step}")
-        config, corpus.num_shards = IndexConfig("Flat", num_shards), num_shards
+        config, corpus.num_shards = IndexConfig(factory="Flat", num_shards=num_shards), num_shards
         corpus.shards = [Shard(n, *bounds, config) for n, bounds in enumerate(shard_ranges(60, num_shards))]
         for shard in corpus.shards:
             shard.hide(corpus.corpus_version, corpus.deleted)
@@ -177,7 +177,7 @@ def test_equal_ranges_of_another_number_of_shards_hold_other_added_passages(tmp_
     corpus.add(9)
     for shard in corpus.shards:
         shard.save(corpus.generation, tmp_path)
-    corpus.num_shards, config = 5, IndexConfig("Flat", 5)
+    corpus.num_shards, config = 5, IndexConfig(factory="Flat", num_shards=5)
     corpus.shards = [Shard(n, *bounds, config) for n, bounds in enumerate(shard_ranges(5, 5))]
     for shard in corpus.shards:
         shard.load(corpus.generation, tmp_path)
@@ -188,7 +188,7 @@ def test_equal_ranges_of_another_number_of_shards_hold_other_added_passages(tmp_
 @pytest.mark.parametrize("make", [derived, whole])
 def test_codes_are_cut_out_of_one_shard(tmp_path: Path, factory: str, make: type) -> None:
     """All lists visited, the answer is that of the saved shard, though added passages lie apart."""
-    config = IndexConfig(factory, 1, nprobe=8, training_sample=300)
+    config = IndexConfig(factory=factory, num_shards=1, nprobe=8, training_sample=300)
     shards = make(config)
     shards[0].save(2, tmp_path)
     check_ranges(shard_ranges(NUM, 1), shard_ranges(NUM, 3), factory, tmp_path)
@@ -200,7 +200,7 @@ def test_codes_are_cut_out_of_one_shard(tmp_path: Path, factory: str, make: type
 def test_codes_of_added_passages_are_not_joined(tmp_path: Path) -> None:
     """Where they stand in the big indexes they are spread over all shards; in a delta they are whole vectors."""
     ranges = shard_ranges(NUM, 2), shard_ranges(NUM, 4)
-    config = IndexConfig("PQ8x4", 2)
+    config = IndexConfig(factory="PQ8x4", num_shards=2)
     for name, make in (("derived", derived), ("whole", whole)):
         for shard in make(config):
             shard.save(2, tmp_path / name)
@@ -211,7 +211,7 @@ def test_codes_of_added_passages_are_not_joined(tmp_path: Path) -> None:
         check_ranges(*ranges, "PQ8x4", tmp_path / "whole")
     with pytest.raises(ValueError, match="codes of different shards cannot be joined"):
         loaded(tmp_path / "whole", replace(config, num_shards=4))
-    kept = IndexConfig("PQ8x4", 2, rescore_candidates=60)
+    kept = IndexConfig(factory="PQ8x4", num_shards=2, rescore_candidates=60)
     for shard in whole(kept):
         shard.save(2, tmp_path / "kept")
     check_ranges(*ranges, "PQ8x4", tmp_path / "kept")
@@ -220,7 +220,9 @@ def test_codes_of_added_passages_are_not_joined(tmp_path: Path) -> None:
 
 def test_shards_of_different_weights_keep_the_version_of_each_passage(tmp_path: Path) -> None:
     """One shard was lost and encoded again from newer weights: on other shards its rows stay what they are."""
-    shards = [Shard(n, *bounds, IndexConfig("Flat", 2)) for n, bounds in enumerate(shard_ranges(NUM, 2))]
+    shards = [
+        Shard(n, *bounds, IndexConfig(factory="Flat", num_shards=2)) for n, bounds in enumerate(shard_ranges(NUM, 2))
+    ]
     extra = np.array([NUM, NUM + 1])
     for shard, version in zip(shards, (10, 12), strict=True):
         shard.stage(1, version, shard.start, VECTORS[shard.start : shard.stop])
@@ -232,7 +234,8 @@ def test_shards_of_different_weights_keep_the_version_of_each_passage(tmp_path: 
     one = hits_of(shards, 30)
     for num_shards in (1, 3):
         again = [
-            Shard(n, *bounds, IndexConfig("Flat", num_shards)) for n, bounds in enumerate(shard_ranges(NUM, num_shards))
+            Shard(n, *bounds, IndexConfig(factory="Flat", num_shards=num_shards))
+            for n, bounds in enumerate(shard_ranges(NUM, num_shards))
         ]
         for shard in again:
             shard.load(2, tmp_path)
@@ -252,10 +255,10 @@ def test_a_filter_sees_added_passages_and_no_deleted_ones(tmp_path: Path, factor
     base = [Passage(f"p{n}", "", f"text {n}", described(n)) for n in range(NUM)]
     write_store(tmp_path / "store", base, [])
     store = LiveStore.open_with(tmp_path / "store", tmp_path / "corpus")
-    config = IndexConfig(factory, 3, nprobe=4)
+    config = IndexConfig(factory=factory, num_shards=3, nprobe=4)
     shards = []
     for number, bounds in enumerate(shard_ranges(NUM, 3)):
-        columns = MetadataColumns(tmp_path / "store", *bounds, number, 3, tmp_path / "corpus")
+        columns = MetadataColumns(tmp_path / "store", *bounds, shard=number, num_shards=3, corpus=tmp_path / "corpus")
         shards.append(Shard(number, *bounds, config, metadata=columns))
         shards[-1].stage(1, 10, bounds[0], VECTORS[bounds[0] : bounds[1]])
         commit(shards[-1], 1)
@@ -288,7 +291,7 @@ def test_a_filter_sees_added_passages_and_no_deleted_ones(tmp_path: Path, factor
         numbers = np.arange(NUM if generation == 2 else NUM + 10, NUM + count)
         put = [Passage(f"p{n}", "", f"text {n}", described(int(n))) for n in numbers]
         dead = [5, 10, int(numbers[0]) - 1] if generation == 2 else [11, NUM + 4]
-        change = change_corpus(store, Wanted(put=put, delete=[f"p{n}" for n in dead]), [])
+        change = change_corpus(store, Wanted(put=put, delete=[f"p{n}" for n in dead]), sides=[])
         gone = store.log.deleted_at()
         for shard in shards:
             mine = numbers[(numbers - NUM) % 3 == shard.shard_number]
@@ -299,14 +302,14 @@ def test_a_filter_sees_added_passages_and_no_deleted_ones(tmp_path: Path, factor
         check(generation, count, gone)
     for shard in shards:  # a whole generation: numbers with gaps
         shard.release(1)
-        owned = store.log.owned(shard.shard_number, 3, shard.start, shard.stop, store.log.version)
+        owned = store.log.owned(shard.shard_number, 3, start=shard.start, stop=shard.stop, version=store.log.version)
         assert owned is not None
         shard.begin(4, 10, owned, store.log.version)
         shard.stage(4, 10, owned, VECTORS[owned])
         commit(shard, 4)
     check(4, ADDED, gone)
     changed = Passage("p7", "", "another text", {"lang": "de", "year": 1999})  # an update brings its own metadata
-    change_corpus(store, Wanted(put=[changed], mode="update"), [])
+    change_corpus(store, Wanted(put=[changed], mode="update"), sides=[])
     row = store.row_of("p7")
     assert row == NUM + ADDED
     assert store.metadata(row) == store.passage(row).metadata == changed.metadata

@@ -37,13 +37,13 @@ def loaded(folder: Path, config: IndexConfig, num_shards: int) -> list[Shard]:
 
 
 def hits_of(shards: list[Shard], k: int = 10, num_vectors: int = 0) -> Hits:
-    return merge([shard.search(QUERIES, k, 4, num_vectors) for shard in shards], k)
+    return merge([shard.search(QUERIES, k, generation=4, num_vectors=num_vectors) for shard in shards], k)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3), (2, 5), (5, 2), (3, 6), (4, 4)])
 def test_exhaustive_kinds_answer_alike(tmp_path: Path, factory: str, before: int, after: int) -> None:
-    config = IndexConfig(factory)
+    config = IndexConfig(factory=factory)
     one, other = hits_of(saved(tmp_path, config, before), 25, 3), hits_of(loaded(tmp_path, config, after), 25, 3)
     assert one.ids.tolist() == other.ids.tolist()
     assert one.scores.tolist() == other.scores.tolist()
@@ -55,7 +55,7 @@ def test_exhaustive_kinds_answer_alike(tmp_path: Path, factory: str, before: int
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQfp16", "HNSW8", "SQ8", "IVF8,SQ8", "HNSW8,SQ8"])
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3), (2, 5)])
 def test_kinds_that_keep_vectors_find_as_much(tmp_path: Path, factory: str, before: int, after: int) -> None:
-    config = IndexConfig(factory, nprobe=8)
+    config = IndexConfig(factory=factory, nprobe=8)
     one, other = hits_of(saved(tmp_path, config, before)), hits_of(loaded(tmp_path, config, after))
     assert recall(other.ids, EXACT) >= recall(one.ids, EXACT) - 0.02
     assert np.abs(one.scores - other.scores).max() < 0.02
@@ -65,7 +65,7 @@ def test_kinds_that_keep_vectors_find_as_much(tmp_path: Path, factory: str, befo
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 6)])
 def test_codes_are_cut_bit_for_bit(tmp_path: Path, factory: str, before: int, after: int) -> None:
     """All lists visited, the answer is that of the saved shards: no code was made from a code."""
-    config = IndexConfig(factory, nprobe=99, training_sample=300)
+    config = IndexConfig(factory=factory, nprobe=99, training_sample=300)
     one = hits_of(saved(tmp_path, config, before), 20)
     other = hits_of(loaded(tmp_path, config, after), 20)
     np.testing.assert_allclose(one.scores, other.scores, rtol=1e-5, atol=1e-5)
@@ -74,7 +74,7 @@ def test_codes_are_cut_bit_for_bit(tmp_path: Path, factory: str, before: int, af
 
 @pytest.mark.parametrize("factory", ["PQ8x4", "IVF4,PQ8x4"])
 def test_codes_are_joined_by_the_vectors_beside_them(tmp_path: Path, factory: str) -> None:
-    config = IndexConfig(factory, nprobe=9, rescore_candidates=60)
+    config = IndexConfig(factory=factory, nprobe=9, rescore_candidates=60)
     shards = saved(tmp_path, config, 3)
     for after in (1, 2, 6):
         other = hits_of(loaded(tmp_path, config, after))
@@ -86,7 +86,7 @@ def test_codes_are_joined_by_the_vectors_beside_them(tmp_path: Path, factory: st
 
 
 def test_codes_of_different_shards_are_not_joined(tmp_path: Path) -> None:
-    config = IndexConfig("PQ8x4")
+    config = IndexConfig(factory="PQ8x4")
     saved(tmp_path, config, 2)
     message = r"has 2 shards and cannot become 3: codes .* Set index\.num_shards to a multiple of 2"
     with pytest.raises(ValueError, match=message):
@@ -101,13 +101,13 @@ def test_codes_of_different_shards_are_not_joined(tmp_path: Path) -> None:
 
 def test_bad_snapshots_are_refused(tmp_path: Path) -> None:
     saved(tmp_path, IndexConfig(), 3)
-    fresh = Shard(0, 0, NUM, IndexConfig())
+    fresh = Shard(0, 0, stop=NUM, config=IndexConfig())
     with pytest.raises(ValueError, match="has generation 4: needed is 5"):
         fresh.load(5, tmp_path)
     with pytest.raises(ValueError, match="has factory 'Flat': needed is 'SQ8'"):
-        Shard(0, 0, NUM, IndexConfig("SQ8")).load(4, tmp_path)
+        Shard(0, 0, stop=NUM, config=IndexConfig(factory="SQ8")).load(4, tmp_path)
     with pytest.raises(ValueError, match=rf"does not hold the passages 0 to {NUM}"):
-        Shard(0, 0, NUM + 1, IndexConfig()).load(4, tmp_path)
+        Shard(0, 0, stop=NUM + 1, config=IndexConfig()).load(4, tmp_path)
     index = tmp_path / "shard-0001" / "index.faiss"
     content = bytearray(index.read_bytes())
     content[-1] ^= 1

@@ -37,7 +37,7 @@ def serve(shard: Shard, generation: int, vectors: np.ndarray) -> None:
 
 
 def search_all(shards: list[Shard], queries: np.ndarray, k: int, generation: int) -> Hits:
-    return merge([shard.search(queries, k, generation) for shard in shards], k)
+    return merge([shard.search(queries, k, generation=generation) for shard in shards], k)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
@@ -46,7 +46,7 @@ def test_number_of_shards_does_not_matter(num_shards: int, factory: str) -> None
     """Ids and scores equal brute force bit for bit, with every vector three times and k above a shard's size."""
     vectors = np.tile(unit_vectors(20, DIM), (3, 1)).astype(np.float16).astype(np.float32)
     queries = unit_vectors(9, DIM, seed=1)
-    shards = [Shard(n, *bounds, IndexConfig(factory)) for n, bounds in enumerate(shard_ranges(60, num_shards))]
+    shards = [Shard(n, *bounds, IndexConfig(factory=factory)) for n, bounds in enumerate(shard_ranges(60, num_shards))]
     for shard in shards:
         serve(shard, 1, vectors)
     for k in (1, 10, 60):
@@ -72,7 +72,7 @@ def test_switching() -> None:
     """The old generation answers until the new one is committed, and after that until it is released."""
     old, new = unit_vectors(20, DIM), unit_vectors(20, DIM, seed=1)
     queries = unit_vectors(3, DIM, seed=2)
-    shard = Shard(0, 0, 20, FLAT)
+    shard = Shard(0, 0, stop=20, config=FLAT)
     with pytest.raises(GenerationGone, match="generation -1 is not served, the newest is -1"):
         shard.search(queries, 4)
     serve(shard, 1, old)
@@ -80,24 +80,24 @@ def test_switching() -> None:
     shard.prepare(2)
     assert shard.search(queries, 4).generation == 1
     with pytest.raises(GenerationGone) as gone:
-        shard.search(queries, 4, 2)
+        shard.search(queries, 4, generation=2)
     assert (gone.value.generation, gone.value.committed) == (2, 1)
     shard.commit(2)
     for generation, vectors in ((1, old), (2, new)):
-        hits = shard.search(queries, 4, generation)
+        hits = shard.search(queries, 4, generation=generation)
         assert hits.ids.tolist() == search_exactly(vectors, queries, 4)[1].tolist()
         assert (hits.generation, hits.weights_version, hits.committed) == (generation, 10 * generation, 2)
     assert shard.search(queries, 4).generation == 2
     shard.release(1)
     with pytest.raises(GenerationGone) as gone:
-        shard.search(queries, 4, 1)
+        shard.search(queries, 4, generation=1)
     assert gone.value.committed == 2
 
 
 def test_bookkeeping_of_rows() -> None:
     """Chunks in any order, overlapping, sent twice: exactly the missing rows are missing."""
     vectors = unit_vectors(30, DIM)
-    shard = Shard(4, 10, 30, FLAT)
+    shard = Shard(4, 10, stop=30, config=FLAT)
     assert shard.staged_rows(1) == 0
     for start, stop, expected in ((10, 15, 5), (10, 15, 5), (13, 18, 8), (25, 30, 13)):
         shard.stage(1, 5, start, vectors[start:stop])
@@ -113,13 +113,13 @@ def test_bookkeeping_of_rows() -> None:
     shard.stage(1, 5, 10, np.zeros((20, DIM), np.float32))
     assert shard.staged_rows(1) == 20
     assert shard.status().staged == -1
-    hits = shard.search(vectors[:5], 3, 1)
+    hits = shard.search(vectors[:5], 3, generation=1)
     assert hits.ids.tolist() == (10 + search_exactly(vectors[10:], vectors[:5], 3)[1]).tolist()
 
 
 def test_everything_twice() -> None:
     vectors = unit_vectors(10, DIM)
-    shard = Shard(0, 0, 10, FLAT)
+    shard = Shard(0, 0, stop=10, config=FLAT)
     serve(shard, 1, vectors)
     fill(shard, 2, vectors)
     for call in (shard.prepare, shard.prepare, shard.commit, shard.commit, shard.prepare, shard.abort):
@@ -136,7 +136,7 @@ def test_not_finite() -> None:
     vectors = unit_vectors(30, DIM)
     broken = vectors.copy()
     broken[17, 3], broken[22] = np.nan, np.inf
-    shard = Shard(0, 10, 30, FLAT)
+    shard = Shard(0, 10, stop=30, config=FLAT)
     serve(shard, 1, vectors)
     fill(shard, 2, broken)
     with pytest.raises(ValueError, match="generation 2 has 2 vectors that are not finite, first passage 17"):
@@ -149,7 +149,7 @@ def test_not_finite() -> None:
 
 def test_abort_and_overtaking() -> None:
     vectors = unit_vectors(10, DIM)
-    shard = Shard(0, 0, 10, FLAT)
+    shard = Shard(0, 0, stop=10, config=FLAT)
     serve(shard, 1, vectors)
     shard.stage(2, 20, 0, vectors[:5])
     shard.abort(2)
@@ -179,7 +179,7 @@ def test_abort_and_overtaking() -> None:
     ],
 )
 def test_refused_chunks(start: int, vectors: np.ndarray, message: str) -> None:
-    shard = Shard(5, 10, 20, FLAT)
+    shard = Shard(5, 10, stop=20, config=FLAT)
     shard.stage(1, 1, 10, GOOD)
     with pytest.raises(ValueError, match=message):
         shard.stage(1, 1, start, vectors)
@@ -189,8 +189,8 @@ def test_refused_chunks(start: int, vectors: np.ndarray, message: str) -> None:
 def test_refused_calls() -> None:
     vectors = unit_vectors(10, DIM)
     with pytest.raises(ValueError, match="shard 0 cannot hold passages 4 to 3"):
-        Shard(0, 4, 4, FLAT)
-    shard = Shard(0, 0, 10, FLAT)
+        Shard(0, 4, stop=4, config=FLAT)
+    shard = Shard(0, 0, stop=10, config=FLAT)
     for call in (shard.prepare, shard.commit):
         with pytest.raises(ValueError, match=r"generation 1 is not (staged|prepared) on shard 0"):
             call(1)
@@ -229,11 +229,11 @@ def test_generation_gone_travels() -> None:
 def test_save_and_load(tmp_path: Path, factory: str) -> None:
     vectors, queries = unit_vectors(40, DIM), unit_vectors(5, DIM, seed=1)
     config = IndexConfig(factory=factory, nprobe=1)
-    shard = Shard(3, 10, 40, config)
+    shard = Shard(3, 10, stop=40, config=config)
     serve(shard, 7, vectors)
     path = shard.save(7, tmp_path / "generation-7")
     assert shard.save(7, tmp_path / "generation-7") == path
-    fresh = Shard(3, 10, 40, config)
+    fresh = Shard(3, 10, stop=40, config=config)
     assert fresh.load(7, tmp_path / "generation-7") == 70
     assert fresh.load(7, tmp_path / "generation-7") == 70
     assert fresh.status().generations == {7: 70}
@@ -243,20 +243,20 @@ def test_save_and_load(tmp_path: Path, factory: str) -> None:
     assert (one.generation, one.weights_version) == (same.generation, same.weights_version)
     serve(fresh, 8, vectors)
     for other, generation, message in (
-        (Shard(3, 10, 40, config), 8, "generation 7: needed is 8"),
-        (Shard(3, 0, 40, config), 7, "does not hold the passages 0 to 39"),
-        (Shard(3, 10, 40, IndexConfig(factory="HNSW8")), 7, "needed is 'HNSW8'"),
+        (Shard(3, 10, stop=40, config=config), 8, "generation 7: needed is 8"),
+        (Shard(3, 0, stop=40, config=config), 7, "does not hold the passages 0 to 39"),
+        (Shard(3, 10, stop=40, config=IndexConfig(factory="HNSW8")), 7, "needed is 'HNSW8'"),
     ):
         with pytest.raises(ValueError, match=message):
             other.load(generation, tmp_path / "generation-7")
     with pytest.raises(TornSnapshot, match="shard-0004"):
-        Shard(4, 40, 50, config).load(7, tmp_path / "generation-7")
+        Shard(4, 40, stop=50, config=config).load(7, tmp_path / "generation-7")
     with pytest.raises(GenerationGone):
         shard.save(6, tmp_path / "generation-6")
 
 
 def test_torn_snapshots_are_refused(tmp_path: Path) -> None:
-    shard = Shard(0, 0, 40, FLAT)
+    shard = Shard(0, 0, stop=40, config=FLAT)
     serve(shard, 1, unit_vectors(40, DIM))
     path = shard.save(1, tmp_path)
     for file in sorted(path.iterdir()):
@@ -266,16 +266,16 @@ def test_torn_snapshots_are_refused(tmp_path: Path) -> None:
             for damage in (whole[:position], whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :]):
                 file.write_bytes(damage)
                 with pytest.raises(TornSnapshot, match="shard-0000"):
-                    Shard(0, 0, 40, FLAT).load(1, tmp_path)
+                    Shard(0, 0, stop=40, config=FLAT).load(1, tmp_path)
         file.write_bytes(whole)
     (path / "index.faiss").write_bytes(b"")  # a snapshot whose sizes are wrong is written anew
     shard.save(1, tmp_path)
-    assert Shard(0, 0, 40, FLAT).load(1, tmp_path) == 10
+    assert Shard(0, 0, stop=40, config=FLAT).load(1, tmp_path) == 10
 
 
 def test_release_waits_for_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search under way keeps its generation; release has a bound; afterwards the memory is free."""
-    shard = Shard(0, 0, 10, FLAT)
+    shard = Shard(0, 0, stop=10, config=FLAT)
     vectors = unit_vectors(10, DIM)
     serve(shard, 1, vectors)
     inside, go_on = threading.Event(), threading.Event()
@@ -288,14 +288,14 @@ def test_release_waits_for_searches(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Index, "search", slow)
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(shard.search(vectors, 2, 1)))
+    thread = threading.Thread(target=lambda: answers.append(shard.search(vectors, 2, generation=1)))
     thread.start()
     assert inside.wait(10)
     serve(shard, 2, vectors)  # nothing that a refresh does waits for the search
     with pytest.raises(TimeoutError, match=r"generation 1 still has 1 users after 0\.05 s"):
         shard.release(1, timeout_s=0.05)
     with pytest.raises(GenerationGone):
-        shard.search(vectors, 2, 1)
+        shard.search(vectors, 2, generation=1)
     assert (shard.status().generations, shard.status().in_flight) == ({2: 20}, 1)
     releaser = threading.Thread(target=shard.release, args=(1,))
     releaser.start()
@@ -311,7 +311,7 @@ def test_release_waits_for_searches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_searches_and_status_do_not_wait_for_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = Shard(0, 0, 10, FLAT)
+    shard = Shard(0, 0, stop=10, config=FLAT)
     vectors = unit_vectors(10, DIM)
     serve(shard, 1, vectors)
     fill(shard, 2, vectors)

@@ -70,7 +70,7 @@ def test_halves_that_are_too_large_are_refused_until_they_are_replaced() -> None
 
 
 def test_a_build_that_fails_keeps_what_waits() -> None:
-    shard = Shard(0, 0, 4, IndexConfig(factory="SQfp16"))
+    shard = Shard(0, 0, stop=4, config=IndexConfig(factory="SQfp16"))
     shard.stage(1, 10, 0, np.full((4, 2), 1e6, np.float32))
     for _ in range(2):
         with pytest.raises(ValueError, match="beyond 65504"):

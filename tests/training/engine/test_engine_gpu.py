@@ -69,7 +69,7 @@ def test_resume_is_bit_for_bit(tmp_path: Path, stage: int) -> None:
     try:
         engine = toy_engine(replace(CONFIG, zero_stage=stage), ToySystem(dropout=0.3))
         train_steps(engine, DATA[:3])
-        path = save_checkpoint(tmp_path, 3, engine, {"step": 3}, {"rng": rng_state()}, keep=1)
+        path = save_checkpoint(tmp_path, 3, engine=engine, state={"step": 3}, rank_state={"rng": rng_state()}, keep=1)
         train_steps(engine, DATA[:3])
 
         resumed = toy_engine(replace(CONFIG, zero_stage=stage), ToySystem(seed=9, dropout=0.3))

@@ -93,9 +93,13 @@ def measured(world: TinyWorld, job: StageJob, tmp_path: Path) -> dict[str, float
 def test_preferences_move_both_what_is_said_and_what_is_retrieved(world, tmp_path, start, pairs):
     # Measured on the pairs that are trained on: the tiny world is too small to generalise in some steps.
     job = aligning(
-        world, tmp_path / "run", start, pairs | {"test": pairs["train"]}, publish_every=4,
+        world,
+        tmp_path / "run",
+        start,
+        pairs | {"test": pairs["train"]},
+        publish_every=4,
         training=TrainingConfig(steps=48, batch_size=12, warmup_steps=2),
-    )  # fmt: skip
+    )
     before = measured(world, job, tmp_path)
     _, result = run_stage(job, world.index())
     after, weights, old = result["metrics"], final_weights(job), load_weights(start)

@@ -48,7 +48,9 @@ def train(
     index = world.index(max_generations=1)
     stage = Stage(job, index)
     # Under ZeRO 3 the stage's own weights are whole only inside its engine; fresh ones depend on the seed alone.
-    fresh = build_system(job.encoder, job.generator, "both", (world.tokenizer, world.tokenizer), job.seed)
+    fresh = build_system(
+        job.encoder, job.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=job.seed
+    )
     index.publish(0, to_numpy(passage_state(fresh.retriever)))
     result = stage.run()
     rows = rows_by_step(job)

@@ -32,7 +32,9 @@ BUDGETS = {"copy": 900, "fusion": 900, "causal": 700}
 
 def collator_of(world: TinyWorld, kind: str) -> Collator:
     generator = GeneratorConfig(kind=kind, fresh=world.generator.fresh, max_answer_tokens=8)
-    system = build_system(world.encoder, generator, "none", (world.tokenizer, world.tokenizer), 0).eval()
+    system = build_system(
+        world.encoder, generator, train="none", tokenizers=(world.tokenizer, world.tokenizer), seed=0
+    ).eval()
     return Collator(world.store(), world.question_store("test"), system.generator, 0)
 
 
@@ -93,7 +95,8 @@ def test_a_needle_stands_at_its_depth_among_the_same_others(world: TinyWorld, ki
     context = LongContext(collator, BUDGETS[kind], answer_tokens=8)
     labelled = np.array([4, 9])
     prompts = {
-        depth: context.bury(1, 4, labelled, depth, np.random.default_rng(5)).tolist() for depth in (0.0, 0.5, 1.0)
+        depth: context.bury(1, 4, labelled=labelled, depth=depth, rng=np.random.default_rng(5)).tolist()
+        for depth in (0.0, 0.5, 1.0)
     }
     others = [passage for passage in prompts[0.0] if passage != 4]
     assert len(others) > 3
@@ -110,7 +113,9 @@ def test_the_smallest_haystack_is_the_needle(world: TinyWorld) -> None:
     collator = collator_of(world, "causal")
     needed = LongContext(collator, 700, answer_tokens=8).smallest(0, 3)
     assert needed == prompt_tokens(collator, 0, np.array([3])) + 9
-    alone = LongContext(collator, needed, answer_tokens=8).bury(0, 3, np.array([3]), 0.5, np.random.default_rng(0))
+    alone = LongContext(collator, needed, answer_tokens=8).bury(
+        0, 3, labelled=np.array([3]), depth=0.5, rng=np.random.default_rng(0)
+    )
     assert alone.tolist() == [3]
 
 

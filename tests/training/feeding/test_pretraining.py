@@ -54,7 +54,7 @@ def corpus_questions(
     store = store or world.store()
     generator = models.get("generator", world.generator)
     sides = example_sides((world.tokenizer, models.get("tokenizer", world.tokenizer)), world.encoder, generator)
-    return CorpusQuestions(store, np.arange(len(store)), config, sides, seed, TRAINING)
+    return CorpusQuestions(store, np.arange(len(store)), config=config, sides=sides, seed=seed, purpose=TRAINING)
 
 
 # ---------------------------------------------------------------- examples by number
@@ -141,10 +141,10 @@ def test_a_corpus_without_what_a_task_needs_is_refused(world, tmp_path):
         CorpusQuestions(
             store,
             np.empty(0, np.int64),
-            ALL,
-            example_sides((world.tokenizer,) * 2, world.encoder, world.generator),
-            0,
-            1,
+            config=ALL,
+            sides=example_sides((world.tokenizer,) * 2, world.encoder, world.generator),
+            seed=0,
+            purpose=1,
         )
 
 
@@ -210,7 +210,9 @@ def test_the_source_and_its_near_duplicates_are_never_read(world, tmp_path, dept
     near = np.array([[len(a & b) / len(a | b) >= threshold for b in sets] for a in sets])
     assert near.sum() > len(store) + 150  # duplicates there are
 
-    system = build_system(world.encoder, world.generator, "both", (world.tokenizer, world.tokenizer), 0).eval()
+    system = build_system(
+        world.encoder, world.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=0
+    ).eval()
     index = LocalIndex(store, world.encoder, len(world.tokenizer))
     index.publish(0, to_numpy(passage_state(system.retriever)))
     questions = corpus_questions(world, replace(ALL, margin=margin), store=store)
@@ -224,9 +226,11 @@ def test_the_source_and_its_near_duplicates_are_never_read(world, tmp_path, dept
         return found
 
     stream = Stream(len(store), 8, seed=3)
-    search = FairSearch(index, questions, groups, margin)
-    prefetcher = Prefetcher(index, stream.places, encode, k, depth, search=search)
-    source = RetrievedBatches(prefetcher, collator, RetrievalConfig(k=k), torch.device("cpu"), stream)
+    search = FairSearch(index, questions, groups=groups, margin=margin)
+    prefetcher = Prefetcher(index, stream.places, encode_questions=encode, k=k, depth=depth, search=search)
+    source = RetrievedBatches(
+        prefetcher, collator, config=RetrievalConfig(k=k), device=torch.device("cpu"), stream=stream
+    )
     for _ in range(60):
         source.next()
     assert [number for number, _ in collator.seen] == list(range(480))
@@ -251,11 +255,13 @@ def test_where_nothing_else_is_left_fewer_are_read(world, tmp_path):
     groups = np.zeros(len(store), dtype=np.int64)
     groups[[5, 9]] = 1
     index = LocalIndex(store, world.encoder, len(world.tokenizer))
-    system = build_system(world.encoder, world.generator, "both", (world.tokenizer, world.tokenizer), 0)
+    system = build_system(
+        world.encoder, world.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=0
+    )
     index.publish(0, to_numpy(passage_state(system.retriever)))
     numbers = np.array([number for number in range(200) if groups[questions.example(number).source] == 0][:3])
     queries = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
-    hits = FairSearch(index, questions, groups, 1)(numbers, queries, 4).result()
+    hits = FairSearch(index, questions, groups=groups, margin=1)(numbers, queries, 4).result()
     assert [sorted(row) for row in hits.ids.tolist()] == [[-1, -1, 5, 9]] * 3
     assert np.isneginf(hits.scores[:, 2:]).all()
     collator = Collator(store, questions, system.generator, 0)

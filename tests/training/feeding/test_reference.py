@@ -130,12 +130,14 @@ def test_where_only_adapters_train_the_reference_is_the_start_without_a_copy(
 ) -> None:
     lora = LoraConfig(rank=2, alpha=4.0)
     generator = GeneratorConfig(kind="causal", fresh=FRESH, lora=lora)
-    system = build_system(replace(ENCODER, lora=lora), generator, "both", (tokenizer, tokenizer), seed=0)
+    system = build_system(
+        replace(ENCODER, lora=lora), generator, train="both", tokenizers=(tokenizer, tokenizer), seed=0
+    )
     assert initial_copy(system) is None
     assert initial_copy(make(tokenizer, "causal", lora=lora)) is not None  # its retriever trains as a whole
     start = system.eval()("candidates", judged(system))
     engine = Engine(system, EngineConfig(), parameter_groups(system))
-    reference = build_reference(engine, None, False, "", tmp_path, resumes=False)
+    reference = build_reference(engine, None, offload=False, init_from="", run_dir=tmp_path, resumes=False)
     config = ObjectiveConfig(name="dpo")
     for step in range(3):
         batch = reference(judged(system))
@@ -172,7 +174,15 @@ def test_tokens_are_drawn_from_the_distribution_at_the_temperature() -> None:
     torch.manual_seed(0)
     log_probs = torch.tensor([0.1, 0.6, 0.3]).log()  # 0 ends
     for temperature in (1.0, 0.5):
-        written = sample_tokens(lambda prefix: log_probs.expand(len(prefix), 3), 20_000, 2, 0, 1, temperature, "cpu")
+        written = sample_tokens(
+            lambda prefix: log_probs.expand(len(prefix), 3),
+            20_000,
+            start_id=2,
+            end_id=0,
+            max_tokens=1,
+            temperature=temperature,
+            device="cpu",
+        )
         expected = (log_probs / temperature).softmax(dim=-1)
         first = torch.tensor([tokens[0] if tokens else 0 for tokens in written.tokens])
         shares = [float((first == token).float().mean()) for token in range(3)]

@@ -24,16 +24,18 @@ QUESTION, GOLDS, PASSAGES = "where was Ada born?", ["Rome", "the city of Rome"],
     ],
 )
 def test_built_in_rewards(name: str, answer: str, expected: float) -> None:
-    assert measure(name, load_reward(name), QUESTION, answer, GOLDS, PASSAGES) == pytest.approx(expected)
+    assert measure(
+        name, load_reward(name), question=QUESTION, answer=answer, golds=GOLDS, passages=PASSAGES
+    ) == pytest.approx(expected)
 
 
 def test_a_function_of_a_module_and_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def judge(question, answer, golds, passages):\n    return len(answer) + len(passages)\n")
     name = f"{file}:judge"
-    assert measure(name, load_reward(name), QUESTION, "four", GOLDS, PASSAGES) == 5.0
+    assert measure(name, load_reward(name), question=QUESTION, answer="four", golds=GOLDS, passages=PASSAGES) == 5.0
     module = "tests.helpers.preference_files:variety"
-    assert measure(module, load_reward(module), QUESTION, "aab", GOLDS, PASSAGES) > 2.0
+    assert measure(module, load_reward(module), question=QUESTION, answer="aab", golds=GOLDS, passages=PASSAGES) > 2.0
 
 
 @pytest.mark.parametrize(
@@ -52,13 +54,15 @@ def test_what_cannot_be_loaded(name: str, message: str) -> None:
 
 @pytest.mark.parametrize("value", [1, True, 0.5, np.float32(0.5), np.array(0.5), torch.tensor([0.5])])
 def test_numbers_of_every_kind(value: float) -> None:
-    assert measure("x:y", lambda *_: value, QUESTION, "a", GOLDS, PASSAGES) == pytest.approx(float(value))
+    assert measure(
+        "x:y", lambda *_: value, question=QUESTION, answer="a", golds=GOLDS, passages=PASSAGES
+    ) == pytest.approx(float(value))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "1.0", [1.0, 2.0], np.array([1.0, 2.0]), {}])
 def test_what_is_no_number(value: float) -> None:
     with pytest.raises(ValueError, match=r"objective.reward='x:y' returned .*, needed is a finite number"):
-        measure("x:y", lambda *_: value, QUESTION, "a", GOLDS, PASSAGES)
+        measure("x:y", lambda *_: value, question=QUESTION, answer="a", golds=GOLDS, passages=PASSAGES)
 
 
 def test_an_exception_is_told_with_the_question() -> None:
@@ -66,4 +70,4 @@ def test_an_exception_is_told_with_the_question() -> None:
         raise KeyError("score")
 
     with pytest.raises(ValueError, match=r"objective.reward='x:y' raised KeyError: 'score' \(question 'where was Ada"):
-        measure("x:y", judge, QUESTION, "a", GOLDS, PASSAGES)
+        measure("x:y", judge, question=QUESTION, answer="a", golds=GOLDS, passages=PASSAGES)

@@ -92,7 +92,7 @@ def test_corrupted_spans_put_back_give_the_passage() -> None:
     words = [f"w{i}" for i in range(30)]
     places: set[int] = set()
     for seed in range(200):
-        example = span_corruption(" ".join(words), random(seed), 20, 0.3, 2.0)
+        example = span_corruption(" ".join(words), random(seed), words=20, mask_share=0.3, mean_span_words=2.0)
         assert example is not None
         assert len(example.spans) == 3  # 6 of 20 words, 2 each on average
         assert sum(len(span.split()) for span in example.spans) == 6
@@ -106,8 +106,8 @@ def test_corrupted_spans_put_back_give_the_passage() -> None:
 
 
 def test_corruption_of_very_short_texts() -> None:
-    assert span_corruption("two words", random(), 20, 0.15, 3.0) is None
-    example = span_corruption("just three words", random(), 20, 0.15, 3.0)
+    assert span_corruption("two words", random(), words=20, mask_share=0.15, mean_span_words=3.0) is None
+    example = span_corruption("just three words", random(), words=20, mask_share=0.15, mean_span_words=3.0)
     assert example is not None
     assert len(example.spans[0].split()) == 1
 
@@ -152,7 +152,10 @@ def test_masks_are_written_as_each_tokeniser_reads_them() -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_is_a_function_of_its_generator(task: str) -> None:
     passage, config = Passage("a", "Ada Lovelace", TEXT), PretrainingConfig()
-    made = [make_example(task, passage, random(seed), config, 12, regex_spans) for seed in (1, 1, 2, 3, 4)]
+    made = [
+        make_example(task, passage, random=random(seed), config=config, words=12, recognize=regex_spans)
+        for seed in (1, 1, 2, 3, 4)
+    ]
     assert made[0] == made[1] is not None
     assert all(example is not None and len(example.question.split()) <= 12 for example in made)
     assert task == "title_to_section" or len({str(example) for example in made}) > 1

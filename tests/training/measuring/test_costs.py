@@ -99,7 +99,7 @@ def test_operations_of_one_stack_by_hand() -> None:
 
 
 def test_a_causal_answer_by_hand() -> None:
-    shape = Shape(Stack(weights=100, attention_layers=2, attention_dim=8, kv_dim=4), output=50)
+    shape = Shape(decoder=Stack(weights=100, attention_layers=2, attention_dim=8, kv_dim=4), output=50)
     # Prompt of 5, answer of 2 and the end: three predictions.
     expected = (1000 + 1600) + (400 + 832) + 2 * 50 * 3
     assert answer_flops(shape, [5], [2], fused=True) == expected
@@ -110,7 +110,14 @@ def test_a_causal_answer_by_hand() -> None:
 
 def test_an_encoder_decoder_answer_by_hand() -> None:
     decoder = Stack(weights=30, attention_layers=1, attention_dim=8, kv_dim=8)
-    shape = Shape(decoder, 50, Stack(100, 2, 8, 8), memory_weights=20, memory_kept=16, cross_products=16)
+    shape = Shape(
+        decoder=decoder,
+        output=50,
+        encoder=Stack(weights=100, attention_layers=2, attention_dim=8, kv_dim=8),
+        memory_weights=20,
+        memory_kept=16,
+        cross_products=16,
+    )
     read = {5: 1000 + 1600 + 2 * 20 * 5, 3: 600 + 576 + 2 * 20 * 3}
     own = 2 * 30 * 3 + 4 * 8 * (1 + 2 + 3)  # the start token and two answer tokens
     fused = read[5] + read[3] + own + 2 * 16 * 8 * 3 + 2 * 50 * 3
@@ -121,7 +128,7 @@ def test_an_encoder_decoder_answer_by_hand() -> None:
 
 
 def test_states_cost_the_same_bytes_at_every_length() -> None:
-    shape = Shape(Stack(10, state_layers=3, state_scanned=7, state_kept=9), output=5)
+    shape = Shape(decoder=Stack(weights=10, state_layers=3, state_scanned=7, state_kept=9), output=5)
     assert kept_bytes(shape, [10], 4) == kept_bytes(shape, [10_000], 4) == (0, 3 * 9 * 4)
     assert kept_bytes(shape, [10, 20], 4) == (0, 2 * 3 * 9 * 4)
 
@@ -198,14 +205,18 @@ BART = {
 
 def test_the_retriever_is_what_torch_counts(world: TinyWorld) -> None:
     encoder = EncoderConfig(fresh=FreshEncoderConfig(num_layers=2, hidden=32, num_heads=4, intermediate=48))
-    system = build_system(encoder, world.generator, "none", (world.tokenizer, world.tokenizer), 0).eval()
+    system = build_system(
+        encoder, world.generator, train="none", tokenizers=(world.tokenizer, world.tokenizer), seed=0
+    ).eval()
     tower = system.retriever.query_encoder
     ids, mask = torch.randint(5, 50, (1, 13)), torch.ones(1, 13, dtype=torch.bool)
     assert counted(lambda: tower(ids, mask)) == read_flops(encoder_stack(tower), 13)
 
 
 def test_the_copy_reader_is_what_torch_counts(world: TinyWorld) -> None:
-    system = build_system(world.encoder, world.generator, "none", (world.tokenizer, world.tokenizer), 0).eval()
+    system = build_system(
+        world.encoder, world.generator, train="none", tokenizers=(world.tokenizer, world.tokenizer), seed=0
+    ).eval()
     reader, shape = system.generator, shape_of(system.generator)
     assert shape.encoder is not None
     batch = reader.collate([np.arange(5, 9)], [[np.arange(5, 15), np.arange(5, 12)]], [np.arange(5, 8)])
@@ -257,7 +268,9 @@ def test_only_the_experts_that_a_token_visits_are_counted() -> None:
 
 
 def test_retrieval_is_counted_apart(world: TinyWorld) -> None:
-    system = build_system(world.encoder, world.generator, "none", (world.tokenizer, world.tokenizer), 0).eval()
+    system = build_system(
+        world.encoder, world.generator, train="none", tokenizers=(world.tokenizer, world.tokenizer), seed=0
+    ).eval()
     questions, store = world.question_store("test"), world.store()
     collator = Collator(store, questions, system.generator, 0)
     batch = collator(np.array([0, 1]), [np.array([3, 4]), np.array([5])])
@@ -283,7 +296,9 @@ def test_retrieval_is_counted_apart(world: TinyWorld) -> None:
 
 def test_a_causal_model_reads_one_prompt_or_one_a_passage(world: TinyWorld) -> None:
     generator = GeneratorConfig(kind="causal", fresh=world.generator.fresh)
-    system = build_system(world.encoder, generator, "none", (world.tokenizer, world.tokenizer), 0).eval()
+    system = build_system(
+        world.encoder, generator, train="none", tokenizers=(world.tokenizer, world.tokenizer), seed=0
+    ).eval()
     passages = [np.arange(5, 15), np.arange(5, 12)]
     batch = system.generator.collate([np.arange(5, 9)] * 2, [passages, passages[:1]], None)
     fused, single = prompt_lengths(batch, fused=True), prompt_lengths(batch, fused=False)

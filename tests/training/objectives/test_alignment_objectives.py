@@ -78,9 +78,13 @@ def test_worked_marginal() -> None:
     each = torch.tensor([[[[0.1], [0.04]], [[0.05], [0.2]]]], dtype=torch.float64).log()
     mask, answers = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, 1, dtype=torch.bool)
     outputs = Candidates(
-        scores, mask, log_probs=each, log_probs_mask=answers, reference_scores=torch.zeros(1, 2).double(),
+        scores=scores,
+        passage_mask=mask,
+        log_probs=each,
+        log_probs_mask=answers,
+        reference_scores=torch.zeros(1, 2).double(),
         reference_log_probs=each,
-    )  # fmt: skip
+    )
     loss, stats = compute(ObjectiveConfig(name="dpo"), outputs)
     margin = math.log(0.076 / 0.07) - math.log(0.11 / 0.125)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.1 * margin)), rel=1e-9)
@@ -114,10 +118,13 @@ def test_the_chosen_answer_teaches_the_retriever_what_a_preference_does_not() ->
     for weight in (0.0, 1.0):
         scores = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
         outputs = Candidates(
-            scores, torch.ones(1, 2, dtype=torch.bool), log_probs=each,
-            log_probs_mask=torch.ones(1, 2, 1, dtype=torch.bool), reference_scores=torch.zeros(1, 2).double(),
+            scores=scores,
+            passage_mask=torch.ones(1, 2, dtype=torch.bool),
+            log_probs=each,
+            log_probs_mask=torch.ones(1, 2, 1, dtype=torch.bool),
+            reference_scores=torch.zeros(1, 2).double(),
             reference_log_probs=each,
-        )  # fmt: skip
+        )
         compute(ObjectiveConfig(name="dpo", chosen_weight=weight), outputs)[0].backward()
         assert scores.grad is not None
         slopes.append(scores.grad[0, 0].item())

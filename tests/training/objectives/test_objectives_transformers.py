@@ -74,4 +74,9 @@ def ours(scores: Tensor, logits: Tensor, labels: Tensor) -> Likelihoods:
     log_probs = torch.log_softmax(logits, dim=-1).view(BATCH, K, labels.shape[1], -1)[:, :, :-1]
     index = target.view(BATCH, 1, -1, 1).expand(-1, K, -1, -1)
     per_passage = log_probs.gather(-1, index).squeeze(-1).masked_fill(~answer_mask.unsqueeze(1), 0.0)
-    return Likelihoods(scores, torch.ones(BATCH, K, dtype=torch.bool), answer_mask, per_passage)
+    return Likelihoods(
+        scores=scores,
+        passage_mask=torch.ones(BATCH, K, dtype=torch.bool),
+        answer_mask=answer_mask,
+        per_passage=per_passage,
+    )

@@ -205,7 +205,7 @@ def test_staleness_is_that_of_each_hits_own_vector(world, tmp_path):
     assert fetched.passages is not None
     assert np.array_equal(fetched.hit_versions.reshape(-1) == 2, np.isin(fetched.passages, only))
     window = Window(fetched=[fetched])
-    measured = step_metrics(window, LoopState(step=4), {"time/step_s": 1.0}, None)
+    measured = step_metrics(window, LoopState(step=4), times={"time/step_s": 1.0}, status=None)
     assert measured["index/staleness_steps"] == pytest.approx((36 * 1 + 144 * 3) / 180)
     assert measured["index/staleness_max_steps"] == 3
 

@@ -30,17 +30,21 @@ PARTS = RefreshPlan(policy="on_drift", drift_threshold=0.8, check_every_steps=4,
     ],
 )
 def test_who_asks(plan, step, overlap, refresh):
-    decision = decide(plan, step, 0.0, 0, overlap, under_way=False)
+    decision = decide(plan, step, share=0.0, num_partial=0, overlap=overlap, under_way=False)
     assert (decision.refresh if decision else None) == refresh
 
 
 def test_reasons():
-    assert decide(BOTH, 20, 0.0, 0, 0.1, False) == Decision(True, True, "refresh.every_steps=10")
+    assert decide(BOTH, 20, share=0.0, num_partial=0, overlap=0.1, under_way=False) == Decision(
+        True, True, "refresh.every_steps=10"
+    )
     why = "overlap 0.712 is below refresh.drift_threshold=0.8"
-    assert decide(BOTH, 12, 0.0, 0, 0.712, False) == Decision(True, True, why)
+    assert decide(BOTH, 12, share=0.0, num_partial=0, overlap=0.712, under_way=False) == Decision(True, True, why)
     held = Decision(False, True, f"{why}; an earlier refresh is under way")
-    assert decide(BOTH, 12, 0.0, 0, 0.712, True) == held
-    assert decide(BOTH, 20, 0.0, 0, 0.712, True) == Decision(True, True, "refresh.every_steps=10")
+    assert decide(BOTH, 12, share=0.0, num_partial=0, overlap=0.712, under_way=True) == held
+    assert decide(BOTH, 20, share=0.0, num_partial=0, overlap=0.712, under_way=True) == Decision(
+        True, True, "refresh.every_steps=10"
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,19 +62,19 @@ def test_reasons():
     ],
 )
 def test_a_refresh_waits_until_the_budget_has_room(plan, step, share, room_from):
-    decision = decide(plan, step, share, 0, 0.1, under_way=False)
+    decision = decide(plan, step, share=share, num_partial=0, overlap=0.1, under_way=False)
     assert decision is not None
     assert decision.refresh == (room_from is None)
     if room_from is not None:
         assert decision.why.endswith(f"refresh.max_share=0.125 has room from step {room_from} on")
-        later = decide(plan, -(-room_from // 4) * 4, share, 0, 0.1, under_way=False)
+        later = decide(plan, -(-room_from // 4) * 4, share=share, num_partial=0, overlap=0.1, under_way=False)
         assert later is not None
         assert later.refresh
 
 
 def test_what_the_clock_asks_for_is_never_withheld():
     plan = RefreshPlan(every_steps=10, policy="both", drift_threshold=0.8, check_every_steps=4, max_share=0.001)
-    decision = decide(plan, 10, 9.0, 0, 0.1, under_way=True)
+    decision = decide(plan, 10, share=9.0, num_partial=0, overlap=0.1, under_way=True)
     assert decision is not None
     assert decision.refresh
 

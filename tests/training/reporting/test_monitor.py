@@ -74,7 +74,7 @@ def silent_server() -> Iterator[str]:
 
 
 def test_metrics_lines(tmp_path: Path) -> None:
-    with Monitor(tmp_path, QUIET, {}, total_steps=2, rank=0) as monitor:
+    with Monitor(tmp_path, QUIET, run_config={}, total_steps=2, rank=0) as monitor:
         monitor.log({"loss/total": 1.5, "index/generation": 2}, step=1)
         monitor.log({"loss/total": float("nan"), "optim/grad_norm_generator": float("inf")}, step=2)
     first, second = lines(tmp_path / "metrics.jsonl")
@@ -88,7 +88,7 @@ def test_metrics_lines(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n{"step": 2, "loss/to')
-    with Monitor(tmp_path, QUIET, {}, total_steps=3, rank=0) as monitor:
+    with Monitor(tmp_path, QUIET, run_config={}, total_steps=3, rank=0) as monitor:
         monitor.log({"loss/total": 1.0}, step=2)
     assert [(row["step"], row["loss/total"]) for row in lines(tmp_path / "metrics.jsonl")] == [(1, 2.0), (2, 1.0)]
     assert [row["event"] for row in lines(tmp_path / "events.jsonl")] == ["torn_metrics_line_dropped"]
@@ -96,7 +96,7 @@ def test_a_torn_last_line_is_dropped_and_the_rest_kept(tmp_path: Path) -> None:
 
 def test_other_ranks_do_nothing(tmp_path: Path) -> None:
     stream = io.StringIO()
-    with Monitor(tmp_path / "run", OFFLINE, SECRETS, total_steps=1, rank=1, stream=stream) as monitor:
+    with Monitor(tmp_path / "run", OFFLINE, run_config=SECRETS, total_steps=1, rank=1, stream=stream) as monitor:
         monitor.log({"loss/total": 1.0}, step=1)
         monitor.event("x")
         monitor.message("x")
@@ -130,7 +130,7 @@ def test_rows_that_are_no_json_are_passed_over(tmp_path: Path) -> None:
 
 def test_a_full_disk_costs_one_message(tmp_path: Path) -> None:
     stream = io.StringIO()
-    monitor = Monitor(tmp_path, MonitorConfig(wandb="off"), {}, total_steps=100, rank=0, stream=stream)
+    monitor = Monitor(tmp_path, MonitorConfig(wandb="off"), run_config={}, total_steps=100, rank=0, stream=stream)
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     monitor.event("one")
     monitor.event("two")
@@ -140,7 +140,7 @@ def test_a_full_disk_costs_one_message(tmp_path: Path) -> None:
 
 def test_a_closed_terminal_does_not_stop_the_run(tmp_path: Path) -> None:
     stream = io.StringIO()
-    monitor = Monitor(tmp_path, MonitorConfig(wandb="off"), {}, total_steps=2, rank=0, stream=stream)
+    monitor = Monitor(tmp_path, MonitorConfig(wandb="off"), run_config={}, total_steps=2, rank=0, stream=stream)
     stream.close()
     monitor.log({"loss/total": 1.0}, step=1)
     monitor.message("nobody reads this")
@@ -149,7 +149,7 @@ def test_a_closed_terminal_does_not_stop_the_run(tmp_path: Path) -> None:
 
 def test_offline_run_holds_every_metric_and_no_secret(tmp_path: Path) -> None:
     stream = io.StringIO()
-    with Monitor(tmp_path, OFFLINE, SECRETS, total_steps=2, rank=0, stream=stream) as monitor:
+    with Monitor(tmp_path, OFFLINE, run_config=SECRETS, total_steps=2, rank=0, stream=stream) as monitor:
         monitor.log({"loss/total": 2.0, "retrieval/entropy": 1.0}, step=1)
         monitor.log({"loss/total": 1.0, "retrieval/entropy": float("nan")}, step=2)
         monitor.summary({"joint": {"recall@1": 0.93}})
@@ -173,7 +173,7 @@ def test_offline_run_holds_every_metric_and_no_secret(tmp_path: Path) -> None:
 def test_a_resume_continues_the_same_run(tmp_path: Path) -> None:
     for start in (0, 2):
         config = MonitorConfig(console=False, wandb="offline")
-        with Monitor(tmp_path, config, {}, total_steps=4, rank=0) as monitor:
+        with Monitor(tmp_path, config, run_config={}, total_steps=4, rank=0) as monitor:
             for step in (start + 1, start + 2):
                 monitor.log({"loss/total": 1.0 / step}, step=step)
     records = inspect(tmp_path)
@@ -190,7 +190,7 @@ def test_an_unreachable_server_costs_no_time_and_no_number(
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     stream = io.StringIO()
     config = MonitorConfig(wandb="online", init_timeout_s=1.0)
-    monitor = Monitor(tmp_path, config, {}, total_steps=3, rank=0, stream=stream)
+    monitor = Monitor(tmp_path, config, run_config={}, total_steps=3, rank=0, stream=stream)
     start = time.monotonic()
     for step in (1, 2, 3):
         monitor.log({"loss/total": 1.0}, step=step)
@@ -275,11 +275,26 @@ def test_netrc_counts_as_a_key(tmp_path: Path) -> None:
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"monitor\.wandb is 'of'; allowed are auto, online, offline, off"):
-        Monitor(tmp_path, MonitorConfig(wandb="of"), {}, total_steps=1, rank=0)
+        Monitor(tmp_path, MonitorConfig(wandb="of"), run_config={}, total_steps=1, rank=0)
 
 
-@pytest.mark.parametrize("key", ["key", "API_KEY", "apiKey", "wandb_api_key", "hf.token", "authToken", "DB_PASSWORD",
-                                 "client-secret", "passwd_file", "tokens", "secrets", "mytoken"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "key",
+        "API_KEY",
+        "apiKey",
+        "wandb_api_key",
+        "hf.token",
+        "authToken",
+        "DB_PASSWORD",
+        "client-secret",
+        "passwd_file",
+        "tokens",
+        "secrets",
+        "mytoken",
+    ],
+)
 def test_secret_keys_are_redacted(key: str) -> None:
     assert redact({"a": [{key: "x"}]}) == {"a": [{key: REDACTED}]}
 

@@ -87,7 +87,7 @@ def report(tmp_path: Path) -> Path:
     table = Table("Held-out people", ["run", "recall@1"], [["joint <1>", 0.93], ["frozen", None]], ["<i>one seed</i>"])
     passages = [ReadPassage("Marno <Velik>", "plays the tokari & more", 12.5, relevant=True)]
     example = Example("Who <plays>?", ["tokari"], {"joint <1>": "the Tokari", "frozen": "</td>"}, passages)
-    run_report(runs, [table], [example], tmp_path / "out" / "report.html", title="Two & more")
+    run_report(runs, [table], examples=[example], out=tmp_path / "out" / "report.html", title="Two & more")
     return tmp_path / "out" / "report.html"
 
 
@@ -143,16 +143,16 @@ def test_plots_are_whole_and_their_references_stay_inside(report: Path) -> None:
 def test_both_runs_and_their_refreshes_are_drawn() -> None:
     marks = {"joint": [20.0, 40.0]}
     curves = {"joint": ([1, 2, 3], [0.1, 0.2, 0.3]), "frozen": ([1, 2, 3], [0.1, 0.1, 0.1])}
-    svg = plot_svg(Plot("recall", curves, marks), {"joint": "#aa0001", "frozen": "#aa0002"})
+    svg = plot_svg(Plot(title="recall", curves=curves, marks=marks), {"joint": "#aa0001", "frozen": "#aa0002"})
     assert svg.count('stroke-dasharray: 1,1.65') == 2  # dotted verticals  # fmt: skip
     assert "joint" in svg
     assert "frozen" in svg
-    assert svg == plot_svg(Plot("recall", curves, marks), {"joint": "#aa0001", "frozen": "#aa0002"})
+    assert svg == plot_svg(Plot(title="recall", curves=curves, marks=marks), {"joint": "#aa0001", "frozen": "#aa0002"})
 
 
 def test_a_run_without_metrics_still_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    run_report({"run": tmp_path / "run"}, [], [], tmp_path / "report.html")
+    run_report({"run": tmp_path / "run"}, [], examples=[], out=tmp_path / "report.html")
     assert "No metrics yet." in Page(tmp_path / "report.html").text
 
 

@@ -41,7 +41,9 @@ PASSAGES, K = 180, 3
 def stale_stage(world: TinyWorld, folder: Path, rescore: int, index: LocalIndex | None = None, **changes: Any) -> Stage:
     """A stage whose index was built by another encoder than its own."""
     job = world.job(folder, evaluate_questions="", retrieval=RetrievalConfig(k=K, rescore=rescore), **changes)
-    other = build_system(world.encoder, world.generator, "both", (world.tokenizer, world.tokenizer), seed=77)
+    other = build_system(
+        world.encoder, world.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=77
+    )
     index = index or world.index()
     index.publish(0, to_numpy(passage_state(other.retriever)))
     return Stage(job, index)
@@ -129,7 +131,9 @@ def test_a_batch_is_scored_again_after_the_next_search_is_under_way():
     def encode(questions: np.ndarray) -> np.ndarray:
         return questions[:, None].astype(np.float32)
 
-    prefetcher = Prefetcher(service, lambda number: np.array([number]), encode, 2, 1, rescore=rescore)
+    prefetcher = Prefetcher(
+        service, lambda number: np.array([number]), encode_questions=encode, k=2, depth=1, rescore=rescore
+    )
     assert [prefetcher.next().rescore_s for _ in range(2)] == [0.5, 0.5]
     assert service.log == ["submit 0", "result 0", "submit 1", "rescore 0", "result 1", "submit 2", "rescore 1"]
 
@@ -192,15 +196,15 @@ def measure(rank: int, world_size: int, folder: Path, world: TinyWorld) -> dict[
     world = replace(world, tokenizer=words)
     found = {}
     for stage in STAGES:
-        system = build_system(world.encoder, world.generator, "both", (words, words), seed=1)
+        system = build_system(world.encoder, world.generator, train="both", tokenizers=(words, words), seed=1)
         engine = Engine(system, EngineConfig(zero_stage=stage, timeout_s=60.0), parameter_groups(system))
         collator = Collator(Store.open(world.passages), world.question_store("train"), system.generator, 0)
         fresh = FreshVectors(engine, collator, batch_tokens=64)
         mine = np.arange(3) if rank == 0 else np.arange(40, 60)  # 2 forwards and 10, or so
         index = world.index()
-        other = build_system(world.encoder, world.generator, "both", (words, words), seed=2)
+        other = build_system(world.encoder, world.generator, train="both", tokenizers=(words, words), seed=2)
         index.publish(0, to_numpy(passage_state(other.retriever)))
-        probe = DriftProbe(fresh, index, np.arange(5), K, 4 * K)
+        probe = DriftProbe(fresh, index, numbers=np.arange(5), k=K, depth=4 * K)
         probe.measure()
         probe.remember()
         found[stage] = fresh.passages(mine), probe.measure()

@@ -29,7 +29,9 @@ ALL = PASSAGES // K  # rescore: every passage is a candidate
 def stale_stage(world: TinyWorld, folder: Path, retrieval: RetrievalConfig, **changes: Any) -> tuple[Stage, LocalIndex]:
     """A stage with an index of vectors by another encoder than its own, and of words."""
     job = world.job(folder, evaluate_questions="", retrieval=retrieval, **changes)
-    other = build_system(world.encoder, world.generator, "both", (world.tokenizer, world.tokenizer), seed=77)
+    other = build_system(
+        world.encoder, world.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=77
+    )
     index = world.index(lexical=LexicalConfig())
     index.publish(0, to_numpy(passage_state(other.retriever)))
     stage = Stage(job, index)
@@ -148,7 +150,9 @@ def test_refusion_by_hand() -> None:
     ids = np.array([[7, 3, 5, -1]])
     shares = np.array([[0.0, 0.5, 1.0, 0.0]], np.float32)
     places = np.array([[[1, 0], [2, 2], [0, 1], [0, 0]]], np.int32)
-    hits = Hits(ids, np.zeros((1, 4), np.float32), 1, 0, lexical=shares, places=places)
+    hits = Hits(
+        ids=ids, scores=np.zeros((1, 4), np.float32), generation=1, weights_version=0, lexical=shares, places=places
+    )
     dense = np.array([[1.0, 3.0, 2.0, -np.inf]], np.float32)
     learned = Refusion(RetrievalConfig(hybrid="learned"), lambda: 2.0)(dense, hits)
     np.testing.assert_allclose(learned, [[1.0, 4.0, 4.0, -np.inf]])

@@ -33,16 +33,20 @@ class Parts:
     encode: Callable[[np.ndarray], np.ndarray]
 
     def prefetcher(self, depth: int, start: int = 0, k: int = K) -> Prefetcher:
-        return Prefetcher(self.index, self.stream.batch, self.encode, k, depth, start)
+        return Prefetcher(self.index, self.stream.batch, encode_questions=self.encode, k=k, depth=depth, start=start)
 
     def source(self, depth: int, start: int = 0, source: str = "index") -> RetrievedBatches:
         config = RetrievalConfig(source=source, k=3)
         prefetcher = self.prefetcher(depth, start, 4)
-        return RetrievedBatches(prefetcher, self.collator, config, torch.device("cpu"), self.stream)
+        return RetrievedBatches(
+            prefetcher, self.collator, config=config, device=torch.device("cpu"), stream=self.stream
+        )
 
 
 def make_parts(world: TinyWorld, **options) -> Parts:
-    system = build_system(world.encoder, world.generator, "both", (world.tokenizer, world.tokenizer), seed=1).eval()
+    system = build_system(
+        world.encoder, world.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=1
+    ).eval()
     collator = Collator(world.store(), world.question_store("train"), system.generator, 0)
     index = world.index(**options)
     index.publish(0, to_numpy(passage_state(system.retriever)))
@@ -85,7 +89,9 @@ def test_hits_are_the_best_inner_products_whatever_the_shards(world, num_shards)
 def test_a_refresh_with_unchanged_weights_gives_identical_hits(world):
     parts = make_parts(world)
     before = parts.prefetcher(0).next().hits
-    system = build_system(world.encoder, world.generator, "both", (world.tokenizer, world.tokenizer), seed=1)
+    system = build_system(
+        world.encoder, world.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=1
+    )
     parts.index.publish(9, to_numpy(passage_state(system.retriever)))
     after = parts.prefetcher(0).next().hits
     assert (before.generation, after.generation) == (0, 1)
@@ -123,7 +129,14 @@ class ToldService:
         raise AssertionError("the prefetcher saves nothing")
 
     def status(self) -> IndexStatus:
-        return IndexStatus(0, 0, 1, 0.0, 0.0, 0)
+        return IndexStatus(
+            generation=0,
+            weights_version=0,
+            generations_committed=1,
+            refresh_seconds=0.0,
+            refresh_passages_per_s=0.0,
+            failures=0,
+        )
 
 
 @dataclass
@@ -133,13 +146,19 @@ class ToldHits:
 
     def result(self) -> Hits:
         self.service.log.append(f"result {self.number}")
-        return Hits(np.full((1, 2), self.number), np.zeros((1, 2), np.float32), 0, 0)
+        return Hits(
+            ids=np.full((1, 2), self.number), scores=np.zeros((1, 2), np.float32), generation=0, weights_version=0
+        )
 
 
 def run_told(depth: int, steps: int) -> list[str]:
     service = ToldService()
     prefetcher = Prefetcher(
-        service, lambda number: np.array([number]), lambda questions: questions[:, None].astype(np.float32), 2, depth
+        service,
+        lambda number: np.array([number]),
+        encode_questions=lambda questions: questions[:, None].astype(np.float32),
+        k=2,
+        depth=depth,
     )
     for _ in range(steps):
         service.log.append(f"train {prefetcher.next().number}")
@@ -194,7 +213,9 @@ def test_restored_hits_are_those_of_the_old_index(world):
     source = parts.source(2)
     source.next()
     state = source.state()
-    other = build_system(world.encoder, world.generator, "both", (world.tokenizer, world.tokenizer), seed=2)
+    other = build_system(
+        world.encoder, world.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=2
+    )
     parts.index.publish(50, to_numpy(passage_state(other.retriever)))
     resumed = parts.source(2, state["number"])
     resumed.restore(state)
@@ -224,9 +245,11 @@ def test_labelled_passages_are_put_among_the_hits(world):
 
 def test_closed_book_batches_follow_the_stream(world):
     parts = make_parts(world)
-    source = ClosedBookBatches(parts.collator, parts.stream.batch, torch.device("cpu"))
+    source = ClosedBookBatches(parts.collator, parts.stream.batch, device=torch.device("cpu"))
     source.next()
-    again = ClosedBookBatches(parts.collator, parts.stream.batch, torch.device("cpu"), source.state()["number"])
+    again = ClosedBookBatches(
+        parts.collator, parts.stream.batch, device=torch.device("cpu"), start=source.state()["number"]
+    )
     wanted, found = source.next(), again.next()
     assert isinstance(wanted.batch, RetrievalBatch)
     assert isinstance(found.batch, RetrievalBatch)
@@ -247,7 +270,16 @@ class Numbered:
         ids = np.array([number for number in range(8) if number not in self.deleted][:k])
         ids = np.tile(ids, (len(queries), 1))
         vectors = np.repeat(ids[:, :, None], 2, axis=2).astype(np.float32) if num_vectors else None
-        return Known(Hits(ids, -ids.astype(np.float32), 1, 1, vectors, ids + 10))
+        return Known(
+            Hits(
+                ids=ids,
+                scores=-ids.astype(np.float32),
+                generation=1,
+                weights_version=1,
+                vectors=vectors,
+                versions=ids + 10,
+            )
+        )
 
     def is_living(self, numbers: np.ndarray) -> np.ndarray:
         return ~np.isin(numbers, list(self.deleted))

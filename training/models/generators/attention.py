@@ -57,7 +57,7 @@ def rerouted(model: nn.Module, route: Route) -> Iterator[None]:
         attend = find(implementation, default)
 
         def attend_rerouted(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+            module: nn.Module, query: Tensor, *, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
         ) -> tuple[Tensor, Tensor | None]:
             if id(module) not in own:
                 return attend(module, query, key, value, mask, **options)
@@ -101,7 +101,7 @@ class AttentionMass:
         if not (self.cross and is_causal(module)):
             with torch.no_grad():
                 if weights is None:
-                    chosen = self._weights(module, query, key, mask, options)
+                    chosen = self._weights(module, query, key=key, mask=mask, options=options)
                 else:
                     chosen = _pick(weights, self.places)
                 self._add(chosen.float(), value)
@@ -126,7 +126,7 @@ class AttentionMass:
         self._total = mass if self._total is None else self._total + mass
 
     def _weights(
-        self, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
+        self, module: nn.Module, query: Tensor, *, key: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> Tensor:
         """Probabilities of the chosen queries, for a kernel that keeps its own to itself."""
         scaling = options.get("scaling")

@@ -87,9 +87,14 @@ class CausalGenerator(Generator):
         answer_ids, answer_mask = token_scores.collate_answers(answers, len(questions), self.end_id)
         joint_ids, joint_mask = pad_rows(joint, self.pad_id)
         return CausalBatch(
-            answer_ids, answer_mask, passage_mask, *pad_rows(single, self.pad_id), joint_ids, joint_mask,
+            answer_ids,
+            answer_mask,
+            passage_mask,
+            *pad_rows(single, self.pad_id),
+            joint_ids,
+            joint_mask,
             pad_rows(spans, -1)[0],
-        )  # fmt: skip
+        )
 
     def read(self, batch: ReaderBatch) -> None:
         """Nothing: a prompt is read together with its answer."""
@@ -103,12 +108,12 @@ class CausalGenerator(Generator):
     def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
         assert isinstance(batch, CausalBatch)
         _refuse_bias(passage_bias)
-        return self._score(batch.joint_ids, batch.joint_mask, batch.answer_ids, batch.answer_mask)
+        return self._score(batch.joint_ids, batch.joint_mask, targets=batch.answer_ids, target_mask=batch.answer_mask)
 
     def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
         assert isinstance(batch, CausalBatch)
         prompts = without_tokens(batch.joint_ids, batch.joint_mask, batch.joint_passage >= 0)
-        return self._score(*prompts, batch.answer_ids, batch.answer_mask)
+        return self._score(*prompts, targets=batch.answer_ids, target_mask=batch.answer_mask)
 
     def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
         """As the base class says: one prompt for each passage, with all the others in it."""
@@ -117,14 +122,17 @@ class CausalGenerator(Generator):
         repeated = (batch.joint_ids, batch.joint_mask, batch.joint_passage, batch.answer_ids, batch.answer_mask)
         ids, mask, passage, targets, target_mask = (tensor.repeat_interleave(k, dim=0) for tensor in repeated)
         left_out = torch.arange(k, device=ids.device).repeat(len(batch.joint_ids))[:, None]
-        return self._score(*without_tokens(ids, mask, passage == left_out), targets, target_mask).unflatten(0, (-1, k))
+        prompts = without_tokens(ids, mask, passage == left_out)
+        return self._score(*prompts, targets=targets, target_mask=target_mask).unflatten(0, (-1, k))
 
     def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
         """As the base class says, by self-attention from the places that predict the answer to the passages' tokens."""
         assert isinstance(batch, CausalBatch)
         self.check_attention("adist")
         mass = torch.zeros(batch.joint_ids.shape, device=batch.joint_ids.device)
-        log_probs = self._score(batch.joint_ids, batch.joint_mask, batch.answer_ids, batch.answer_mask, mass)
+        log_probs = self._score(
+            batch.joint_ids, batch.joint_mask, targets=batch.answer_ids, target_mask=batch.answer_mask, mass=mass
+        )
         k = batch.passage_mask.shape[1]
         passage = batch.joint_passage.masked_fill(batch.joint_passage < 0, k)
         return log_probs, mass.new_zeros(len(mass), k + 1).scatter_add(1, passage, mass)[:, :k]
@@ -137,6 +145,7 @@ class CausalGenerator(Generator):
         self,
         reading: object,
         batch: ReaderBatch,
+        *,
         fused: bool,
         max_tokens: int,
         num_beams: int,
@@ -160,7 +169,7 @@ class CausalGenerator(Generator):
             **token_scores.sampling(temperature),
         )
         tokens, targets, target_mask = token_scores.written_rows(generated[:, width:], self.end_id, max_tokens)
-        return Decoded(tokens, self._score(ids, mask, targets, target_mask).sum(dim=1))
+        return Decoded(tokens, self._score(ids, mask, targets=targets, target_mask=target_mask).sum(dim=1))
 
     def _prompt(self, question: np.ndarray, passages: Sequence[np.ndarray]) -> np.ndarray:
         """The template with its fields filled in; a passage without tokens (closed book, padding) leaves nothing."""
@@ -190,7 +199,12 @@ class CausalGenerator(Generator):
         return np.concatenate(parts).astype(np.int64)
 
     def _score(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, targets: Tensor, target_mask: Tensor, mass: Tensor | None = None
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        targets: Tensor,
+        target_mask: Tensor,
+        mass: Tensor | None = None,
     ) -> Tensor:
         """float32 [rows, tokens]: log-probabilities of `targets` right after each row's prompt. `mass` [rows, prompt]
         takes what they take from each of its tokens by attention."""

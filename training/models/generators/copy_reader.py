@@ -38,7 +38,7 @@ class CopyBatch(ReaderBatch):
     null_copy_mask: Tensor  # bool [batch, source]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Memory:
     """What the decoder attends to, with its projections, computed once."""
 
@@ -53,9 +53,14 @@ class Memory:
     def detach(self) -> "Memory":
         """The same memory without gradient."""
         return Memory(
-            [t.detach() for t in self.keys], [t.detach() for t in self.values], self.copy_keys.detach(),
-            self.source_ids, self.attention_bias.detach(), self.copy_bias.detach(), self.passage,
-        )  # fmt: skip
+            keys=[t.detach() for t in self.keys],
+            values=[t.detach() for t in self.values],
+            copy_keys=self.copy_keys.detach(),
+            source_ids=self.source_ids,
+            attention_bias=self.attention_bias.detach(),
+            copy_bias=self.copy_bias.detach(),
+            passage=self.passage,
+        )
 
     def repeat(self, times: int) -> "Memory":
         """Every row `times` times in a row, for beams."""
@@ -64,10 +69,14 @@ class Memory:
             return tensor.repeat_interleave(times, dim=0)
 
         return Memory(
-            [each(t) for t in self.keys], [each(t) for t in self.values], each(self.copy_keys),
-            each(self.source_ids), each(self.attention_bias), each(self.copy_bias),
-            None if self.passage is None else each(self.passage),
-        )  # fmt: skip
+            keys=[each(t) for t in self.keys],
+            values=[each(t) for t in self.values],
+            copy_keys=each(self.copy_keys),
+            source_ids=each(self.source_ids),
+            attention_bias=each(self.attention_bias),
+            copy_bias=each(self.copy_bias),
+            passage=None if self.passage is None else each(self.passage),
+        )
 
 
 @dataclass
@@ -88,6 +97,7 @@ class CopyReader(Generator):
         self,
         config: GeneratorConfig,
         vocabulary: int,
+        *,
         start_id: int,
         end_id: int,
         pad_id: int,
@@ -242,7 +252,14 @@ class CopyReader(Generator):
     def _project(self, states: Tensor, source_ids: Tensor, attention_bias: Tensor, copy_bias: Tensor) -> Memory:
         projected = [layer.project(states) for layer in self._decoder_layers()]
         keys, values = [key for key, _ in projected], [value for _, value in projected]
-        return Memory(keys, values, self.copy_key(states), source_ids, attention_bias, copy_bias)
+        return Memory(
+            keys=keys,
+            values=values,
+            copy_keys=self.copy_key(states),
+            source_ids=source_ids,
+            attention_bias=attention_bias,
+            copy_bias=copy_bias,
+        )
 
     def _decoder_layers(self) -> Iterator[Layer]:
         for layer in self.decoder:
@@ -278,6 +295,7 @@ class CopyReader(Generator):
         self,
         reading: object,
         batch: ReaderBatch,
+        *,
         fused: bool,
         max_tokens: int,
         num_beams: int,
@@ -303,10 +321,24 @@ class CopyReader(Generator):
         sharded = hasattr(self.gates.weight, "ds_id")  # ZeRO 3: each step is a collective
         if temperature > 0:
             return sample(
-                next_log_probs, rows, self.start_id, self.end_id, max_tokens, temperature, sources.device, sharded
+                next_log_probs,
+                rows,
+                start_id=self.start_id,
+                end_id=self.end_id,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                device=sources.device,
+                run_to_end=sharded,
             )
         return beam_search(
-            next_log_probs, rows, self.start_id, self.end_id, max_tokens, num_beams, sources.device, run_to_end=sharded
+            next_log_probs,
+            rows,
+            start_id=self.start_id,
+            end_id=self.end_id,
+            max_tokens=max_tokens,
+            num_beams=num_beams,
+            device=sources.device,
+            run_to_end=sharded,
         )
 
 

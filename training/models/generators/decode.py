@@ -12,6 +12,7 @@ from training.models.generators.generator import Decoded
 def beam_search(
     next_log_probs: Callable[[Tensor], Tensor],
     num_rows: int,
+    *,
     start_id: int,
     end_id: int,
     max_tokens: int,
@@ -53,6 +54,7 @@ def beam_search(
 def sample(
     next_log_probs: Callable[[Tensor], Tensor],
     num_rows: int,
+    *,
     start_id: int,
     end_id: int,
     max_tokens: int,

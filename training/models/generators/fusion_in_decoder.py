@@ -224,6 +224,7 @@ class FusionGenerator(Generator):
         self,
         reading: object,
         batch: ReaderBatch,
+        *,
         fused: bool,
         max_tokens: int,
         num_beams: int,

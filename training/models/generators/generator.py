@@ -92,6 +92,7 @@ class Generator(nn.Module, ABC):
         self,
         reading: object,
         batch: ReaderBatch,
+        *,
         fused: bool,
         max_tokens: int,
         num_beams: int,

@@ -23,7 +23,7 @@ _OLDER_POOLINGS = {  # in the order in which that library concatenates them
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DenseLayout:
     """A projection after the pooling: sizes, activation (a torch.nn class name) and the file of its weights."""
 
@@ -34,7 +34,7 @@ class DenseLayout:
     weights: Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """How token states become a vector."""
 

@@ -31,6 +31,7 @@ class TextEncoder(nn.Module):
         self,
         backbone: PreTrainedModel,
         pooling: tuple[str, ...] = ("mean",),
+        *,
         normalize: bool = True,
         projections: nn.Module | None = None,
         length_groups: int = 1,
@@ -322,7 +323,7 @@ def _fresh_encoder(config: EncoderConfig, vocab_size: int | None) -> TextEncoder
     shape = bert_config(fresh, vocab_size, max(_token_limits(config).values()), attn_implementation=attention)
     backbone = BertModel(shape, add_pooling_layer=False)
     pooling = ("mean",) if config.pooling == "auto" else (config.pooling,)
-    return TextEncoder(backbone, pooling, _normalize(config, True), length_groups=config.length_groups)
+    return TextEncoder(backbone, pooling, normalize=_normalize(config, True), length_groups=config.length_groups)
 
 
 def _checkpoint_encoder(config: EncoderConfig) -> tuple[TextEncoder, int | None]:
@@ -343,9 +344,9 @@ def _checkpoint_encoder(config: EncoderConfig) -> tuple[TextEncoder, int | None]
     encoder = TextEncoder(
         backbone,
         pooling,
-        _normalize(config, layout.normalize),
-        nn.Sequential(*(_dense(dense) for dense in layout.dense)),
-        config.length_groups,
+        normalize=_normalize(config, layout.normalize),
+        projections=nn.Sequential(*(_dense(dense) for dense in layout.dense)),
+        length_groups=config.length_groups,
     )
     return encoder, min(limits, default=None)
 

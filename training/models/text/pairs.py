@@ -26,7 +26,7 @@ class PairBatch:
         return PairBatch(*(t.to(device, non_blocking=True) for t in (self.ids, self.mask, self.first)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pairing:
     """How a tokeniser joins two texts. `side`: whose token rows are joined. Rows of the retriever's own side are whole
     sequences already, and `strip` special tokens that begin a passage are left out; rows of a re-ranker's side are
@@ -55,7 +55,7 @@ class Pairing:
 
 def shared_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
     """Pairs of the retriever's rows: `[CLS] question [SEP]` and `title [SEP] text [SEP]`."""
-    return Pairing("retriever", pad_id(tokenizer), strip=len(surrounding_tokens(tokenizer)[0]))
+    return Pairing(side="retriever", pad_id=pad_id(tokenizer), strip=len(surrounding_tokens(tokenizer)[0]))
 
 
 def own_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
@@ -69,10 +69,10 @@ def own_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
         raise ValueError("reranker.name: its tokeniser does not join two texts")
     first, second = places[0], places[-1]
     return Pairing(
-        "reranker",
-        pad_id(tokenizer),
-        tuple(full[:first]),
-        tuple(full[first + len(bare) : second]),
-        tuple(full[second + len(bare) :]),
+        side="reranker",
+        pad_id=pad_id(tokenizer),
+        start=tuple(full[:first]),
+        between=tuple(full[first + len(bare) : second]),
+        end=tuple(full[second + len(bare) :]),
         segments=both.type_ids[second] == 1 and "token_type_ids" in tokenizer.model_input_names,
     )

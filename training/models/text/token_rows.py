@@ -23,7 +23,7 @@ FUSION_QUESTION = "question: {question}"  # of pretrained readers, as in fusion-
 FUSION_PASSAGE = "title: {title} context: {text}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pieces:
     """`start title between text end`, each tokenised alone; the title is cut first, then the whole."""
 
@@ -122,7 +122,17 @@ def retriever_passage_side(tokenizer: PreTrainedTokenizerFast, config: EncoderCo
         layout = read_layout(config.name)
         return _side("retriever", tokenizer, Joined(config.max_passage_tokens, layout.passage_prompt if layout else ""))
     start, end = surrounding_tokens(tokenizer)
-    return _side("retriever", tokenizer, Pieces(config.max_passage_tokens, config.max_title_tokens, start, end, end))
+    return _side(
+        "retriever",
+        tokenizer,
+        Pieces(
+            max_tokens=config.max_passage_tokens,
+            max_title_tokens=config.max_title_tokens,
+            start=start,
+            between=end,
+            end=end,
+        ),
+    )
 
 
 def retriever_question_side(tokenizer: PreTrainedTokenizerFast, config: EncoderConfig) -> TokenSide:
@@ -131,7 +141,17 @@ def retriever_question_side(tokenizer: PreTrainedTokenizerFast, config: EncoderC
         layout = read_layout(config.name)
         return _side("retriever", tokenizer, Joined(config.max_question_tokens, layout.query_prompt if layout else ""))
     start, end = surrounding_tokens(tokenizer)
-    return _side("retriever", tokenizer, Pieces(config.max_question_tokens, config.max_question_tokens, start, (), end))
+    return _side(
+        "retriever",
+        tokenizer,
+        Pieces(
+            max_tokens=config.max_question_tokens,
+            max_title_tokens=config.max_question_tokens,
+            start=start,
+            between=(),
+            end=end,
+        ),
+    )
 
 
 def generator_passage_side(
@@ -147,7 +167,9 @@ def generator_passage_side(
     if config.kind == "fusion" and config.name:
         bare = FUSION_PASSAGE.partition("{title} ")[2]
         return _side("generator", tokenizer, InContext(config.max_passage_tokens, "x ", FUSION_PASSAGE, bare))
-    return _side("generator", tokenizer, Pieces(config.max_passage_tokens, max_title_tokens))
+    return _side(
+        "generator", tokenizer, Pieces(max_tokens=config.max_passage_tokens, max_title_tokens=max_title_tokens)
+    )
 
 
 def generator_question_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> TokenSide:
@@ -162,7 +184,9 @@ def generator_question_side(tokenizer: PreTrainedTokenizerFast, config: Generato
         template = FUSION_QUESTION.replace("{question}", "{text}")
         plan = InContext(limit, "", template, template)
         return _side("generator", tokenizer, WithContext(limit, plan, marked=False))
-    return _side("generator", tokenizer, WithContext(limit, Pieces(limit, limit), marked=False))
+    return _side(
+        "generator", tokenizer, WithContext(limit, Pieces(max_tokens=limit, max_title_tokens=limit), marked=False)
+    )
 
 
 def generator_answer_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> TokenSide:
@@ -172,7 +196,7 @@ def generator_answer_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorC
         last = prompt_segments(tokenizer, config)[0][-1]
         before = last if last[-1:].isspace() else last + " "
         return _side("answer", tokenizer, InContext(limit, before, "{title} {text}", "{text}"))
-    return _side("answer", tokenizer, Pieces(limit, limit))
+    return _side("answer", tokenizer, Pieces(max_tokens=limit, max_title_tokens=limit))
 
 
 def reranker_side(tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> TokenSide:

@@ -23,6 +23,7 @@ RECORD = "tandem_tokenizer.json"  # beside tokenizer.json: what it was made from
 def build_tokenizer(
     name: str,
     config: TokenizerConfig,
+    *,
     texts: Iterable[str],
     save_dir: str | Path,
     trust_remote_code: bool = False,

@@ -186,7 +186,9 @@ def test_updates_up_to_a_date(tmp_path: Path, as_of: str, expected: dict[str, st
     write(tmp_path / "updates.jsonl.gz", lines_of(UPDATES))
     passages, _ = read_corpus(CorpusConfig(path=str(tmp_path), as_of=as_of))
     assert {passage.id: passage.text for passage in passages} == expected
-    elsewhere = CorpusConfig(str(tmp_path / "corpus.jsonl"), as_of=as_of, updates=str(tmp_path / "updates.jsonl.gz"))
+    elsewhere = CorpusConfig(
+        path=str(tmp_path / "corpus.jsonl"), as_of=as_of, updates=str(tmp_path / "updates.jsonl.gz")
+    )
     assert read_corpus(elsewhere)[0] == passages
 
 

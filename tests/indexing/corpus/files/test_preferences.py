@@ -141,13 +141,20 @@ def test_labels_are_kept_in_the_store(tmp_path: Path) -> None:
     found = read_preferences(config(write(tmp_path / "p.jsonl", PAIRS)), "train", as_pairs=False)
     sides = [words_side("retriever")]
     written = write_questions(
-        tmp_path / "judged", found.questions, sides, words_side("answer"), store, labels=found.labels
+        tmp_path / "judged",
+        found.questions,
+        sides=sides,
+        answer_side=words_side("answer"),
+        store=store,
+        labels=found.labels,
     )
     again = QuestionStore.open(written.path)
     assert again.labels is not None
     assert again.labels.tolist() == [1, 0, 1, 0]
     assert again.gold_rows(2).tolist() == [0, 1]
-    plain = write_questions(tmp_path / "plain", found.questions, sides, words_side("answer"), store)
+    plain = write_questions(
+        tmp_path / "plain", found.questions, sides=sides, answer_side=words_side("answer"), store=store
+    )
     assert plain.labels is None
 
 

@@ -54,7 +54,7 @@ def test_random_changes_are_what_a_dictionary_says(base: Store) -> None:
             some[:1],
         )
         put += [new(id, 1 + int(random.integers(40))) for id in some[1:]]
-        change = change_corpus(writer, Wanted(put=put, delete=delete, mode="upsert"), SIDES)
+        change = change_corpus(writer, Wanted(put=put, delete=delete, mode="upsert"), sides=SIDES)
         expected = {id: text for id, text in expected.items() if id not in delete} | {p.id: p.text for p in put}
         texts |= {change.first + i: passage.text for i, passage in enumerate(put)}
         reader.is_living(np.array([0]))
@@ -82,10 +82,10 @@ def test_random_changes_are_what_a_dictionary_says(base: Store) -> None:
 def test_a_number_that_is_not_known_yet_is_looked_up(base: Store) -> None:
     writer, reader = live(base), live(base)
     table = reader.tokens("retriever")
-    change_corpus(writer, Wanted(put=[new("a")]), SIDES)
+    change_corpus(writer, Wanted(put=[new("a")]), sides=SIDES)
     assert len(table.rows([12, 3])[0]) == 4
     assert reader.passage(12).id == "a"
-    change_corpus(writer, Wanted(put=[new("b")]), SIDES)
+    change_corpus(writer, Wanted(put=[new("b")]), sides=SIDES)
     assert table.padded(np.array([13]))[0].shape == (1, 4)
     for call in (lambda: table.rows([14]), lambda: table.padded(np.array([14])), lambda: reader.passage(14)):
         with pytest.raises(IndexError, match="14"):
@@ -95,15 +95,15 @@ def test_a_number_that_is_not_known_yet_is_looked_up(base: Store) -> None:
 def test_where_passages_stand_now(base: Store) -> None:
     """Updated, updated again, deleted, and put in again under the same id."""
     store, id = live(base), base.passage(3).id
-    change_corpus(store, Wanted(put=[Passage(id, "", "second")], mode="update"), SIDES)
-    change_corpus(store, Wanted(put=[Passage(id, "", "third")], mode="update"), SIDES)
+    change_corpus(store, Wanted(put=[Passage(id, "", "second")], mode="update"), sides=SIDES)
+    change_corpus(store, Wanted(put=[Passage(id, "", "third")], mode="update"), sides=SIDES)
     assert store.row_of(id) == 13
     assert store.current(np.array([3, 4, 12])).tolist() == [13, 4, 13]
     assert store.origin(np.array([13, 12, 3, 4])).tolist() == [3, 3, 3, 4]
-    change_corpus(store, Wanted(delete=[id]), SIDES)
+    change_corpus(store, Wanted(delete=[id]), sides=SIDES)
     assert store.row_of(id) is None
     assert store.current(np.array([3, 4])).tolist() == [4]
-    change_corpus(store, Wanted(put=[Passage(id, "", "fourth")]), SIDES)
+    change_corpus(store, Wanted(put=[Passage(id, "", "fourth")]), sides=SIDES)
     assert store.current(np.array([3, 4])).tolist() == [14, 4]
     assert store.origin(np.array([14])).tolist() == [14]
 
@@ -123,7 +123,7 @@ def test_where_passages_stand_now(base: Store) -> None:
 def test_what_is_refused_changes_nothing(base: Store, wanted: Wanted, message: str) -> None:
     store = live(base)
     with pytest.raises(ValueError, match=message):
-        change_corpus(store, wanted, SIDES, keep=3)
+        change_corpus(store, wanted, sides=SIDES, keep=3)
     assert store.log.version == live(base).log.version == 0
 
 
@@ -131,7 +131,7 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_corpus(
     base: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every rename of the change fails once; what is left is opened, and the change is then made again."""
-    change_corpus(live(base), Wanted(put=[new("a")]), SIDES)
+    change_corpus(live(base), Wanted(put=[new("a")]), sides=SIDES)
     rename = Path.rename
     for step in itertools.count():
         before, left = contents(live(base)), [step]
@@ -145,7 +145,7 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_corpus(
         wanted = Wanted(put=[new(f"b{step}"), Passage("a", "", f"text {step}")], delete=[f"p/{step} é"], mode="upsert")
         monkeypatch.setattr(Path, "rename", failing)
         with suppress(KeyboardInterrupt):
-            change_corpus(live(base), wanted, SIDES)
+            change_corpus(live(base), wanted, sides=SIDES)
         monkeypatch.setattr(Path, "rename", rename)
         after = contents(live(base))
         if left[0] >= 0:
@@ -153,7 +153,7 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_corpus(
             assert after["a"] == f"text {step}"
             break
         assert after == before
-        change_corpus(live(base), wanted, SIDES)  # nothing that was left behind is in its way
+        change_corpus(live(base), wanted, sides=SIDES)  # nothing that was left behind is in its way
         after = contents(live(base))
         assert after["a"] == f"text {step}"
         assert f"p/{step} é" not in after
@@ -161,8 +161,8 @@ def test_a_crash_between_any_two_writes_leaves_the_old_or_the_new_corpus(
 
 def test_a_damaged_segment_or_version_is_refused(base: Store) -> None:
     folder = base.path.parent / "corpus"
-    change_corpus(live(base), Wanted(put=[new("a"), new("b")]), SIDES)
-    change_corpus(live(base), Wanted(delete=["a"]), SIDES)
+    change_corpus(live(base), Wanted(put=[new("a"), new("b")]), sides=SIDES)
+    change_corpus(live(base), Wanted(delete=["a"]), sides=SIDES)
     for file in [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]:
         whole = file.read_bytes()
         for position in {0, len(whole) // 2, len(whole) - 1} if whole else set():
@@ -179,7 +179,7 @@ def test_a_damaged_segment_or_version_is_refused(base: Store) -> None:
     with pytest.raises(TornSnapshot, match=r"version-000001.*is missing, but later versions are there"):
         live(base)
     path.unlink()
-    change_corpus(live(base), Wanted(put=[new("c")]), SIDES)
+    change_corpus(live(base), Wanted(put=[new("c")]), sides=SIDES)
     path.write_bytes(second)
     with pytest.raises(TornSnapshot, match="does not follow version-000001"):
         live(base)
@@ -187,7 +187,7 @@ def test_a_damaged_segment_or_version_is_refused(base: Store) -> None:
 
 
 def test_changes_of_another_corpus_are_refused(base: Store, tmp_path: Path) -> None:
-    change_corpus(live(base), Wanted(put=[new("a")]), SIDES)
+    change_corpus(live(base), Wanted(put=[new("a")]), sides=SIDES)
     other = make_store(tmp_path / "other", 12, seed=1)
     with pytest.raises(ValueError, match="changes of another corpus"):
         LiveStore.open_with(other.path, tmp_path / "corpus")
@@ -195,7 +195,7 @@ def test_changes_of_another_corpus_are_refused(base: Store, tmp_path: Path) -> N
 
 def test_two_changes_at_once_take_turns_and_a_wait_has_a_bound(base: Store) -> None:
     def change(number: int) -> None:
-        change_corpus(live(base), Wanted(put=[new(f"a{number}")], delete=[f"p/{number} é"]), SIDES)
+        change_corpus(live(base), Wanted(put=[new(f"a{number}")], delete=[f"p/{number} é"]), sides=SIDES)
 
     threads = [threading.Thread(target=change, args=(number,)) for number in range(6)]
     for thread in threads:
@@ -206,7 +206,7 @@ def test_two_changes_at_once_take_turns_and_a_wait_has_a_bound(base: Store) -> N
     assert store.log.version == 6
     assert {f"a{number}" for number in range(6)} <= contents(store).keys()
     with store.log.locked(1.0), pytest.raises(TimeoutError, match=r"under way for 0\.1 s: try again later"):
-        change_corpus(live(base), Wanted(put=[new("z")]), SIDES, timeout_s=0.1)
+        change_corpus(live(base), Wanted(put=[new("z")]), sides=SIDES, timeout_s=0.1)
 
 
 def test_shards_own_every_living_number_once(base: Store) -> None:
@@ -221,12 +221,12 @@ def test_shards_own_every_living_number_once(base: Store) -> None:
         )
 
     assert [store.log.owned(shard, 3, *ranges[shard], 0) for shard in range(3)] == [None] * 3
-    change_corpus(store, Wanted(put=[new(f"a{n}") for n in range(7)], delete=["p/5 é"]), SIDES)
-    change_corpus(store, Wanted(put=[new("b")], delete=["a2", "p/0 é"]), SIDES)
+    change_corpus(store, Wanted(put=[new(f"a{n}") for n in range(7)], delete=["p/5 é"]), sides=SIDES)
+    change_corpus(store, Wanted(put=[new("b")], delete=["a2", "p/0 é"]), sides=SIDES)
     assert owned(0) == list(range(12))
     assert owned(1) == [n for n in range(19) if n != 5]
     assert owned(2) == [n for n in range(20) if n not in (0, 5, 14)]
-    assert store.log.owned(1, 3, 4, 8, 0) is None
+    assert store.log.owned(1, 3, start=4, stop=8, version=0) is None
     assert store.log.added_between(0, 2).tolist() == [12, 13, 15, 16, 17, 18, 19]
     assert store.log.added_between(1, 2).tolist() == [19]
     assert (store.log.num_living(0), store.log.num_living(1), store.log.num_living()) == (12, 18, 17)

@@ -16,11 +16,18 @@ PASSAGES = [
     Passage("p2", "", "Nothing."),
 ]
 QUESTIONS = [
-    Question("q0", "when?", ["15", "2015"], ["p0"], ["2014"], {"timeline": [{"to": None}], "odd": "\ud83d"}),
-    Question("q1", "released?", ["2014-03-06", "6 march 2014"], ["p2", "p1"]),
-    Question("q2", "which?", ["nowhere", "to be found"], ["p0", "gone"]),
-    Question("q3", "title?", ["x", "1.0 (Final)"], ["p1"]),
-    Question("q4", "no answers", [], ["gone"]),
+    Question(
+        id="q0",
+        text="when?",
+        answers=["15", "2015"],
+        relevant=["p0"],
+        old_answers=["2014"],
+        metadata={"timeline": [{"to": None}], "odd": "\ud83d"},
+    ),
+    Question(id="q1", text="released?", answers=["2014-03-06", "6 march 2014"], relevant=["p2", "p1"]),
+    Question(id="q2", text="which?", answers=["nowhere", "to be found"], relevant=["p0", "gone"]),
+    Question(id="q3", text="title?", answers=["x", "1.0 (Final)"], relevant=["p1"]),
+    Question(id="q4", text="no answers", answers=[], relevant=["gone"]),
 ]
 
 
@@ -31,7 +38,11 @@ def store(tmp_path: Path) -> Store:
 
 def write(path: Path, store: Store) -> QuestionStore:
     return write_questions(
-        path, QUESTIONS, [words_side("retriever"), words_side("generator", 1)], words_side("answer"), store
+        path,
+        QUESTIONS,
+        sides=[words_side("retriever"), words_side("generator", 1)],
+        answer_side=words_side("answer"),
+        store=store,
     )
 
 
@@ -65,7 +76,7 @@ def test_refusals(tmp_path: Path, store: Store) -> None:
             with pytest.raises(IndexError, match="rows 0 to 4"):
                 ask(number)
     with pytest.raises(ValueError, match="no questions"):
-        write_questions(tmp_path / "none", [], [], words_side("answer"), store)
+        write_questions(tmp_path / "none", [], sides=[], answer_side=words_side("answer"), store=store)
     with pytest.raises(ValueError, match="passage store, not a question store"):
         QuestionStore.open(store.path)
     with pytest.raises(ValueError, match="question store, not a passage store"):

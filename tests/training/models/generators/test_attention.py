@@ -237,10 +237,10 @@ def test_generators_without_attention_are_refused(tokenizer: PreTrainedTokenizer
     with pytest.raises(ValueError, match=message):
         mamba.fused_with_attention(None, batch)
     config = GeneratorConfig(kind="causal", name=str(tmp_path / "mamba"), attention="eager")
-    arguments = (EncoderConfig(), config, "both", (tokenizer, tokenizer), 0)
+    models: dict[str, Any] = {"train": "both", "tokenizers": (tokenizer, tokenizer), "seed": 0}
     with pytest.raises(ValueError, match=message):
-        build_system(*arguments, ObjectiveConfig(name="adist"))
-    build_system(*arguments, ObjectiveConfig(name="loop"))  # needs no attention of it
+        build_system(EncoderConfig(), config, objective=ObjectiveConfig(name="adist"), **models)
+    build_system(EncoderConfig(), config, objective=ObjectiveConfig(name="loop"), **models)  # needs no attention of it
     for case in ("t5", "fresh llama"):
         generator = make(case, tokenizer, tmp_path)
         generator.attention = "flash_attention_2"

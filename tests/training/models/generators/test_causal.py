@@ -166,7 +166,7 @@ def test_groups_padding_and_neighbours_change_nothing(tokenizer: PreTrainedToken
 def test_greedy_writing_takes_the_best_next_token(tokenizer: PreTrainedTokenizerFast, fused: bool) -> None:
     generator = make(tokenizer)
     batch = collate(generator, tokenizer)
-    decoded = generator.write(None, batch, fused, 4, 1)
+    decoded = generator.write(None, batch, fused=fused, max_tokens=4, num_beams=1)
     assert len(decoded.tokens) == (3 if fused else 9)
     for row, tokens in enumerate(decoded.tokens):
         question, number = (row, None) if fused else (row // 3, row % 3)
@@ -185,7 +185,7 @@ def test_greedy_writing_takes_the_best_next_token(tokenizer: PreTrainedTokenizer
             written.append(best)
         assert tokens == written
         assert float(decoded.log_probs[row]) == pytest.approx(total, rel=1e-3)
-    beams = generator.write(None, batch, fused, 4, 5)
+    beams = generator.write(None, batch, fused=fused, max_tokens=4, num_beams=5)
     assert (beams.log_probs >= decoded.log_probs - 1e-3).all()
 
 
@@ -198,7 +198,7 @@ def test_learns_to_answer(tokenizer: PreTrainedTokenizerFast) -> None:
         (-generator.fused_log_probs(None, batch).sum()).backward()
         optimizer.step()
     generator.eval()
-    decoded = generator.write(None, batch, True, 6, 2)
+    decoded = generator.write(None, batch, fused=True, max_tokens=6, num_beams=2)
     assert decoded.tokens == [answer_ids(tokenizer, question)[:-1] for question in range(3)]
     fused = generator.fused_log_probs(None, batch).sum(1).detach()
     torch.testing.assert_close(decoded.log_probs, fused, rtol=1e-3, atol=1e-3)
@@ -214,7 +214,7 @@ def test_bfloat16(tokenizer: PreTrainedTokenizerFast) -> None:
     for log_probs in (autocast, half.fused_log_probs(None, batch)):
         assert log_probs.dtype == torch.float32
         torch.testing.assert_close(log_probs, full, rtol=0.05, atol=0.1)
-    assert len(half.write(None, batch, False, 3, 2).tokens) == 9
+    assert len(half.write(None, batch, fused=False, max_tokens=3, num_beams=2).tokens) == 9
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mamba"])
@@ -235,7 +235,7 @@ def test_any_causal_model_from_a_folder(tokenizer: PreTrainedTokenizerFast, tmp_
     for number in range(3):
         expected = naive(generator, prompt(tokenizer, 0, [number]), answer)
         torch.testing.assert_close(per_passage[0, number, : len(answer)], expected, rtol=1e-4, atol=1e-4)
-    decoded = generator.write(None, batch, True, 3, 1)
+    decoded = generator.write(None, batch, fused=True, max_tokens=3, num_beams=1)
     scored = [np.array(tokens, dtype=np.int64) for tokens in decoded.tokens]
     questions, passages, _ = rows_of(tokenizer)
     log_probs = generator.fused_log_probs(None, generator.collate(questions, passages, scored)).detach()
@@ -250,7 +250,7 @@ def test_errors_name_the_setting(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     with pytest.raises(ValueError, match=r"generator\.kind=causal .* score bias; set objective\.score_bias=false"):
         generator.fused_log_probs(None, batch, torch.zeros(3, 3))
     with pytest.raises(ValueError, match="score bias"):
-        generator.write(None, batch, True, 3, 1, torch.zeros(3, 3))
+        generator.write(None, batch, fused=True, max_tokens=3, num_beams=1, passage_bias=torch.zeros(3, 3))
     generator.context = batch.joint_ids.shape[1] + 3  # answers take 4
     generator.per_passage_log_probs(None, batch)  # one passage fits
     with pytest.raises(

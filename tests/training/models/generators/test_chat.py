@@ -53,7 +53,7 @@ READ = "Trellis: a town\nLo: a river\nQuestion: who was born?\nAnswer:"
 @pytest.mark.parametrize("earlier", [[], EARLIER, [{"role": "system", "content": "Be exact."}, *EARLIER]])
 def test_the_chat_template_is_filled_in_as_the_tokeniser_would(system_prompt, earlier):
     tokenizer = chat_tokenizer()
-    question = Question("q", "who was born?", ["x"], earlier=earlier)
+    question = Question(id="q", text="who was born?", answers=["x"], earlier=earlier)
     default = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = [*([] if earlier and earlier[0]["role"] == "system" else default), *earlier]
     text = tokenizer.apply_chat_template(
@@ -68,24 +68,30 @@ def test_the_chat_template_is_filled_in_as_the_tokeniser_would(system_prompt, ea
 def test_without_a_chat_template_the_prompt_is_generator_template(template):
     tokenizer = chat_tokenizer(CHATML if template else None)
     config = config_of(system_prompt="Be brief.", chat_template="never" if template else "auto")
-    plain = prompt(tokenizer, config, Question("q", "who was born?", ["x"]), PASSAGES)
+    plain = prompt(tokenizer, config, Question(id="q", text="who was born?", answers=["x"]), PASSAGES)
     assert tokenizer.decode(plain) == f"Be brief.\n\n{READ}"
-    chat = prompt(tokenizer, config, Question("q", "who was born?", ["x"], earlier=EARLIER), PASSAGES)
+    chat = prompt(tokenizer, config, Question(id="q", text="who was born?", answers=["x"], earlier=EARLIER), PASSAGES)
     assert tokenizer.decode(chat) == f"Be brief.\n\nUser: Hello.\n\nAssistant: Good day.\n\n{READ}"
-    nothing = prompt(tokenizer, config_of(chat_template="never"), Question("q", "who was born?", ["x"]), PASSAGES)
+    nothing = prompt(
+        tokenizer, config_of(chat_template="never"), Question(id="q", text="who was born?", answers=["x"]), PASSAGES
+    )
     assert tokenizer.decode(nothing) == READ
 
 
 def test_a_template_without_system_role_has_it_in_the_first_turn():
     tokenizer = chat_tokenizer(NO_SYSTEM)
-    found = prompt(tokenizer, config_of(system_prompt="Be brief."), Question("q", "who was born?", ["x"]), PASSAGES)
+    found = prompt(
+        tokenizer, config_of(system_prompt="Be brief."), Question(id="q", text="who was born?", answers=["x"]), PASSAGES
+    )
     assert tokenizer.decode(found) == f"<|start|>user\nBe brief.\n\n{READ}<|end|>\n<|start|>assistant\n"
 
 
 def test_long_chats_lose_their_oldest_turns_and_long_system_prompts_are_refused():
     tokenizer = chat_tokenizer()
     turns = [dict(turn, content=f"{turn['content']} {i}") for i in range(20) for turn in EARLIER]
-    question = Question("q", "who was born?", ["x"], earlier=[{"role": "system", "content": "Be brief."}, *turns])
+    question = Question(
+        id="q", text="who was born?", answers=["x"], earlier=[{"role": "system", "content": "Be brief."}, *turns]
+    )
     text = tokenizer.decode(prompt(tokenizer, config_of(max_context_tokens=80), question, PASSAGES))
     assert "Be brief." in text
     assert "Good day. 19" in text
@@ -98,7 +104,7 @@ def test_long_chats_lose_their_oldest_turns_and_long_system_prompts_are_refused(
 def test_a_beginning_that_the_template_writes_is_not_written_twice():
     tokenizer = chat_tokenizer("<|start|>" + CHATML)
     tokenizer.bos_token = "<|start|>"
-    found = prompt(tokenizer, config_of(), Question("q", "who was born?", ["x"]), PASSAGES)
+    found = prompt(tokenizer, config_of(), Question(id="q", text="who was born?", answers=["x"]), PASSAGES)
     start = tokenizer.convert_tokens_to_ids("<|start|>")
     assert isinstance(start, int)
     assert found[:3].count(start) == 2  # of the text and of the turn, as the template says
@@ -109,7 +115,7 @@ def test_questions_of_other_generators_keep_their_end():
         chat_tokenizer(),
         GeneratorConfig(kind="copy", max_question_tokens=12, system_prompt="Be brief."),
     )
-    question = Question("q", "who was born?", ["x"], earlier=EARLIER)
+    question = Question(id="q", text="who was born?", answers=["x"], earlier=EARLIER)
     side, text = token_rows.generator_question_side(tokenizer, config), prompts.QuestionText(tokenizer, config)
     row = side.tokenize([text("generator", question)])[0]
     assert len(row) == 12

@@ -41,7 +41,7 @@ def make_reader(
     config = GeneratorConfig(
         fresh=size, max_question_tokens=6, max_passage_tokens=10, max_answer_tokens=5, length_groups=groups
     )
-    reader = CopyReader(config, WORDS, START, END, PAD, source).eval()
+    reader = CopyReader(config, WORDS, start_id=START, end_id=END, pad_id=PAD, source=source).eval()
     with torch.no_grad():
         for name, parameter in reader.named_parameters():
             if "norm" not in name:
@@ -200,7 +200,9 @@ def test_padding_of_passages_and_of_sources_changes_nothing():
     torch.testing.assert_close(padded[0][:2, :2, :length], alone[0])
     torch.testing.assert_close(padded[1][:2, :length], alone[1])
     torch.testing.assert_close(wide, padded)
-    written = [reader.write(reader.read(b), b, True, 5, 2) for b in (batch, widened(batch, 7))]
+    written = [
+        reader.write(reader.read(b), b, fused=True, max_tokens=5, num_beams=2) for b in (batch, widened(batch, 7))
+    ]
     assert written[0].tokens == written[1].tokens
 
 
@@ -234,7 +236,7 @@ def spread_distribution(
         return beam_search(next_log_probs, *arguments, **options)
 
     monkeypatch.setattr(copy_reader, "beam_search", catch)
-    reader.write(reader.read(batch), batch, True, 3, 1)
+    reader.write(reader.read(batch), batch, fused=True, max_tokens=3, num_beams=1)
     return caught[0].exp()
 
 
@@ -271,7 +273,12 @@ def test_the_pointer_stays_a_distribution_when_it_follows_itself():
 
 def test_copies_are_followed_to_the_next_token():
     memory = copy_reader.Memory(
-        [], [], torch.empty(0), torch.tensor([[5, 6, 5, 7, 3]]), torch.zeros(1, 5), torch.zeros(1, 5)
+        keys=[],
+        values=[],
+        copy_keys=torch.empty(0),
+        source_ids=torch.tensor([[5, 6, 5, 7, 3]]),
+        attention_bias=torch.zeros(1, 5),
+        copy_bias=torch.zeros(1, 5),
     )
     pointer = torch.tensor([[[0.6, 0.1, 0.2, 0.1, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2]]])
     follow = torch.tensor([[0.5, 0.9]])
@@ -357,7 +364,7 @@ def test_the_score_of_a_written_answer_is_its_likelihood(fused, num_beams):
     questions, passages, answers = make_rows(28, counts=(2, 2, 2))
     batch = reader.collate(questions, passages, answers)
     bias = torch.randn(3, 2) if fused else None
-    written = reader.write(reader.read(batch), batch, fused, 4, num_beams, bias)
+    written = reader.write(reader.read(batch), batch, fused=fused, max_tokens=4, num_beams=num_beams, passage_bias=bias)
     lengths = [len(tokens) for tokens in written.tokens]
     assert len(lengths) == (3 if fused else 6)
     assert min(lengths) < 4, "choose weights under which some answers end"
@@ -375,8 +382,8 @@ def test_one_beam_is_greedy_and_more_beams_are_never_worse():
     reader = make_reader(12)
     questions, passages, answers = make_rows(12, counts=(2, 3))
     batch = reader.collate(questions, passages, answers)
-    greedy = reader.write(reader.read(batch), batch, True, 4, 1)
-    wide = reader.write(reader.read(batch), batch, True, 4, 8)
+    greedy = reader.write(reader.read(batch), batch, fused=True, max_tokens=4, num_beams=1)
+    wide = reader.write(reader.read(batch), batch, fused=True, max_tokens=4, num_beams=8)
     for i in range(2):
         tokens: list[int] = []
         while len(tokens) < 4:

@@ -36,7 +36,9 @@ def score(model: Callable[[Tensor], Tensor], tokens: Sequence[int]) -> float:
 def search(
     model: Callable[[Tensor], Tensor], rows: int = 1, max_tokens: int = 3, beams: int = 1, **options: bool
 ) -> Decoded:
-    return beam_search(model, rows, START, END, max_tokens, beams, "cpu", **options)
+    return beam_search(
+        model, rows, start_id=START, end_id=END, max_tokens=max_tokens, num_beams=beams, device="cpu", **options
+    )
 
 
 def test_one_beam_takes_the_best_token_each_time():

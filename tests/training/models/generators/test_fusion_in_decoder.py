@@ -200,7 +200,7 @@ def test_bfloat16(tokenizer: PreTrainedTokenizerFast) -> None:
         assert log_probs.dtype == torch.float32
         torch.testing.assert_close(log_probs, full, rtol=0.05, atol=0.1)
     assert half.per_passage_log_probs(reading, batch).dtype == torch.float32
-    assert len(half.write(reading, batch, True, 3, 2, bias).tokens) == 3
+    assert len(half.write(reading, batch, fused=True, max_tokens=3, num_beams=2, passage_bias=bias).tokens) == 3
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -211,7 +211,9 @@ def test_greedy_writing_takes_the_best_next_token(
     generator = make(tokenizer)
     batch = collate(generator)
     bias = torch.tensor([[-0.5, -2.0, -3.0], [-0.1, -3.0, float("-inf")], [-1.0, -1.5, 0.0]]) if biased else None
-    decoded = generator.write(generator.read(batch), batch, fused, 4, 1, bias if fused else None)
+    decoded = generator.write(
+        generator.read(batch), batch, fused=fused, max_tokens=4, num_beams=1, passage_bias=bias if fused else None
+    )
     assert len(decoded.tokens) == (3 if fused else 9)
     for row, tokens in enumerate(decoded.tokens):
         question, number = (row, None) if fused else (row // 3, row % 3)
@@ -243,8 +245,8 @@ def test_beams_are_never_worse_than_greedy(tokenizer: PreTrainedTokenizerFast) -
     generator = make(tokenizer)
     batch = generator.collate(QUESTIONS, PASSAGES, None)
     reading = generator.read(batch)
-    greedy = generator.write(reading, batch, True, 3, 1)
-    beams = generator.write(reading, batch, True, 3, 8)
+    greedy = generator.write(reading, batch, fused=True, max_tokens=3, num_beams=1)
+    beams = generator.write(reading, batch, fused=True, max_tokens=3, num_beams=8)
     assert (beams.log_probs >= greedy.log_probs - 1e-4).all()
     assert all(len(tokens) <= 3 for tokens in beams.tokens)
     scored = generator.collate(QUESTIONS, PASSAGES, [np.array(tokens, dtype=np.int64) for tokens in beams.tokens])
@@ -264,7 +266,7 @@ def test_learns_to_answer(tokenizer: PreTrainedTokenizerFast) -> None:
         loss.backward()
         optimizer.step()
     generator.eval()
-    decoded = generator.write(generator.read(batch), batch, True, 6, 2)
+    decoded = generator.write(generator.read(batch), batch, fused=True, max_tokens=6, num_beams=2)
     assert decoded.tokens == [answer.tolist() for answer in ANSWERS]
     torch.testing.assert_close(
         decoded.log_probs, generator.fused_log_probs(generator.read(batch), batch).sum(1).detach(), rtol=1e-3, atol=1e-3
@@ -302,7 +304,7 @@ def test_any_encoder_decoder_from_a_folder(tokenizer: PreTrainedTokenizerFast, t
         quick = generator.per_passage_log_probs(reading, batch)
         plain = generator.per_passage_log_probs(generator.read(batch), batch)
     torch.testing.assert_close(quick[batch.passage_mask], plain[batch.passage_mask], rtol=1e-4, atol=1e-5)
-    decoded = generator.write(reading, batch, True, 3, 1, bias.detach())
+    decoded = generator.write(reading, batch, fused=True, max_tokens=3, num_beams=1, passage_bias=bias.detach())
     scored = generator.collate(QUESTIONS, PASSAGES, [np.array(row, dtype=np.int64) for row in decoded.tokens])
     log_probs = generator.fused_log_probs(generator.read(scored), scored, bias).detach()
     for row in range(3):

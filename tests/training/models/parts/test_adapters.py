@@ -46,7 +46,7 @@ def make(
     tokenizer = load_tokenizer(folder / "tokenizer")
     encoder = replace(ENCODER, lora=lora, towers=towers)
     generator = generator_config(family, folder, lora=lora)
-    return build_system(encoder, generator, train, (tokenizer, tokenizer), seed).eval()
+    return build_system(encoder, generator, train=train, tokenizers=(tokenizer, tokenizer), seed=seed).eval()
 
 
 def train_adapters(system: System) -> None:
@@ -197,7 +197,7 @@ def test_a_stage_with_adapters_and_what_follows_it(lora_world: TinyWorld, tmp_pa
     assert not any("lora" in name or "base_layer" in name for name in weights)
     sections = (lora_world.encoder, lora_world.generator)
     tokenizers = (world.tokenizer, world.tokenizer)
-    plain = build_system(*sections, "none", tokenizers, seed=0).eval()  # as `ask` builds it
+    plain = build_system(*sections, train="none", tokenizers=tokenizers, seed=0).eval()  # as `ask` builds it
     load_weights_into(plain, weights)
     stage.system.eval()
     assert equal(outputs(plain), outputs(stage.system))

@@ -24,7 +24,7 @@ CONFIG = TokenizerConfig(vocabulary=300, digits_whole=True)
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    return build_tokenizer("", CONFIG, TEXTS, tmp_path_factory.mktemp("run") / "tokenizer")
+    return build_tokenizer("", CONFIG, texts=TEXTS, save_dir=tmp_path_factory.mktemp("run") / "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_text_is_put_back_together(tokenizer: PreTrainedTokenizerFast, text: str
 
 def test_trained_once_then_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
-    first = build_tokenizer("", CONFIG, TEXTS, folder)
-    again = build_tokenizer("", CONFIG, iter(()), folder)  # no text is read a second time
+    first = build_tokenizer("", CONFIG, texts=TEXTS, save_dir=folder)
+    again = build_tokenizer("", CONFIG, texts=iter(()), save_dir=folder)  # no text is read a second time
     assert fingerprint(first) == fingerprint(again) == fingerprint(load_tokenizer(folder))
     again("some text", truncation=True, max_length=4, padding="max_length")  # sets state in the backend
     assert fingerprint(first) == fingerprint(again)
@@ -104,23 +104,23 @@ def test_trained_once_then_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: 
 
 
 def test_other_settings_and_altered_folders_are_refused(tmp_path: Path) -> None:
-    build_tokenizer("", CONFIG, TEXTS, tmp_path / "t")
+    build_tokenizer("", CONFIG, texts=TEXTS, save_dir=tmp_path / "t")
     with pytest.raises(ValueError, match=r"'lowercase': True.*'lowercase': False"):
-        build_tokenizer("", replace(CONFIG, lowercase=False), TEXTS, tmp_path / "t")
+        build_tokenizer("", replace(CONFIG, lowercase=False), texts=TEXTS, save_dir=tmp_path / "t")
     path = tmp_path / "t" / "tokenizer.json"
     contents = json.loads(path.read_text())
     contents["model"]["vocab"]["altered"] = contents["model"]["vocab"].pop("z")
     path.write_text(json.dumps(contents))
     with pytest.raises(ValueError, match="altered"):
-        build_tokenizer("", CONFIG, TEXTS, tmp_path / "t")
+        build_tokenizer("", CONFIG, texts=TEXTS, save_dir=tmp_path / "t")
     with pytest.raises(ValueError, match=r"tokenizer\.vocabulary is 50"):
-        build_tokenizer("", TokenizerConfig(vocabulary=50), TEXTS, tmp_path / "u")
+        build_tokenizer("", TokenizerConfig(vocabulary=50), texts=TEXTS, save_dir=tmp_path / "u")
     with pytest.raises(ValueError, match="no tokeniser"):
-        build_tokenizer(str(tmp_path / "nothing"), CONFIG, TEXTS, tmp_path / "v")
+        build_tokenizer(str(tmp_path / "nothing"), CONFIG, texts=TEXTS, save_dir=tmp_path / "v")
 
 
 def test_case_is_kept_when_asked(tmp_path: Path) -> None:
-    cased = build_tokenizer("", TokenizerConfig(vocabulary=300, lowercase=False), TEXTS, tmp_path / "t")
+    cased = build_tokenizer("", TokenizerConfig(vocabulary=300, lowercase=False), texts=TEXTS, save_dir=tmp_path / "t")
     assert to_text(cased, cased("Kassandra XYZ").input_ids) == "Kassandra XYZ"
 
 
@@ -210,7 +210,7 @@ def test_passage_templates_name_the_setting(template: str) -> None:
 
 
 def test_checkpoint_rows_are_single_sequences(minilm: str, tmp_path: Path) -> None:
-    tokenizer = build_tokenizer(minilm, TokenizerConfig(), (), tmp_path / "t")
+    tokenizer = build_tokenizer(minilm, TokenizerConfig(), texts=(), save_dir=tmp_path / "t")
     config = EncoderConfig(name=minilm, max_passage_tokens=6, max_question_tokens=8)
     rows = token_rows.retriever_passage_side(tokenizer, config).tokenize([("A title", "and a long text"), ("", "text")])
     assert pieces(tokenizer, rows[0]) == ["[CLS]", "a", "title", "and", "a", "[SEP]"]
