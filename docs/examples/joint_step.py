@@ -7,8 +7,7 @@ shares no word with any of them but the name: word overlap cannot tell which of 
 labels the right passage. The retriever learns it from the answer alone, because the likelihood of the answer is a sum
 over the retrieved passages, each weighted by the retriever (RAG-sequence, Lewis et al. 2020, equation 1).
 
-Tandem does the same at scale: the loop is `training/loop.py`, the index is sharded and rebuilt beside the training, and
-DeepSpeed takes the step.
+Tandem does the same at scale: see `training/loop.py`. The index is sharded there, and rebuilt beside the training.
 """
 
 import tempfile
@@ -66,8 +65,7 @@ def prepare(folder: Path) -> tuple[Data, Models]:
     questions = read_questions(QuestionsConfig(path=str(folder)), "train")
     pairs = [(passage.title, passage.text) for passage in passages]
     asked, answers = [("", q.text) for q in questions], [("", q.answers[0]) for q in questions]
-    texts = (f"{title} {text}" for title, text in pairs + asked)
-    tokenizer = train_wordpiece(config.TokenizerConfig(vocabulary=1000), texts)
+    tokenizer = train_wordpiece(config.TokenizerConfig(vocabulary=1000), map(" ".join, pairs + asked))
     number = {passage.id: row for row, passage in enumerate(passages)}
     data = Data(
         passages=rows_of(token_rows.retriever_passage_side(tokenizer, ENCODER), pairs),
@@ -114,8 +112,9 @@ def joint_loss(data: Data, numbers: np.ndarray, index: np.ndarray, *, models: Mo
     tokens = generator.per_passage_log_probs(generator.read(batch), batch)  # [batch, K, tokens]
 
     # 4. -log sum_k p(z_k | q) p(answer | q, z_k), mean over the questions: one loss for both models.
-    masks = {"passage_mask": batch.passage_mask, "answer_mask": batch.answer_mask}
-    loss, _ = rag_sequence(Likelihoods(scores=scores, per_passage=tokens, **masks))
+    loss, _ = rag_sequence(
+        Likelihoods(scores=scores, passage_mask=batch.passage_mask, answer_mask=batch.answer_mask, per_passage=tokens)
+    )
     return loss, float((hits[:, 0] == data.gold[numbers]).mean())
 
 
@@ -123,8 +122,9 @@ def train(data: Data, models: Models) -> list[tuple[float, float]]:
     """Train both models for `STEPS` steps. Print and return loss and recall@1 of 96 questions every ten steps."""
     rates = [{"params": model.parameters(), "lr": rate} for model, rate in zip(models, (1e-3, 2e-3), strict=True)]
     optimizer, random, measured = torch.optim.Adam(rates), np.random.default_rng(0), list[tuple[float, float]]()
+    index = encode(models[0].passage_encoder, data.passages)
     for step in range(STEPS + 1):
-        if step % REFRESH_EVERY == 0 or step == STEPS:  # the index follows the passage encoder
+        if step and step % REFRESH_EVERY == 0:  # the index follows the passage encoder
             index = encode(models[0].passage_encoder, data.passages)
         if step % 10 == 0:
             with torch.no_grad():
