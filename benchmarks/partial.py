@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.config.experiment import ROOT, load
+from cluster.config.config_files import ROOT
+from cluster.config.experiment import load
 from cluster.config.settings import Settings
 from cluster.prepare.stores import Prepared, prepare_data
 from cluster.stage.run_stage import make_job

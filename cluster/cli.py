@@ -16,44 +16,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.config.setting_names import describe_settings, find_settings
+from cluster.config.verbs import DEFAULT_VERB, VERBS, overview, verb_help
+
 if TYPE_CHECKING:
     from cluster.config.experiment import Experiment
-
-VERBS = {
-    "train": "train every stage, from where an earlier call of the same run stopped",
-    "prepare": "read, check and tokenise corpus and questions into the store",
-    "index": "encode the corpus with a trained encoder and build the index",
-    "evaluate": "measure a trained system on the evaluation questions; with update.as_of=DATE after that update too",
-    "compare": "run the matrix of the file's compare section, cell by cell, and write one table",
-    "corpus": "add, delete or update passages of a run, while it trains or afterwards: corpus add RUN new.jsonl",
-    "ask": 'answer one question: ask "question" ["put otherwise" ...] [config.yaml ...]',
-    "plan": "does a run fit, on what, how stale is its index, what does it cost; starts nothing (--json: numbers only)",
-    "show": "print the resolved configuration of every stage and where its run lies",
-    "test": "run every check: lint, format, types, import rules, tests; what follows goes to pytest",
-}
-DEFAULT_VERB = "train"
-
-HELP = """usage: tandem [VERB] [config.yaml | run folder ...] [section.field=value ...]
-
-Trains a retriever and a generator as one system, with the index of the whole corpus refreshed beside the training.
-
-{verbs}
-
-Without a verb: train. Without a file: configs/quickstart.yaml. Later files win over earlier ones, section.field=value
-over all (run.init_from: where the first stages start); stages.NAME.section.field=value is for one stage. Runs lie in
-runs/<run.name>/.
-
-examples:
-  tandem train configs/quickstart.yaml run.seed=1
-  tandem train configs/quickstart.yaml training.steps=50 stages.joint.retrieval.k=8
-  tandem evaluate runs/quickstart/joint update.as_of=end evaluation.also=[gold,closed_book]
-  tandem compare configs/compare_quickstart.yaml compare.seeds=[0]
-  tandem plan configs/cluster_nq.yaml plan.gpu=h100 plan.passages=21000000
-  tandem show configs/quickstart.yaml
-  tandem corpus add runs/quickstart/joint new.jsonl
-  tandem corpus delete runs/quickstart/joint some-id another-id
-  tandem ask "Who wrote it?" configs/quickstart.yaml
-  tandem ask "Who wrote it?" "Name of the author?" configs/quickstart.yaml"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,23 +39,33 @@ def main(arguments: list[str] | None = None) -> int:
 def _command(arguments: list[str]) -> int:
     verb, rest = (arguments[0], arguments[1:]) if arguments else (DEFAULT_VERB, [])
     if verb in ("--help", "-h", "help"):
-        print(_help())
-        return 0
+        return _print(overview())
     if verb not in VERBS:
         return _mistake(_unknown_verb(verb))
-    if verb == "test":
-        from cluster.commands import checks
+    asked = rest[:1] if verb == "test" else rest
+    if "--help" in asked or "-h" in asked:
+        return _print(verb_help(verb))
+    match verb:
+        case "test":
+            from cluster.commands import checks
 
-        if rest[:1] in (["--help"], ["-h"]):
-            print(f"usage: tandem test [pytest options]\n\n{VERBS['test']}")
-            return 0
-        return guarded(lambda: checks.run(rest), None)
-    if any(argument in ("--help", "-h") for argument in rest):
-        print(_help())
-        return 0
-    if verb == "corpus":
-        return _corpus(rest)
-    return _work(verb, rest)
+            return guarded(lambda: checks.run(rest), None)
+        case "settings":
+            return _settings(rest)
+        case "corpus":
+            return _corpus(rest)
+        case _:
+            return _work(verb, rest)
+
+
+def _settings(rest: list[str]) -> int:
+    """The verb that lists settings."""
+    if len(rest) > 1:
+        return _mistake("settings takes one pattern at most: tandem settings [PATTERN]")
+    try:
+        return _print(describe_settings(find_settings(rest[0] if rest else "")))
+    except ValueError as error:
+        return _mistake(str(error))
 
 
 def _corpus(rest: list[str]) -> int:
@@ -114,19 +91,20 @@ def _work(verb: str, rest: list[str]) -> int:
         if not rest or not rest[0].strip() or rest[0].endswith((".yaml", ".yml")):
             return _mistake('ask needs a question first: tandem ask "question" [config.yaml ...]')
         questions, rest = split_questions(rest)
-    only_json = verb == "plan" and "--json" in rest
+    flag = {"plan": "--json", "show": "--changed"}.get(verb)
+    flagged = flag in rest
     try:
-        experiment = read_experiment([argument for argument in rest if argument != "--json" or not only_json])
+        experiment = read_experiment([argument for argument in rest if argument != flag])
+        if verb not in ("plan", "show"):
+            _check_paths(verb, experiment)
     except ValueError as error:
         return _mistake(str(error))
     if verb == "show":
-        with contextlib.suppress(BrokenPipeError):
-            print(show(experiment), flush=True)
-        return 0
+        return _print(changed(experiment) if flagged else show(experiment))
     if verb == "plan":
         from cluster.planning import plan
 
-        return guarded(lambda: plan.run(experiment, only_json), None)
+        return guarded(lambda: plan.run(experiment, flagged), None)
     return guarded(lambda: _run(verb, experiment, questions), experiment.directory)
 
 
@@ -151,6 +129,26 @@ def read_experiment(arguments: list[str]) -> "Experiment":
         raise ValueError(f"unknown option {options[0]}; settings are section.field=value, see --help")
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
     return load([argument for argument in arguments if argument not in overrides], overrides)
+
+
+def _check_paths(verb: str, experiment: "Experiment") -> None:
+    """Refuse what a verb would look for in vain, before torch is imported. Raises ValueError."""
+    from cluster.config.paths import check_paths
+
+    settings = list(experiment.stages.values())[-1]
+    folder = Path(settings.run.directory) / settings.run.name
+    if verb in ("index", "evaluate", "ask") and not folder.is_dir():
+        raise ValueError(f"{folder} has no complete checkpoint yet: train it first (tandem train)")
+    if verb not in ("train", "prepare", "compare") or experiment.settings.cluster.dry_run:
+        return
+    starts = {str(Path(own.run.directory) / own.run.name) for own in experiment.stages.values()}
+    cells = experiment.matrix.cells if verb == "compare" and experiment.matrix is not None else {}
+    for name, own in {**experiment.stages, **{f"compare cell {cell}": own for cell, own in cells.items()}}.items():
+        try:
+            check_paths(own, {*starts, *experiment.stages})
+        except ValueError as error:
+            where = "" if not name else f"{name}: " if name.startswith("compare cell ") else f"stage {name}: "
+            raise ValueError(f"{where}{error}") from None
 
 
 def _run(verb: str, experiment: "Experiment", questions: list[str]) -> int | None:
@@ -190,6 +188,13 @@ def show(experiment: "Experiment") -> str:
     return "---\n".join(parts).rstrip()
 
 
+def changed(experiment: "Experiment") -> str:
+    """Return what differs from the defaults, as one YAML file that can be loaded."""
+    from cluster.config.experiment import changes_to_yaml
+
+    return changes_to_yaml(experiment).rstrip()
+
+
 def guarded(work: Callable[[], int | None], directory: Path | None) -> int:
     """Run `work` and turn what it raises into one line and an exit code; the traceback goes to error.log in
     `directory`, or where that does not exist to a temporary file."""
@@ -226,6 +231,12 @@ def _write_traceback(error: Exception, directory: Path | None) -> Path:
     return Path(file.name)
 
 
+def _print(text: str) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
+    return 0
+
+
 def _mistake(sentence: str) -> int:
     print(f"tandem: {sentence}", file=sys.stderr)
     return 2
@@ -237,10 +248,6 @@ def _unknown_verb(verb: str) -> str:
     near = get_close_matches(verb, VERBS, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"unknown verb {verb}.{hint} Verbs: {', '.join(VERBS)}"
-
-
-def _help() -> str:
-    return HELP.format(verbs="\n".join(f"  {verb:9} {text}" for verb, text in VERBS.items()))
 
 
 def _indent(text: str) -> str:

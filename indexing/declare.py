@@ -4,17 +4,17 @@ The checks, the suggestions, the command line's help and the documentation all r
 """
 
 import math
-import re
+import os
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import date
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 _KEY = "declaration"
-DATE = re.compile(r"(end|\d{4}-\d{2}-\d{2})?")
-DATE_VALUES = 'empty, "end" or a date YYYY-MM-DD'
+POINT_VALUES = 'empty, "end" or a date YYYY-MM-DD'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +123,33 @@ def suggestion(word: str, known: Sequence[str], cutoff: float = 0.6, prefix: str
     """Return " Did you mean ...?" with the nearest of `known`, at most two, each after `prefix`; empty if none is."""
     near = get_close_matches(word, known, n=2, cutoff=cutoff)
     return f" Did you mean {' or '.join(prefix + name for name in near)}?" if near else ""
+
+
+def looked_at(path: str) -> str:
+    """Return "; looked at ..." with the absolute path that a relative one, or one with `~`, stands for."""
+    if path.startswith("~"):
+        return f"; looked at {os.path.abspath(path)}, since ~ is not replaced: write {os.path.expanduser(path)}"
+    return "" if not path or os.path.isabs(path) else f"; looked at {os.path.abspath(path)}"
+
+
+def is_date(text: str) -> bool:
+    """Return True for a date like 2024-05-31."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
+def is_point(text: str) -> bool:
+    """Return True for a state of a corpus that changes: empty, "end" or a date."""
+    return text in ("", "end") or is_date(text)
+
+
+def differences(settings: Any, base: Any) -> dict[str, Any]:
+    """Return the values of `settings` that differ from those of `base`, of the same class, as nested dictionaries."""
+    found: dict[str, Any] = {}
+    for entry in fields(settings):
+        mine, other = getattr(settings, entry.name), getattr(base, entry.name)
+        if mine != other:
+            found[entry.name] = differences(mine, other) if is_dataclass(mine) else mine
+    return found

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from indexing.declare import DATE, DATE_VALUES, section, setting
+from indexing.declare import POINT_VALUES, is_point, section, setting
 
 ON_BAD = ("error", "skip")
-PRODUCTS = ("float32", "bfloat16")  # that candidates of an exhaustive index are found by
 FACTORIES = "Flat, SQfp16, SQ8, PQm, IVFn,Flat|SQfp16|SQ8|PQm, HNSWn[,SQfp16|SQ8], and OPQm, before PQm or IVFn,PQm"
 
 
@@ -42,7 +41,7 @@ class CorpusConfig:
     updates: str = setting("", "File (.jsonl[.gz]) of dated updates of the corpus. Empty: updates.jsonl[.gz] beside "
         "the corpus.")
     as_of: str = setting("", "Date up to which the updates are applied (end: all of them). Empty: the corpus as it is.",
-        holds=DATE.fullmatch, allowed=DATE_VALUES)
+        holds=is_point, allowed=POINT_VALUES)
     world: WorldConfig = section(WorldConfig)
 
 
@@ -56,7 +55,7 @@ class QuestionsConfig:
     evaluate: str = setting("test", "Split to evaluate on. Empty: none.")
     on_bad: str = setting("error", "Treatment of a bad line: stop, or leave it out.", choices=ON_BAD)
     as_of: str = setting("", "Date on which the answers shall be true, from metadata.timeline (end: the last state). "
-        "Empty: `answers` holds.", holds=DATE.fullmatch, allowed=DATE_VALUES)
+        "Empty: `answers` holds.", holds=is_point, allowed=POINT_VALUES)
     max_questions: int = setting(0, "Number of questions of the evaluation split, a seeded sample. 0: all.",
         unit="questions")
     target: str = setting("in_passage", "Gold answer that is trained on where there are several: the first, another "
@@ -99,7 +98,7 @@ class IndexConfig:
     device: str = setting("cpu", "Device that searches.", choices=("cpu", "gpu"))
     products: str = setting("float32", "Precision of the products by which an exhaustive index on CPU (Flat, SQfp16) "
         "finds its candidates, where the processor has such products. bfloat16: as exact in the end, faster, and 2 "
-        "bytes a number more.", choices=PRODUCTS)
+        "bytes a number more.", choices=("float32", "bfloat16"))
     nprobe: int = setting(16, "Number of lists that a search of an IVF index visits.", unit="lists", least=1)
     ef_search: int = setting(64, "Number of vectors that an HNSW search keeps in view: more find more and take longer.",
         unit="vectors", least=1)

@@ -11,6 +11,7 @@ from cluster.machines import session
 from cluster.planning.placement import PlacementPlan, nodes_of_cluster, plan
 from cluster.prepare.stores import Prepared, prepare_data
 from indexing.corpus.stores.passages import Store
+from indexing.declare import refuse
 from training.checkpoint import newest_checkpoint
 
 
@@ -76,9 +77,7 @@ def starting_checkpoint(settings: Settings, stages: dict[str, Settings]) -> str:
     found = newest_checkpoint(folder, say) if folder.is_dir() else None
     if found is None:
         known = f" or a stage of this file ({', '.join(stages)})" if "" not in stages else ""
-        raise ValueError(
-            f"run.init_from={name!r}: needed is a checkpoint or run folder{known} with a complete checkpoint"
-        )
+        raise refuse("run.init_from", name, f"must be a checkpoint or run folder{known} with a complete checkpoint")
     return str(found)
 
 

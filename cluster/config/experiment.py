@@ -14,22 +14,21 @@ command line (for every stage; `run.init_from` for those that start from no othe
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cluster.config.config_files import DEFAULT_FILE, find_file, shown
 from cluster.config.matrix import Matrix, check_matrix, check_start, combined, folder_of, read_matrix
 from cluster.config.schema import COMMAND_LINE, checked, kind_of, read_yaml
 from cluster.config.setting_names import unknown
 from cluster.config.settings import CompareConfig, Settings, UpdateConfig
 from cluster.config.validate import validate
-from indexing.declare import check_values, refuse, suggestion
-
-ROOT = Path(__file__).resolve().parents[2]
-DEFAULT_FILE = ROOT / "configs" / "quickstart.yaml"
+from indexing.declare import check_values, differences, refuse, suggestion
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,17 @@ class Experiment:
         return Path(self.settings.run.directory) / self.settings.run.name
 
 
+@cache
+def _schema() -> DictConfig:
+    """The defaults; made once, since that takes a tenth of a second, and never changed: `merge` copies."""
+    return OmegaConf.structured(Settings)
+
+
 @dataclass(kw_only=True)
 class _Files:
     """What the files say together, before the command line."""
 
-    base: DictConfig = field(default_factory=lambda: OmegaConf.structured(Settings))
+    base: DictConfig = field(default_factory=lambda: _schema())
     update: DictConfig = field(default_factory=lambda: OmegaConf.structured(UpdateConfig))
     stages: dict[str, DictConfig] = field(default_factory=dict)  # each stage's own sections
     compare: DictConfig = field(default_factory=lambda: OmegaConf.structured(CompareConfig))
@@ -112,31 +117,33 @@ def experiment_to_yaml(experiment: Experiment) -> str:
     return OmegaConf.to_yaml(content)
 
 
-def find_file(path: str) -> Path:
-    """The YAML file that `path` names; a run folder stands for its config.yaml. Raises ValueError with a suggestion."""
-    file = Path(path)
-    if file.is_file():
-        return file
-    if file.is_dir():
-        if (file / "config.yaml").is_file():
-            return file / "config.yaml"
-        raise ValueError(f"no config.yaml in the folder {path}")
-    near = {other.name: _shown(other) for folder in (ROOT / "configs", file.parent) for other in folder.glob("*.yaml")}
-    hint = suggestion(file.name, list(near)) or suggestion(f"{file.name}.yaml", list(near))
-    for name, shown in near.items():
-        hint = hint.replace(f" {name}", f" {shown}")
-    raise ValueError(f"no configuration file {path}.{hint}")
+def changes_to_yaml(experiment: Experiment) -> str:
+    """Return what differs from the defaults as YAML that `load` reads back: the shared settings, then each stage's
+    and each cell's differences from them."""
+    shared, stages, matrix = experiment.settings, experiment.stages, experiment.matrix
+    content = differences(shared, Settings())
+    names = {str(Path(own.run.directory) / own.run.name): name for name, own in stages.items() if name}
 
+    def changes(own: Settings, base: Settings) -> dict[str, Any]:
+        start = names.get(own.run.init_from, own.run.init_from)
+        return differences(replace(own, run=replace(base.run, init_from=start)), base)
 
-def _shown(file: Path) -> str:
-    """`file` relative to the working directory where it lies below it."""
-    absolute, here = file.resolve(), Path.cwd()
-    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else file)
+    if names:
+        content["stages"] = {name: changes(own, shared) for name, own in stages.items()}
+    if experiment.update.as_of:
+        update = experiment.update if names else replace(experiment.update, stages=[])
+        content["update"] = differences(update, UpdateConfig())
+    if matrix is not None:
+        base = stages.get(matrix.base_stage, shared)
+        cells = {name: changes(cell, base) for name, cell in matrix.cells.items()}
+        given = CompareConfig(matrix.base_stage, matrix.baseline, list(matrix.seeds))
+        content["compare"] = differences(given, CompareConfig()) | {"cells": cells}
+    return OmegaConf.to_yaml(content) if content else "{}\n"
 
 
 def _read_file(file: Path, files: _Files) -> None:
     """Merge one file over what the earlier ones said, after checking it by itself."""
-    source = _shown(file)
+    source = shown(file)
     try:
         content = read_yaml(file.read_text(encoding="utf-8"), source) or {}
     except (OSError, UnicodeDecodeError) as error:
@@ -158,7 +165,7 @@ def _read_file(file: Path, files: _Files) -> None:
         own = checked(stage, Settings, f"stages.{name}.", source)
         for fixed in {"name", "directory"} & set(own.get("run", {})):
             raise ValueError(f"{source}: stages.{name}.run.{fixed}: set run.{fixed} once, for all stages")
-        _merge(OmegaConf.structured(Settings), own, source, f"stages.{name}.")  # refuses wrong types, by file
+        _merge(_schema(), own, source, f"stages.{name}.")  # refuses wrong types, by file
         files.stages[name] = cast(DictConfig, OmegaConf.merge(files.stages.get(name, {}), own))
 
 
@@ -167,12 +174,12 @@ def _merge_compare(section: Any, source: str, files: _Files) -> None:
     given, cells, axes = read_matrix(section, source)
     files.compare = _merge(files.compare, given, source, "compare.")
     for name, own in cells.items():
-        _merge(OmegaConf.structured(Settings), own, source, f"compare.cells.{name}.")  # refuses wrong types, by file
+        _merge(_schema(), own, source, f"compare.cells.{name}.")  # refuses wrong types, by file
         files.cells[name] = cast(DictConfig, OmegaConf.merge(files.cells.get(name, {}), own))
     for axis, choices in axes.items():
         known = files.axes.setdefault(axis, {})
         for name, own in choices.items():
-            _merge(OmegaConf.structured(Settings), own, source, f"compare.axes.{axis}.{name}.")
+            _merge(_schema(), own, source, f"compare.axes.{axis}.{name}.")
             known[name] = cast(DictConfig, OmegaConf.merge(known.get(name, {}), own))
 
 

@@ -1,10 +1,10 @@
 """What can be refused before anything is written, started or trained; each refusal is one ValueError."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from cluster.config.experiment import load
+from cluster.config.paths import check_model_folders
 from cluster.config.settings import Settings
 from indexing.corpus.stores.filters import parse_filter
 from indexing.corpus.stores.metadata import count_passing
@@ -39,11 +39,7 @@ SAME_RUN = (
 def check_models(settings: Settings) -> None:
     """Refuse a model folder or a recogniser that is not there (whether a name of the hub exists is seen when it is
     read), and passages that a generator has no context for."""
-    named = {section: vars(settings)[section].name for section in ("encoder", "generator", "reranker")}
-    for section, name in named.items():
-        is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
-        if is_path and not Path(name).is_dir():
-            raise refuse(f"{section}.name", name, "must be a folder that exists, or a name of the Hugging Face hub")
+    check_model_folders(settings)
     reranker = settings.reranker
     if has_own_tokens(reranker) and Path(reranker.name).is_dir():
         check_cross_encoder(reranker)

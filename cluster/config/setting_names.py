@@ -1,7 +1,10 @@
 """The names of all settings, and the nearest ones to a name that does not exist."""
 
 import re
+from collections.abc import Collection
 from difflib import SequenceMatcher
+from fnmatch import fnmatch
+from textwrap import fill
 
 from cluster.config.settings import CompareConfig, Settings, UpdateConfig
 from indexing.declare import Declaration, declarations, suggestion
@@ -72,3 +75,26 @@ def _related(section: str, entry: str) -> str:
     inside = nearest([name for name in SETTING_NAMES if section and name.startswith(section)])
     found = inside or nearest(SETTING_NAMES)
     return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
+def find_settings(pattern: str) -> list[str]:
+    """Return the names that contain `pattern` or match it as a pattern like refresh.*; where there is none, those of
+    settings whose meaning or allowed values have it as a word. Raises ValueError, with a suggestion, for none."""
+    named = [name for name in SETTING_NAMES if pattern in name or fnmatch(name, pattern)]
+    word = re.compile(rf"\b{re.escape(pattern)}", re.IGNORECASE)
+    meant = [name for name, (_, declared) in DECLARED.items() if word.search(f"{declared.meaning} {declared.values}")]
+    if not named and not meant:
+        hint = suggestion(pattern, SETTING_NAMES) or _related("", pattern.rpartition(".")[2])
+        raise ValueError(f"settings: no setting has {pattern} in its name or meaning.{hint}")
+    return named or meant
+
+
+def describe_settings(names: Collection[str]) -> str:
+    """Return a block of text for each setting: name and default, unit and allowed values, meaning."""
+    blocks: list[str] = []
+    for name, default, unit, allowed, meaning in declared_settings():
+        if name in names:
+            facts = "; ".join(filter(None, (unit, f"allowed: {allowed}" if allowed else "")))
+            text = fill(meaning, 116, initial_indent="    ", subsequent_indent="    ")
+            blocks.append(f"{name}={default}{f'  ({facts})' if facts else ''}\n{text}")
+    return "\n".join(blocks)

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from indexing.declare import DATE, DATE_VALUES, section, setting
+from indexing.declare import POINT_VALUES, is_point, section, setting
 from indexing.indexing_settings import CorpusConfig, IndexConfig, LexicalConfig, PreferencesConfig, QuestionsConfig
 from training.refreshing.policy import POLICIES
 from training.training_settings import (
@@ -166,7 +166,7 @@ class UpdateConfig:
     """The steps after the last stage: apply corpus updates, encode again without training, ask again."""
 
     as_of: str = setting("", "Date up to which the updates are applied (end: all of them). Empty: no update.",
-        holds=DATE.fullmatch, allowed=DATE_VALUES)
+        holds=is_point, allowed=POINT_VALUES)
     stages: list[str] = setting([], "Stages whose system is asked again; left empty in a file without stages.")
 
 

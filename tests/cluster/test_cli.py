@@ -1,8 +1,10 @@
 """The command line answers mistakes at once with exit code 2, and turns what a verb raises into one line."""
 
+import shlex
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,9 @@ import pytest
 from cluster import cli
 from cluster.commands import checks
 from cluster.config.experiment import load
+from cluster.config.setting_names import SETTING_NAMES, find_settings
+from cluster.config.verbs import VERBS
+from cluster.prepare import corpus_changes
 
 ROOT = Path(cli.__file__).resolve().parents[1]
 
@@ -25,6 +30,13 @@ ROOT = Path(cli.__file__).resolve().parents[1]
         (["train", "a.yaml", "retrieval.k=0"], "retrieval.k=0: must be at least 1"),
         (["ask"], "ask needs a question first"),
         (["ask", "a.yaml"], "ask needs a question first"),
+        (["train", "a.yaml", "training.lr=1"], "Did you mean training.lr_retriever or training.lr_generator?"),
+        (["train", "a.yaml", "retrieval.top_k=5"], "Did you mean retrieval.k?"),
+        (["train", "a.yaml", "batch_size=5"], "Did you mean training.batch_size or evaluation.batch_size?"),
+        (["settings", "nothing_like_it"], "settings: no setting has nothing_like_it in its name or meaning."),
+        (["settings", "encoder.temperatur3"], "Did you mean encoder.temperature"),
+        (["settings", "a", "b"], "settings takes one pattern at most"),
+        (["evaluate", "a.yaml"], "runs/a has no complete checkpoint yet"),
     ],
 )
 def test_mistakes(
@@ -55,11 +67,81 @@ def test_phrasings_of_a_question_are_told_from_files_and_settings(
     assert rest == ["training.steps=5 ", "run.name=a b", "two words", "a.yaml"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["help"]])
 def test_help_names_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert all(verb in printed for verb in cli.VERBS)
+    assert all(verb in printed for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_help_that_needs_the_standard_library_alone(verb: str) -> None:
+    command = [sys.executable, "-S", "-m", "cluster.cli", verb, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={}, check=True)
+    assert result.stdout.startswith(f"usage: tandem {verb} ")
+    assert result.stdout.count(f"\n  tandem {verb}") == 2
+    for part in ("\nreads ", "\nwrites "):
+        assert part in result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_and_settings_of_a_verb_exist(verb: str) -> None:
+    assert all(any(fnmatch(name, pattern) for name in SETTING_NAMES) for pattern in VERBS[verb].settings)
+    for example in VERBS[verb].examples:
+        words = shlex.split(example)
+        assert words[:2] == ["tandem", verb]
+        if words[2:3] == ["delete"]:
+            corpus_changes.parse(words[2:])
+        elif verb == "settings":
+            assert find_settings(words[2])
+        elif "configs/" in example:
+            files = [word for word in words[2:] if word.endswith(".yaml") or "=" in word]
+            cli.read_experiment([file.replace("configs/", f"{ROOT}/configs/") for file in files])
+
+
+def test_settings_are_found_by_name_by_pattern_and_by_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert find_settings("retrieval.k") == ["retrieval.k"]
+    assert find_settings("update.*") == ["update.as_of", "update.stages"]
+    assert "refresh.max_staleness_steps" in find_settings("staleness")
+    assert "encoder.attention" in find_settings("flash_attention_2")
+    assert find_settings("") == SETTING_NAMES
+    assert cli.main(["settings", "refresh.policy"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("refresh.policy=every_steps  (allowed: every_steps, on_drift, both)\n    Reason")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_what_changed_is_a_configuration(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", "--changed", str(file), "training.log_every=7"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "changed.yaml").write_text(printed, encoding="utf-8")
+    again, given = load([str(tmp_path / "changed.yaml")], []), load([str(file)], ["training.log_every=7"])
+    assert again == given
+    assert len(printed.splitlines()) < 200
+
+
+MISSING = "must be a folder that exists, or a name of the Hugging Face hub; looked at"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("corpus.path=no/corpus.jsonl", "corpus.path=no/corpus.jsonl: must be a BEIR folder"),
+        ("corpus.path=~/corpus", "since ~ is not replaced: write"),
+        ("questions.path=nowhere", "questions.path=nowhere: must be a folder that exists; looked at"),
+        ("preferences.path=nowhere.jsonl", "preferences.path=nowhere.jsonl: must be a .jsonl[.gz] file"),
+        ("run.init_from=no/such/run", "run.init_from=no/such/run: must be a checkpoint or run folder that exists"),
+        ("encoder.name=./nowhere", f"encoder.name=./nowhere: {MISSING} {ROOT}/nowhere"),
+        ("generator.name=a/b/c", f"generator.name=a/b/c: {MISSING} {ROOT}/a/b/c"),
+        ("reranker.name=../nowhere", f"reranker.name=../nowhere: {MISSING} {ROOT.parent}/nowhere"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_answered_before_torch_is_imported(override: str, expected: str) -> None:
+    code = "import sys; from cluster.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code, "train", override]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20, check=True)
+    assert result.stdout == "2 False\n"
+    assert expected in result.stderr
 
 
 def test_show_prints_every_stage_with_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +231,10 @@ def test_options_go_to_pytest(capfd: pytest.CaptureFixture[str]) -> None:
     assert "pytest --version" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["trian"], ["show", "nowhere.yaml"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["plan", "--help"], ["trian"], ["show", "nowhere.yaml"], ["train", "encoder.name=./nowhere"]],
+)
 def test_answers_within_a_second(arguments: list[str]) -> None:
     """The best of three calls, for machines that are busy with something else."""
     seconds: list[float] = []

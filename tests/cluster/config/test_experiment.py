@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.experiment import ROOT, Experiment, experiment_to_yaml, load, to_yaml
+from cluster.config.config_files import ROOT
+from cluster.config.experiment import Experiment, experiment_to_yaml, load, to_yaml
 from cluster.config.preflight import check_index, check_models, check_where
 from cluster.config.settings import Settings
 from indexing.corpus.files.corpus import Passage
@@ -148,14 +149,14 @@ def test_mistakes_in_conditions(write, override: str, expected: str) -> None:
 
 def test_kinds_of_index_that_do_not_fit(write) -> None:
     gpu = refusal([write("")], "index.device=gpu", "index.factory=HNSW32")
-    assert "index.factory is 'HNSW32', which FAISS has for CPU only: set index.device=cpu" in gpu
+    assert "index.factory=HNSW32: must be without HNSW with index.device=gpu" in gpu
     for factory, message in (
         (
             "PQ48",
-            "vectors of 128 numbers cannot be cut into 48 equal parts: allowed are divisors of 128, like 16, 32, 64",
+            "must cut vectors of 128 numbers into equal parts: 16, 32, 64, not 48",
         ),
-        ("IVF600,Flat", "trains 600 lists, but a shard holds 500 vectors"),
-        ("PQ16x9", "trains on 512 vectors or more .* but a shard holds 500"),
+        ("IVF600,Flat", "must have 1 to 500 lists: a shard holds 500 vectors"),
+        ("PQ16x9", "must train on at most 500 vectors, those of a shard, but needs 512"),
     ):
         with pytest.raises(ValueError, match=message):
             check_index(load([write("")], [f"index.factory={factory}"]).settings, 1000)
@@ -248,9 +249,9 @@ def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
         ("training.retriever_delay_steps=300", "training.retriever_delay_steps=300: must be below training.steps="),
         ("objective.drop_probability=1.5", "must be between 0 and 1"),
         ("cluster.trainer_gpus=1.5", "cluster.trainer_gpus=1.5: must be -1"),
-        ("index.factory=IVF,Flat", "index.factory is 'IVF,Flat': allowed are Flat, SQfp16, SQ8, PQm, IVFn,"),
+        ("index.factory=IVF,Flat", "index.factory=IVF,Flat: must be one of Flat, SQfp16, SQ8, PQm, IVFn,"),
         ("index.rescore_candidates=3", "index.rescore_candidates=3: must be 0 (off) or at least retrieval.k="),
-        ("index.factory=OPQ8,PQ16", "index.factory is 'OPQ8,PQ16': OPQ and PQ need the same number of parts"),
+        ("index.factory=OPQ8,PQ16", "index.factory=OPQ8,PQ16: must have the same number of parts for OPQ and PQ"),
         ("index.ef_search=0", "index.ef_search=0: must be at least 1"),
         ("engine.zero_stage=4", "engine.zero_stage=4: must be 0, 1, 2 or 3"),
         ("engine.offload_optimizer=true", "engine.offload_optimizer=true: must be false with engine.zero_stage=0"),

@@ -1,0 +1,37 @@
+"""Folders and files that a configuration names and that are not there: refused before anything heavy is imported."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from cluster.config.settings import Settings
+from indexing.corpus.files.corpus import corpus_path, updates_path
+from indexing.corpus.files.preferences import preferences_path
+from indexing.declare import looked_at, refuse
+
+
+def check_paths(settings: Settings, starts: Collection[str] = ()) -> None:
+    """Refuse data, model folders and a start that are not there. Raises ValueError with the path that was looked at.
+    `starts` are stages and run folders that will be there when they are needed."""
+    if settings.corpus.path:
+        corpus_path(settings.corpus)
+        updates_path(settings.corpus)
+    questions = settings.questions.path
+    if questions and not Path(questions).is_dir():
+        raise refuse("questions.path", questions, f"must be a folder that exists{looked_at(questions)}")
+    if settings.preferences.path:
+        preferences_path(settings.preferences)
+    check_model_folders(settings)
+    start = settings.run.init_from
+    if start and start not in starts and not Path(start).is_dir():
+        raise refuse("run.init_from", start, f"must be a checkpoint or run folder that exists{looked_at(start)}")
+
+
+def check_model_folders(settings: Settings) -> None:
+    """Refuse the name of a model that looks like a folder and is none. Raises ValueError."""
+    for section in ("encoder", "generator", "reranker"):
+        name = vars(settings)[section].name
+        is_path = name.startswith((".", "~", os.sep)) or name.count("/") > 1
+        if is_path and not Path(name).is_dir():
+            allowed = "must be a folder that exists, or a name of the Hugging Face hub"
+            raise refuse(f"{section}.name", name, allowed + looked_at(name))
