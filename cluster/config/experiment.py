@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cluster.config.config_files import DEFAULT_FILE, find_file, shown
 from cluster.config.matrix import Matrix, check_matrix, check_start, combined, folder_of, read_matrix
+from cluster.config.moved import relocated
 from cluster.config.schema import COMMAND_LINE, checked, kind_of, read_yaml
 from cluster.config.setting_names import unknown
 from cluster.config.settings import CompareConfig, Settings, UpdateConfig
@@ -75,7 +76,7 @@ def load(paths: list[str], overrides: list[str]) -> Experiment:
     ones over earlier ones; `overrides` are "section.field=value". Raises ValueError with one clear sentence."""
     files = _Files()
     for path in paths or [str(DEFAULT_FILE)]:
-        _read_file(find_file(path), files)
+        _read_file(find_file(path), files, Path(path) if Path(path).is_dir() else None)
     changes = [_parse_override(text, list(files.stages)) for text in overrides]
     for key, value in changes:
         if key.startswith("update."):
@@ -141,8 +142,9 @@ def changes_to_yaml(experiment: Experiment) -> str:
     return OmegaConf.to_yaml(content) if content else "{}\n"
 
 
-def _read_file(file: Path, files: _Files) -> None:
-    """Merge one file over what the earlier ones said, after checking it by itself."""
+def _read_file(file: Path, files: _Files, folder: Path | None = None) -> None:
+    """Merge one file over what the earlier ones said, after checking it by itself. `folder` is the run folder that it
+    is the config.yaml of."""
     source = shown(file)
     try:
         content = read_yaml(file.read_text(encoding="utf-8"), source) or {}
@@ -153,6 +155,7 @@ def _read_file(file: Path, files: _Files) -> None:
     for key in content:
         if key not in TOP_LEVEL:
             raise unknown(source, "", str(key), TOP_LEVEL)
+    content = content if folder is None else relocated(content, folder)
     sections = checked({key: content[key] for key in SECTIONS if key in content}, Settings, "", source)
     files.base = _merge(files.base, sections, source)
     files.update = _merge(files.update, checked(content.get("update"), UpdateConfig, "update.", source), source)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.config.experiment import load
+from cluster.config.moved import with_absolute_paths
 from cluster.config.paths import check_model_folders
 from cluster.config.settings import Settings
 from indexing.corpus.stores.filters import parse_filter
@@ -75,8 +76,8 @@ def check_same_run(settings: Settings) -> None:
     run_dir = Path(settings.run.directory) / settings.run.name
     if not (run_dir / "config.yaml").is_file() or newest_checkpoint(run_dir, lambda _: None) is None:
         return
-    before = values_of(with_absolute_models(load([str(run_dir / "config.yaml")], []).settings))
-    for setting, value in values_of(with_absolute_models(settings)).items():
+    before = values_of(with_absolute_models(with_absolute_paths(load([str(run_dir)], []).settings)))
+    for setting, value in values_of(with_absolute_models(with_absolute_paths(settings))).items():
         if setting.startswith(SAME_RUN) and before[setting] != value:
             allowed = (
                 f"{run_dir} was trained with {before[setting]!r}: take another run.name, or set run.overwrite=true"

@@ -1,0 +1,47 @@
+"""The stores that a run was started with, found again wherever the run folder lies.
+
+`corpus/base.json` of a run names its store of passages and its tokenisers relative to itself. Runs of earlier versions
+have absolute paths there; what they name is looked for beside the run first.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from indexing.corpus.snapshot import write_file
+
+BASE_FILE = "base.json"
+
+
+def record_stores(folder: Path, passages: Path, tokenizers: Path) -> None:
+    """Note in the run folder `folder` which store of passages and which tokenisers it was started with."""
+    corpus = folder.resolve() / "corpus"
+    corpus.mkdir(parents=True, exist_ok=True)
+    places = {"passages": passages, "tokenizers": tokenizers}
+    base = {name: os.path.relpath(path.resolve(), corpus) for name, path in places.items()}
+    write_file(corpus / BASE_FILE, [json.dumps(base).encode()])
+
+
+def recorded_stores(folder: Path) -> tuple[Path, Path] | None:
+    """Return the store of passages and the folder of tokenisers of the run folder `folder`; None where it has no note
+    of them, or they are gone."""
+    corpus = folder.resolve() / "corpus"
+    try:
+        base = json.loads((corpus / BASE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    named = Path(base["passages"]), Path(base["tokenizers"])
+    near = [(up / Path(*named[0].parts[-3:]), up / named[1].name) for up in (corpus.parent, *corpus.parent.parents[:4])]
+    if not named[0].is_absolute():
+        near.insert(0, (Path(os.path.normpath(corpus / named[0])), Path(os.path.normpath(corpus / named[1]))))
+    return next((places for places in (*near, named) if all(place.is_dir() for place in places)), None)
+
+
+def root_of_stores(folder: Path) -> Path:
+    """Return the folder that holds data/, tokenizers/ and world/ for the run folder `folder`: that of the experiment
+    which it is a stage of, or its own."""
+    found = recorded_stores(folder)
+    if found is None or found[0].parent.parent.name != "data" or found[1] != found[0].parents[2] / "tokenizers":
+        return folder
+    root = found[0].parents[2]
+    return folder if root == folder.resolve() else root
