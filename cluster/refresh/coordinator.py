@@ -370,8 +370,8 @@ class RefreshCoordinator:
 
         def clear_one(shard: ShardPort) -> None:
             status = shard.status()
-            if abort and status.staged not in (-1, serving):
-                shard.abort(status.staged)
+            if abort and status.building is not None and status.building.generation != serving:
+                shard.abort(status.building.generation)
             for generation in status.generations:
                 if generation < serving and generation not in keep:
                     shard.release(generation)

@@ -15,17 +15,14 @@ from indexing.shard.shard import ShardStatus
 
 def has_prepared(status: ShardStatus, generation: int) -> bool:
     """Whether the shard could commit `generation` at once."""
-    built = status.prepared and status.staged == generation
-    return built or (status.derived_prepared and status.derived == generation)
+    return any(staging.prepared and staging.generation == generation for staging in status.staged)
 
 
 def has_staged_all(status: ShardStatus, generation: int, corpus_version: int = 0) -> bool:
     """Whether every row that `generation` has at `corpus_version` is staged. (A shard that came back empty may have
     been sent rows before it was told again what the generation has.)"""
-    if status.derived == generation:
-        return (status.derived_rows, status.derived_corpus) == (status.derived_wanted, corpus_version)
-    rows, corpus = (status.staged_rows, status.staged_corpus), (status.staged_wanted, corpus_version)
-    return status.staged == generation and rows == corpus
+    found = [staging for staging in status.staged if staging.generation == generation]
+    return bool(found) and (found[-1].rows, found[-1].corpus_version) == (found[-1].wanted, corpus_version)
 
 
 class ShardLost(Exception):

@@ -43,10 +43,10 @@ def take_over(
             hide(shard, status)
     served = [set(status.generations) for status in statuses]
     ready = [
-        s | ({t.staged} if t.prepared else set()) | ({t.derived} if t.derived_prepared else set())
-        for s, t in zip(served, statuses, strict=True)
+        numbers | {staging.generation for staging in status.staged if staging.prepared}
+        for numbers, status in zip(served, statuses, strict=True)
     ]
-    seen = max(max(status.staged, status.derived, status.committed) for status in statuses)
+    seen = max(max(status.committed, *(staging.generation for staging in status.staged), -1) for status in statuses)
     directory = None
     if (common := max(set.intersection(*ready), default=None)) is not None:
         group.call(lambda shard: shard.commit(common))
@@ -93,8 +93,7 @@ def _wish(statuses: Sequence[ShardStatus], generation: int) -> Wish:
     for status in statuses:
         if generation in status.generations:
             return Wish(generation, status.generations[generation], status.corpora[generation])
-        if status.staged == generation and status.prepared:
-            return Wish(generation, status.staged_weights_version, status.staged_corpus)
-        if status.derived == generation and status.derived_prepared:
-            return Wish(generation, status.derived_weights_version, status.derived_corpus)
+        for staging in status.staged:
+            if staging.generation == generation and staging.prepared:
+                return Wish(generation, staging.weights_version, staging.corpus_version)
     raise AssertionError(f"no shard has generation {generation}")

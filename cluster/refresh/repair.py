@@ -118,8 +118,8 @@ class Repair:
             return None
         try:
             self._pool.claim(shard.number, self._hung_s)
-            if (staged := shard.status().staged) not in (-1, generation):
-                shard.abort(staged)
+            if (building := shard.status().building) is not None and building.generation != generation:
+                shard.abort(building.generation)
             plan = self._builder.whole(generation, serving.weights, serving.corpus_version, urgent=True)
             plan.begin(shard)
             if self._pool.run(generation, serving.weights, plan.chunks(shard), urgent=True):

@@ -10,7 +10,7 @@ Who waits for whom: each call goes to all replicas at the same time and waits fo
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from cluster.refresh.ports import ShardLost, ShardPort
 from indexing.shard.serving import MAX_COMMITTED, GenerationGone
 from indexing.shard.shard import ShardStatus
+from indexing.shard.staging import StagingStatus
 
 T = TypeVar("T")
 
@@ -134,8 +135,8 @@ def _worst(errors: list[Exception]) -> Exception:
 def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
     """The status of a shard whose replicas have these: served, staged and prepared is what all of them have.
 
-    A replica that serves a generation counts as having staged and prepared it; one that was not told of it has -1 rows.
-    `committed` is the newest of any.
+    A replica that serves a generation counts as having staged and prepared it; one that does not know it has -1 rows.
+    `committed` is the newest of any replica.
     """
     first = statuses[0]
     generations = {
@@ -144,31 +145,15 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
         if all(status.generations.get(number) == version for status in statuses)
     }
     newest = [status for status in statuses if status.committed == max(one.committed for one in statuses)]
-    staged = max(status.staged for status in statuses)
-    derived = max(status.derived for status in statuses)
-    building = next(status for status in statuses if status.staged == staged)
-    deriving = next(status for status in statuses if status.derived == derived)
-    built = [_has_of(status, staged, False) for status in statuses]
-    drawn = [_has_of(status, derived, True) for status in statuses]
     return ShardStatus(
         shard_number=first.shard_number,
         start=first.start,
         stop=first.stop,
         committed=newest[0].committed,
         generations=generations,
-        staged=staged,
-        staged_weights_version=building.staged_weights_version,
-        staged_rows=_least_rows(built, building.staged_wanted) if staged >= 0 else 0,
-        prepared=staged >= 0 and all(one.prepared for one in built),
         in_flight=sum(status.in_flight for status in statuses),
-        staged_wanted=building.staged_wanted,
-        staged_corpus=_same([one.corpus for one in built]) if staged >= 0 else 0,
-        derived=derived,
-        derived_weights_version=deriving.derived_weights_version,
-        derived_rows=_least_rows(drawn, deriving.derived_wanted) if derived >= 0 else 0,
-        derived_wanted=deriving.derived_wanted,
-        derived_corpus=_same([one.corpus for one in drawn]) if derived >= 0 else 0,
-        derived_prepared=derived >= 0 and all(one.prepared for one in drawn),
+        building=_staged_by_all(statuses, [status.building for status in statuses]),
+        deriving=_staged_by_all(statuses, [status.deriving for status in statuses]),
         corpora={number: first.corpora.get(number, 0) for number in generations},
         hidden=min(status.hidden for status in statuses),
         num_living=min(status.num_living for status in statuses),
@@ -177,29 +162,27 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
     )
 
 
-@dataclass(frozen=True)
-class _Has:
-    """What one replica has of a generation."""
+def _staged_by_all(statuses: Sequence[ShardStatus], stagings: Sequence[StagingStatus | None]) -> StagingStatus | None:
+    """Return what all replicas have of the newest generation of `stagings`, which are theirs in the same order.
 
-    rows: int | None  # None: all of them
-    corpus: int
-    prepared: bool
-
-
-def _has_of(status: ShardStatus, generation: int, derived: bool) -> _Has:
-    if generation in status.generations:
-        return _Has(None, status.corpora.get(generation, 0), True)
-    if derived and status.derived == generation:
-        return _Has(status.derived_rows, status.derived_corpus, status.derived_prepared)
-    if not derived and status.staged == generation:
-        return _Has(status.staged_rows, status.staged_corpus, status.prepared)
-    return _Has(-1, -1, False)
-
-
-def _least_rows(parts: Sequence[_Has], wanted: int) -> int:
-    return min(wanted if part.rows is None else part.rows for part in parts)
-
-
-def _same(numbers: Sequence[int]) -> int:
-    """The number that all of them are, -1 where they differ."""
-    return numbers[0] if len(set(numbers)) == 1 else -1
+    Its corpus version is -1 if the replicas differ in it.
+    """
+    newest = max((one for one in stagings if one is not None), key=lambda one: one.generation, default=None)
+    if newest is None:
+        return None
+    parts = list[StagingStatus]()
+    for status, staging in zip(statuses, stagings, strict=True):
+        if newest.generation in status.generations:
+            corpus_version = status.corpora.get(newest.generation, 0)
+            parts.append(replace(newest, rows=newest.wanted, corpus_version=corpus_version, prepared=True))
+        elif staging is not None and staging.generation == newest.generation:
+            parts.append(staging)
+        else:
+            parts.append(replace(newest, rows=-1, corpus_version=-1, prepared=False))
+    corpora = {part.corpus_version for part in parts}
+    return replace(
+        newest,
+        rows=min(part.rows for part in parts),
+        corpus_version=corpora.pop() if len(corpora) == 1 else -1,
+        prepared=all(part.prepared for part in parts),
+    )

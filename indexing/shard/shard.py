@@ -28,6 +28,7 @@ import numpy as np
 from indexing.corpus.snapshot import is_complete, verify
 from indexing.corpus.stores.filters import Filter
 from indexing.corpus.stores.metadata import MetadataColumns
+from indexing.declare import refuse
 from indexing.dense.probe import UNKNOWN, Figures, RecentQueries
 from indexing.hits import CorpusState, ShardHits, ShardIndexed
 from indexing.indexing_settings import IndexConfig
@@ -35,7 +36,7 @@ from indexing.shard.generation import Generation, Passes
 from indexing.shard.reshard import fits, load_range
 from indexing.shard.serving import GenerationGone, Serving
 from indexing.shard.shard_files import KIND, read_generation, write_generation
-from indexing.shard.staging import Staging
+from indexing.shard.staging import Staging, StagingStatus
 
 
 class NotBegun(Exception):
@@ -51,24 +52,19 @@ class ShardStatus:
     stop: int  # after the last; of the base corpus
     committed: int  # newest committed generation
     generations: dict[int, int]  # served generation -> weights version
-    staged: int  # generation that is being staged to be built
-    staged_weights_version: int
-    staged_rows: int
-    prepared: bool  # the staged generation could be committed
     in_flight: int  # searches and saves under way
-    staged_wanted: int = 0  # rows that it will have
-    staged_corpus: int = 0  # its corpus version
-    derived: int = -1  # generation that is being staged to be derived
-    derived_weights_version: int = -1
-    derived_rows: int = 0
-    derived_wanted: int = 0
-    derived_corpus: int = 0
-    derived_prepared: bool = False
+    building: StagingStatus | None = None  # the generation that is being staged to be built
+    deriving: StagingStatus | None = None  # the generation that is being staged to be derived from another one
     corpora: dict[int, int] = field(default_factory=dict)  # served generation -> corpus version
     hidden: int = 0  # corpus version up to which deleted passages are not returned
     num_living: int = 0  # passages of the newest generation that may be returned
     oldest_version: int = -1  # weights version of the passage of the newest generation that was encoded longest ago
     figures: Figures = UNKNOWN  # of the newest committed generation
+
+    @property
+    def staged(self) -> list[StagingStatus]:
+        """The generations that are being staged: none, one to be built, one to be derived, or both in this order."""
+        return [staging for staging in (self.building, self.deriving) if staging is not None]
 
 
 class Shard:
@@ -273,7 +269,7 @@ class Shard:
         that asks for a field that no passage has.
         """
         if k < 1:
-            raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
+            raise refuse("retrieval.k", k, "must be at least 1")
         passes = None if where is None else self._passes(where)
         with self._serving.pinned(generation) as (number, found), self._serving.counted() as hidden:
             view = found.view(where, passes)
@@ -346,30 +342,21 @@ class Shard:
         with self._table:
             staging, deriving, newest = self._staging, self._deriving, self._serving.newest()
             open_ones = self._serving.open_ones()
+            serving = open_ones.get(newest)
             return ShardStatus(
                 shard_number=self.shard_number,
                 start=self.start,
                 stop=self.stop,
                 committed=newest,
                 generations={number: one.weights_version for number, one in open_ones.items()},
-                staged=-1 if staging is None else staging.generation,
-                staged_weights_version=-1 if staging is None else staging.weights_version,
-                staged_rows=0 if staging is None else staging.num_filled,
-                prepared=staging is not None and staging.built is not None,
                 in_flight=sum(one.users for one in self._serving.served.values()),
-                staged_wanted=0 if staging is None else staging.num_rows,
-                staged_corpus=0 if staging is None else staging.corpus_version,
-                derived=-1 if deriving is None else deriving.generation,
-                derived_weights_version=-1 if deriving is None else deriving.weights_version,
-                derived_rows=0 if deriving is None else deriving.num_filled,
-                derived_wanted=0 if deriving is None else deriving.num_rows,
-                derived_corpus=0 if deriving is None else deriving.corpus_version,
-                derived_prepared=deriving is not None and deriving.built is not None,
+                building=None if staging is None else staging.status(),
+                deriving=None if deriving is None else deriving.status(),
                 corpora={number: one.corpus_version for number, one in open_ones.items()},
                 hidden=self._serving.hidden_version,
-                num_living=open_ones[newest].num_living if newest in open_ones else 0,
-                oldest_version=open_ones[newest].oldest_version if newest in open_ones else -1,
-                figures=open_ones[newest].figures if newest in open_ones else UNKNOWN,
+                num_living=0 if serving is None else serving.num_living,
+                oldest_version=-1 if serving is None else serving.oldest_version,
+                figures=UNKNOWN if serving is None else serving.figures,
             )
 
     def _passes(self, where: Filter) -> Passes:
@@ -377,7 +364,7 @@ class Shard:
         end of a search. Raises ValueError."""
         metadata = self._metadata
         if metadata is None:
-            raise ValueError(f"retrieval.where is {where}, but shard {self.shard_number} knows no metadata")
+            raise refuse("retrieval.where", where, f"must be empty: shard {self.shard_number} knows no metadata")
         metadata.mask(where)
         return lambda numbers: metadata.passes(where, numbers)
 
@@ -462,8 +449,6 @@ class Shard:
 def shard_ranges(num_passages: int, num_shards: int) -> list[tuple[int, int]]:
     """(start, stop) of each shard: contiguous, sizes equal but for one. Raises ValueError for too many shards."""
     if not 1 <= num_shards <= num_passages:
-        raise ValueError(
-            f"index.num_shards is {num_shards} for {num_passages} passages: allowed are 1 to {num_passages}"
-        )
+        raise refuse("index.num_shards", num_shards, f"must be 1 to {num_passages}, the number of passages")
     bounds = [num_passages * number // num_shards for number in range(num_shards + 1)]
     return list(itertools.pairwise(bounds))

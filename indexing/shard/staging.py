@@ -1,12 +1,26 @@
 """The next generation of one shard while its rows arrive. No locks: `indexing/shard/shard.py` holds one around every
 call."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from indexing.dense.faiss_build import bad_rows
 from indexing.indexing_settings import IndexConfig
 from indexing.shard.generation import Generation, build_base
 from indexing.shard.waiting import WaitingVectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagingStatus:
+    """A view of a generation that is being staged."""
+
+    generation: int
+    weights_version: int
+    corpus_version: int
+    rows: int  # Number of different rows that are staged
+    wanted: int  # Number of rows that the generation will have
+    prepared: bool  # the generation could be committed
 
 
 class Staging:
@@ -44,6 +58,17 @@ class Staging:
     def key(self) -> tuple[int, int]:
         """What orders attempts: the generation, then the weights version."""
         return self.generation, self.weights_version
+
+    def status(self) -> StagingStatus:
+        """Return how far the staging is."""
+        return StagingStatus(
+            generation=self.generation,
+            weights_version=self.weights_version,
+            corpus_version=self.corpus_version,
+            rows=self.num_filled,
+            wanted=self.num_rows,
+            prepared=self.built is not None,
+        )
 
     def fill(self, numbers: np.ndarray, vectors: np.ndarray, version: int) -> None:
         """Take vectors of passages; rows that came before are replaced, and passages that do not belong here

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from indexing.declare import refuse
 from indexing.dense.faiss_build import FLOAT16_MAX, Index, build_index
 from indexing.dense.faiss_indexes import empty_exhaustive
 from indexing.dense.faiss_library import stored_vectors
@@ -45,7 +46,7 @@ class WaitingVectors:
         """The index over all rows, measured with the `recent` queries [any, dim]. Raises ValueError as `build_index`;
         all rows stay then."""
         if self._too_large.any():
-            raise ValueError(f"index.factory is SQfp16, but a vector has a number beyond {FLOAT16_MAX}: use Flat")
+            raise refuse("index.factory", "SQfp16", f"must be Flat: a vector has a number beyond {FLOAT16_MAX}")
         begin = time.perf_counter()
         if self._faiss_index is None:
             index = build_index(self._rows, self._config, seed)

@@ -118,7 +118,7 @@ def test_a_chunk_that_kills_every_worker_fails_the_refresh_and_leaves_the_old_ge
     assert coordinator.status().failures == 3 == len(world.named("refresh_failed"))
     assert [event["given_up"] for event in world.named("refresh_failed")] == [False, False, True]
     assert all(served == {1: 7} for served in world.served())
-    assert all(shard.shard.status().staged == -1 for shard in world.shards)
+    assert not any(shard.shard.status().staged for shard in world.shards)
     for worker in world.workers:
         worker.lose(0)
     build(coordinator, 9)
@@ -202,7 +202,7 @@ def test_a_shard_that_dies_again_and_again_aborts_everywhere(world: World) -> No
     build(coordinator, 8)
     assert coordinator.status().weights_version == 7
     assert not [call for call in world.calls("commit") if call[1] > 1]
-    assert all(one.shard.status().staged == -1 for one in world.shards)
+    assert not any(one.shard.status().staged for one in world.shards)
 
 
 def test_a_shard_that_dies_in_the_commit_is_repaired_from_the_kept_weights(world: World) -> None:

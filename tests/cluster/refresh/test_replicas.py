@@ -14,6 +14,7 @@ from cluster.refresh.ports import ShardLost, has_staged_all
 from cluster.refresh.replicas import ReplicatedShard, in_common
 from indexing.dense.probe import Figures
 from indexing.shard.shard import ShardStatus, shard_ranges
+from indexing.shard.staging import StagingStatus
 from tests.cluster.fakes import NUM_PASSAGES, FakeShard, World, build
 from tests.cluster.refresh import test_coordinator, test_live_corpus
 
@@ -123,7 +124,7 @@ def test_a_coordinator_that_died_between_two_replicas_commits_is_followed_by_one
         port.prepare(generation)
     for replica in (world.shards[0], world.shards[3]):
         replica.commit(generation)
-    assert world.ports[0].status().prepared
+    assert [one.prepared for one in world.ports[0].status().staged] == [True]
     world.coordinator()
     assert all(set(served) == {1, 2} for served in world.served())
     assert world.named("index_taken_over")[-1]["generation"] == generation
@@ -192,29 +193,36 @@ def test_what_replicas_have_in_common() -> None:
     def status(
         generations: dict[int, int], staged: int = -1, rows: int = 0, prepared: bool = False, derived: int = -1
     ) -> ShardStatus:
-        newest, wanted = max(generations, default=-1), 10 if staged >= 0 else 0
-        whole = ShardStatus(
+        return ShardStatus(
             shard_number=0,
             start=10,
             stop=20,
-            committed=newest,
+            committed=max(generations, default=-1),
             generations=generations,
-            staged=staged,
-            staged_weights_version=staged * 10,
-            staged_rows=rows,
-            prepared=prepared,
             in_flight=1,
-            staged_wanted=wanted,
+            building=staging(staged, rows, 10, prepared) if staged >= 0 else None,
+            deriving=staging(derived, 0, 0, False) if derived >= 0 else None,
+            hidden=len(generations),
+            corpora=dict.fromkeys(generations, 0),
         )
-        return replace(whole, derived=derived, hidden=len(generations), corpora=dict.fromkeys(generations, 0))
+
+    def staging(generation: int, rows: int, wanted: int, prepared: bool) -> StagingStatus:
+        return StagingStatus(
+            generation=generation,
+            weights_version=generation * 10,
+            corpus_version=0,
+            rows=rows,
+            wanted=wanted,
+            prepared=prepared,
+        )
 
     whole = in_common([status({1: 1, 2: 2}, 3, 10, True), status({2: 2}, 3, 4)])
     assert (whole.generations, whole.committed, whole.in_flight) == ({2: 2}, 2, 2)
-    assert (whole.staged, whole.staged_rows, whole.prepared, whole.staged_weights_version) == (3, 4, False, 30)
+    assert whole.staged == [staging(3, 4, 10, False)]
     switched = in_common([status({2: 2, 3: 30}), status({2: 2}, 3, 10, True)])
-    assert (switched.generations, switched.staged, switched.staged_rows, switched.prepared) == ({2: 2}, 3, 10, True)
+    assert (switched.generations, switched.staged) == ({2: 2}, [staging(3, 10, 10, True)])
     empty = in_common([status({2: 2}), status({})])
-    assert (empty.generations, empty.staged, empty.staged_rows, empty.prepared) == ({}, -1, 0, False)
+    assert (empty.generations, empty.staged) == ({}, [])
     assert empty.hidden == 0
     read, measured = Figures(20.0), Figures(20.0, 1.5, 0.9)  # one replica read it from disk, one is empty
     old = replace(status({2: 2}), oldest_version=1, figures=read)
@@ -222,4 +230,5 @@ def test_what_replicas_have_in_common() -> None:
     assert (three.oldest_version, three.figures) == (1, measured)
     for other, staged_all in ((status({2: 2}, derived=3), True), (status({2: 2}), False)):  # a delta without rows here
         deriving = in_common([status({2: 2}, derived=3), other])
-        assert (deriving.derived, has_staged_all(deriving, 3)) == (3, staged_all)
+        assert [one.generation for one in deriving.staged] == [3]
+        assert has_staged_all(deriving, 3) == staged_all

@@ -58,6 +58,18 @@ def status_of(name: str) -> ShardStatus:
     return patiently(lambda: actor(name).status.remote(), 60)
 
 
+def staged_rows(name: str) -> int:
+    """Number of rows that a shard actor has staged of a generation that is to be built."""
+    building = status_of(name).building
+    return 0 if building is None else building.rows
+
+
+def is_prepared(name: str) -> bool:
+    """True if a shard actor has prepared a generation that is to be built."""
+    building = status_of(name).building
+    return building is not None and building.prepared
+
+
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_S) -> Any:
     """Wait until `condition()` is true, and return what it returned."""
     deadline = time.monotonic() + timeout_s

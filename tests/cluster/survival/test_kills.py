@@ -10,7 +10,16 @@ import pytest
 from cluster.service import search
 from tests.cluster.survival.checker import wrong
 from tests.cluster.survival.conftest import REFRESH, Victim, answer
-from tests.cluster.survival.observers import Held, kill, process_of, status_of, stopped, wait_until
+from tests.cluster.survival.observers import (
+    Held,
+    is_prepared,
+    kill,
+    process_of,
+    staged_rows,
+    status_of,
+    stopped,
+    wait_until,
+)
 
 
 def await_restored(victim: Victim, before: int, shard: int) -> dict[str, Any]:
@@ -53,7 +62,7 @@ def test_a_shard_dies_while_it_stages(victim: Victim) -> None:
     rows = status_of(name).stop - status_of(name).start
     with victim.checker():
         version = victim.publish()
-        wait_until(lambda: 0 < status_of(name).staged_rows < rows, "staged rows")
+        wait_until(lambda: 0 < staged_rows(name) < rows, "staged rows")
         kill(name)
         victim.await_version(version)
         assert answer(victim) > generation
@@ -69,10 +78,10 @@ def test_a_shard_dies_between_prepare_and_commit(victim: Victim) -> None:
     with victim.checker():
         version = victim.publish()
         wait_until(held.reached, "all rows staged")
-        wait_until(lambda: all(status_of(name).prepared for name in victim.shards[1:]), "prepared shards")
+        wait_until(lambda: all(is_prepared(name) for name in victim.shards[1:]), "prepared shards")
         assert answer(victim) == generation
         kill(victim.shards[1])
-        assert not status_of(victim.shards[0]).prepared
+        assert not is_prepared(victim.shards[0])
         assert status_of(victim.shards[2]).committed == generation
         held.release()
         victim.await_version(version)
@@ -121,7 +130,7 @@ def test_the_coordinator_dies_while_shards_stage(victim: Victim) -> None:
     generation, name = answer(victim), victim.shards[2]
     with victim.checker():
         version = victim.publish()
-        wait_until(lambda: status_of(name).staged_rows, "staged rows")
+        wait_until(lambda: staged_rows(name), "staged rows")
         kill(victim.service.address.coordinator)
         victim.await_version(version)
         assert answer(victim) > generation + 1
@@ -136,7 +145,7 @@ def test_a_refresh_worker_dies(victim: Victim) -> None:
     lost, process = deaths(), process_of(victim.service.workers[0])
     with victim.checker(bound_s=10.0):
         version = victim.publish()
-        wait_until(lambda: status_of(victim.shards[1]).staged_rows, "staged rows")
+        wait_until(lambda: staged_rows(victim.shards[1]), "staged rows")
         kill(victim.service.workers[0])
         victim.await_version(version)
     assert deaths() == lost + 1

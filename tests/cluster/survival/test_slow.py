@@ -17,7 +17,17 @@ from indexing.indexing_settings import IndexConfig
 from tests.cluster.small_corpus import Corpus
 from tests.cluster.survival.checker import K, Versions
 from tests.cluster.survival.conftest import QUERIES, Victim, answer, start
-from tests.cluster.survival.observers import Held, actor, kill, process_of, serve, status_of, stopped, wait_until
+from tests.cluster.survival.observers import (
+    Held,
+    actor,
+    is_prepared,
+    kill,
+    process_of,
+    serve,
+    status_of,
+    stopped,
+    wait_until,
+)
 
 INDEX = IndexConfig(num_shards=2, search_timeout_s=36.0, replicas=2, slow_after_s=1.0, on_slow="hedge")
 
@@ -126,7 +136,7 @@ def test_all_replicas_commit_or_none(pairs: Victim, step: str) -> None:
         version = pairs.publish()
         wait_until(held.reached, f"a replica before its {step}")
         if step == "prepare":
-            wait_until(lambda: all(status_of(name).prepared for name in (names[0][0], *names[1])), "prepared")
+            wait_until(lambda: all(is_prepared(name) for name in (names[0][0], *names[1])), "prepared")
             assert all(status_of(name).committed == generation for name in pairs.shards)
         else:
             wait_until(lambda: all(status_of(name).committed > generation for name in names[1]), "commits")

@@ -71,7 +71,7 @@ class Corpus:
             for part in np.array_split(numbers, 3):
                 if len(part):
                     shard.stage(self.generation, weights_version, part, self.vectors[part])
-            assert shard.status().staged_rows == shard.status().staged_wanted == len(numbers)
+            assert [(one.rows, one.wanted) for one in shard.status().staged] == [(len(numbers), len(numbers))]
         self.commit()
 
     def derive(self, numbers: np.ndarray, weights_version: int) -> None:
@@ -281,7 +281,7 @@ def test_refused_calls() -> None:
     with pytest.raises(ValueError, match="not finite, first passage 3"):
         shard.prepare(2)
     shard.abort(2)
-    assert shard.status().derived == -1
+    assert shard.status().deriving is None
     with pytest.raises(ValueError, match="generation 2 is not prepared"):
         shard.commit(2)
 
@@ -308,7 +308,7 @@ def test_built_and_derived_are_staged_at_the_same_time() -> None:
     shard.release(1)
     shard.commit(4)
     status = shard.status()
-    assert (status.staged, status.derived, status.corpora) == (-1, -1, {3: 1, 4: 1})
+    assert (status.staged, status.corpora) == ([], {3: 1, 4: 1})
     hits = shard.search(new, 11, generation=4)
     assert hits.ids.tolist() == search_exactly(new, new, 11)[1].tolist()
     assert (hits.weights_version, hits.versions) == (20, None)

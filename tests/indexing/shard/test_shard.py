@@ -112,7 +112,7 @@ def test_bookkeeping_of_rows() -> None:
     shard.commit(1)
     shard.stage(1, 5, 10, np.zeros((20, DIM), np.float32))
     assert shard.staged_rows(1) == 20
-    assert shard.status().staged == -1
+    assert not shard.status().staged
     hits = shard.search(vectors[:5], 3, generation=1)
     assert hits.ids.tolist() == (10 + search_exactly(vectors[10:], vectors[:5], 3)[1]).tolist()
 
@@ -153,7 +153,7 @@ def test_abort_and_overtaking() -> None:
     serve(shard, 1, vectors)
     shard.stage(2, 20, 0, vectors[:5])
     shard.abort(2)
-    assert (shard.status().staged, shard.staged_rows(2)) == (-1, 0)
+    assert (shard.status().staged, shard.staged_rows(2)) == ([], 0)
     shard.stage(2, 20, 0, vectors[:5])
     shard.stage(2, 21, 0, vectors[:3])  # newer weights for the same generation: begin again
     assert shard.staged_rows(2) == 3
@@ -336,7 +336,7 @@ def test_searches_and_status_do_not_wait_for_a_build(monkeypatch: pytest.MonkeyP
     begin = time.monotonic()
     assert shard.search(vectors, 2).generation == 1
     assert shard.staged_rows(2) == 10
-    assert not shard.status().prepared
+    assert [one.prepared for one in shard.status().staged] == [False]
     assert time.monotonic() - begin < 5
     go_on.set()
     thread.join(10)
@@ -415,4 +415,4 @@ def test_concurrent_searches_never_mix_or_miss() -> None:
     assert len(seen) > 3
     for shard in shards:
         status = shard.status()
-        assert (status.generations, status.in_flight, status.staged) == ({num_generations: 10 * num_generations}, 0, -1)
+        assert (status.generations, status.in_flight, status.staged) == ({num_generations: 10 * num_generations}, 0, [])
