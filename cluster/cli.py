@@ -81,7 +81,7 @@ def _corpus(rest: list[str]) -> int:
     except ValueError as error:
         return _mistake(str(error))
     settings = list(experiment.stages.values())[-1]
-    return guarded(lambda: corpus_changes.run(command, settings, experiment.directory, folder), folder)
+    return guarded(lambda: corpus_changes.run(command, settings, folder), folder)
 
 
 def _work(verb: str, rest: list[str]) -> int:

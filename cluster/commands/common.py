@@ -9,6 +9,7 @@ from cluster.config.preflight import check_index, check_where
 from cluster.config.settings import Settings
 from cluster.machines import session
 from cluster.planning.placement import PlacementPlan, nodes_of_cluster, plan
+from cluster.prepare.recorded_stores import root_of_stores
 from cluster.prepare.stores import Prepared, prepare_data
 from indexing.corpus.stores.passages import Store
 from indexing.declare import refuse
@@ -27,7 +28,7 @@ def run_folder(settings: Settings) -> Path:
 
 def prepared_data(settings: Settings, root: Path, splits: list[str] | None = None) -> Prepared:
     """The stores of a stage, with an index that fits them. Raises ValueError."""
-    prepared = prepare_data(settings, root, say, splits)
+    prepared = prepare_data(settings, root_of_stores(root), say, splits)
     check_index(settings, num_passages(prepared))
     check_where(settings, prepared.passages, _changes(settings))
     return prepared

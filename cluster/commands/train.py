@@ -22,6 +22,7 @@ from cluster.config.preflight import check_models, check_same_run
 from cluster.config.settings import Settings
 from cluster.planning.check_fit import check_fit
 from cluster.planning.placement import nodes_of_cluster
+from cluster.prepare.recorded_stores import root_of_stores
 from cluster.prepare.stores import Prepared
 from cluster.results.findings import Findings, read_measured
 from cluster.results.summary import seconds_of, write_findings
@@ -99,7 +100,7 @@ def ask(experiment: Experiment, questions: list[str]) -> int:
 
     settings = experiment.stages[_last(experiment)]
     checkpoint = newest_of(settings)
-    print(answer_question(settings, experiment.directory, checkpoint, questions))
+    print(answer_question(settings, root_of_stores(experiment.directory), checkpoint, questions))
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Paths of a run folder that was moved, renamed or copied: what its config.yaml names inside the run is looked for where
-the folder lies now."""
+"""Paths of a run folder that was moved, renamed or copied: what its config.yaml names inside the run is looked for
+where the folder lies now."""
 
 import os
 from dataclasses import replace
@@ -23,7 +23,9 @@ def relocated(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return `content`, the config.yaml of the run folder `folder`, with `run.name` and `run.directory` of the place
     where the folder lies, and with every path inside the run (or inside the run that it is a stage of) below it."""
     run = content.get("run")
-    if not isinstance(run, dict) or not all(isinstance(run.get(key), str) and run[key] for key in ("name", "directory")):
+    if not isinstance(run, dict) or not all(
+        isinstance(run.get(key), str) and run[key] for key in ("name", "directory")
+    ):
         return content
     recorded = Path(run["directory"]) / run["name"]
     if recorded.resolve() == folder.resolve():

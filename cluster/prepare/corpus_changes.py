@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from cluster.prepare.recorded_stores import record_stores, recorded_stores, root_of_stores
 from indexing.corpus.files.corpus import Passage, read_passages
 from indexing.corpus.snapshot import TornSnapshot, write_file
 from indexing.corpus.stores.live_store import LiveStore, Wanted, change_corpus
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from cluster.config.settings import Settings
     from cluster.prepare.stores import Prepared
 
-BASE_FILE, RUNNING_FILE, SERVING_FILE = "base.json", "running.json", "serving.json"
+RUNNING_FILE, SERVING_FILE = "running.json", "serving.json"
 SERVED_S = 600.0  # that a change may take to be served
 ALIVE_S = 10.0  # within which a job on another machine shows a sign of life
 POLL_S = 0.05
@@ -81,38 +82,55 @@ def parse(arguments: list[str]) -> Command:
     return command
 
 
-def run(command: Command, settings: "Settings", root: Path, folder: Path) -> int:
-    """Carry it out; `root` and `folder` are those of the experiment and of its run. Returns the exit code. Raises
-    ValueError before anything is changed, TimeoutError where the job does not serve the change in time."""
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """A change that was made."""
+
+    version: int  # of the corpus
+    num_put: int
+    num_deleted: int
+    num_passages: int  # in the corpus now
+    generation: int | None  # of the index that serves the change; None: no job serves the run
+
+
+def run(command: Command, settings: "Settings", folder: Path) -> int:
+    """Carry out what the command line asks of the run folder `folder`; returns the exit code. Raises as `change`."""
     begin = time.monotonic()
     if command.action == "show":
-        return _show(_open(settings, root, folder)[0])
-    wanted = _wanted(command, settings)  # bad lines first: nothing else was read yet
-    store, tokenizers = _open(settings, root, folder)
+        return _show(_open(settings, folder)[0])
+    done = change(settings, folder, _wanted(command, settings))  # bad lines first: nothing else was read yet
+    line = f"{done.num_put} put in, {done.num_deleted} taken away: version {done.version} of the corpus"
+    line = f"{line}, {done.num_passages} passages"
+    seconds = time.monotonic() - begin
+    if done.generation is None:
+        print(f"{line} ({seconds:.1f} s); no job serves this run: its next start encodes what is new")
+    else:
+        print(f"{line}, generation {done.generation} serves ({seconds:.1f} s)")
+    return 0
+
+
+def change(settings: "Settings", folder: Path, wanted: Wanted) -> Changed:
+    """Change the corpus of the run folder `folder`, and wait until a job that serves the run serves the change. Raises
+    ValueError before anything is changed, TimeoutError where the job does not serve the change in time."""
+    store, tokenizers = _open(settings, folder)
     corpus = folder / "corpus"
     sides = passage_sides(settings, tokenizers) if wanted.put else []
-    change = change_corpus(store, wanted, sides=sides, keep=settings.retrieval.k)
-    done = f"{len(wanted.put)} put in, {len(change.deleted)} taken away: version {change.version} of the corpus"
-    living = store.log.num_living()
-    if not is_running(corpus):
-        seconds = time.monotonic() - begin
-        print(
-            f"{done}, {living} passages ({seconds:.1f} s); no job serves this run: its next start encodes what is new"
-        )
-        return 0
-    served = wait_until_served(corpus, change.version)
-    seconds = time.monotonic() - begin
-    print(f"{done}, {served['num_passages']} passages, generation {served['generation']} serves ({seconds:.1f} s)")
-    return 0
+    made = change_corpus(store, wanted, sides=sides, keep=settings.retrieval.k)
+    served = wait_until_served(corpus, made.version) if is_running(corpus) else {}
+    return Changed(
+        version=made.version,
+        num_put=len(wanted.put),
+        num_deleted=len(made.deleted),
+        num_passages=served.get("num_passages", store.log.num_living()),
+        generation=served.get("generation"),
+    )
 
 
 @contextmanager
 def open_to_changes(corpus: Path, prepared: "Prepared", has_index: bool = True) -> Iterator[None]:
     """Say in `corpus`, the folder of a run's changes, what they are made to, and while the block runs that they are
     served, by a job that has an index."""
-    corpus.mkdir(parents=True, exist_ok=True)
-    base = {"passages": str(prepared.passages.resolve()), "tokenizers": str(prepared.tokenizers.resolve())}
-    write_file(corpus / BASE_FILE, [json.dumps(base).encode()])
+    record_stores(corpus.parent, prepared.passages, prepared.tokenizers)
     (corpus / SERVING_FILE).unlink(missing_ok=True)
     pid = os.getpid()
     driver = {"host": socket.gethostname(), "pid": pid, "created": psutil.Process(pid).create_time()}
@@ -164,21 +182,13 @@ def wait_until_served(corpus: Path, version: int, timeout_s: float = SERVED_S) -
         time.sleep(POLL_S)
 
 
-def tokens_of(folder: Path) -> tuple[Path, Path] | None:
-    """Store and tokenisers that a run was started with, where they are still there."""
-    base = _read(folder / "corpus" / BASE_FILE)
-    if not base or not Path(base["passages"]).is_dir() or not Path(base["tokenizers"]).is_dir():
-        return None
-    return Path(base["passages"]), Path(base["tokenizers"])
-
-
-def _open(settings: "Settings", root: Path, folder: Path) -> tuple[LiveStore, Path]:
+def _open(settings: "Settings", folder: Path) -> tuple[LiveStore, Path]:
     """The corpus of a run, and where its tokenisers lie. Raises ValueError."""
-    places = tokens_of(folder)
+    places = recorded_stores(folder)
     if places is None:
         from cluster.prepare.stores import prepare_data
 
-        prepared = prepare_data(settings, root, lambda _: None, splits=[])
+        prepared = prepare_data(settings, root_of_stores(folder), lambda _: None, splits=[])
         places = prepared.passages, prepared.tokenizers
     try:
         return LiveStore.open_with(places[0], folder / "corpus"), places[1]

@@ -15,7 +15,7 @@ from indexing.corpus.snapshot import is_complete
 from indexing.corpus.stores.passages import Store, TokenSide
 from indexing.corpus.stores.questions import Render, write_questions
 from indexing.indexing_settings import PreferencesConfig
-from training.objectives.check import PREFERENCE
+from training.training_settings import PREFERENCE
 
 Say = Callable[[str], None]
 
@@ -37,6 +37,8 @@ def prepare_preferences(
     config, wanted = settings.preferences, {}
     if settings.objective.name not in PREFERENCE and not config.path:
         return {}
+    if config.path and not Path(config.path).exists():
+        return _prepared_before(settings, folder, train)
     if train and settings.objective.name in PREFERENCE:
         wanted["train"] = (config.train, settings.objective.name == "dpo")
     if config.evaluate and is_paired(config):
@@ -66,6 +68,19 @@ def prepare_preferences(
         if found.report.bad:
             say(f"{config.path}: {found.report.summary()}")
     return paths
+
+
+def _prepared_before(settings: Settings, folder: Path, train: bool) -> dict[str, Path]:
+    """The stores that are there of a file that is gone. Raises ValueError where one lacks."""
+    config, dpo = settings.preferences, settings.objective.name == "dpo"
+    wanted = {"evaluate": ("pairs", config.evaluate)} if config.evaluate else {}
+    if train and settings.objective.name in PREFERENCE:
+        wanted["train"] = ("pairs" if dpo else "judged", config.train)
+    found = {use: sorted(folder.glob(f"preferences-*-{kind}-{split}")) for use, (kind, split) in wanted.items()}
+    for paths in found.values():
+        if len(paths) != 1 or not is_complete(paths[0]):
+            preferences_path(config)  # raises: the file is gone
+    return {use: paths[0] for use, paths in found.items()}
 
 
 def _key(config: PreferencesConfig) -> str:

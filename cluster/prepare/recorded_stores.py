@@ -40,8 +40,10 @@ def recorded_stores(folder: Path) -> tuple[Path, Path] | None:
 def root_of_stores(folder: Path) -> Path:
     """Return the folder that holds data/, tokenizers/ and world/ for the run folder `folder`: that of the experiment
     which it is a stage of, or its own."""
-    found = recorded_stores(folder)
+    found, at = recorded_stores(folder), folder.resolve()
+    if found is None and not (folder / "data").is_dir():  # of a version that made no such note
+        roots = (up for up in at.parents[:2] if (up / "data").is_dir() and (up / "tokenizers" / "retriever").is_dir())
+        return next(roots, folder)
     if found is None or found[0].parent.parent.name != "data" or found[1] != found[0].parents[2] / "tokenizers":
         return folder
-    root = found[0].parents[2]
-    return folder if root == folder.resolve() else root
+    return folder if found[1].parent == at else found[1].parent

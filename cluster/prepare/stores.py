@@ -21,14 +21,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from cluster.config.experiment import load
 from cluster.config.settings import Settings
 from cluster.prepare.preference_stores import QuestionSides, prepare_preferences
+from cluster.prepare.recorded_stores import recorded_stores
 from indexing.corpus.files.corpus import CorpusReport, Passage, Question, iterate_corpus, read_questions
 from indexing.corpus.files.world import write_world
 from indexing.corpus.snapshot import is_complete
 from indexing.corpus.stores.duplicates import write_groups
 from indexing.corpus.stores.passages import Store, TokenSide, write_store
 from indexing.corpus.stores.questions import QuestionStore, write_questions
+from indexing.declare import looked_at, refuse
 from indexing.lexical.lexical import lexical_name, write_lexical
 from training.feeding.mixture import pretrains
 from training.models.retriever.reranker import has_own_tokens
@@ -42,9 +45,8 @@ from training.models.text.token_rows import (
     retriever_question_side,
 )
 from training.models.text.tokenizers import build_tokenizer, load_tokenizer
-from training.objectives.check import PREFERENCE
 from training.objectives.dispatch import needs
-from training.training_settings import TokenizerConfig
+from training.training_settings import PREFERENCE, TokenizerConfig
 
 Say = Callable[[str], None]
 REPORT_EVERY_S = 5.0
@@ -74,7 +76,7 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
     wanted = [split for split in dict.fromkeys(wanted) if split]
     tokenizers = prepare_tokenizers(settings, root, say)
     own = reranker_sides(settings, root)
-    folder = root / "data" / _key(settings, tokenizers, own)
+    folder = _data_folder(settings, root, tokenizers, own)
     passages = _prepare_passages(settings, folder / "passages", tokenizers=tokenizers, own=own[:1], say=say)
     store = Store.open(passages, verify=False)
     paths = {split: folder / f"questions-{split}" for split in wanted}
@@ -84,7 +86,9 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
     _check_answers(settings, paths)
     duplicates = _prepare_duplicates(settings, folder, store, say) if pretrains(settings.pretraining) else None
     way = _question_sides(settings, tokenizers, own[1:])
-    preferences = prepare_preferences(settings, folder, store=store, way=way, train=splits is None, say=say)
+    preferences = {}
+    if wanted:
+        preferences = prepare_preferences(settings, folder, store=store, way=way, train=splits is None, say=say)
     lexical = _prepare_lexical(settings, folder, store, say) if settings.retrieval.hybrid != "none" else None
     return Prepared(
         passages=passages,
@@ -315,30 +319,70 @@ def _tell_bad(report: CorpusReport, path: str, say: Say) -> None:
         say(f"{path}: {report.summary()}")
 
 
-def _key(
+def _data_folder(
     settings: Settings,
+    root: Path,
     tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
     own: list[TokenSide],
-) -> str:
-    """Hash of settings, source files and tokenisers that the stores depend on."""
+) -> Path:
+    """The folder of the stores that fit: by key; else, where the files that they were made from are gone or are a world
+    of the run's own, the one that this run or the run that it starts from was started with."""
     encoder, generator = settings.encoder, settings.generator
     sides = [
         retriever_passage_side(tokenizers[0], encoder),
-        retriever_question_side(tokenizers[0], encoder),
         generator_passage_side(tokenizers[1], generator, encoder.max_title_tokens),
+        *own[:1],
+    ]
+    others = [
+        retriever_question_side(tokenizers[0], encoder),
         generator_question_side(tokenizers[1], generator),
         generator_answer_side(tokenizers[1], generator),
-        *own,
+        *own[1:],
     ]
+    prints = [side.fingerprint for side in (sides[0], others[0], sides[1], *others[1:3], *own)]
+    world = root / "world"
+    known = [root / "data" / _key(settings, prints, place) for place in (world, None)]  # None: as earlier versions did
+    for folder in known:
+        if folder.is_dir():
+            return folder
+    paths = {"corpus.path": settings.corpus.path, "questions.path": settings.questions.path}
+    gone = [name for name, path in paths.items() if not Path(path).exists()]
+    start = Path(settings.run.init_from)
+    for run in (Path(settings.run.directory) / settings.run.name, *start.parents[1:2], start):
+        found = recorded_stores(run) if gone or Path(settings.corpus.path) == world else None
+        if found is not None and _is_of(found[0], settings, run, sides):
+            return found[0].parent
+    if gone:
+        allowed = f"must exist, since {root / 'data'} has no store that was made of it for these settings"
+        raise refuse(gone[0], paths[gone[0]], allowed + looked_at(paths[gone[0]]))
+    return known[0]
+
+
+def _is_of(passages: Path, settings: Settings, run: Path, sides: list[TokenSide]) -> bool:
+    """Whether a store was made of the corpus and the questions of `settings`, as config.yaml of the run folder `run`
+    has them, with these tokenisers."""
+    if not is_complete(passages) or not (run / "config.yaml").is_file():
+        return False
+    kept, recorded = Store.open(passages, verify=False).sides, load([str(run)], []).settings
+    named = {path.name for path in map(Path, (settings.corpus.path, recorded.corpus.path)) if path.name}
+    same = [(replace(one.corpus, path="", updates=""), replace(one.questions, path="")) for one in (settings, recorded)]
+    return same[0] == same[1] and len(named) == 1 and kept == {side.name: side.fingerprint for side in sides}
+
+
+def _key(settings: Settings, prints: list[str], world: Path | None) -> str:
+    """Hash of settings, source files and tokenisers (`prints`) that the stores depend on, the same wherever the run
+    lies: files in `world` follow from the settings, others go by their absolute paths."""
+    generator = settings.generator
     prompt = (generator.system_prompt, generator.chat_template, generator.max_context_tokens)
-    parts: list[Any] = [
-        asdict(settings.corpus),
-        asdict(settings.questions),
-        [side.fingerprint for side in sides],
-        prompt,
-    ]
+    corpus, questions = asdict(settings.corpus), asdict(settings.questions)
     folders = {Path(settings.corpus.path), Path(settings.questions.path), Path(settings.corpus.updates or ".")}
-    for folder in sorted(folders - {Path(".")}):
+    folders -= {Path(".")}
+    if world is not None:
+        folders = {folder.resolve() for folder in folders - {world}}
+        for section in (corpus, questions):
+            section["path"] = "" if Path(section["path"]) == world else str(Path(section["path"]).resolve())
+    parts: list[Any] = [corpus, questions, prints, prompt]
+    for folder in sorted(folders):
         files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file())
         parts += [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -23,9 +23,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cluster.config.experiment import to_yaml
+from cluster.config.experiment import load, to_yaml
+from cluster.config.moved import with_absolute_paths
 from cluster.config.preflight import check_where, uses_index, with_absolute_models
-from cluster.config.settings import RefreshConfig, Settings
+from cluster.config.settings import Settings
 from cluster.machines.events import EventLog
 from cluster.planning.check_fit import check_fit
 from cluster.planning.placement import PlacementPlan
@@ -38,12 +39,13 @@ from indexing.corpus.stores.filters import parse_filter
 from indexing.corpus.stores.passages import Store
 from training.checkpoint import newest_checkpoint, saved_names
 from training.feeding.mixture import pretrains
-from training.job import StageJob
+from training.job import StageJob, StageSettings
 from training.models.retriever.encoder import with_towers_of
-from training.objectives.check import PREFERENCE
 from training.objectives.dispatch import needs
 from training.refreshing.policy import RefreshPlan
+from training.reporting.jsonl import read_rows
 from training.stage import EVALUATION_FILE
+from training.training_settings import PREFERENCE
 
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError
@@ -67,9 +69,9 @@ def run_stage(
     passages = Store.open(prepared.passages, verify=False)
     run_dir = Path(settings.run.directory) / settings.run.name
     job = make_job(settings, prepared, init_from, run_dir)
-    check_fit(replace(settings, encoder=job.encoder), placement, len(passages))
+    check_fit(replace(settings, encoder=job.settings.encoder), placement, len(passages))
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(settings), encoding="utf-8")
+    (run_dir / "config.yaml").write_text(to_yaml(with_absolute_paths(settings)), encoding="utf-8")
     log = inherit_corpus(init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
     check_where(settings, prepared.passages, log.folder)
     events = EventLog(run_dir / "events.jsonl")
@@ -152,17 +154,35 @@ def _start_index(
 
 
 def is_finished(settings: Settings) -> bool:
-    """Whether this very stage has been run to its end."""
-    path = Path(settings.run.directory) / settings.run.name / EVALUATION_FILE
-    wanted = fingerprint(with_absolute_models(settings))
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == wanted
+    """Return whether this very stage has been run to its end: by the fingerprint that its evaluation carries, or where
+    the run folder was moved since, by the settings that it keeps."""
+    run_dir = Path(settings.run.directory) / settings.run.name
+    path = run_dir / EVALUATION_FILE
+    if not path.is_file():
+        return False
+    if json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == fingerprint(with_absolute_models(settings)):
+        return True
+    rows = read_rows(run_dir / "events.jsonl")
+    marks = [row["event"] for row in rows if row.get("event") in ("stage_started", "stage_finished")]
+    if marks[-1:] != ["stage_finished"] or not (run_dir / "config.yaml").is_file():
+        return False  # the evaluation may be of other settings than config.yaml
+    try:
+        recorded = load([str(run_dir)], []).settings
+    except ValueError:  # written by a version with other settings
+        return False
+    return _outcome(with_absolute_paths(recorded)) == _outcome(with_absolute_paths(settings))
 
 
 def fingerprint(settings: Settings) -> str:
     """Hash of what decides a stage's outcome; console, places and machines do not."""
+    return hashlib.sha256(json.dumps(_outcome(settings), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _outcome(settings: Settings) -> dict[str, Any]:
+    """What decides a stage's outcome."""
     sections = {k: v for k, v in asdict(settings).items() if k not in UNDECISIVE}
     sections["run"] = {"seed": settings.run.seed, "init_from": settings.run.init_from}
-    return hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:16]
+    return sections
 
 
 def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Path) -> StageJob:
@@ -177,6 +197,7 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         learned_from = prepared.questions.get(questions.train)
     pairs = prepared.preferences.get("evaluate")
     return StageJob(
+        settings=stage_settings(settings, init_from),
         run_dir=str(run_dir.resolve()),  # a trainer's working folder is another one
         passages=str(prepared.passages.resolve()),
         train_questions=str(learned_from.resolve()) if trains and learned_from is not None else "",
@@ -187,32 +208,18 @@ def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Pa
         seed=settings.run.seed,
         threads=settings.cluster.threads_per_trainer,
         fingerprint=fingerprint(settings),
-        encoder=with_towers_of(settings.encoder, saved_names(Path(init_from)) if init_from else ()),
-        generator=settings.generator,
-        objective=settings.objective,
-        alignment=settings.alignment,
-        retrieval=settings.retrieval,
-        reranker=settings.reranker,
-        training=settings.training,
-        engine=settings.engine,
-        checkpoint=settings.checkpoint,
-        evaluation=settings.evaluation,
-        monitor=settings.monitor,
-        pretraining=settings.pretraining,
         duplicates=str(prepared.duplicates.resolve()) if prepared.duplicates is not None else "",
-        questions=questions,
-        publish_every=settings.refresh.every_steps,
-        publish_precision=settings.refresh.precision,
-        plan=refresh_plan(settings.refresh),
-        max_staleness_steps=settings.refresh.max_staleness_steps,
         config=asdict(settings),
         corpus=str(run_dir.resolve() / "corpus"),
     )
 
 
-def refresh_plan(refresh: RefreshConfig) -> RefreshPlan:
-    """What the trainers read of the section `refresh`."""
-    return RefreshPlan(**{entry.name: vars(refresh)[entry.name] for entry in fields(RefreshPlan)})
+def stage_settings(settings: Settings, init_from: str) -> StageSettings:
+    """Return what the trainers read of the settings, with the towers that the checkpoint `init_from` has."""
+    sections = {entry.name: vars(settings)[entry.name] for entry in fields(StageSettings)}
+    refresh = RefreshPlan(**{entry.name: vars(settings.refresh)[entry.name] for entry in fields(RefreshPlan)})
+    encoder = with_towers_of(settings.encoder, saved_names(Path(init_from)) if init_from else ())
+    return StageSettings(**sections | {"refresh": refresh, "encoder": encoder})
 
 
 def snapshot_to_resume(run_dir: Path) -> Path | None:

@@ -7,7 +7,7 @@ Nothing is held but the ids seen so far and the updates, so that a corpus of mil
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,16 +91,16 @@ def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusRepor
     return stream(), report
 
 
-def read_passages(path: Path, max_characters: int) -> list[Passage]:
-    """The passages of one .jsonl[.gz] or .parquet file. Raises ValueError that names the first bad line, and how many
-    there are."""
+def read_passages(source: Path | Sequence[Mapping[str, Any]], max_characters: int) -> list[Passage]:
+    """The passages of one .jsonl[.gz] or .parquet file, or of such lines as dictionaries. Raises ValueError that names
+    the first bad line, and how many there are."""
     report = CorpusReport()
-    passages = list(_good(path, report, lambda fields: _passage(fields, max_characters), set()))
+    passages = list(_good(source, report, lambda fields: _passage(fields, max_characters), set()))
     if report.bad:
         more = sum(report.bad.values()) - 1
         raise ValueError(f"{report.examples[0]}{f' (and {more} more bad lines)' if more else ''}; nothing was changed")
     if not passages:
-        raise ValueError(f"{path} has no passages")
+        raise ValueError(f"{source if isinstance(source, Path) else 'the list'} has no passages")
     return passages
 
 
@@ -185,10 +185,14 @@ def _read_updates(path: Path, config: CorpusConfig, report: CorpusReport) -> dic
 
 
 def _good(
-    path: Path, report: CorpusReport, parse: Callable[[dict[str, Any]], Item], seen: set[str] | None = None
+    source: Path | Sequence[Mapping[str, Any]],
+    report: CorpusReport,
+    parse: Callable[[dict[str, Any]], Item],
+    seen: set[str] | None = None,
 ) -> Iterator[Item]:
-    """The lines of a file that `parse` takes; the others go into the report, ids in `seen` too."""
-    for number, content in read_lines(path):
+    """The lines of a file, or of a list, that `parse` takes; the others go into the report, ids in `seen` too."""
+    lines = read_lines(source) if isinstance(source, Path) else enumerate(map(dict, source), start=1)
+    for number, content in lines:
         report.num_read += 1
         try:
             if isinstance(content, BadLine):
@@ -200,7 +204,7 @@ def _good(
                     raise BadLine("duplicate_id", f"id {item_id!r} was there before")
                 seen.add(item_id)
         except BadLine as bad:
-            report.add(f"{path}:{number}", bad)
+            report.add(f"{source}:{number}" if isinstance(source, Path) else f"passage {number}", bad)
             continue
         report.num_kept += 1
         yield item
