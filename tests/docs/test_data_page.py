@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def questions(folder: Path, split: str = "train", **settings: str) -> list[Question]:
-    return read_questions(QuestionsConfig(path=str(folder), **settings), split)
+def questions(folder: Path, split: str = "train", as_of: str = "") -> list[Question]:
+    return read_questions(QuestionsConfig(path=str(folder), as_of=as_of), split)
 
 
 def preferences(folder: Path, split: str, as_pairs: bool) -> Preferences:

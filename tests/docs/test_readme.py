@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from cluster import cli
 from cluster.prepare import corpus_changes
 from tests.docs.samples import ROOT, samples
+from tests.end_to_end.command import Command
 
 README = ROOT / "README.md"
 PAGES = [README, *(ROOT / "docs" / name for name in ("start.md", "data.md", "results.md"))]
@@ -30,15 +32,13 @@ def text(page: Path) -> str:
 def commands(page: Path) -> list[str]:
     """Commands `./launch.sh VERB` and `tandem VERB` of the fences of a page, each as one line without its comment."""
     fences = re.findall(r"^```(?:bash|text)\n(.*?)^```$", text(page), flags=re.MULTILINE | re.DOTALL)
-    lines = "\n".join(fences).replace("\\\n", " ").splitlines()
+    lines = re.sub(r" *\\\n *", " ", "\n".join(fences)).splitlines()
     found = [re.search(r"(?:\./launch\.sh|^tandem) ([a-z]+\b.*)", line) for line in lines]
     return [match.group(1).split("  #")[0].strip() for match in found if match]
 
 
 def words(command: str) -> list[str]:
     """Words of a command as a shell splits them."""
-    import shlex
-
     return shlex.split(re.sub(r" {2,}\S.*", "", command))  # what stands two spaces behind explains it
 
 
@@ -60,7 +60,7 @@ def test_links_and_results_lead_to_files(page: Path):
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings of a page, as GitHub and mkdocs make them."""
+    """Anchors of the headings of a page, as GitHub and the site make them."""
     heads = re.findall(r"^#+ (.*)$", text(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
@@ -102,27 +102,28 @@ def own_data(folder: Path) -> None:
         path.write_text(sample, encoding="utf-8")
 
 
-def tandem(folder: Path, *arguments: str, timeout_s: float) -> str:
-    """What `tandem ARGUMENTS` prints, run in `folder`."""
-    command = [sys.executable, "-P", "-m", "cluster.cli", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout_s)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
 def test_its_own_data_is_prepared(tmp_path: Path):
     own_data(tmp_path)
     assert len(samples(README)["mine.yaml"].splitlines()) == 10
     assert all(json.loads(line) for line in (tmp_path / "data" / "corpus.jsonl").read_text().splitlines())
-    printed = tandem(tmp_path, "prepare", "mine.yaml", *SMALL, timeout_s=120)
-    assert "13 passages tokenised" in printed
+    command = [sys.executable, "-P", "-m", "cluster.cli", "prepare", "mine.yaml", *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "13 passages tokenised" in done.stdout
     for split in ("train", "test"):
-        assert f"13 questions of split {split} tokenised" in printed
+        assert f"13 questions of split {split} tokenised" in done.stdout
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_its_own_data_trains_and_answers(tmp_path: Path):
     own_data(tmp_path)
-    assert "step 4/4" in tandem(tmp_path, "train", "mine.yaml", *SMALL, timeout_s=280)
+    places = (f"corpus.path={tmp_path / 'data'}", f"run.directory={tmp_path / 'runs'}")
+    settings = (str(tmp_path / "mine.yaml"), *SMALL, *places)
+    with Command("train", *settings, log=tmp_path / "train.log") as training:
+        assert training.wait(900) == 0, training.printed
+    assert "step 4/4" in training.printed
     assert (tmp_path / "runs" / "mine" / "summary.json").is_file()
-    assert tandem(tmp_path, "ask", "How deep is Lake Baikal?", "mine.yaml", *SMALL, timeout_s=120)
+    with Command("ask", "How deep is Lake Baikal?", *settings, log=tmp_path / "ask.log") as asking:
+        assert asking.wait(240) == 0, asking.printed
+    assert "Lake" in asking.printed
