@@ -1,8 +1,7 @@
-"""The verb `test`: every check of the project, in order, up to the first that fails.
+"""Runs the verb `test`: every check of the project, in order, up to the first that fails.
 
 Without options for pytest the tests run in two processes side by side: those of the cluster wait for Ray most of the
-time, those of the other two packages compute, at a lower priority. What the second process says is printed when both
-have ended.
+time, the others compute, at a lower priority. The output of the second process is printed when both have ended.
 """
 
 import os
@@ -13,26 +12,30 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from cluster.commands.code_size import print_code_size
+
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("ruff", "pyright", "importlinter", "pytest")
-WAITING, COMPUTING = ("tests/cluster", "tests/end_to_end"), ("tests/indexing", "tests/training")
-NICENESS = 5  # of the tests that compute
+TOOLS = ("ruff", "pyright", "importlinter", "mkdocs", "pytest")
+WAITING = ("tests/cluster", "tests/end_to_end")
+COMPUTING = ("tests/indexing", "tests/training", "tests/docs", "tests/test_house.py")
+NICENESS = 5  # added to the priority number of the tests that compute
 
 
 def commands() -> list[list[str]]:
-    """The checks before the tests, cheapest first."""
+    """Return the commands of the checks before the tests."""
     python = sys.executable
     return [
         [python, "-m", "ruff", "check", "."],
         [python, "-m", "ruff", "format", "--check", "."],
         [python, "-m", "pyright", "--pythonpath", python],
         [str(Path(python).parent / "lint-imports")],
+        [python, "-m", "mkdocs", "build", "--strict"],
     ]
 
 
 def run(pytest_options: list[str]) -> int:
-    """Run all checks in the project's folder, printing each; returns the exit code of the one that failed, else 0.
-    Raises ValueError where the tools are not installed."""
+    """Run all checks in the project's folder and print each. Returns the exit code of the one that failed, else 0.
+    Raises ValueError if a tool is not installed."""
     missing = [tool for tool in TOOLS if find_spec(tool) is None]
     if missing:
         raise ValueError(
@@ -42,6 +45,9 @@ def run(pytest_options: list[str]) -> int:
         _announce(command)
         if code := subprocess.run(command, cwd=ROOT).returncode:
             return _failed(code)
+    print("== lines of each room, and of the longest functions", flush=True)
+    if code := print_code_size(ROOT):
+        return _failed(code)
     if code := run_tests(pytest_options):
         return _failed(code)
     print("== all checks passed", flush=True)
@@ -49,7 +55,8 @@ def run(pytest_options: list[str]) -> int:
 
 
 def run_tests(options: list[str]) -> int:
-    """pytest with these options, or all tests in two processes; the exit code of one that failed, else 0."""
+    """Run pytest with these options, or all tests in two processes if there are none. Returns the exit code of the
+    process that failed, else 0."""
     pytest = [sys.executable, "-m", "pytest"]
     if options:
         _announce([*pytest, *options])

@@ -217,13 +217,14 @@ def test_checks_run_in_order() -> None:
     assert commands[1] == "-m ruff format --check ."
     assert "pyright" in commands[2]
     assert checks.commands()[3][0].endswith("lint-imports")
+    assert commands[4] == "-m mkdocs build --strict"
 
 
 def test_every_test_is_in_one_of_the_two_halves() -> None:
     halves = [ROOT / folder for folder in (*checks.WAITING, *checks.COMPUTING)]
     tests = list((ROOT / "tests").rglob("test_*.py"))
     assert tests
-    assert all(sum(half in path.parents for half in halves) == 1 for path in tests)
+    assert all(sum(half in (path, *path.parents) for half in halves) == 1 for path in tests)
 
 
 def test_options_go_to_pytest(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,60 @@
+"""Measures the code of the three packages: lines per room, and the longest functions.
+
+Every line of a file counts, also empty ones and docstrings. Tests, benchmarks and the public face do not count.
+"""
+
+import ast
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("indexing", "training", "cluster")
+BUDGET = 28_726  # lines of the three packages, at most
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function or method, and where it stands."""
+
+    name: str
+    path: Path
+    lines: int  # Number of lines of its definition, without decorators
+
+
+def lines_per_room(root: Path) -> Counter[str]:
+    """Return the number of lines of each folder that holds code, by its path below `root`."""
+    rooms: Counter[str] = Counter()
+    for path in python_files(root):
+        rooms[str(path.parent.relative_to(root))] += len(path.read_text(encoding="utf-8").splitlines())
+    return rooms
+
+
+def longest_functions(root: Path) -> list[Function]:
+    """Return every function of the three packages below `root`, longest first. Paths are relative to `root`."""
+    return sorted(
+        (
+            Function(node.name, path.relative_to(root), (node.end_lineno or node.lineno) - node.lineno + 1)
+            for path in python_files(root)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ),
+        key=lambda function: function.lines,
+        reverse=True,
+    )
+
+
+def python_files(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[Path]:
+    """Return the paths of all Python files of these packages below `root`, sorted."""
+    return sorted(path for package in packages for path in (root / package).rglob("*.py"))
+
+
+def print_code_size(root: Path) -> int:
+    """Print the lines of each room and the ten longest functions. Returns 1 if there are too many lines, else 0."""
+    rooms = lines_per_room(root)
+    total = sum(rooms.values())
+    for room in sorted(rooms):
+        print(f"{rooms[room]:7,}  {room.replace('/', '.')}")
+    print(f"{total:7,}  of at most {BUDGET:,} lines", flush=True)
+    for function in longest_functions(root)[:10]:
+        print(f"{function.lines:7}  {function.name} ({function.path})", flush=True)
+    return int(total > BUDGET)
