@@ -1,7 +1,7 @@
-"""One protocol for everything that is shared through a disk: a directory, its contents, a checksummed manifest last.
+"""Writes and verifies directories that are shared through a disk: contents first, a checksummed manifest last.
 
 A reader ignores a directory without a manifest and refuses one whose contents differ from it by a single bit. A
-subdirectory that has a manifest of its own (a shard inside a generation) is covered through that manifest.
+subdirectory with a manifest of its own (a shard inside a generation) is covered by that manifest.
 """
 
 import errno
@@ -23,7 +23,7 @@ FORMAT = 1
 
 
 class TornSnapshot(Exception):
-    """A directory that is incomplete or damaged; never read it."""
+    """The error for a directory that is incomplete or damaged, which must not be read."""
 
     def __init__(self, path: str, why: str) -> None:
         super().__init__(path, why)
@@ -36,12 +36,12 @@ class TornSnapshot(Exception):
 def write_manifest(directory: str | Path, extra: dict[str, Any]) -> None:
     """Seal `directory`: flush its files, then write size and SHA-256 of each, with `extra`, atomically.
 
-    Raises OSError with the path where the disk is full, ValueError where `extra` is no JSON or a manifest exists.
+    Raises OSError with the path if the disk is full, ValueError if `extra` is no JSON or a manifest exists.
     """
     directory = Path(directory)
     if (directory / MANIFEST).exists():
         raise ValueError(f"{directory} already has a {MANIFEST}: a snapshot is written once")
-    for leftover in directory.rglob(".*.tmp"):  # of a writer that was killed
+    for leftover in directory.rglob(".*.tmp"):  # files that a killed writer left
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     files = {}
     for path in _covered(directory):
@@ -83,7 +83,7 @@ def verify(directory: str | Path, contents: bool = True) -> dict[str, Any]:
 
 
 def is_complete(directory: str | Path) -> bool:
-    """Whether `directory` has a manifest and all files in their size (contents are not read)."""
+    """Return True if `directory` has a manifest and all files have their size; contents are not read."""
     try:
         verify(directory, contents=False)
     except TornSnapshot:
@@ -93,10 +93,11 @@ def is_complete(directory: str | Path) -> bool:
 
 @contextmanager
 def write_once(final: str | Path, extra: dict[str, Any]) -> Iterator[Path]:
-    """A temporary directory beside `final`; sealed with a manifest and renamed to `final` at the end of the block.
+    """Yield a temporary directory beside `final`; at the end of the block it is sealed with a manifest and renamed to
+    `final`.
 
-    `extra` may be filled inside the block. After an exception nothing remains. Raises FileExistsError when `final`
-    exists, OSError with the path when the disk is full.
+    `extra` may be filled inside the block. After an exception nothing remains. Raises FileExistsError if `final`
+    exists, OSError with the path if the disk is full.
     """
     final = Path(final)
     if final.exists():
@@ -133,15 +134,15 @@ def write_file(path: str | Path, chunks: Iterable[bytes | np.ndarray]) -> None:
 
 
 def complete_directories(parent: str | Path, prefix: str, warn: Callable[[str], None]) -> list[tuple[int, Path]]:
-    """Every `PREFIX<number>` in `parent` whose contents match its manifest, newest (largest number) first.
+    """Return every `PREFIX<number>` in `parent` whose contents match its manifest, newest (largest number) first.
 
-    `warn` is told of each directory that is refused. A parent that does not exist has none.
+    `warn` is called with a message about each directory that is refused. A parent that does not exist has none.
     """
     return list(_complete(Path(parent), prefix, warn))
 
 
 def newest_complete(parent: str | Path, prefix: str, warn: Callable[[str], None]) -> tuple[int, Path] | None:
-    """The newest of `complete_directories`; older ones are not read."""
+    """Return the newest of `complete_directories`; older ones are not read."""
     return next(_complete(Path(parent), prefix, warn), None)
 
 
@@ -185,7 +186,7 @@ def _complete(parent: Path, prefix: str, warn: Callable[[str], None]) -> Iterato
 
 
 def _numbered(parent: Path, prefix: str) -> list[tuple[int, Path]]:
-    """(number, path) of each directory `PREFIX<number>`, largest number first."""
+    """Return (number, path) of each directory `PREFIX<number>`, largest number first."""
     if not parent.is_dir():
         return []
     pattern = re.compile(re.escape(prefix) + r"(\d+)")
@@ -194,7 +195,7 @@ def _numbered(parent: Path, prefix: str) -> list[tuple[int, Path]]:
 
 
 def _covered(directory: Path) -> Iterator[Path]:
-    """Files that the manifest of `directory` names: all, but of a sealed subdirectory its manifest alone."""
+    """Return the files that the manifest of `directory` names: all, but of a sealed subdirectory only its manifest."""
     for path in sorted(directory.iterdir()):
         if not path.is_dir():
             if path.name != MANIFEST:
@@ -206,7 +207,7 @@ def _covered(directory: Path) -> Iterator[Path]:
 
 
 def _serialise(manifest: dict[str, Any]) -> bytes:
-    """The one way a manifest is written: JSON with sorted keys, and under "sha256" the checksum of the rest."""
+    """Return the bytes of a manifest: JSON with sorted keys, and under "sha256" the checksum of the rest."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
     return (json.dumps({**rest, "sha256": digest}, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
@@ -219,7 +220,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         raise TornSnapshot(str(directory), f"no {MANIFEST}") from None
     try:
         manifest = json.loads(raw)
-    except ValueError:  # no JSON, no UTF-8
+    except ValueError:  # neither JSON nor UTF-8
         manifest = None
     if not isinstance(manifest, dict) or _serialise(manifest) != raw:
         raise TornSnapshot(str(directory), f"{MANIFEST} differs from its checksum")
@@ -230,7 +231,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Give an OSError (a full disk, say) the path that it happened at."""
+    """Add the path to an OSError of the block, for instance of a full disk."""
     try:
         yield
     except OSError as error:

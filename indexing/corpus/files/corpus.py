@@ -1,7 +1,7 @@
-"""Passages and questions from files, each line validated before anything is built from it.
+"""Reads passages and questions from files, and validates each line before anything is built from it.
 
 A bad line is counted under one of `BAD_KINDS`, reported with file and line, and refused or skipped, as `on_bad` says.
-Nothing is held but the ids seen so far and the updates, so that a corpus of millions streams through.
+Only the ids read so far and the updates are kept in memory, so a corpus of millions of passages streams through.
 """
 
 import logging
@@ -27,7 +27,7 @@ BAD_KINDS = (
     "equal_answers",
 )
 MAX_EXAMPLES = 20
-SAMPLE_SEED = 0  # of `questions.max_questions`: the same sample in every run
+SAMPLE_SEED = 0  # seed of the sample of `questions.max_questions`: the same questions in every run
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -40,17 +40,17 @@ class Passage:
     id: str
     title: str
     text: str
-    metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # by field; what filters ask for
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # field -> value; filters select by it
 
 
 @dataclass
 class CorpusReport:
-    """What a reader found; complete when the last line was read."""
+    """Counts of the lines that a reader read; complete when it has read the last one."""
 
-    num_read: int = 0  # lines: passages, or questions, and updates
-    num_kept: int = 0  # of them good
-    bad: dict[str, int] = field(default_factory=Counter)  # kind -> lines
-    examples: list[str] = field(default_factory=list)  # "file:line: why", the first few
+    num_read: int = 0  # Number of lines read: passages or questions, and updates
+    num_kept: int = 0  # Number of good lines among them
+    bad: dict[str, int] = field(default_factory=Counter)  # kind -> number of bad lines
+    examples: list[str] = field(default_factory=list)  # the first bad lines as "file:line: why"
 
     def add(self, place: str, bad: BadLine) -> None:
         """Count a bad line."""
@@ -59,14 +59,14 @@ class CorpusReport:
             self.examples.append(f"{place}: {bad.kind}: {bad.why}")
 
     def summary(self) -> str:
-        """The counts on one line, then one line per example."""
+        """Return the counts on one line, then one line per example."""
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.bad.items())) or "none"
         head = f"{self.num_read} lines read, {self.num_kept} good, {sum(self.bad.values())} bad: {counts}"
         return "\n  ".join([head, *self.examples])
 
 
 def read_corpus(config: CorpusConfig) -> tuple[list[Passage], CorpusReport]:
-    """All passages, with the updates up to `as_of`, and what was found on the way.
+    """Return all passages, with the updates up to `as_of` applied, and the report.
 
     Raises ValueError for a wrong setting, for bad lines unless `on_bad` is skip, and for a corpus without passages.
     """
@@ -75,7 +75,8 @@ def read_corpus(config: CorpusConfig) -> tuple[list[Passage], CorpusReport]:
 
 
 def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusReport]:
-    """`read_corpus` as a stream: the report fills as passages are taken; bad lines are refused after the last one."""
+    """Stream what `read_corpus` returns. The report fills as passages are taken; bad lines are refused after the last
+    one."""
     corpus, updates = corpus_path(config), updates_path(config)
     report = CorpusReport()
 
@@ -92,8 +93,8 @@ def iterate_corpus(config: CorpusConfig) -> tuple[Iterator[Passage], CorpusRepor
 
 
 def read_passages(source: Path | Sequence[Mapping[str, Any]], max_characters: int) -> list[Passage]:
-    """The passages of one .jsonl[.gz] or .parquet file, or of such lines as dictionaries. Raises ValueError that names
-    the first bad line, and how many there are."""
+    """Return the passages of one .jsonl[.gz] or .parquet file, or of such lines as dictionaries. Raises ValueError with
+    the first bad line and the number of the others."""
     report = CorpusReport()
     passages = list(_good(source, report, lambda fields: _passage(fields, max_characters), set()))
     if report.bad:
@@ -105,7 +106,7 @@ def read_passages(source: Path | Sequence[Mapping[str, Any]], max_characters: in
 
 
 def validate(config: CorpusConfig) -> CorpusReport:
-    """Read everything, keep nothing, refuse no line: the report."""
+    """Read every line, keep nothing, refuse nothing, and return the report."""
     report = CorpusReport()
     for _ in _updated(config, corpus_path(config), updates_path(config), report):
         pass
@@ -113,7 +114,7 @@ def validate(config: CorpusConfig) -> CorpusReport:
 
 
 def read_questions(config: QuestionsConfig, split: str) -> list[Question]:
-    """The questions of a split with their relevant passages; of the evaluation split at most `max_questions`.
+    """Return the questions of a split with their relevant passages; of the evaluation split at most `max_questions`.
 
     With `as_of`, `answers` are those of the timeline entry that covers the date and `old_answers` those of the entry
     before it; a question without such an entry is left out. Raises ValueError as `read_corpus` does.
@@ -123,7 +124,7 @@ def read_questions(config: QuestionsConfig, split: str) -> list[Question]:
         raise refuse("questions.path", "", "must be a folder with queries-SPLIT.jsonl[.gz]")
     folder = Path(config.path)
     path = find_file(folder, f"queries-{split}.jsonl")
-    mixed = path is None  # BEIR's one file for all splits, told apart by their judgements
+    mixed = path is None  # BEIR has one file for all splits; the judgements tell which split a question belongs to
     path = path or find_file(folder, "queries.jsonl")
     if path is None:
         allowed = f"must have queries-{split}.jsonl[.gz] or queries.jsonl[.gz]{looked_at(config.path)}"
@@ -152,7 +153,7 @@ def read_questions(config: QuestionsConfig, split: str) -> list[Question]:
 
 
 def _updated(config: CorpusConfig, corpus: Path, updates: Path | None, report: CorpusReport) -> Iterator[Passage]:
-    """The passages of the corpus with each one's last update in its place, then the new ones."""
+    """Yield the passages of the corpus, each in its last version, then the passages that updates add."""
     pending = {} if updates is None else _read_updates(updates, config, report)
     for passage in _good(corpus, report, lambda fields: _passage(fields, config.max_characters), set()):
         last = pending.pop(passage.id, passage)
@@ -162,7 +163,7 @@ def _updated(config: CorpusConfig, corpus: Path, updates: Path | None, report: C
 
 
 def _read_updates(path: Path, config: CorpusConfig, report: CorpusReport) -> dict[str, Passage | None]:
-    """What each updated passage is at `as_of`; None: deleted."""
+    """Return passage id -> its version at `as_of`, for updated passages; None if it was deleted."""
 
     def parse(fields: dict[str, Any]) -> tuple[str, str, Passage | None]:
         day, operation = fields.get("date"), fields.get("op")
@@ -190,7 +191,8 @@ def _good(
     parse: Callable[[dict[str, Any]], Item],
     seen: set[str] | None = None,
 ) -> Iterator[Item]:
-    """The lines of a file, or of a list, that `parse` takes; the others go into the report, ids in `seen` too."""
+    """Yield the lines of a file or of a list that `parse` accepts. Bad lines go into the report; so does an id that is
+    in `seen` already."""
     lines = read_lines(source) if isinstance(source, Path) else enumerate(map(dict, source), start=1)
     for number, content in lines:
         report.num_read += 1
@@ -222,7 +224,7 @@ def _passage(fields: dict[str, Any], max_characters: int) -> Passage:
 
 
 def _read_relevant(path: Path, required: bool, report: CorpusReport) -> dict[str, list[str]]:
-    """Passage ids by question id from a judgements file: question, passage and score, separated by tabs."""
+    """Return question id -> passage ids from a file of judgements: question, passage and score, separated by tabs."""
     if not path.is_file():
         if required:
             raise ValueError(f"{path} does not exist: queries.jsonl[.gz] needs it to know the questions of the split")
@@ -245,7 +247,7 @@ def _read_relevant(path: Path, required: bool, report: CorpusReport) -> dict[str
 
 
 def corpus_path(config: CorpusConfig) -> Path:
-    """Return the file of the corpus. Raises ValueError where there is none."""
+    """Return the file of the corpus. Raises ValueError if there is none."""
     check_values(config, "corpus.")
     path = Path(config.path)
     if config.path and (config.format == "beir" or (config.format == "auto" and path.is_dir())):
@@ -265,7 +267,8 @@ def corpus_path(config: CorpusConfig) -> Path:
 
 
 def updates_path(config: CorpusConfig) -> Path | None:
-    """Return the file of the corpus's dated updates; None where none is applied. Raises ValueError where it lacks."""
+    """Return the file of the corpus's dated updates, or None if no update applies. Raises ValueError if the file is
+    missing."""
     if not config.as_of:
         return None
     if config.updates:

@@ -1,12 +1,12 @@
-"""The rows of a question file, by the field that tells its format; each is checked, a bad one is a `BadLine`.
+"""Parses the rows of a question file. One field tells the format of a row; a bad row raises `BadLine`.
 
     {"_id", "text", "answers": [...]}                              question answering, several gold answers
     {"_id", "text", "options": [...], "answers": [...]}            multiple choice: the answers are among the options
     {"_id", "claim", "label"}                                      fact verification: one of `questions.labels`
-    {"_id", "messages": [{"role", "content"}, ...]}                chat: system (may lack), user, assistant, user...
+    {"_id", "messages": [{"role", "content"}, ...]}                chat: system (optional), user, assistant, user...
 
-A chat is asked with its last user message; the assistant's message after it is the answer. All rows may carry
-`metadata`, and chats further `answers`.
+A chat is asked with its last user message; the assistant's message after it is the answer. All rows may have
+`metadata`, chats also further `answers`.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ class Question:
     id: str
     text: str
     answers: list[str]
-    relevant: list[str] = field(default_factory=list)  # passage ids
-    old_answers: list[str] = field(default_factory=list)  # what was true just before `answers` became true
-    metadata: dict[str, Any] = field(default_factory=dict)  # as the file has it
-    options: list[str] = field(default_factory=list)  # what may be answered; empty: anything
-    earlier: list[dict[str, str]] = field(default_factory=list)  # of a chat: role and content of what came before
+    relevant: list[str] = field(default_factory=list)  # ids of the passages that state the answer
+    old_answers: list[str] = field(default_factory=list)  # answers that were true just before `answers` became true
+    metadata: dict[str, Any] = field(default_factory=dict)  # the object in the file
+    options: list[str] = field(default_factory=list)  # all answers that are allowed; empty: any
+    earlier: list[dict[str, str]] = field(default_factory=list)  # role and content of the earlier messages of a chat
 
 
 def parse_question(fields: dict[str, Any], as_of: str, labels: Sequence[str]) -> Question:
-    """The question of one row, without its relevant passages. Raises BadLine."""
+    """Return the question of one row, without its relevant passages. Raises BadLine."""
     question_id, metadata = id_field(fields), fields.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise BadLine("missing_field", f"metadata is a {type(metadata).__name__}, not an object")
@@ -138,7 +138,8 @@ def _chat(question_id: str, fields: dict[str, Any], metadata: dict[str, Any]) ->
 
 
 def _answers_at(timeline: Any, as_of: str) -> tuple[list[str], list[str]]:
-    """Answers of the entry that covers `as_of` and of the one before it; two empty lists when none covers it."""
+    """Return the answers of the entry that covers `as_of` and of the entry before it; two empty lists if none covers
+    it."""
     try:
         entries = [(entry["from"], entry["to"], strings(entry["answers"])) for entry in timeline]
         well_formed = all(isinstance(start, str) and isinstance(stop, str | None) for start, stop, _ in entries)

@@ -1,4 +1,5 @@
-"""Rows of JSONL, gzipped JSONL and Parquet files, one at a time, bad ones told apart instead of failing the file."""
+"""Reads JSONL, gzipped JSONL and Parquet files row by row. A bad row is yielded as such and does not end the
+reading."""
 
 import datetime
 import decimal
@@ -12,19 +13,19 @@ from typing import Any
 
 
 class BadLine(Exception):
-    """Why a line is no good; `kind` is one of `indexing.corpus.files.corpus.BAD_KINDS`."""
+    """The reason why a line is refused; `kind` is one of `indexing.corpus.files.corpus.BAD_KINDS`."""
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(kind, why)
         self.kind, self.why = kind, why
 
 
-# Line (or row) number from 1, and its fields or what is wrong with it.
+# Number of the line or row, counted from 1, and its fields or what is wrong with it.
 Lines = Iterator[tuple[int, dict[str, Any] | BadLine]]
 
 
 def read_lines(path: Path) -> Lines:
-    """The rows of a .jsonl, .jsonl.gz or .parquet file. Raises ValueError that names the path for another kind."""
+    """Return the rows of a .jsonl, .jsonl.gz or .parquet file. Raises ValueError with the path for any other ending."""
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_jsonl(path)
     if path.name.endswith(".parquet"):
@@ -33,12 +34,12 @@ def read_lines(path: Path) -> Lines:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """`name` or `name`.gz in `folder`."""
+    """Return the path of `name` or `name`.gz in `folder`, or None if neither exists."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def id_field(fields: dict[str, Any]) -> str:
-    """The id of a row, from `_id` or `id`; whole numbers become strings. Raises BadLine."""
+    """Return the id of a row, from `_id` or `id`; whole numbers become strings. Raises BadLine."""
     value = fields.get("_id", fields.get("id"))
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -48,7 +49,7 @@ def id_field(fields: dict[str, Any]) -> str:
 
 
 def text_field(fields: dict[str, Any], name: str, default: str | None = None) -> str:
-    """A string of a row; `default`, if given, for one that is missing or null. Raises BadLine."""
+    """Return a text field of a row; `default`, if given, replaces one that is missing or null. Raises BadLine."""
     value = fields.get(name)
     if value is None and default is not None:
         return default
@@ -58,7 +59,7 @@ def text_field(fields: dict[str, Any], name: str, default: str | None = None) ->
 
 
 def metadata_field(fields: dict[str, Any]) -> dict[str, Any]:
-    """The object `metadata` of a row, empty where it has none. Raises BadLine."""
+    """Return the object `metadata` of a row; empty if the row has none. Raises BadLine."""
     value = fields.get("metadata")
     if value is None:
         return {}
@@ -68,7 +69,7 @@ def metadata_field(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def strings(value: Any) -> list[str]:
-    """Answers: a list of strings, or one string. Raises BadLine."""
+    """Return answers as a list of strings; one string becomes a list of one. Raises BadLine."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
         raise BadLine("missing_field", f"answers are {str(value)[:40]!r}: needed is a list of strings")
@@ -76,7 +77,7 @@ def strings(value: Any) -> list[str]:
 
 
 def _encodable(name: str, value: str) -> str:
-    r"""`value`, unless JSON's \u escapes left half a surrogate pair in it."""
+    r"""Return `value`. Raises BadLine if JSON's \u escapes left half a surrogate pair in it."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -85,7 +86,7 @@ def _encodable(name: str, value: str) -> str:
 
 
 def _read_jsonl(path: Path) -> Lines:
-    """Objects of a JSONL file; blank lines are passed over. Raises ValueError for a damaged gzip file."""
+    """Yield the objects of a JSONL file and skip blank lines. Raises ValueError for a damaged gzip file."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -107,8 +108,8 @@ def _parse(raw: bytes) -> dict[str, Any] | BadLine:
 
 
 def _read_parquet(path: Path) -> Lines:
-    """Rows of a Parquet file as dictionaries, numbered from 1; what is neither id, title nor text becomes `metadata`.
-    Raises ValueError for a file that is none."""
+    """Yield the rows of a Parquet file as dictionaries, numbered from 1; columns other than id, title and text become
+    `metadata`. Raises ValueError for a file that is not Parquet."""
     import pyarrow
     import pyarrow.parquet
 
@@ -139,8 +140,8 @@ def _read_parquet(path: Path) -> Lines:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether a Parquet column holds texts, numbers, truth values or dates, or lists of texts or whole numbers: no
-    vectors, no bytes, no records."""
+    """Return True if a Parquet column holds texts, numbers, truth values or dates, or lists of texts or whole numbers;
+    False for vectors, bytes and records."""
     from pyarrow import types
 
     if types.is_list(kind) or types.is_large_list(kind):
@@ -152,8 +153,9 @@ def _is_plain(kind: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """A Parquet value as JSON has it: dates as YYYY-MM-DD, decimals as numbers, what is not finite as null."""
-    if isinstance(value, datetime.date):  # and datetime
+    """Return a Parquet value as JSON has it: dates as YYYY-MM-DD, decimals as numbers, numbers that are not finite as
+    null."""
+    if isinstance(value, datetime.date):  # a datetime is a date, too
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
         value = float(value)

@@ -1,8 +1,8 @@
-"""Preferences from a file, each line validated: what `indexing/corpus/files/corpus.py` is for passages and questions.
+"""Reads preferences from a file and validates each line, as `indexing/corpus/files/corpus.py` does for passages.
 
-A pair becomes a question with two answers, the chosen one first; a judged answer a question with one answer and a
-label. Both are then written like questions (`indexing/corpus/stores/questions.py`). A file of pairs can be read as
-judged answers: each pair is two of them.
+A pair becomes a question with two answers, the chosen one first; a judged answer becomes a question with one answer and
+a label. Both are then written like questions (`indexing/corpus/stores/questions.py`). A file of pairs can be read as
+judged answers: each pair gives two of them.
 """
 
 import logging
@@ -19,23 +19,23 @@ from indexing.declare import check_values, looked_at, refuse
 from indexing.indexing_settings import PreferencesConfig
 
 FILE = "preferences.jsonl"
-SAMPLE_SEED = 0  # of `preferences.max_pairs`
+SAMPLE_SEED = 0  # seed of the sample of `preferences.max_pairs`
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Preferences:
-    """What was read."""
+    """The preferences of one split."""
 
     questions: list[Question]
-    labels: list[int] | None  # 1 desirable, 0 undesirable; None: pairs, answers[0] chosen and answers[1] rejected
+    labels: list[int] | None  # 1 desirable, 0 undesirable; None for pairs: answers[0] is chosen and answers[1] rejected
     report: CorpusReport = field(default_factory=CorpusReport)
-    num_too_unequal: int = 0  # pairs left out by `max_length_ratio`
+    num_too_unequal: int = 0  # Number of pairs left out by `max_length_ratio`
 
 
 def preferences_path(config: PreferencesConfig) -> Path:
-    """The file. Raises ValueError where there is none."""
+    """Return the file of preferences. Raises ValueError if there is none."""
     if not config.path:
         raise refuse("preferences.path", "", f"must be a .jsonl[.gz] file or a folder with {FILE}[.gz]")
     path = Path(config.path)
@@ -49,7 +49,7 @@ def preferences_path(config: PreferencesConfig) -> Path:
 
 
 def is_paired(config: PreferencesConfig) -> bool:
-    """Whether the file holds pairs: as the settings say, or by its first good line."""
+    """Return True if the file holds pairs. If the format is auto, its first good line decides."""
     check_values(config, "preferences.")
     if config.format != "auto":
         return config.format == "paired"
@@ -60,10 +60,10 @@ def is_paired(config: PreferencesConfig) -> bool:
 
 
 def read_preferences(config: PreferencesConfig, split: str, as_pairs: bool) -> Preferences:
-    """The preferences of a split, as pairs or as judged answers.
+    """Return the preferences of a split, as pairs or as judged answers.
 
-    Raises ValueError for wrong settings, for pairs asked of a file of judged answers, for bad lines unless `on_bad` is
-    skip (with counts, files and lines), and for a split of which nothing is left.
+    Raises ValueError for wrong settings, if pairs are asked of a file of judged answers, for bad lines unless `on_bad`
+    is skip (with counts, files and lines), and for a split without preferences.
     """
     path, paired = preferences_path(config), is_paired(config)
     check_values(config, "preferences.")
@@ -107,7 +107,7 @@ def read_preferences(config: PreferencesConfig, split: str, as_pairs: bool) -> P
 
 
 def sampled_pairs(config: PreferencesConfig, questions: Sequence[Question]) -> list[Question]:
-    """At most `max_pairs` of them, the same in every run, in order."""
+    """Return at most `max_pairs` of them in their order, the same ones in every run."""
     if not 0 < config.max_pairs < len(questions):
         return list(questions)
     chosen = np.sort(np.random.default_rng(SAMPLE_SEED).permutation(len(questions))[: config.max_pairs])
@@ -141,7 +141,7 @@ def _judged(fields: dict[str, Any], number: int) -> Question:
 
 
 def _question(fields: dict[str, Any], number: int, answers: list[str]) -> Question:
-    """The prompt with its answers. Without an id, a line is called by its number."""
+    """Return the prompt with its answers. A line without an id is named by its number."""
     name = id_field(fields) if {"_id", "id"} & fields.keys() else f"line-{number}"
     metadata = fields.get("metadata") or {}
     if not isinstance(metadata, dict):

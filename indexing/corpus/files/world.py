@@ -1,12 +1,12 @@
-"""The synthetic world: invented people and facts that only the answer's signal teaches a retriever to find.
+"""Builds the synthetic world: invented people and facts that a retriever can only find by the signal of the answers.
 
 Every person shares the first or the last name with others (look-alikes). Each of six relations gives each person one
 passage: the name as title, then the fact in one of two wordings, one of ten filler sentences and, sometimes, a true
-fact about a look-alike. A question shares no word with any passage but the name, so lexical similarity finds the
-person and not which of the six passages answers. Names and values are invented, so no language model knows them.
+fact about a look-alike. A question shares no word with any passage but the name, so lexical similarity finds the person
+and not which of the six passages answers. Names and values are invented, so no language model knows them.
 
 `write_world` writes the shared data format: corpus.jsonl, queries-{train,dev,test}.jsonl, qrels/*.tsv, and
-updates.jsonl, which swaps facts for others on one date. The folder appears whole or not at all.
+updates.jsonl, which swaps facts for others on one date. The folder appears as a whole or not at all.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from indexing.indexing_settings import WorldConfig
 
 START_DATE = "2024-01-01"
 SWAP_DATE = "2025-01-01"
-FORMAT_VERSION = 1  # raised whenever the same config would give another world
-TEST_SHARE = 0.2  # of all people
-DEV_SHARE = 0.05  # of the people that are not in test
+FORMAT_VERSION = 1  # raised if the same config would give another world
+TEST_SHARE = 0.2  # Share of all people
+DEV_SHARE = 0.05  # Share of the people that are not in test
 
 
 @dataclass(frozen=True)
 class Statement:
-    """One fact as one passage words it."""
+    """One fact in the wording of one passage."""
 
     person: int
     relation: int
@@ -55,16 +55,16 @@ class WorldPassage:
 class World:
     """Everything that the files are written from."""
 
-    people: list[str]  # person number to full name
-    splits: dict[str, list[int]]  # split name to person numbers
-    values: list[list[str]]  # relation number to its invented values
+    people: list[str]  # [person] full name
+    splits: dict[str, list[int]]  # split name -> person numbers
+    values: list[list[str]]  # [relation] invented values
     before: list[list[str]]  # [person][relation] value up to SWAP_DATE
     after: list[list[str]]  # [person][relation] value from SWAP_DATE on
     passages: list[WorldPassage]
     question_wordings: list[list[int]]  # [person][relation]
 
     def render(self, passage: WorldPassage, facts: list[list[str]]) -> str:
-        """The text of `passage` when `facts` (`before` or `after`) hold."""
+        """Return the text of `passage` while `facts` (`before` or `after`) hold."""
 
         def sentence(statement: Statement) -> str:
             wording = RELATIONS[statement.relation].statements[statement.wording]
@@ -77,7 +77,7 @@ class World:
         return " ".join(parts)
 
     def gold(self) -> dict[tuple[int, int], list[str]]:
-        """(person, relation) to the ids of every passage that states the fact, the person's own first."""
+        """Return (person, relation) -> ids of all passages that state the fact, first the person's passage about it."""
         found = {(p.fact.person, p.fact.relation): [p.id] for p in self.passages}
         for passage in self.passages:
             if passage.mention is not None:
@@ -86,7 +86,7 @@ class World:
 
 
 def build_world(config: WorldConfig) -> World:
-    """Draw a world in memory; the same config gives the same world. Raises ValueError on impossible sizes."""
+    """Draw a world in memory; the same config gives the same world. Raises ValueError for impossible sizes."""
     check_values(config, "corpus.world.")
     words = invented_words(_random(config, "words"))
     people = _draw_names(config, words)
@@ -125,7 +125,7 @@ def write_world(config: WorldConfig, folder: Path) -> None:
         temporary.chmod(0o755)
         try:
             os.rename(temporary, folder)
-        except OSError:  # another process was first, or the folder is not ours
+        except OSError:  # another process was first, or something else is in the folder
             if not _holds(config, folder):
                 raise
     finally:
@@ -133,7 +133,7 @@ def write_world(config: WorldConfig, folder: Path) -> None:
 
 
 def lookalikes(people: list[str]) -> list[list[int]]:
-    """For each person the numbers of the others that share the first or the last name."""
+    """Return for each person the numbers of the others that share the first or the last name."""
     by_name: dict[tuple[int, str], list[int]] = {}
     for number, person in enumerate(people):
         for key in enumerate(person.split()):
@@ -145,12 +145,12 @@ def lookalikes(people: list[str]) -> list[list[int]]:
 
 
 def _random(config: WorldConfig, purpose: str) -> random.Random:
-    """One stream per purpose, so that one setting does not disturb what another draws."""
+    """Return one random stream per purpose, so that one setting does not change what another one draws."""
     return random.Random(f"tandem world {FORMAT_VERSION} {config.seed} {purpose}")
 
 
 def _draw_names(config: WorldConfig, words: Iterator[str]) -> list[str]:
-    """Distinct full names; every first and every last name is carried by at least two people."""
+    """Return distinct full names; at least two people share every first and every last name."""
     num_people = config.num_people
     num_names = min(math.ceil(2 * math.sqrt(num_people)), num_people // 2)
     firsts = [next(words).capitalize() for _ in range(num_names)]
@@ -169,7 +169,7 @@ def _draw_values(config: WorldConfig, relation: str, words: Iterator[str]) -> li
 
 
 def _swapped(rng: random.Random, config: WorldConfig, values: list[str], old: str) -> str:
-    """Another value of the same relation with the configured chance, else the old one."""
+    """Return another value of the same relation with the configured chance, else the old one."""
     changes, new = rng.random() < config.swap_fraction, rng.choice(values)
     if changes and new == old:
         new = values[(values.index(old) + 1) % len(values)]
@@ -189,7 +189,7 @@ def _draw_splits(config: WorldConfig) -> dict[str, list[int]]:
 
 
 def _draw_passages(config: WorldConfig, people: list[str]) -> list[WorldPassage]:
-    """One passage per (person, relation), in shuffled order."""
+    """Return one passage per (person, relation), in shuffled order."""
     rng = _random(config, "passages")
     similar = lookalikes(people)
     passages = []
@@ -210,7 +210,8 @@ def _identity(config: WorldConfig) -> dict[str, Any]:
 
 
 def _holds(config: WorldConfig, folder: Path) -> bool:
-    """Whether `folder` holds this world; False if it is absent or empty, ValueError if it holds anything else."""
+    """Return True if `folder` holds this world, False if it is absent or empty. Raises ValueError if it holds anything
+    else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:

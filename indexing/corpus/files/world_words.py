@@ -1,4 +1,5 @@
-"""The words of the synthetic world: how passages state facts, how questions ask for them, and invented words."""
+"""Lists the words of the synthetic world: statements of facts in passages, questions that ask for them, invented
+words."""
 
 import random
 from collections.abc import Iterator
@@ -7,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact: how passages state it and how questions ask for it."""
+    """One kind of fact: statements for passages and wordings for questions."""
 
     name: str
     statements: tuple[str, str]
     questions: tuple[str, str]
 
 
-# Statements and fillers share no word with questions, function words included (held by a test).
+# Statements and fillers share no word with questions, not even function words; a test holds this.
 RELATIONS = (
     Relation(
         "birthplace",
@@ -63,7 +64,7 @@ FILLERS = (
 
 
 def invented_words(rng: random.Random) -> Iterator[str]:
-    """Endless distinct invented words of two or three syllables, none of them a word of the templates."""
+    """Yield distinct invented words of two or three syllables without end; none is a word of the templates."""
     onsets = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "kr", "tr")
     codas = ("", "", "", "l", "n", "r", "s", "x")
     seen = template_words()
@@ -76,6 +77,6 @@ def invented_words(rng: random.Random) -> Iterator[str]:
 
 
 def template_words() -> set[str]:
-    """Every ordinary word, lowercase, of passages and questions."""
+    """Return all ordinary words of passages and questions in lower case."""
     texts = [*FILLERS, *(text for relation in RELATIONS for text in (*relation.statements, *relation.questions))]
     return {word.strip(".?,").lower() for text in texts for word in text.split()} - {"{name}", "{value}"}
