@@ -36,53 +36,53 @@ POLL_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What one version did."""
+    """The changes that one version made."""
 
     version: int
     first: int  # number of the first passage that it brought
     num_added: int
-    deleted: np.ndarray  # int64: numbers that it took away, those of replaced texts among them
-    replaces: np.ndarray  # int64 [num_added]: the number whose text each new one replaces, -1: a new passage
+    deleted: np.ndarray  # int64: numbers that it took away, also those of replaced texts
+    replaces: np.ndarray  # int64 [num_added]: number whose text each new passage replaces; -1: none
     checksum: str
 
     @property
     def segment(self) -> str:
-        """Name of the segment's folder."""
+        """Return the name of the segment's folder."""
         return f"segment-{self.version:06d}"
 
 
 class ChangeLog:
-    """Reads the versions of one corpus folder; `fingerprint` and `num_base` are those of the base store."""
+    """The versions of one corpus folder; `fingerprint` and `num_base` are those of the base store."""
 
     def __init__(self, folder: str | Path, fingerprint: str, num_base: int) -> None:
-        """A folder that does not exist is a corpus without changes. Raises what `refresh` raises, and TornSnapshot
-        where a version is missing before others."""
+        """Read all versions. A folder that does not exist is a corpus without changes. Raises the errors of `refresh`,
+        and TornSnapshot if a version is missing before others."""
         self.folder = Path(folder)
         self.fingerprint, self.num_base = fingerprint, num_base
         self.changes: list[Change] = []
-        self.deleted = np.empty(0, np.int64)  # sorted, of all versions
-        self._when = np.empty(0, np.int64)  # the version that took each of them away
+        self.deleted = np.empty(0, np.int64)  # int64: numbers taken away by all versions, sorted
+        self._when = np.empty(0, np.int64)  # int64: version that took each of them away
         self._reading = threading.RLock()  # several threads of a process share a log
         names = [path.stem.removeprefix("version-") for path in (self.folder / "versions").glob("version-*.json")]
-        self.refresh()  # after the look at the names: what is written meanwhile is no gap
+        self.refresh()  # after the names were listed: a version written meanwhile is no gap
         if self.version < max((int(name) for name in names if name.isdigit()), default=0):
             raise TornSnapshot(str(self.path(self.version + 1)), "it is missing, but later versions are there")
 
     @property
     def version(self) -> int:
-        """The newest version that was read."""
+        """Return the newest version that was read."""
         return len(self.changes)
 
     def path(self, version: int) -> Path:
-        """Where a version is written down."""
+        """Return the file of a version."""
         return self.folder / "versions" / f"version-{version:06d}.json"
 
     def segment_path(self, change: Change) -> Path:
-        """Where the passages of a change lie."""
+        """Return the folder with the passages of a change."""
         return self.folder / "segments" / change.segment
 
     def refresh(self) -> bool:
-        """Read versions that were written since; returns whether there were any.
+        """Read the versions that were written since and return True if there were any.
 
         Raises TornSnapshot for a damaged version and ValueError for one of another base corpus.
         """
@@ -97,26 +97,26 @@ class ChangeLog:
             return self.version > before
 
     def num_numbers(self, version: int | None = None) -> int:
-        """How many passage numbers were given up to `version` (the newest): they are 0 to that, less one."""
+        """Return the number of passage numbers given up to `version` (default: the newest); they count from 0."""
         last = self.version if version is None else version
         return self.num_base if not last else self.changes[last - 1].first + self.changes[last - 1].num_added
 
     def num_living(self, version: int | None = None) -> int:
-        """How many passages version `version` (the newest) has."""
+        """Return the number of passages that version `version` (default: the newest) has."""
         return self.num_numbers(version) - len(self.deleted_at(version))
 
     def deleted_at(self, version: int | None = None) -> np.ndarray:
-        """Sorted numbers that were taken away up to `version` (the newest)."""
+        """Return the sorted numbers that were taken away up to `version` (default: the newest)."""
         with self._reading:
             return self.deleted if version is None else self.deleted[self._when <= version]
 
     def is_living(self, numbers: np.ndarray) -> np.ndarray:
-        """bool, as `numbers`: given, and not taken away."""
+        """Return bool, in the shape of `numbers`: True for numbers that were given and not taken away."""
         return (numbers >= 0) & (numbers < self.num_numbers()) & ~contains(self.deleted, numbers)
 
     def owned(self, shard: int, num_shards: int, start: int, stop: int, version: int) -> np.ndarray | None:
-        """The living numbers of one shard at `version`, sorted: its range of the base, and every so many-th of the
-        added ones. None: exactly `start` to `stop` - 1."""
+        """Return the sorted living numbers of one shard at `version`: its range of the base, and every `num_shards`-th
+        of the added passages. None stands for exactly `start` to `stop` - 1."""
         extra = np.arange(self.num_base + shard, self.num_numbers(version), num_shards)
         numbers = np.concatenate([np.arange(start, stop), extra])
         numbers = numbers[~contains(self.deleted_at(version), numbers)]
@@ -124,7 +124,7 @@ class ChangeLog:
         return None if whole else numbers
 
     def added_between(self, before: int, version: int) -> np.ndarray:
-        """The numbers that versions `before` + 1 to `version` brought and that are still living at `version`."""
+        """Return the numbers that versions `before` + 1 to `version` brought and that are living at `version`."""
         numbers = np.arange(self.num_numbers(before), self.num_numbers(version))
         return numbers[~contains(self.deleted_at(version), numbers)]
 
@@ -178,7 +178,7 @@ class ChangeLog:
         try:
             found = json.loads(raw)
             good = isinstance(found, dict) and _serialise(found) == raw
-        except ValueError:  # no JSON, no UTF-8
+        except ValueError:  # neither JSON nor UTF-8
             good, found = False, {}
         if not good or found.get("format") != FORMAT or found.get("version") != self.version + 1:
             raise TornSnapshot(str(path), "it differs from its checksum, or is of another format")
@@ -205,7 +205,7 @@ class ChangeLog:
 
 
 def contains(ordered: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """bool, as `numbers`: which of them are in the sorted array `ordered`."""
+    """Return bool, in the shape of `numbers`: True for those in the sorted array `ordered`."""
     if not len(ordered):
         return np.zeros(np.shape(numbers), bool)
     places = np.minimum(np.searchsorted(ordered, numbers), len(ordered) - 1)
@@ -213,7 +213,7 @@ def contains(ordered: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def _serialise(version: dict[str, Any]) -> bytes:
-    """JSON with sorted keys, and under "sha256" the checksum of the rest."""
+    """Return JSON with sorted keys, and under "sha256" the checksum of the rest."""
     rest = {key: value for key, value in version.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**rest, "sha256": digest}, sort_keys=True) + "\n").encode()

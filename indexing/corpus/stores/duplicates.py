@@ -1,10 +1,10 @@
-"""Groups of near-duplicate passages, found once in time linear in the corpus and stored beside the passages.
+"""Finds groups of near-duplicate passages, once and in time linear in the corpus, and stores them beside the passages.
 
-Two passages are near-duplicates when the Jaccard index of their sets of token trigrams reaches a threshold. Candidates
+Two passages are near-duplicates if the Jaccard index of their sets of token trigrams reaches a threshold. Candidates
 come from MinHash signatures cut into bands (Broder 1997, "On the resemblance and containment of documents"; banding as
 in Indyk & Motwani 1998): passages that agree on a whole band are compared exactly. The bands are chosen so that a pair
-right at the threshold is overlooked with a probability below `MISS`; equal rows never are. A group is everything that
-a chain of near-duplicates joins, so that what is excluded with a passage is too much rather than too little.
+right at the threshold is overlooked with a probability below `MISS`; equal rows never are. A group holds everything
+that a chain of near-duplicates joins, so that too much rather than too little is excluded with a passage.
 """
 
 from pathlib import Path
@@ -16,10 +16,10 @@ from indexing.corpus.stores.passages import Store, open_extra
 from indexing.corpus.stores.table import TokenTable, map_array
 
 KIND = "duplicate groups"
-SHINGLE = 3  # tokens
+SHINGLE = 3  # Number of tokens
 NUM_HASHES = 64
 MISS = 1e-3
-SEED = 0  # the same corpus has the same groups
+SEED = 0  # the same corpus always has the same groups
 BLOCK_ROWS = 8192
 BLOCK_PAIRS = 8192
 
@@ -34,13 +34,15 @@ def write_groups(path: str | Path, store: Store, side: str, threshold: float) ->
 
 
 def open_groups(path: str | Path) -> np.ndarray:
-    """int64 [passages], memory-mapped: equal numbers are near-duplicates. Raises TornSnapshot, ValueError."""
+    """Return the stored groups, int64 [passages], memory-mapped: equal numbers are near-duplicates. Raises
+    TornSnapshot, ValueError."""
     open_extra(path, KIND, False)
     return map_array(Path(path) / "groups", "int64")
 
 
 def duplicate_groups(table: TokenTable, threshold: float) -> np.ndarray:
-    """int64 [rows]: of each row's group the smallest row number. `threshold` in (0, 1]; above 1 each row is alone."""
+    """Return int64 [rows]: the smallest row number of each row's group. `threshold` is in (0, 1]; above 1 each row is
+    alone."""
     if threshold <= 0:
         raise ValueError(f"pretraining.duplicate_threshold={threshold}: must be above 0")
     if threshold > 1 or len(table) < 2:
@@ -65,20 +67,21 @@ def duplicate_groups(table: TokenTable, threshold: float) -> np.ndarray:
 
 
 def band_width(threshold: float) -> int:
-    """Hashes of a band: as many as leave a pair at `threshold` unseen with a probability of at most `MISS`."""
+    """Return the largest width of a band at which a pair at `threshold` is overlooked with a probability of at most
+    `MISS`."""
     widths = [width for width in (16, 8, 4, 2, 1) if (1 - threshold**width) ** (NUM_HASHES // width) <= MISS]
     return widths[0] if widths else 1
 
 
 def jaccard(table: TokenTable, pairs: np.ndarray) -> np.ndarray:
-    """float64 [pairs]: Jaccard index of the shingle sets of row pairs int64 [pairs, 2]."""
+    """Return the Jaccard index, float64 [pairs], of the shingle sets of row pairs int64 [pairs, 2]."""
     rows = pairs.reshape(-1)
     shingles, owners = _shingles_of(table.rows(rows))
     order = np.lexsort((shingles, owners))
     shingles, owners = shingles[order], owners[order]
     first = np.ones(len(shingles), dtype=bool)
     first[1:] = (shingles[1:] != shingles[:-1]) | (owners[1:] != owners[:-1])
-    shingles, owners = shingles[first], owners[first]  # sets
+    shingles, owners = shingles[first], owners[first]  # each row's shingles are a set
     sizes = np.bincount(owners, minlength=len(rows)).reshape(-1, 2)
     pair = owners // 2
     order = np.lexsort((shingles, pair))
@@ -89,14 +92,15 @@ def jaccard(table: TokenTable, pairs: np.ndarray) -> np.ndarray:
 
 
 def _shingles(table: TokenTable, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashed shingles of rows [start, stop) and where each row's begin; every row has at least one."""
+    """Return the hashed shingles of rows [start, stop) and the place of each row's first one; every row has at least
+    one."""
     shingles, owners = _shingles_of(table.rows(np.arange(start, stop)))
     return shingles, np.searchsorted(owners, np.arange(stop - start))
 
 
 def _shingles_of(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """uint64 hashes of the token trigrams of all rows, in order, and the row that each belongs to. A row that is too
-    short is filled up with -1."""
+    """Return uint64 hashes of the token trigrams of all rows, in order, and the row that each belongs to. Rows that are
+    too short are padded with -1."""
     lengths = np.array([max(len(row), SHINGLE) for row in rows], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
     tokens = np.full(int(lengths.sum()), -1, dtype=np.int64)
@@ -111,7 +115,8 @@ def _shingles_of(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014): every bit of the input moves every bit of the output."""
+    """Return the finaliser of splitmix64 (Steele et al. 2014): every bit of the input changes every bit of the
+    output."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -119,7 +124,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 
 
 def _signatures(shingles: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """uint64 [rows, NUM_HASHES]: the smallest hash of each row's shingles under each hash function."""
+    """Return uint64 [rows, NUM_HASHES]: the smallest hash of each row's shingles under each hash function."""
     random = np.random.default_rng(SEED)
     keys = random.integers(0, 2**63, size=NUM_HASHES, dtype=np.uint64)
     columns = [np.minimum.reduceat(_mixed(shingles ^ key), starts) for key in keys]
@@ -127,7 +132,8 @@ def _signatures(shingles: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _candidates(band: np.ndarray) -> np.ndarray:
-    """int64 [pairs, 2]: of the rows that agree on the whole band, each with the first and with the one before it."""
+    """Return int64 [pairs, 2]: each row that agrees on the whole band with others, paired with the first of them and
+    with the one before it."""
     keys = np.zeros(len(band), dtype=np.uint64)
     for column in band.T:
         keys = _mixed(keys ^ column)
@@ -154,7 +160,7 @@ def _root(parents: np.ndarray, row: int) -> int:
 
 
 def _roots(parents: np.ndarray) -> np.ndarray:
-    """The root of every row: pointers are followed until they stand still."""
+    """Return the root of every row; pointers are followed until nothing changes."""
     roots = parents
     while True:
         above = roots[roots]

@@ -1,11 +1,11 @@
-"""Which passages a search may return, by their metadata, like
+"""Parses the conditions on metadata that decide which passages a search may return, for instance
 
     {"lang": "en", "year": {">=": 2019, "<": 2024}, "kind": ["news", "blog"]}
 
 A condition is a value (equal to it), a list (one of them), or bounds (`>=`, `>`, `<=`, `<`); all conditions must hold.
 Values compare as they are written, so that `year=2019` of a command line finds both 2019 and "2019"; a bound that reads
 as a number compares with numbers, another one with text (dates as YYYY-MM-DD order as they should). A passage whose
-field is a list passes where one of its items does. `null` finds passages without the field; an empty value lifts a
+field is a list passes if one of its items does. `null` finds passages without the field; an empty value removes a
 condition that was set elsewhere.
 """
 
@@ -21,14 +21,14 @@ NULL = "null"
 
 @dataclass(frozen=True)
 class Condition:
-    """What one field must be: one of `values`, or within `bounds`."""
+    """The condition on one field: one of `values`, or within `bounds`."""
 
     field: str
     values: tuple[str, ...] = ()
     bounds: tuple[tuple[str, float | str], ...] = ()
 
     def holds(self, value: Any) -> bool:
-        """Whether a passage with this value of the field passes; None: it has none."""
+        """Return True if a passage with this value of the field passes; None: the passage has no value."""
         if isinstance(value, list):
             return any(self.holds(item) for item in value)
         if self.values:
@@ -43,17 +43,17 @@ class Condition:
 
 @dataclass(frozen=True)
 class Filter:
-    """Conditions that a passage's metadata must all meet."""
+    """The conditions that a passage's metadata must all meet."""
 
     conditions: tuple[Condition, ...]
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that are looked at."""
+        """Return the fields that the conditions name."""
         return tuple(condition.field for condition in self.conditions)
 
     def passes(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a passage with this metadata may be returned."""
+        """Return True if a passage with this metadata may be returned."""
         return all(condition.holds(metadata.get(condition.field)) for condition in self.conditions)
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Filter:
 
 
 def parse_filter(where: Mapping[str, Any], setting: str = "retrieval.where") -> Filter | None:
-    """The filter that `where` describes; None for no condition. Raises ValueError that names `setting`."""
+    """Return the filter that `where` describes; None for no condition. Raises ValueError that names `setting`."""
     if not isinstance(where, Mapping):
         raise ValueError(f"{setting}={where!r}: must map fields of the passages' metadata to conditions")
     conditions = [_parse(str(field), asked, f"{setting}.{field}") for field, asked in where.items() if asked != ""]
@@ -69,7 +69,7 @@ def parse_filter(where: Mapping[str, Any], setting: str = "retrieval.where") -> 
 
 
 def written(value: Any) -> str:
-    """A value as text that equal values share: 2019, 2019.0 and "2019" do; true and "true"; null and no value."""
+    """Return a value as text that equal values share: 2019, 2019.0 and "2019"; true and "true"; null and no value."""
     if value is None:
         return NULL
     if isinstance(value, bool):
@@ -107,7 +107,8 @@ def _parse_bound(how: Any, bound: Any, setting: str) -> tuple[str, float | str]:
 
 
 def _number(value: Any) -> float | None:
-    """`value`, or the number that it reads as; None for another text, truth values and what is not finite."""
+    """Return `value`, or the number that it reads as; None for any other text, truth values and numbers that are not
+    finite."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     try:
@@ -118,16 +119,16 @@ def _number(value: Any) -> float | None:
 
 
 def _within(value: Any, how: str, bound: Any) -> bool:
-    """Whether a value lies on the right side of a bound; one of another type does not."""
-    own: Any = value if isinstance(bound, str) else _number(value)
-    if own is None or (isinstance(bound, str) and not isinstance(own, str)):
+    """Return True if a value lies on the right side of a bound; one of another type does not."""
+    compared: Any = value if isinstance(bound, str) else _number(value)
+    if compared is None or (isinstance(bound, str) and not isinstance(compared, str)):
         return False
     match how:
         case ">=":
-            return own >= bound
+            return compared >= bound
         case ">":
-            return own > bound
+            return compared > bound
         case "<=":
-            return own <= bound
+            return compared <= bound
         case _:
-            return own < bound
+            return compared < bound

@@ -1,9 +1,9 @@
-"""A base store and the changes made to it, as one store; and how a change is made.
+"""Joins a base store and the changes made to it into one store, and makes changes.
 
-`LiveStore` is a `Store` of all passage numbers ever given: whoever holds a number can read its text and its tokens.
-Which of them are living is another question (`is_living`), and so is where a labelled passage stands now (`current`).
-It takes note of changes that other processes make: `refresh` looks for them, and reading a number that is not known yet
-does so by itself."""
+`LiveStore` is a `Store` of all passage numbers ever given: text and tokens of any number can be read. `is_living` tells
+which of them are in the corpus now, `current` where a labelled passage is now. The store follows changes that other
+processes make: `refresh` looks for them, and so does reading a number that is not known yet.
+"""
 
 import shutil
 import threading
@@ -19,7 +19,7 @@ from indexing.corpus.stores.changes import Change, ChangeLog
 from indexing.corpus.stores.passages import KIND, Store, TokenSide, open_extra, write_store
 from indexing.corpus.stores.table import TokenTable, check_rows
 
-LOCK_S = 60.0  # that a change waits for another one
+LOCK_S = 60.0  # Seconds that a change waits for another one
 
 
 class LiveStore(Store):
@@ -30,10 +30,10 @@ class LiveStore(Store):
         self.num_base = super().__len__()
         self.log = ChangeLog(folder, self.fingerprint, self.num_base)
         self._lock = threading.RLock()
-        self._firsts = np.zeros(1, np.int64)  # first number of the base and of each segment that has passages
+        self._firsts = np.zeros(1, np.int64)  # first number of the base and of each segment with passages
         self._segments: list[Store] = []
-        self._added: dict[str, int] = {}  # the last number that each id got in a segment
-        self._unlisted: list[tuple[int, Store]] = []  # segments whose ids are not in there yet
+        self._added: dict[str, int] = {}  # id -> the last number that it got in a segment
+        self._unlisted: list[tuple[int, Store]] = []  # segments whose ids are not in `_added` yet
         self._read = 0  # version up to which segments were opened
         self._tables = {name: LiveTokens(self, name, super(LiveStore, self).tokens(name)) for name in extra["sides"]}
         self._open_segments()
@@ -44,30 +44,30 @@ class LiveStore(Store):
         return LiveStore(Path(path), open_extra(path, KIND, verify), folder)
 
     def __len__(self) -> int:
-        """Numbers given so far; `log.num_living()` of them are living."""
+        """Return the number of passage numbers given so far; `log.num_living()` of them are living."""
         return self.log.num_numbers(self._read)
 
     def refresh(self) -> bool:
-        """Take note of changes made since; returns whether there were any. Never waits."""
+        """Read the changes made since and return True if there were any. Never waits."""
         with self._lock:
             found = self.log.refresh()
             self._open_segments()
         return found
 
     def passage(self, row: int) -> Passage:
-        """The passage with number `row`, living or not. Raises IndexError."""
+        """Return the passage with number `row`, living or not. Raises IndexError."""
         store, place = self._find(row)
         return super().passage(row) if store is None else store.passage(place)
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """The metadata of the passage with number `row`, living or not. Raises IndexError."""
+        """Return the metadata of the passage with number `row`, living or not. Raises IndexError."""
         store, place = self._find(row)
         return super().metadata(row) if store is None else store.metadata(place)
 
     def row_of(self, passage_id: str) -> int | None:
-        """The number of the living passage with this id, or None."""
+        """Return the number of the living passage with this id, or None."""
         with self._lock:
-            for first, segment in self._unlisted:  # in their order: the newest meaning of an id wins
+            for first, segment in self._unlisted:  # in order: the newest number of an id counts
                 self._added |= {id: first + place for place, id in enumerate(segment.ids(range(len(segment))))}
             self._unlisted.clear()
             row = self._added.get(passage_id)
@@ -75,21 +75,24 @@ class LiveStore(Store):
         return row if row is not None and self.is_living(np.array([row]))[0] else None
 
     def ids(self, rows: Iterable[int] | np.ndarray) -> list[str]:
-        """The ids of passage numbers."""
+        """Return the ids of passage numbers."""
         return [self.passage(int(row)).id for row in rows]
 
     def tokens(self, side: str) -> "LiveTokens":
-        """Token rows of one side by passage number; they follow the changes. Raises ValueError that names the sides."""
+        """Return the token rows of one side by passage number; they follow the changes. Raises ValueError that names
+        the sides."""
         self.side_fingerprint(side)
         return self._tables[side]
 
     def is_living(self, numbers: np.ndarray) -> np.ndarray:
-        """bool, as `numbers`: whether each passage is in the corpus now; looks for changes first."""
+        """Return bool, in the shape of `numbers`: True for passages that are in the corpus now. Looks for changes
+        first."""
         self.refresh()
         return self.log.is_living(numbers)
 
     def current(self, numbers: np.ndarray) -> np.ndarray:
-        """Where passages stand now: each number, or that of its id's present text; those without one are left out."""
+        """Return the present numbers of passages: the same number, or that of its id's present text; passages that are
+        gone are left out."""
         numbers = np.asarray(numbers, np.int64)
         living = self.is_living(numbers)
         if living.all():
@@ -99,7 +102,7 @@ class LiveStore(Store):
         return np.array([row for row in found if row is not None], np.int64)
 
     def origin(self, numbers: np.ndarray) -> np.ndarray:
-        """The first number that each passage had, before its text was replaced, as `numbers`."""
+        """Return the first number that each passage had, before its text was replaced, in the shape of `numbers`."""
         origins = np.array(numbers, np.int64)
         for change in reversed(self.log.changes):
             inside = (origins >= change.first) & (origins < change.first + change.num_added)
@@ -109,7 +112,7 @@ class LiveStore(Store):
         return origins
 
     def _find(self, row: int) -> tuple[Store | None, int]:
-        """The segment that holds number `row` (None: the base), and its place there."""
+        """Return the segment that holds number `row` (None: the base), and its place there."""
         if 0 <= row < self.num_base:
             return None, row
         if row >= len(self):
@@ -137,24 +140,25 @@ class LiveStore(Store):
 
 
 class LiveTokens(TokenTable):
-    """Token rows of base and segments by passage number."""
+    """The token rows of base and segments by passage number."""
 
     def __init__(self, store: LiveStore, name: str, base: TokenTable) -> None:
         self._store, self.name = store, name
-        self._parts: tuple[tuple[int, TokenTable], ...] = ((0, base),)  # first number, rows; replaced as a whole
+        # (first number, rows) of each part; replaced as a whole
+        self._parts: tuple[tuple[int, TokenTable], ...] = ((0, base),)
         self.lengths: np.ndarray = base.lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def add(self, first: int, table: TokenTable) -> None:
-        """Rows from number `first` on."""
+        """Append rows from number `first` on."""
         assert first == len(self.lengths)
         self.lengths = np.concatenate([self.lengths, table.lengths])
         self._parts = (*self._parts, (first, table))
 
     def rows(self, row_numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The int32 token rows of `row_numbers`, in that order; views of the maps."""
+        """Return the int32 token rows of `row_numbers`, in that order; views of the maps."""
         numbers = np.asarray(row_numbers, np.int64).reshape(-1)
         self.know(numbers)
         base = self._parts[0][1]
@@ -165,7 +169,8 @@ class LiveTokens(TokenTable):
         return [parts[p][1].rows([n - parts[p][0]])[0] for p, n in zip(places.tolist(), numbers.tolist(), strict=True)]
 
     def padded(self, row_numbers: np.ndarray, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """`row_numbers` as int64 ids [n, tokens] and mask [n, tokens] (1 at tokens), cut to the longest of them."""
+        """Return `row_numbers` as int64 ids [n, tokens] and mask [n, tokens] (1 at tokens), cut to the longest of
+        them."""
         numbers = np.asarray(row_numbers, np.int64)
         self.know(numbers)
         base = self._parts[0][1]
@@ -178,8 +183,7 @@ class LiveTokens(TokenTable):
         return ids, mask.astype(np.int64)
 
     def know(self, numbers: np.ndarray) -> None:
-        """Look for changes where one of `numbers` is not known yet. Raises IndexError where there is no such
-        passage."""
+        """Look for changes if one of `numbers` is not known yet. Raises IndexError if there is no such passage."""
         if len(numbers):
             if numbers.max() >= len(self.lengths):
                 self._store.refresh()
@@ -188,26 +192,27 @@ class LiveTokens(TokenTable):
 
 @dataclass
 class Wanted:
-    """A change that somebody asks for: passages that are put in, and ids that are taken away."""
+    """A change to make: passages to put in, and ids to delete."""
 
     put: list[Passage] = field(default_factory=list)
     delete: list[str] = field(default_factory=list)
-    mode: str = "add"  # of `put`. add: ids are new | update: ids are living | upsert: either
+    mode: str = "add"  # add: ids of `put` are new | update: they are living | upsert: either
 
 
 def change_corpus(
     store: LiveStore, wanted: Wanted, *, sides: Sequence[TokenSide], keep: int = 1, timeout_s: float = LOCK_S
 ) -> Change:
-    """Make one change, all of it or nothing; it is made when this returns.
+    """Make one change as a whole or not at all; it is made when this returns.
 
-    `keep`: living passages that must be left. Raises ValueError for ids that are not as `mode` wants them, that come
-    twice, or that are not living, and TimeoutError when another change takes longer than `timeout_s`.
+    `keep` is the number of living passages that must be left. Raises ValueError for ids that do not fit `mode`, that
+    come twice, or that are not living, and TimeoutError if another change takes longer than `timeout_s`.
     """
     log = store.log
     with log.locked(timeout_s):
         store.refresh()
         deleted, replaces = _check(store, wanted, keep)
-        for leftover in (log.folder / "segments").glob(f"*segment-{log.version + 1:06d}*"):  # of a writer that died
+        # left by a writer that died
+        for leftover in (log.folder / "segments").glob(f"*segment-{log.version + 1:06d}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         if wanted.put:
             path = log.folder / "segments" / f"segment-{log.version + 1:06d}"
@@ -218,7 +223,8 @@ def change_corpus(
 
 
 def _check(store: LiveStore, wanted: Wanted, keep: int) -> tuple[list[int], list[int]]:
-    """Numbers that are taken away, and the number that each of `put` replaces (-1: none). Raises ValueError."""
+    """Return the numbers that are taken away, and the number that each of `put` replaces (-1: none). Raises
+    ValueError."""
     if not wanted.put and not wanted.delete:
         raise ValueError("nothing to change: no passage is put in and no id is deleted")
     seen: set[str] = set()

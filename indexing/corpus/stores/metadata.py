@@ -1,9 +1,9 @@
-"""Which passages of a shard pass a filter, as a mask by passage number.
+"""Decides which passages of a shard pass a filter, as a mask by passage number.
 
-A field that a filter names is read from the store once, and kept as a column: one small number a passage into the list
-of its different values. A filter is then decided once a value, not once a passage; masks of the last filters are kept.
-Passages that were added to the corpus later are read when they are first asked for. One lock is held while a column is
-read and a mask is made: the first search with a new field waits for that.
+A field that a filter names is read from the store once, and kept as a column: one small number per passage into the
+list of its different values. A filter is then decided once per value, not once per passage; masks of the last filters
+are kept. Passages that were added to the corpus later are read when they are first needed. One lock is held while a
+column is read and a mask is made: the first search with a new field waits for that.
 """
 
 import json
@@ -19,20 +19,20 @@ from indexing.corpus.stores.filters import Condition, Filter
 from indexing.corpus.stores.live_store import LiveStore
 from indexing.corpus.stores.passages import Store
 
-MASKS_KEPT = 16  # of a range: a byte a passage each
+MASKS_KEPT = 16  # Number of masks of a range that are kept, at a byte per passage
 
 
 @dataclass
 class _Column:
-    """One field: of each passage the place of its value in `values`, as JSON; the first is that of none."""
+    """One field: the place of each passage's value in `values`, which are JSON; the first stands for no value."""
 
     places: np.ndarray  # int32 [passages read so far]
     values: dict[str, int] = field(default_factory=lambda: {"null": 0})
 
 
 class MetadataColumns:
-    """Metadata of passages `start` to `stop` - 1 of a store, and of those added later that shard `shard` of
-    `num_shards` owns (`ChangeLog.owned`). A path is opened when it is first needed, with the changes in `corpus`."""
+    """The metadata of passages `start` to `stop` - 1 of a store, and of those added later that shard `shard` of
+    `num_shards` holds (`ChangeLog.owned`). A path is opened when it is first needed, with the changes in `corpus`."""
 
     def __init__(
         self,
@@ -52,24 +52,24 @@ class MetadataColumns:
         self._lock = threading.Lock()
 
     def mask(self, where: Filter) -> np.ndarray:
-        """bool [stop - start]: who passes; never change it. Raises ValueError for a store without metadata, and for a
-        field that no passage of the whole store has."""
+        """Return bool [stop - start]: True for passages that pass; never change it. Raises ValueError for a store
+        without metadata, and for a field that no passage of the whole store has."""
         return self.passes(where, None)
 
     def passes(self, where: Filter, numbers: np.ndarray | None) -> np.ndarray:
-        """bool, as int64 `numbers` of this shard's passages (None: `start` to `stop` - 1): who passes; never change it.
-        Raises ValueError as `mask`."""
+        """Return bool, in the shape of int64 `numbers` of this shard's passages (None: `start` to `stop` - 1): True for
+        those that pass; never change it. Raises ValueError as `mask`."""
         with self._lock:
             base = self._stop - self._start
             if numbers is None or not len(numbers):
                 mask, size = self._mask(where, base), base if numbers is None else 0
                 return mask if len(mask) == size else mask[:size]
-            later = numbers - self._num_base() - self._shard  # negative for those of the store itself
+            later = numbers - self._num_base() - self._shard  # negative for passages of the base
             places = np.where(later < 0, numbers - self._start, base + later // self._num_shards)
             return self._mask(where, max(base, int(places.max()) + 1))[places]
 
     def _mask(self, where: Filter, size: int) -> np.ndarray:
-        """bool [`size` or more]: who passes. Call with the lock held."""
+        """Return bool [`size` or more]: True for passages that pass. Call with the lock held."""
         known = self._masks.get(where, np.empty(0, bool))
         if len(known) < size:
             self._read(where.fields, size)
@@ -88,7 +88,7 @@ class MetadataColumns:
         return np.array([condition.holds(json.loads(value)) for value in column.values], bool)[column.places[:size]]
 
     def _read(self, fields: Sequence[str], size: int) -> None:
-        """Have columns of `fields` for `size` passages, in one pass over those that they lack."""
+        """Read the columns of `fields` for `size` passages, in one pass over those that they lack."""
         store = self._opened()
         if not set(fields) <= set(store.metadata_fields) and isinstance(store, LiveStore):
             store.refresh()
@@ -106,7 +106,7 @@ class MetadataColumns:
                 self._columns[name].places = np.concatenate([self._columns[name].places, more[name]])
 
     def _lacking(self, fields: Sequence[str], size: int) -> dict[int, list[str]]:
-        """Of those with fewer than `size` passages: how many they have -> names."""
+        """Return number of passages read -> fields, for those of `fields` with fewer than `size` passages."""
         found: dict[int, list[str]] = {}
         for name in fields:
             have = len(self._columns.setdefault(name, _Column(np.empty(0, np.int32))).places)
@@ -132,13 +132,13 @@ class MetadataColumns:
 
 
 def open_store(path: str | Path, corpus: str | Path | None) -> Store:
-    """The store at `path` with the changes in the folder `corpus` (None: none)."""
+    """Open the store at `path` with the changes in the folder `corpus` (None: no changes)."""
     return Store.open(path, verify=False) if corpus is None else LiveStore.open_with(path, corpus)
 
 
 def count_passing(path: str | Path, where: Filter, corpus: str | Path | None = None) -> int:
-    """How many living passages of a whole store, with the changes in `corpus`, pass. Raises ValueError as
-    `MetadataColumns.mask` does."""
+    """Return the number of living passages of a whole store, with the changes in `corpus`, that pass. Raises ValueError
+    as `MetadataColumns.mask` does."""
     store = open_store(path, corpus)
     if not isinstance(store, LiveStore):
         return int(np.count_nonzero(MetadataColumns(store, 0, stop=len(store)).mask(where)))

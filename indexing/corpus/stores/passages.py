@@ -1,7 +1,7 @@
-"""The corpus as a write-once directory: text and token rows by passage number.
+"""Stores the corpus as a write-once directory: text and token rows by passage number.
 
 Passages are numbered 0, 1, ... in the order in which they are written. `ids.*`, `titles.*`, `texts.*` are ragged UTF-8
-bytes, `metadata.*` JSON objects (where any passage has one), `tokens-SIDE.*` ragged int32 token ids of one tokeniser,
+bytes, `metadata.*` JSON objects (if any passage has one), `tokens-SIDE.*` ragged int32 token ids of one tokeniser,
 `lookup.*` maps ids back to numbers; `manifest.json` is written last. Everything is memory-mapped, so that processes on
 one machine share one copy.
 """
@@ -22,12 +22,12 @@ from indexing.corpus.snapshot import verify, write_file, write_once
 from indexing.corpus.stores.table import Ragged, RaggedWriter, TokenTable, map_array
 
 KIND = "passage store"
-BATCH_PASSAGES = 1024  # tokenised and written together
+BATCH_PASSAGES = 1024  # Number of passages tokenised and written together
 
 
 @dataclass(frozen=True)
 class TokenSide:
-    """One way of making token ids from text, and the fingerprint of the tokeniser behind it.
+    """One way of making token ids from text, and the fingerprint of its tokeniser.
 
     `tokenize` maps (title, text) pairs to token ids, already cut to their largest length; a question or an answer is
     the pair ("", text).
@@ -39,15 +39,17 @@ class TokenSide:
 
 
 class Store:
-    """Passages and their tokens. Open one per process; reading is safe from several threads."""
+    """The passages and their tokens. Open one per process; reading is safe from several threads."""
 
     def __init__(self, path: Path, extra: dict[str, Any]) -> None:
         self.path = path
-        self.extra: dict[str, Any] = extra["extra"]  # what the writer noted beside it
-        self.fingerprint: str = extra["fingerprint"]  # of ids, titles and texts, in order: what vectors depend on
+        self.extra: dict[str, Any] = extra["extra"]  # further values that the writer put into the manifest
+        # fingerprint of ids, titles and texts, in order; vectors depend on it
+        self.fingerprint: str = extra["fingerprint"]
         self._sides: dict[str, str] = extra["sides"]
         self._ids, self._titles, self._texts = (Ragged(path, name, "uint8") for name in ("ids", "titles", "texts"))
-        self.metadata_fields: tuple[str, ...] = tuple(extra.get("metadata", ()))  # names that any passage has
+        # names of all fields that any passage has
+        self.metadata_fields: tuple[str, ...] = tuple(extra.get("metadata", ()))
         self._metadata = Ragged(path, "metadata", "uint8") if self.metadata_fields else None
         self._tokens = {name: TokenTable(path, f"tokens-{name}") for name in self._sides}
         self._hashes = map_array(path / "lookup.hashes", "uint64")
@@ -57,7 +59,7 @@ class Store:
     def open(path: str | Path, verify: bool = True) -> "Store":
         """Open a store; `verify` compares every byte with its checksum, otherwise only the sizes of the files.
 
-        Raises TornSnapshot where something is missing or altered, ValueError where the directory is no store.
+        Raises TornSnapshot if something is missing or altered, ValueError if the directory is no store.
         """
         return Store(Path(path), open_extra(path, KIND, verify))
 
@@ -65,15 +67,15 @@ class Store:
         return len(self._ids)
 
     def passage(self, row: int) -> Passage:
-        """The passage with number `row`. Raises IndexError."""
+        """Return the passage with number `row`. Raises IndexError."""
         return Passage(self._ids.text(row), self._titles.text(row), self._texts.text(row), self.metadata(row))
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """The metadata of the passage with number `row`; empty where it has none. Raises IndexError."""
+        """Return the metadata of the passage with number `row`; empty if it has none. Raises IndexError."""
         return json.loads(self._metadata.text(row) or "{}") if self._metadata is not None else {}
 
     def row_of(self, passage_id: str) -> int | None:
-        """The number of the passage with this id, or None."""
+        """Return the number of the passage with this id, or None."""
         wanted = np.uint64(_hash(passage_id))
         position = int(np.searchsorted(self._hashes, wanted))
         while position < len(self._hashes) and self._hashes[position] == wanted:
@@ -84,39 +86,40 @@ class Store:
         return None
 
     def ids(self, rows: Iterable[int] | np.ndarray) -> list[str]:
-        """The ids of passage numbers."""
+        """Return the ids of passage numbers."""
         return [self._ids.text(int(row)) for row in rows]
 
-    # What differs in a corpus that changes (`indexing/corpus/stores/live_store.py`): here every passage stays as it is.
+    # The next four differ in a corpus that changes (`indexing/corpus/stores/live_store.py`); here passages never
+    # change.
 
     def refresh(self) -> bool:
-        """Take note of changes made since; returns whether there were any."""
+        """Read the changes made since and return True if there were any."""
         return False
 
     def is_living(self, numbers: np.ndarray) -> np.ndarray:
-        """bool, as `numbers`: whether each passage is in the corpus now."""
+        """Return bool, in the shape of `numbers`: True for passages that are in the corpus now."""
         return np.ones(np.shape(numbers), bool)
 
     def current(self, numbers: np.ndarray) -> np.ndarray:
-        """Where passages stand now, int64; those that are gone are left out."""
+        """Return the present numbers of passages, int64; passages that are gone are left out."""
         return np.asarray(numbers, np.int64)
 
     def origin(self, numbers: np.ndarray) -> np.ndarray:
-        """The first number that each passage had, int64 as `numbers`."""
+        """Return the first number that each passage had, int64 in the shape of `numbers`."""
         return np.asarray(numbers, np.int64)
 
     def tokens(self, side: str) -> TokenTable:
-        """Token rows of one side by passage number. Raises ValueError that names the sides."""
+        """Return the token rows of one side by passage number. Raises ValueError that names the sides."""
         self.side_fingerprint(side)
         return self._tokens[side]
 
     @property
     def sides(self) -> dict[str, str]:
-        """The fingerprint of each side's tokeniser."""
+        """Return side -> fingerprint of its tokeniser."""
         return dict(self._sides)
 
     def side_fingerprint(self, side: str) -> str:
-        """Fingerprint of the tokeniser that wrote this side."""
+        """Return the fingerprint of the tokeniser that wrote this side."""
         if side not in self._sides:
             raise ValueError(f"store {self.path} has no side {side!r}, only {sorted(self._sides)}")
         return self._sides[side]
@@ -127,7 +130,8 @@ def write_store(
 ) -> Store:
     """Write `passages`, which are read once and not kept, as a new store, and open it.
 
-    `extra` (JSON) is kept in the manifest. Raises FileExistsError, ValueError for a repeated id and for no passages.
+    `extra` (JSON) is kept in the manifest. Raises FileExistsError, and ValueError for a repeated id and for no
+    passages.
     """
     seal: dict[str, Any] = {
         "kind": KIND,
@@ -160,7 +164,7 @@ def write_store(
         _write_lookup(directory, np.concatenate(hashes))
         if names:
             seal["metadata"] = sorted(names)
-        else:  # as a store without it always was
+        else:  # the same bytes as for stores without metadata
             for path_ in (described.path, described.offsets_path):
                 path_.unlink()
         seal["fingerprint"] = digest.hexdigest()
@@ -168,7 +172,7 @@ def write_store(
 
 
 def tokenize(side: TokenSide, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-    """`side.tokenize` with its row count checked."""
+    """Return the rows of `side.tokenize` after a check of their number."""
     rows = side.tokenize(pairs)
     if len(rows) != len(pairs):
         raise ValueError(f"side {side.name!r} made {len(rows)} token rows of {len(pairs)} texts")
@@ -188,7 +192,7 @@ def _json(metadata: dict[str, Any]) -> bytes:
 
 
 def batched(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
-    """Lists of up to `size` items."""
+    """Yield lists of up to `size` items."""
     iterator = iter(items)
     return iter(lambda: list(itertools.islice(iterator, size)), [])
 
@@ -198,7 +202,7 @@ def _hash(passage_id: str) -> int:
 
 
 def _write_lookup(directory: Path, hashes: np.ndarray) -> None:
-    """Sorted hashes of the ids and the passage number of each. Raises ValueError for a repeated id."""
+    """Write the sorted hashes of the ids and the passage number of each. Raises ValueError for a repeated id."""
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     ids = Ragged(directory, "ids", "uint8")

@@ -1,9 +1,9 @@
-"""Questions as a write-once directory: text, token rows, answers and the passages that state them.
+"""Stores questions as a write-once directory: text, token rows, answers and the passages that state them.
 
 `questions.*` holds one JSON object per question, `tokens-SIDE.*` the token rows of its text, `answers.*` the token rows
-of all answers with `answer_starts` saying where each question's begin, `options.*` and `option_starts` likewise what
-may be chosen, `gold.*` passage numbers, `targets` the answer to train on; `labels`, of judged answers only, 1 where one
-is desirable and 0 where it is not.
+of all answers, `answer_starts` the place of each question's first one; `options.*` and `option_starts` hold the options
+likewise, `gold.*` passage numbers, `targets` the answer to train on; `labels`, of judged answers only, 1 for a
+desirable answer and 0 for an undesirable one.
 """
 
 import json
@@ -22,18 +22,20 @@ from indexing.corpus.stores.table import Ragged, RaggedWriter, TokenTable, check
 
 KIND = "question store"
 
-# (context, text) of a question as the side of this name reads it; the context is what a prompt says before it.
+# Returns (context, text) of a question for the side of this name; the context is the part of a prompt before the text.
 Render = Callable[[str, Question], tuple[str, str]]
 
 
 class QuestionStore:
-    """Questions by number 0..n-1, in the order in which they were written."""
+    """The questions by number 0..n-1, in the order in which they were written."""
 
     def __init__(self, path: Path, extra: dict[str, Any], corpus: Store | None = None) -> None:
         self.path, self.corpus = path, corpus
-        self.corpus_fingerprint: str = extra["corpus_fingerprint"]  # of the store whose passage numbers are meant
-        self.num_without_gold: int = extra["num_without_gold"]  # questions none of whose passages is in the store
-        self.num_without_answer: int = extra["num_without_answer"]  # nor a refusal to train on
+        # fingerprint of the store that the passage numbers belong to
+        self.corpus_fingerprint: str = extra["corpus_fingerprint"]
+        self.num_without_gold: int = extra["num_without_gold"]  # Number of questions without a passage in the store
+        # Number of questions without an answer and without a refusal to train on
+        self.num_without_answer: int = extra["num_without_answer"]
         self.num_with_options: int = extra["num_with_options"]
         self.max_options: int = extra["max_options"]
         self.side_fingerprints: dict[str, str] = extra["sides"]
@@ -47,48 +49,49 @@ class QuestionStore:
         self._gold = Ragged(path, "gold", "int64")
         self._targets = map_array(path / "targets", "int64")
         labelled = extra.get("labelled", False)
-        self.labels: np.ndarray | None = map_array(path / "labels", "int64") if labelled else None  # [questions]
+        self.labels: np.ndarray | None = map_array(path / "labels", "int64") if labelled else None  # int64 [questions]
 
     @staticmethod
     def open(path: str | Path, verify: bool = True, corpus: Store | None = None) -> "QuestionStore":
-        """Open a question store; see `Store.open`. `corpus`: follows the passages that are meant, where it changes."""
+        """Open a question store; see `Store.open`. `corpus` maps passages to their present numbers if the corpus
+        changes."""
         return QuestionStore(Path(path), open_extra(path, KIND, verify), corpus)
 
     def __len__(self) -> int:
         return len(self._questions)
 
     def question(self, number: int) -> Question:
-        """The question as it was read. Raises IndexError."""
+        """Return the question as it was read. Raises IndexError."""
         return Question(**json.loads(self._questions.text(number)))
 
     def text(self, number: int) -> str:
-        """The question's own words. Raises IndexError."""
+        """Return the text of the question. Raises IndexError."""
         return self.question(number).text
 
     def tokens(self, side: str) -> TokenTable:
-        """Token rows of the question text by question number. Raises ValueError that names the sides."""
+        """Return the token rows of the question text by question number. Raises ValueError that names the sides."""
         if side not in self._tokens:
             raise ValueError(f"questions {self.path} have no side {side!r}, only {sorted(self._tokens)}")
         return self._tokens[side]
 
     def answer_tokens(self, number: int) -> list[np.ndarray]:
-        """int32 token rows of the answers, in the order of `Question.answers`; of a question without answers that of
-        the refusal, where one is taught."""
+        """Return int32 token rows of the answers, in the order of `Question.answers`; for a question without answers
+        those of the refusal, if refusals are trained."""
         check_rows(number, number, len(self))
         return self._answers.rows(np.arange(self._answer_starts[number], self._answer_starts[number + 1]))
 
     def option_tokens(self, number: int) -> list[np.ndarray]:
-        """int32 token rows of the options, in the order of `Question.options`."""
+        """Return int32 token rows of the options, in the order of `Question.options`."""
         check_rows(number, number, len(self))
         return self._options.rows(np.arange(self._option_starts[number], self._option_starts[number + 1]))
 
     def gold_rows(self, number: int) -> np.ndarray:
-        """int64 [any]: numbers of the relevant passages that are in the store, as they stand now."""
+        """Return int64 [any]: the present numbers of the relevant passages that are in the store."""
         rows = np.array(self._gold.row(number))
         return rows if self.corpus is None else self.corpus.current(rows)
 
     def target(self, number: int) -> int:
-        """The answer to train on: the first whose text stands in a relevant passage, otherwise 0."""
+        """Return the answer to train on: the first whose text is in a relevant passage, otherwise 0."""
         check_rows(number, number, len(self))
         return int(self._targets[number])
 
@@ -106,9 +109,9 @@ def write_questions(
 ) -> QuestionStore:
     """Write `questions` for the passages of `store` as a new question store, and open it.
 
-    `sides` make the tokens of what `render` makes of a question, `answer_side` those of each answer and option.
-    `refusal` is the answer of questions without answers; `labels`: of each question, where its answer was judged.
-    Raises FileExistsError, and ValueError for no questions.
+    `sides` tokenise the text that `render` makes of a question, `answer_side` each answer and option. `refusal` is the
+    answer of questions without answers; `labels` holds one label per question if answers were judged. Raises
+    FileExistsError, and ValueError for no questions.
     """
     if not questions:
         raise ValueError(f"there are no questions to write to {path}")
@@ -150,7 +153,7 @@ def write_questions(
 
 
 def _target(question: Question, gold: Sequence[int], store: Store) -> int:
-    """The first answer that stands, as whole words and in whatever case, in a relevant passage; 0 when none does."""
+    """Return the first answer that is in a relevant passage, as whole words in any case; 0 if none is."""
     passages = [store.passage(row) for row in gold]
     text = "\n".join(f"{passage.title}\n{passage.text}" for passage in passages).casefold()
     for number, answer in enumerate(question.answers):

@@ -1,8 +1,9 @@
-"""Ragged rows of numbers on disk: written once in a stream, read through a memory map.
+"""Stores ragged rows of numbers on disk: written once in a stream, read through a memory map.
 
-`NAME.values` holds the rows one after another, `NAME.offsets` (int64) where each begins. Files are written with
-`write()`, never through a map: a full disk is then an OSError with the path, not a killed process. A reader opens them
-only below a manifest (`indexing/corpus/snapshot.py`) whose sizes it has compared, so that a map never faults.
+`NAME.values` holds the rows one after another, `NAME.offsets` (int64) the place of each row's first number. Files are
+written with `write()`, never through a map: a full disk is then an OSError with the path, not a killed process. A
+reader opens them only below a manifest (`indexing/corpus/snapshot.py`) whose sizes it has compared, so that a map never
+faults.
 """
 
 import os
@@ -56,12 +57,12 @@ class RaggedWriter:
         if error is None:
             self.close()
             return
-        with suppress(OSError):  # the disk is full, which `error` already says
+        with suppress(OSError):  # the disk is full, as `error` already tells
             self._file.close()
 
 
 class Ragged:
-    """Rows that a `RaggedWriter` wrote, memory-mapped read-only."""
+    """The rows that a `RaggedWriter` wrote, memory-mapped read-only."""
 
     def __init__(self, directory: str | Path, name: str, dtype: str) -> None:
         self.offsets = map_array(Path(directory) / f"{name}.offsets", "int64")
@@ -72,31 +73,31 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [rows]."""
+        """Return the number of values of each row, int64 [rows]."""
         return np.diff(self.offsets)
 
     def row(self, row: int) -> np.ndarray:
-        """One row: a view of the map."""
+        """Return one row, a view of the map."""
         check_rows(row, row, len(self))
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     def text(self, row: int) -> str:
-        """One row of UTF-8 bytes as a string."""
+        """Return one row of UTF-8 bytes as a string."""
         return self.row(row).tobytes().decode()
 
 
 class TokenTable:
-    """Token rows of one tokeniser, by passage number (or by question)."""
+    """The token rows of one tokeniser, by passage number (or by question)."""
 
     def __init__(self, directory: str | Path, name: str) -> None:
         self._ragged = Ragged(directory, name, "int32")
-        self.lengths: np.ndarray = self._ragged.lengths.astype(np.int32)  # [rows]
+        self.lengths: np.ndarray = self._ragged.lengths.astype(np.int32)  # int32 [rows]
 
     def __len__(self) -> int:
         return len(self._ragged)
 
     def rows(self, row_numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """The int32 token rows of `row_numbers`, in that order; views of the map."""
+        """Return the int32 token rows of `row_numbers`, in that order; views of the map."""
         numbers = np.asarray(row_numbers, np.int64).reshape(-1)
         if len(numbers):
             check_rows(int(numbers.min()), int(numbers.max()), len(self))
@@ -104,7 +105,8 @@ class TokenTable:
         return [values[start:stop] for start, stop in zip(offsets[numbers], offsets[numbers + 1], strict=True)]
 
     def padded(self, row_numbers: np.ndarray, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """`row_numbers` as int64 ids [n, tokens] and mask [n, tokens] (1 at tokens), cut to the longest of them."""
+        """Return `row_numbers` as int64 ids [n, tokens] and mask [n, tokens] (1 at tokens), cut to the longest of
+        them."""
         numbers = np.asarray(row_numbers, np.int64)
         if len(numbers):
             check_rows(int(numbers.min()), int(numbers.max()), len(self))
@@ -124,7 +126,7 @@ def write_tokens(directory: str | Path, name: str, rows: Iterable[Sequence[int]]
 
 
 def map_array(path: Path, dtype: str) -> np.ndarray:
-    """A file as a read-only array; an empty file, which cannot be mapped, as an empty array."""
+    """Map a file as a read-only array; an empty file, which cannot be mapped, becomes an empty array."""
     if path.stat().st_size == 0:
         return np.zeros(0, dtype)
     return np.asarray(np.memmap(path, dtype, mode="r"))
