@@ -1,6 +1,6 @@
-"""Token rows of the store to blocks of vectors, in batches of similar length.
+"""Encodes token rows of the store into blocks of vectors, in batches of similar length.
 
-The encode function is the caller's: nothing here knows a model.
+The caller passes the encode function: this module knows no model.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,8 +9,8 @@ import numpy as np
 
 from indexing.corpus.stores.table import TokenTable
 
-PADDING = 1 / 16  # of a group's tokens
-SMALL_TOKENS = 2048  # a group of so many is not worth splitting: fewer do not fill a processor
+PADDING = 1 / 16  # Share of a group's tokens
+SMALL_TOKENS = 2048  # Number of tokens: a smaller group is not split, since it does not fill a processor
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask int64 [n, tokens] -> vectors float32 [n, dim]
 
 
@@ -33,7 +33,7 @@ def encode_rows(
 def encode_range(
     table: TokenTable, start: int, *, stop: int, encode: Encode, batch_tokens: int, pad_id: int = 0
 ) -> np.ndarray:
-    """Vectors float32 [stop - start, dim] of the passages `start` to `stop` - 1, in their order."""
+    """Return the vectors float32 [stop - start, dim] of the passages `start` to `stop` - 1, in their order."""
     assert start < stop
     return encode_numbers(table, np.arange(start, stop), encode=encode, batch_tokens=batch_tokens, pad_id=pad_id)
 
@@ -41,7 +41,7 @@ def encode_range(
 def encode_numbers(
     table: TokenTable, numbers: np.ndarray, *, encode: Encode, batch_tokens: int, pad_id: int = 0
 ) -> np.ndarray:
-    """Vectors float32 [n, dim] of the passages `numbers` (int64 [n], sorted, none twice), in their order."""
+    """Return the vectors float32 [n, dim] of the passages `numbers` (int64 [n], sorted, none twice), in their order."""
     vectors = np.empty((0, 0), np.float32)
     for rows, block in encode_rows(table, numbers, encode=encode, batch_tokens=batch_tokens, pad_id=pad_id):
         if not vectors.size:
@@ -51,9 +51,9 @@ def encode_numbers(
 
 
 def length_batches(table: TokenTable, rows: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """`rows` in groups, longest first, whose rows times longest length stay within `batch_tokens`.
+    """Return `rows` in groups, longest first; number of rows times longest length of a group is at most `batch_tokens`.
 
-    A group also ends where more than `PADDING` of it would be padding, unless it is small.
+    A group also ends if more than `PADDING` of it would be padding, unless it is small.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}: allowed is 1 or more")

@@ -1,19 +1,19 @@
-"""Brute-force search, the reference that every index is measured against.
+"""Searches by brute force, as the reference that every index is compared with.
 
 The score of a pair is its inner product in float64, rounded to float32: it depends on the two vectors alone, not on
-where they stand in a matrix, so that equal vectors tie exactly.
+their places in a matrix, so that equal vectors tie exactly.
 """
 
 import numpy as np
 
-BLOCK_NUMBERS = 1 << 23  # float64 numbers converted at a time
+BLOCK_NUMBERS = 1 << 23  # Number of float64 values converted at a time
 
 
 def search_exactly(
     vectors: np.ndarray, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` rows of `vectors` [n, dim] with the largest inner product for each of `queries` [batch, dim], of those
-    that are true in `allowed`, bool [n] (None: of all).
+    """Return the `k` rows of `vectors` [n, dim] with the largest inner product for each of `queries` [batch, dim],
+    among those that are true in `allowed`, bool [n] (None: all).
 
     Returns float32 scores [batch, k], falling, and int64 rows [batch, k]; equal scores by row. Needs 1 <= k <= n, or as
     many as are allowed.
@@ -28,7 +28,7 @@ def search_exactly(
         if allowed is not None:
             chosen = allowed[start : start + block]
             part, numbers = part[chosen], numbers[chosen]
-        with np.errstate(over="ignore"):  # infinity ranks as it should
+        with np.errstate(over="ignore"):  # infinity ranks first
             part_scores = (queries @ part.astype(np.float64).T).astype(np.float32)
         part_rows = np.broadcast_to(numbers, part_scores.shape)
         scores, rows = top_k(np.hstack([scores, part_scores]), np.hstack([rows, part_rows]), k)
@@ -36,7 +36,8 @@ def search_exactly(
 
 
 def score_pairs(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """float32 [batch, columns]: the score of query i and vector `rows[i, j]`, as `search_exactly` computes it."""
+    """Return float32 [batch, columns]: the score of query i and vector `rows[i, j]`, as `search_exactly` computes
+    it."""
     scores = np.empty(rows.shape, np.float32)
     block = max(1, BLOCK_NUMBERS // max(1, rows.shape[1] * vectors.shape[1]))
     for start in range(0, len(rows), block):
@@ -48,7 +49,7 @@ def score_pairs(vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> n
 
 
 def top_k(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` best columns by falling score, then rising row; `rows` rises along the columns of equal score."""
+    """Return the `k` best columns by falling score, then rising row; `rows` rises along the columns of equal score."""
     if scores.shape[1] > k:
         limit = np.partition(scores, scores.shape[1] - k, axis=1)[:, scores.shape[1] - k]
         columns = np.empty((len(scores), k), np.int64)
@@ -61,6 +62,6 @@ def top_k(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.
 
 
 def recall(found: np.ndarray, reference: np.ndarray) -> float:
-    """Mean share of the `reference` rows [batch, k] that are among the `found` rows [batch, any]."""
+    """Return the mean share of the `reference` rows [batch, k] that are among the `found` rows [batch, any]."""
     shares = [np.isin(wanted, line).mean() for wanted, line in zip(reference, found, strict=True)]
     return float(np.mean(shares))

@@ -1,10 +1,9 @@
-"""Exact search on CPU in the kinds of index that keep every vector whole (`Flat`, `SQfp16`).
+"""Searches exactly on CPU in the kinds of index that keep every vector whole (`Flat`, `SQfp16`).
 
-A quick product proposes a few candidates more than asked for; they are scored again, independently of batch and matrix
-shapes (`indexing/dense/exact.py`); and where what the quick product rounds could hide a better row, the query is
-searched again more exactly, by brute force in the end. So answers are those of brute force, ties by row, whoever
-proposes: FAISS in float32, or before it a product of 16 bits, which this package knows by its protocol alone
-(`index.products`).
+A quick product proposes a few candidates more than `k`; they are scored again, independently of batch and matrix shapes
+(`indexing/dense/exact.py`). If the rounding of the quick product could hide a better row, the query is searched again
+more exactly, by brute force in the end. So the hits are those of brute force, ties by row, whatever proposes them:
+FAISS in float32, or before it a product of 16 bits, which this package knows by its protocol alone (`index.products`).
 """
 
 import math
@@ -17,19 +16,19 @@ from indexing.dense.exact import score_pairs, search_exactly
 from indexing.dense.faiss_library import load_faiss, selector, tune_blas
 from indexing.hits import best_first
 
-SPARE_CANDIDATES = 16  # that are proposed beyond k
-WIDE_FILTER = 0.5  # share of rows: with more allowed, proposals that are not are dropped; with fewer FAISS skips them
+SPARE_CANDIDATES = 16  # Number of candidates proposed beyond k
+WIDE_FILTER = 0.5  # Share of rows: if more are allowed, proposals that are not are dropped; if fewer, FAISS skips them
 
 
 class Proposer(Protocol):
     """A product of the vectors with queries that is quicker than FAISS's, and less exact. Safe from several threads."""
 
-    spare_candidates: int  # to be proposed beyond k, so that the ceiling seldom reaches the k-th score
+    spare_candidates: int  # Number of candidates to propose beyond k, so that the ceiling seldom reaches the k-th score
     num_bytes: int
 
     def propose(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` different rows int64 [batch, count] for float32 `queries` [batch, dim], count <= n; and float64
-        [batch], a ceiling: no row that is not among them has a larger exact score."""
+        """Return `count` different rows int64 [batch, count] for float32 `queries` [batch, dim], count <= n; and a
+        ceiling, float64 [batch]: no other row has a larger exact score."""
         ...
 
 
@@ -37,17 +36,17 @@ _make_proposer: Callable[[np.ndarray], Proposer] | None = None
 
 
 def offer(make_proposer: Callable[[np.ndarray], Proposer] | None) -> None:
-    """Have every index that this process makes from now on with `index.products=bfloat16` propose by
+    """Let every index that this process makes from now on with `index.products=bfloat16` propose candidates by
     `make_proposer(vectors [n, dim])`; None: none of them."""
     global _make_proposer
     _make_proposer = make_proposer
 
 
 class Exhaustive:
-    """Searches in one FAISS index. Safe from several threads."""
+    """The exact search in one FAISS index. Safe from several threads."""
 
     def __init__(self, index: Any, stored: np.ndarray, products: str) -> None:
-        """`stored`: the index's own vectors, float32 or float16 [n, dim]."""
+        """Wrap an index; `stored` are its vectors, float32 or float16 [n, dim]."""
         self._index, self._stored = index, stored
         self._largest_norm = _largest_norm(stored)
         make = _make_proposer if products == "bfloat16" else None
@@ -55,14 +54,14 @@ class Exhaustive:
 
     @property
     def num_bytes(self) -> int:
-        """Memory beside the vectors."""
+        """Return the bytes of memory beside the vectors."""
         return 0 if self._proposer is None else self._proposer.num_bytes
 
     def search(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float32 [batch, k], falling, and rows int64, equal scores by row, of the `count` >= k rows that are
-        `allowed`, bool [n] (None: all)."""
+        """Return scores float32 [batch, k], falling, and rows int64, equal scores by row, of the `count` >= k rows that
+        are `allowed`, bool [n] (None: all)."""
         share = count / len(self._stored)
         only = None if allowed is None or share >= WIDE_FILTER else selector(allowed)
         if self._proposer is None or only is not None:
@@ -81,10 +80,11 @@ class Exhaustive:
     def _search_by_faiss(
         self, queries: np.ndarray, k: int, *, allowed: np.ndarray | None, count: int, only: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`only`: FAISS's selector of the allowed rows, where they are to be skipped instead of dropped."""
+        """Search by FAISS. `only` is FAISS's selector of the allowed rows, if others are to be skipped instead of
+        dropped."""
         total, dim = self._stored.shape
         skips = only is not None
-        reach = count if skips else total  # what FAISS may propose
+        reach = count if skips else total  # Number of rows that FAISS may propose
         wanted = _wanted(k, SPARE_CANDIDATES, None if skips else allowed, count / total)
         parameters = load_faiss().SearchParameters(sel=only[0]) if skips else None
         tune_blas(dim)
@@ -104,7 +104,7 @@ class Exhaustive:
     def _best(
         self, queries: np.ndarray, k: int, rows: np.ndarray, allowed: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best k of these rows [batch, any], scored exactly."""
+        """Return the best k of these rows [batch, any], scored exactly."""
         scores = score_pairs(self._stored, queries, rows)
         if allowed is not None:
             dropped = ~allowed[rows]
@@ -113,7 +113,7 @@ class Exhaustive:
 
 
 def _wanted(k: int, spare: int, allowed: np.ndarray | None, share: float) -> int:
-    """How many to propose so that about k + spare are allowed, of which `share` are."""
+    """Return the number of rows to propose so that about k + spare are allowed, if `share` of all rows are."""
     return k + spare if allowed is None else math.ceil((k + spare) / share) + SPARE_CANDIDATES
 
 

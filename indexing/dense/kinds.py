@@ -1,4 +1,4 @@
-"""The kinds of index that one factory string may name, read and checked without FAISS.
+"""Parses and checks factory strings, which name the kinds of index, without FAISS.
 
 Flat | SQfp16                           exhaustive: every vector as float32, as float16
 SQ8 | PQm | PQmxb                       every vector compressed: one byte a number; m parts of b bits (8)
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from indexing.declare import refuse
 from indexing.indexing_settings import FACTORIES
 
-EXHAUSTIVE = ("Flat", "SQfp16")  # as a whole: searched exactly
+EXHAUSTIVE = ("Flat", "SQfp16")  # searched exactly
 COMPRESSED = ("SQ8", "PQ")
-GPU_PARTS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)  # of a PQ code in FAISS's GPU kernels
+# Number of parts of a PQ code that FAISS's GPU kernels take
+GPU_PARTS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 MAX_LINKS = 512
 PQ_BITS = (4, 12)
 
@@ -28,33 +29,33 @@ _PATTERN = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What a factory string says. 0: there is none of it."""
+    """The parts of a factory string. 0 stands for an absent part."""
 
     factory: str
-    codec: str  # Flat | SQfp16 | SQ8 | PQ: how a vector is kept
-    lists: int = 0  # of IVF
-    links: int = 0  # of HNSW
-    parts: int = 0  # of a PQ code
-    bits: int = 0  # of each part
-    rotated: bool = False  # by OPQ
+    codec: str  # Flat | SQfp16 | SQ8 | PQ: the code of a vector
+    lists: int = 0  # Number of IVF lists
+    links: int = 0  # Number of HNSW links per vector
+    parts: int = 0  # Number of parts of a PQ code
+    bits: int = 0  # Number of bits of each part
+    rotated: bool = False  # True after OPQ
 
     @property
     def exhaustive(self) -> bool:
-        """Whether every vector is kept and visited: searched exactly."""
+        """Return True if every vector is kept and visited, so that searches are exact."""
         return self.factory in EXHAUSTIVE
 
     @property
     def compressed(self) -> bool:
-        """Whether a stored vector is no more than near the one that was added."""
+        """Return True if a stored vector is only near the one that was added."""
         return self.codec in COMPRESSED
 
     @property
     def training_vectors(self) -> int:
-        """How many vectors the kind is trained on at least."""
+        """Return the least number of vectors that the kind is trained on."""
         return max(self.lists, 2**self.bits if self.parts else 0, 1 if self.codec == "SQ8" else 0)
 
     def code_bytes(self, dim: int) -> int:
-        """Bytes of one stored vector."""
+        """Return the bytes of one stored vector."""
         match self.codec:
             case "Flat":
                 return 4 * dim
@@ -67,7 +68,7 @@ class Kind:
 
 
 def parse(factory: str) -> Kind:
-    """What `factory` names. Raises ValueError for what is none of the kinds."""
+    """Return the kind that `factory` names. Raises ValueError for any other string."""
     found = _PATTERN.fullmatch(factory)
     if found is None or not factory:
         raise refuse("index.factory", factory, f"must be one of {FACTORIES}")
@@ -94,7 +95,7 @@ def parse(factory: str) -> Kind:
 
 
 def check_kind(kind: Kind, device: str, *, num_vectors: int, training_sample: int, rescore_candidates: int) -> None:
-    """Raise ValueError where `num_vectors` (of the smallest shard) or other settings do not fit the kind."""
+    """Raise ValueError if `num_vectors` (of the smallest shard) or other settings do not fit the kind."""
     factory = kind.factory
     if device == "gpu":
         check_gpu_kind(kind)
@@ -117,14 +118,14 @@ def check_kind(kind: Kind, device: str, *, num_vectors: int, training_sample: in
 
 
 def check_products(products: str, kind: Kind, device: str) -> None:
-    """Raise ValueError for products that no search of the kind makes use of."""
+    """Raise ValueError for products that no search of the kind uses."""
     if products != "float32" and not (kind.exhaustive and device == "cpu"):
         allowed = f"must be float32 with index.factory={kind.factory} on {device}: it serves {' and '.join(EXHAUSTIVE)}"
         raise refuse("index.products", products, f"{allowed} on cpu")
 
 
 def check_dim(kind: Kind, dim: int) -> None:
-    """Raise ValueError where vectors of `dim` numbers cannot be cut into the kind's parts."""
+    """Raise ValueError if vectors of `dim` numbers cannot be cut into the kind's parts."""
     if kind.parts and dim % kind.parts:
         fitting = [parts for parts in range(1, dim + 1) if dim % parts == 0]
         near = sorted(sorted(fitting, key=lambda parts: abs(parts - kind.parts))[:3])

@@ -1,9 +1,9 @@
-"""What a generation of an index costs and finds: bytes, seconds to build, and recall against exact search.
+"""Measures a generation of an index: bytes, seconds to build, and recall against exact search.
 
-A shard compares each generation, before the vectors that it was built from are let go, with brute force over them. It
-asks what was asked of it last (the queries of an encoder that is a little older than the passages'), and before any
-question came, some of its own vectors with noise added, which are easier to find. `index.probe_queries` bounds the
-cost: that many rows of one matrix product over the shard. An exhaustive kind finds everything, and is not asked.
+A shard compares each generation with brute force over the vectors that it was built from, before it frees them. The
+queries are the last ones of a search (from an encoder that is a little older than that of the passages), or, before the
+first search, some of the shard's vectors with noise added, which are easier to find. `index.probe_queries` bounds the
+cost: that many rows of one matrix product over the shard. An exhaustive kind finds everything, and is not measured.
 """
 
 import threading
@@ -15,16 +15,16 @@ import numpy as np
 from indexing.dense.exact import recall, search_exactly
 from indexing.dense.faiss_build import Index
 
-PROBE_K = 10  # hits that are compared
-NOISE = 0.3  # length of what is added to a vector of length 1
+PROBE_K = 10  # Number of hits that are compared
+NOISE = 0.3  # length of the noise added to a vector of length 1
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One generation in numbers."""
+    """The figures of one generation."""
 
-    bytes_per_passage: float = 0.0  # 0: not known
-    build_s: float = 0.0  # training and adding; 0: it was read from disk
+    bytes_per_passage: float = 0.0  # bytes; 0: not known
+    build_s: float = 0.0  # seconds of training and adding; 0: it was read from disk
     recall: float | None = None  # at PROBE_K against exact search; None: not measured
 
 
@@ -49,7 +49,7 @@ class RecentQueries:
                 self._batches.pop(0)
 
     def take(self, dim: int) -> np.ndarray:
-        """The last queries of this dimension: float32 [up to capacity, dim]."""
+        """Return the last queries of this dimension: float32 [up to capacity, dim]."""
         with self._lock:
             kept = [batch for batch in self._batches if batch.shape[1] == dim]
         return np.concatenate(kept)[-self._capacity :] if kept else np.empty((0, dim), np.float32)
@@ -58,8 +58,8 @@ class RecentQueries:
 def probe_recall(
     index: Index, vectors: np.ndarray, *, num_queries: int, recent: np.ndarray | None = None, seed: int = 0
 ) -> float | None:
-    """Recall@PROBE_K of `index`, which was built from `vectors` [n, dim], on up to `num_queries` queries: the last of
-    `recent` [any, dim], else rows of `vectors` with noise. None: `num_queries` is 0."""
+    """Return recall@PROBE_K of `index`, which was built from `vectors` [n, dim], on up to `num_queries` queries: the
+    last of `recent` [any, dim], else rows of `vectors` with noise. None if `num_queries` is 0."""
     if not num_queries:
         return None
     if index.kind.exhaustive:
@@ -76,8 +76,8 @@ def probe_recall(
 
 
 def combined(parts: Sequence[tuple[int, Figures]]) -> Figures:
-    """The figures of a whole index from (passages, figures) of its shards, which build beside each other: the longest
-    time, means over the passages. Recall is known where every shard knows it."""
+    """Return the figures of a whole index from (passages, figures) of its shards, which build beside each other: the
+    longest time, means over the passages. Recall is known if every shard knows it."""
     total = sum(number for number, _ in parts)
     if not total:
         return UNKNOWN

@@ -1,17 +1,17 @@
-"""BM25 over a corpus that changes: the index of its base store, and beside it a small one of what was added since.
+"""Searches a corpus that changes by BM25: the index of its base store, and a small one of the passages added since.
 
     base     the lexical index of the base store, mapped; it never changes
     added    the same of all passages of later versions, in memory; extended when a version is read
     masks    passages that were deleted, or that do not pass the filter; they are never found
 
-How many passages have a word, and how long passages are, is counted in the base: a score means the same in both parts,
-and a change costs its own passages alone. Words that the base does not know are counted among what was added. The
-statistics are those of the base store until the corpus is prepared anew.
+The number of passages with a word, and their lengths, are counted in the base: a score means the same in both parts,
+and the cost of a change depends on its passages alone. Words that the base does not know are counted among the added
+passages. The statistics are those of the base store until the corpus is prepared anew.
 
 A search names the state of the corpus (`indexing.hits.CorpusState`) that it needs, so that words and vectors answer
-for the same one: passages of later versions are left out, and what was deleted up to that version, or meanwhile, is
-not found. Who waits for whom: nobody, unless a state is asked for that the log does not show here yet, as on a file
-system that several machines share: it is looked for during `LAG_S`, and the caller may ask again.
+for the same one: passages of later versions are left out, and so are those deleted up to that version or meanwhile.
+Nobody waits, except for a state that the log does not show here yet, as can happen on a file system that several
+machines share: the search looks for it during `LAG_S`, and the caller may ask again.
 """
 
 import threading
@@ -33,25 +33,25 @@ LAG_S, POLL_S = 5.0, 0.05
 
 
 class CorpusLag(TimeoutError):
-    """The log does not show a version of the corpus here that is served elsewhere."""
+    """The error if the log here does not show a version of the corpus yet that is served elsewhere."""
 
 
 @dataclass(frozen=True)
 class _View:
-    """What is searched; replaced as a whole."""
+    """Everything that is searched; replaced as a whole."""
 
-    version: int  # of the corpus
+    version: int  # version of the corpus
     added: LexicalIndex
-    allowed: np.ndarray | None  # bool [passages of the base]: who may be found; None: all
+    allowed: np.ndarray | None  # bool [passages of the base]: those that may be found; None: all
     added_allowed: np.ndarray  # bool [passages added]
 
 
 class LiveLexical:
-    """Searches the words of a store and its changes. Safe from several threads."""
+    """The BM25 search over a store and its changes. Safe from several threads."""
 
     def __init__(self, base: LexicalIndex, store: LiveStore, lag_s: float = LAG_S, where: Filter | None = None) -> None:
-        """Only passages that pass `where` are found. Raises ValueError where `base` was built from another store, and
-        for a field that no passage has."""
+        """Prepare the search. Only passages that pass `where` are found. Raises ValueError if `base` was built from
+        another store, and for a field that no passage has."""
         if base.corpus != store.fingerprint:
             raise ValueError(f"the lexical index was built from another corpus than {store.path}: it cannot serve it")
         self.base, self.store, self.lag_s, self.where = base, store, lag_s, where
@@ -59,20 +59,20 @@ class LiveLexical:
         empty = build_lexical(base.config, base.corpus, ())
         added = LexicalIndex(base.config, base.corpus, postings=empty.postings, statistics=base.postings)
         self._lock = threading.Lock()
-        self._view = _View(-1, added, None, np.empty(0, bool))  # of no version: the first look sees all
+        self._view = _View(-1, added, None, np.empty(0, bool))  # of no version, so that the first look reads all
         self._follow(UNCHANGED)
 
     @staticmethod
     def open(path: str | Path, store: str | Path, corpus: str | Path, where: Filter | None = None) -> "LiveLexical":
-        """The lexical index at `path` of a base store, with the changes in the folder `corpus`. Raises as its parts
-        do."""
+        """Open the lexical index at `path` of a base store, with the changes in the folder `corpus`. Raises as its
+        parts do."""
         return LiveLexical(LexicalIndex.load(path), LiveStore.open_with(store, corpus), where=where)
 
     def search(
         self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
     ) -> LexicalHits:
-        """The best `n` passages (0: none) of the corpus as `wanted` (None: as it is now), with the scores of passages
-        `of` int64 [batch, m]. Raises CorpusLag where the log does not show that state."""
+        """Return the best `n` passages (0: none) of the corpus at `wanted` (None: at its present state), with the
+        scores of passages `of` int64 [batch, m]. Raises CorpusLag if the log does not show that state."""
         view = self._follow(wanted or UNCHANGED)
         state = CorpusState(view.version if wanted is None else wanted.added, view.version)
         scores, ids = np.zeros((len(texts), 0), np.float32), np.zeros((len(texts), 0), np.int64)
@@ -81,7 +81,7 @@ class LiveLexical:
         return LexicalHits(ids, scores, state, None if of is None else self._scores(view, texts, of))
 
     def _search(self, view: _View, texts: Sequence[str], n: int, numbers: int) -> tuple[np.ndarray, np.ndarray]:
-        """Among the first `numbers` passages."""
+        """Search among the first `numbers` passages."""
         scores, ids = self.base.search(texts, n, view.allowed)
         first = self.base.num_passages
         allowed = view.added_allowed & (np.arange(len(view.added_allowed)) < numbers - first)
@@ -99,7 +99,7 @@ class LiveLexical:
         return found
 
     def _follow(self, wanted: CorpusState) -> _View:
-        """Take note of changes; what is searched then."""
+        """Read new changes and return what is searched then."""
         log, needed, deadline = self.store.log, max(wanted.added, wanted.hidden), time.monotonic() + self.lag_s
         while self.store.refresh() or log.version < needed:
             if log.version < needed and time.monotonic() > deadline:
@@ -114,7 +114,7 @@ class LiveLexical:
             return self._view
 
     def _see(self, view: _View, version: int) -> _View:
-        """What is searched at `version`, in place of an older `view`."""
+        """Return what is searched at `version`, in place of an older `view`."""
         log, first = self.store.log, self.base.num_passages
         numbers, deleted = log.num_numbers(version), log.deleted_at(version)
         added, known = view.added, first + view.added.num_passages

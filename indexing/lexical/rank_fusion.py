@@ -1,7 +1,7 @@
-"""Several rankings of the same passages to one: by ranks alone, or by a weighted sum of dense and lexical scores.
+"""Fuses several rankings of the same passages, by ranks alone or by a weighted sum of dense and lexical scores.
 
-Pure functions on arrays; who searched, and where, does not matter. Passage -1 stands for no passage: it ends a ranking,
-and is never returned before a real one.
+All functions are pure functions on arrays. Passage -1 stands for no passage: it ends a ranking, and is never returned
+before a real one.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,21 @@ from indexing.hits import best_first
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """One ranking out of two, [batch, k] each; places count from 1, 0: not in that ranking."""
+    """One ranking made from two, [batch, k] each; places count from 1, and 0 stands for passages that a ranking
+    lacks."""
 
     ids: np.ndarray  # int64
     scores: np.ndarray  # float32, falling
-    lexical: np.ndarray  # float32: lexical score over the best one of the corpus, between 0 and 1
+    lexical: np.ndarray  # float32: lexical score over the best one of the corpus, from 0 to 1
     dense_places: np.ndarray  # int32
     lexical_places: np.ndarray  # int32
 
 
 def reciprocal_rank_fusion(rankings: Sequence[np.ndarray], constant: float, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` best of several rankings: a passage scores the sum of 1 / (constant + place) over the rankings that hold
-    it, places counting from 1 (Cormack, Clarke & Buettcher 2009). Equal scores by passage number.
+    """Return the `k` best of several rankings: a passage scores the sum of 1 / (constant + place) over the rankings
+    that hold it, places counting from 1 (Cormack, Clarke & Buettcher 2009). Equal scores by passage number.
 
-    Each ranking int64 [batch, n], n may differ. Returns scores float32 and ids int64 [batch, k]; where the rankings
+    Each ranking is int64 [batch, n], n may differ. Returns scores float32 and ids int64 [batch, k]; if the rankings
     hold fewer passages, ids end with -1 and scores with -inf.
     """
     ids = np.concatenate(rankings, axis=1)
@@ -43,19 +44,20 @@ def reciprocal_rank_fusion(rankings: Sequence[np.ndarray], constant: float, k: i
 
 
 def union(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """`second` int64 [batch, n] with -1 in place of what the same row of `first` [batch, m] holds."""
+    """Return `second` int64 [batch, n] with -1 in place of each id that the same row of `first` [batch, m] holds."""
     return np.where((second[:, :, None] == first[:, None, :]).any(axis=2), -1, second)
 
 
 def normalised(scores: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """Lexical scores [batch, n] over the best one of the whole corpus for the same question, [batch]; 0 where no
-    passage shares a word with it. Between 0 and 1 whatever the question's length, and independent of the candidates."""
+    """Return lexical scores [batch, n] over the best one of the whole corpus for the same question, [batch]; 0 if no
+    passage shares a word with it. The result lies between 0 and 1 for any length of question, and does not depend on
+    the candidates."""
     return (scores / np.where(best > 0, best, np.float32(1))[:, None]).astype(np.float32)
 
 
 def fuse_by_rank(dense: np.ndarray, lexical: np.ndarray, *, shares: np.ndarray, constant: float, k: int) -> Fused:
-    """Reciprocal rank fusion of dense and lexical ids [batch, n]; `shares` [batch, n]: normalised scores of the lexical
-    ones. A dense hit that is no lexical one counts as sharing nothing."""
+    """Fuse dense and lexical ids [batch, n] by reciprocal rank; `shares` [batch, n] are normalised scores of the
+    lexical ones. A dense hit that is no lexical one has a share of 0."""
     scores, ids = reciprocal_rank_fusion([dense, lexical], constant, k)
     places = places_of(ids, lexical)
     known = np.take_along_axis(np.pad(shares, ((0, 0), (1, 0))), places, axis=1)
@@ -74,9 +76,9 @@ def fuse_by_score(
     weight: float,
     k: int,
 ) -> Fused:
-    """The `k` best by dense score + weight * normalised lexical score over all candidates of both rankings.
+    """Return the `k` best by dense score + weight * normalised lexical score over all candidates of both rankings.
 
-    Each ranking: ids, dense scores, normalised lexical scores, [batch, n] each; a passage that both hold counts once.
+    Each ranking has ids, dense scores, and normalised lexical scores, [batch, n] each; a passage in both counts once.
     """
     more = union(dense[0], lexical[0])
     ids = np.concatenate([dense[0], more], axis=1)
@@ -99,8 +101,8 @@ def fuse_by_score(
 
 
 def behind(fused: Fused, dense: np.ndarray) -> Fused:
-    """`fused` with its empty last columns filled by the `dense` ids [batch, n] that it lacks, in their order: what was
-    no candidate stands behind all that were, with the score of the last of these."""
+    """Return `fused` with its empty last columns filled by the `dense` ids [batch, n] that it lacks, in their order.
+    These passages stand behind all candidates, with the score of the last one."""
     ids, scores, places = fused.ids.copy(), fused.scores.copy(), fused.dense_places.copy()
     for row, found in enumerate(fused.ids):
         empty = np.flatnonzero(found < 0)
@@ -114,6 +116,7 @@ def behind(fused: Fused, dense: np.ndarray) -> Fused:
 
 
 def places_of(ids: np.ndarray, ranking: np.ndarray) -> np.ndarray:
-    """int32: where each of `ids` [batch, k] stands in the same row of `ranking` [batch, n], from 1; 0: nowhere."""
+    """Return int32: the place of each of `ids` [batch, k] in the same row of `ranking` [batch, n], from 1; 0 if it is
+    absent."""
     same = (ids[:, :, None] == ranking[:, None, :]) & (ids[:, :, None] >= 0)
     return np.where(same.any(axis=2), same.argmax(axis=2) + 1, 0).astype(np.int32)
