@@ -96,7 +96,7 @@ def _work(verb: str, rest: list[str]) -> int:
     try:
         experiment = read_experiment([argument for argument in rest if argument != flag])
         if verb not in ("plan", "show"):
-            _check_paths(verb, experiment)
+            check_named_paths(verb, experiment)
     except ValueError as error:
         return _mistake(str(error))
     if verb == "show":
@@ -131,7 +131,7 @@ def read_experiment(arguments: list[str]) -> "Experiment":
     return load([argument for argument in arguments if argument not in overrides], overrides)
 
 
-def _check_paths(verb: str, experiment: "Experiment") -> None:
+def check_named_paths(verb: str, experiment: "Experiment") -> None:
     """Refuse what a verb would look for in vain, before torch is imported. Raises ValueError."""
     from cluster.config.paths import check_paths
 

@@ -1,7 +1,7 @@
 """What every verb does on its way: prepare the data of a stage, place it, connect to Ray, find a checkpoint."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,10 +52,10 @@ def placement_of(settings: Settings) -> PlacementPlan:
     return plan(settings.cluster, settings.refresh, settings.index, nodes_of_cluster())
 
 
-def newest_of(settings: Settings) -> str:
+def newest_of(settings: Settings, warn: Callable[[str], None] = say) -> str:
     """The newest complete checkpoint of a stage. Raises ValueError where there is none."""
     folder = run_folder(settings)
-    found = newest_checkpoint(folder, say) if folder.is_dir() else None
+    found = newest_checkpoint(folder, warn) if folder.is_dir() else None
     if found is None:
         raise ValueError(f"{folder} has no complete checkpoint yet: train it first (tandem train)")
     return str(found)

@@ -2,16 +2,16 @@
 returns."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from cluster.config.settings import Settings
 from cluster.refresh.snapshots import fits_changes
-from indexing.corpus.stores.filters import parse_filter
+from indexing.corpus.stores.filters import Filter, parse_filter
 from indexing.corpus.stores.live_store import LiveStore
 from indexing.corpus.stores.metadata import MetadataColumns, count_passing
 from indexing.dense.encode import Encode, encode_numbers
@@ -49,64 +49,79 @@ class DoneWords:
 
 class OneGeneration:
     """The generation that a checkpoint names, brought up to the corpus as it is now; where none is on disk, the whole
-    corpus encoded. Has of an `IndexService` what a search needs."""
+    corpus encoded. Has of an `IndexService` what a search needs. Not for several threads at once."""
 
     def __init__(
         self, settings: Settings, store: LiveStore, *, checkpoint: Path | None, encode: Encode, lexical: Path | None
     ) -> None:
         config = replace(settings.index, device="cpu")
-        saved, directory = -1, Path()
+        self._store, self._encode, self._batch_tokens = store, encode, settings.refresh.batch_tokens
+        self.generation, directory = -1, Path()
         if checkpoint is not None:
-            saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
-            directory = checkpoint.parent.parent / "index" / f"generation-{saved}"
-        known = saved >= 0 and fits_changes(directory, store.log)
-        self.generation, self.where = saved + 1, parse_filter(settings.retrieval.where)
-        words = None if lexical is None else LiveLexical(LexicalIndex.load(lexical), store, where=self.where)
-        self.lexical = None if words is None else DoneWords(words)
+            self.generation = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
+            directory = checkpoint.parent.parent / "index" / f"generation-{self.generation}"
+        known = self.generation >= 0 and fits_changes(directory, store.log)
         ranges = shard_ranges(store.log.num_base, config.num_shards)
-        metadata = [
-            MetadataColumns(store, *bounds, shard=number, num_shards=len(ranges))
+        self.shards = [
+            Shard(
+                number,
+                *bounds,
+                config,
+                metadata=MetadataColumns(store, *bounds, shard=number, num_shards=len(ranges)),
+            )
             for number, bounds in enumerate(ranges)
         ]
-        self.shards = [
-            Shard(number, *bounds, config, metadata=metadata[number]) for number, bounds in enumerate(ranges)
-        ]
-        for shard in self.shards:
-            self._fill(
-                shard,
-                store,
-                saved=directory if known else None,
-                encode=encode,
-                batch_tokens=settings.refresh.batch_tokens,
-            )
-        self.num_passages = store.log.num_living()
-        if self.where is not None:
-            self.num_passages = count_passing(store.path, self.where, store.log.folder)
-            if not self.num_passages:
-                raise ValueError(f"no passage passes the filter retrieval.where={settings.retrieval.where}")
+        self._words = None if lexical is None else LexicalIndex.load(lexical)
+        if known:
+            for shard in self.shards:
+                shard.load(self.generation, directory)
+        self._fill(self.shards[0].status().corpora[self.generation] if known else None)
+        self._restricted: tuple[Filter | None, int] = (None, -1)  # filter and version of the corpus that are set
+        self._restrict(settings.retrieval.where)
 
-    def _fill(self, shard: Shard, store: LiveStore, *, saved: Path | None, encode: Encode, batch_tokens: int) -> None:
-        """Load what was saved of a shard's passages, encode the others, and serve them all."""
-        log, generation, number = store.log, self.generation, shard.shard_number
-        shard.hide(log.version, log.deleted_at())
-        owned = log.owned(number, len(self.shards), start=shard.start, stop=shard.stop, version=log.version)
-        if saved is not None:
-            shard.load(generation - 1, saved)
-            known = log.num_numbers(shard.status().corpora[generation - 1])
-            mine = np.empty(0, np.int64) if owned is None else owned[owned >= known]
-            shard.derive(generation, generation - 1, mine, corpus_version=log.version)
-        else:
-            mine = np.arange(shard.start, shard.stop) if owned is None else owned
-            shard.begin(generation, 0, owned, log.version)
-        if len(mine):
-            shard.stage(
-                generation,
-                0,
-                mine,
-                encode_numbers(store.tokens("retriever"), mine, encode=encode, batch_tokens=batch_tokens),
-            )
-        shard.prepare(generation)
-        shard.commit(generation)
+    def follow(self, where: Mapping[str, Any]) -> None:
+        """Take note of changes of the corpus, encode what is new, and find only what passes the filter `where` from
+        now on. Raises ValueError for a filter that nothing passes."""
+        self._store.refresh()
+        if self._store.log.version != self._version:
+            self._fill(self._version)
+        self._restrict(where)
+
+    def _fill(self, known: int | None) -> None:
+        """Serve the corpus as it is now: what the served generation has of its version `known` (None: nothing is
+        served), and the rest encoded."""
+        store, log, generation = self._store, self._store.log, self.generation + 1
+        self._version = version = log.version
+        for number, shard in enumerate(self.shards):
+            shard.hide(version, log.deleted_at())
+            owned = log.owned(number, len(self.shards), start=shard.start, stop=shard.stop, version=version)
+            if known is not None:
+                new = np.empty(0, np.int64) if owned is None else owned[owned >= log.num_numbers(known)]
+                shard.derive(generation, self.generation, new, corpus_version=version)
+            else:
+                new = np.arange(shard.start, shard.stop) if owned is None else owned
+                shard.begin(generation, 0, owned, version)
+            if len(new):
+                tokens = store.tokens("retriever")
+                vectors = encode_numbers(tokens, new, encode=self._encode, batch_tokens=self._batch_tokens)
+                shard.stage(generation, 0, new, vectors)
+            shard.prepare(generation)
+            shard.commit(generation)
+            if known is not None:
+                shard.release(self.generation)
+        self.generation = generation
+
+    def _restrict(self, where: Mapping[str, Any]) -> None:
+        """Find only passages that pass a filter."""
+        log, passes = self._store.log, parse_filter(dict(where))
+        if self._restricted == (passes, log.version):
+            return
+        num_passages = log.num_living() if passes is None else count_passing(self._store.path, passes, log.folder)
+        if not num_passages:
+            raise ValueError(f"no passage passes the filter retrieval.where={dict(where)}")
+        words = None if self._words is None else LiveLexical(self._words, self._store, where=passes)
+        self.lexical = None if words is None else DoneWords(words)
+        self.where, self.num_passages, self._restricted = passes, num_passages, (passes, log.version)
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> Done[Hits]:
         """Search every shard now; where a filter leaves fewer than `k` passages, those there are."""

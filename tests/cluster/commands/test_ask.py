@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.commands.ask import encode_function
+from cluster.commands.loaded_run import encode_function
 from cluster.commands.local_search import OneGeneration
 from cluster.config.settings import Settings
 from indexing.corpus.files.corpus import Passage
