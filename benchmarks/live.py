@@ -55,6 +55,7 @@ from indexing.corpus.stores.passages import TokenSide, write_store  # noqa: E402
 from indexing.dense.encode import encode_numbers  # noqa: E402
 from indexing.dense.exact import search_exactly  # noqa: E402
 from indexing.indexing_settings import CorpusConfig, IndexConfig  # noqa: E402
+from indexing.shard.shard import Shard  # noqa: E402
 from training.models.parts.weights import to_numpy  # noqa: E402
 from training.models.retriever.encoder import TextEncoder, build_encoder  # noqa: E402
 from training.models.text.token_rows import retriever_passage_side  # noqa: E402
@@ -195,14 +196,14 @@ class KnowingWorker:
         self._vectors = vectors
 
     def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
-        assert isinstance(shard, RayShard)
         numbers = np.arange(chunk.start, chunk.stop) if chunk.numbers is None else np.array(chunk.numbers)
         if len(numbers) == chunk.num_passages and chunk.numbers is None:
             block = random_vectors(len(numbers), chunk.start)
         else:
             block = np.stack([self._vectors[int(number)] for number in numbers])
         start = chunk.start if chunk.numbers is None else numbers
-        shard.stage(generation, weights.version, start, ray.put(block))
+        reference: Any = ray.put(block)
+        shard.call(Shard.stage, generation, weights.version, start, reference)
 
     def recover(self) -> None: ...
 

@@ -44,7 +44,7 @@ from cluster.planning.hardware import Host, this_host  # noqa: E402
 from cluster.planning.sizing import RAY_CALL_S, RAY_SHARD_S  # noqa: E402
 from cluster.refresh.coordinator import RefreshCoordinator, RefreshSettings  # noqa: E402
 from cluster.refresh.encode_queue import EncodePool  # noqa: E402
-from cluster.refresh.ports import Chunk, ShardPort, Weights  # noqa: E402
+from cluster.refresh.ports import Chunk, P, ShardMethod, ShardPort, T, Weights  # noqa: E402
 from cluster.refresh.shards import ShardGroup  # noqa: E402
 from cluster.refresh.snapshots import IndexIdentity, Snapshots  # noqa: E402
 from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
@@ -52,7 +52,7 @@ from cluster.service.ray_ports import NamedActor, RayShard  # noqa: E402
 from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
 from indexing.corpus.stores.changes import ChangeLog  # noqa: E402
 from indexing.indexing_settings import IndexConfig  # noqa: E402
-from indexing.shard.shard import shard_ranges  # noqa: E402
+from indexing.shard.shard import Shard, shard_ranges  # noqa: E402
 
 DIM, BATCH, K, CENTRES = 384, 16, 20, 1000
 CHUNK = 20_000  # passages a chunk
@@ -81,12 +81,12 @@ class BlockWorker:
         self.making_s = self.making_cpu_s = 0.0
 
     def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
-        assert isinstance(shard, RayShard)
         begin, spent = time.perf_counter(), time.thread_time()
         vectors = make_block(chunk.start, chunk.stop, weights.version)
         self.making_s += time.perf_counter() - begin
         self.making_cpu_s += time.thread_time() - spent
-        shard.stage(generation, weights.version, chunk.start, ray.put(vectors))
+        reference: Any = ray.put(vectors)
+        shard.call(Shard.stage, generation, weights.version, chunk.start, reference)
 
     def recover(self) -> None:
         raise AssertionError("this worker is never lost")
@@ -97,18 +97,13 @@ class TimedShard(RayShard):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.prepare_s: list[float] = []
-        self.commit_s: list[float] = []
+        self.seconds: dict[str, list[float]] = {}  # by the name of the method
 
-    def prepare(self, generation: int) -> None:
+    def call(self, method: ShardMethod[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         begin = time.perf_counter()
-        super().prepare(generation)
-        self.prepare_s.append(time.perf_counter() - begin)
-
-    def commit(self, generation: int) -> None:
-        begin = time.perf_counter()
-        super().commit(generation)
-        self.commit_s.append(time.perf_counter() - begin)
+        answer = super().call(method, *arguments, **named)
+        self.seconds.setdefault(method.__name__, []).append(time.perf_counter() - begin)
+        return answer
 
 
 class Processors:
@@ -340,8 +335,8 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
         refresh_s=seconds,
         refresh_cpu_s=spent - num_shards * libraries[1],
         search_cpu_ms=asking,
-        build_s=max(shard.prepare_s[-1] for shard in shards),
-        commit_ms=1000 * max(max(shard.commit_s) for shard in shards),
+        build_s=max(shard.seconds["prepare"][-1] for shard in shards),
+        commit_ms=1000 * max(max(shard.seconds["commit"]) for shard in shards),
         search_ms=statistics.median(times),
         longest_search_ms=1000 * max(searching.seconds, default=0.0) if searching is not None else 0.0,
         blocked=searching.blocked if searching is not None else 0,

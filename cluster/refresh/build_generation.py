@@ -23,7 +23,7 @@ from cluster.refresh.ports import (
 from cluster.refresh.shards import ShardGroup
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.shard.serving import GenerationGone
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard import Shard, ShardStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Builder:
         """A generation of all passages that are living at `corpus_version`: a new big index, without deleted rows."""
 
         def begin(shard: ShardPort) -> None:
-            shard.begin(generation, weights.version, self._owned(shard, corpus_version), corpus_version)
+            shard.call(Shard.begin, generation, weights.version, self._owned(shard, corpus_version), corpus_version)
 
         def chunks(shard: ShardPort) -> list[Chunk]:
             numbers = self._owned(shard, corpus_version)
@@ -94,7 +94,7 @@ class Builder:
         they were. It goes by `weights_version`, and shares the big indexes of `origin`."""
 
         def begin(shard: ShardPort) -> None:
-            shard.derive(generation, origin, self._mine(shard, numbers), weights_version, corpus_version)
+            shard.call(Shard.derive, generation, origin, self._mine(shard, numbers), weights_version, corpus_version)
 
         def chunks(shard: ShardPort) -> list[Chunk]:
             return split_numbers(shard.number, self._mine(shard, numbers), self._chunk_passages)
@@ -135,7 +135,7 @@ class Builder:
     def hide(self, shard: ShardPort, status: ShardStatus) -> None:
         """Make sure that `shard` returns nothing that was deleted, before it is given a generation."""
         if status.hidden < self.log.version:
-            shard.hide(self.log.version, self.log.deleted_at())
+            shard.call(Shard.hide, self.log.version, self.log.deleted_at())
 
     def _begin(self, plan: Plan, shards: Iterable[ShardPort]) -> set[int]:
         """Tell shards what they will have; returns those that were lost. Raises RefreshFailed when one refuses."""
@@ -145,7 +145,7 @@ class Builder:
             plan.begin(shard)
 
         lost = set[int]()
-        for number, error in self._shards.call(begin, list(shards)).items():
+        for number, error in self._shards.each(begin, list(shards)).items():
             if isinstance(error, ShardLost | GenerationGone):
                 lost.add(number)  # it died, or came back without what is to be derived from
             elif error is not None:
@@ -155,7 +155,7 @@ class Builder:
     def _prepare(self, plan: Plan, shards: list[ShardPort]) -> set[int]:
         """Build the staged rows on `shards`; returns those that were lost. Raises RefreshFailed when one refuses."""
         generation, lost = plan.generation, set[int]()
-        for number, error in self._shards.call(lambda shard: shard.prepare(generation), shards).items():
+        for number, error in self._shards.each(lambda shard: shard.call(Shard.prepare, generation), shards).items():
             if error is None:
                 continue
             if not isinstance(error, ShardLost) and number not in self._unstaged(plan):

@@ -52,7 +52,7 @@ from cluster.refresh.shards import ShardGroup, figures_of
 from cluster.refresh.snapshots import Snapshots, Wish
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.dense.probe import UNKNOWN, Figures
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard import Shard, ShardStatus
 
 GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
 RETRY_S = 1.0  # before a failed refresh is tried again
@@ -285,7 +285,7 @@ class RefreshCoordinator:
                 new = self.live.caught_up(built, lambda: self._builder.build(plan))
                 self._commit(new, begin)
         except Exception as error:  # whatever it was, nothing of the generation may stay
-            self.shards.call(lambda shard: shard.abort(generation))
+            self.shards.each(lambda shard: shard.call(Shard.abort, generation))
             if isinstance(error, RefreshFailed):
                 raise
             raise RefreshFailed(f"{type(error).__name__}: {error}") from error
@@ -350,7 +350,7 @@ class RefreshCoordinator:
         self._events(event, generation=new.generation, weights_version=new.weights_version, **said)
 
     def _switch(self, new: Serving) -> None:
-        self.shards.call(lambda shard: shard.commit(new.generation))
+        self.shards.each(lambda shard: shard.call(Shard.commit, new.generation))
         oldest, figures = self._look_at(new)
         with self._changed:
             self._serving, self._oldest_version, self._figures = new, oldest, figures
@@ -371,12 +371,12 @@ class RefreshCoordinator:
         def clear_one(shard: ShardPort) -> None:
             status = shard.status()
             if abort and status.building is not None and status.building.generation != serving:
-                shard.abort(status.building.generation)
+                shard.call(Shard.abort, status.building.generation)
             for generation in status.generations:
                 if generation < serving and generation not in keep:
-                    shard.release(generation)
+                    shard.call(Shard.release, generation)
 
-        self.shards.call(clear_one)
+        self.shards.each(clear_one)
 
     def _in_order(self, status: ShardStatus) -> bool:
         """A shard that lost the serving generation gets it back first, if that is possible."""
@@ -390,7 +390,7 @@ class RefreshCoordinator:
         return number
 
     def _abort(self, generation: int) -> None:
-        self.shards.call(lambda shard: shard.abort(generation))
+        self.shards.each(lambda shard: shard.call(Shard.abort, generation))
 
     # The corpus thread, and whoever wants passages encoded again.
 

@@ -28,6 +28,7 @@ from cluster.refresh.build_generation import Builder
 from cluster.refresh.ports import Events, RefreshFailed, Serving, ShardLost, Weights
 from cluster.refresh.shards import ShardGroup
 from indexing.corpus.stores.changes import ChangeLog
+from indexing.shard.shard import Shard
 
 SERVING_FILE = "serving.json"
 BEAT_S = 1.0  # between signs of life for those who wait
@@ -98,7 +99,7 @@ class LiveCorpus:
             return True
         deleted = self.log.deleted_at(version)
         lost: list[str] = []
-        for number, error in self._shards.call(lambda shard: shard.hide(version, deleted)).items():
+        for number, error in self._shards.each(lambda shard: shard.call(Shard.hide, version, deleted)).items():
             if isinstance(error, ShardLost | TimeoutError):
                 lost.append(f"shard {number}: {error}")
             elif error is not None:

@@ -2,15 +2,21 @@
 
 In a run the ports are Ray handles (`cluster/service/ray_ports.py`); a test may put plain objects behind them. Every
 call is bounded: it returns, or raises `ShardLost` or `WorkerLost` when the process died, is being restarted, or stays
-silent.
+silent. A shard's interface is written once, in `indexing.shard.shard.Shard`: a port takes any method of it, with the
+arguments that the type checker knows from there, and forwards the call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard import Shard, ShardStatus
+
+P = ParamSpec("P")
+T = TypeVar("T")
+ShardMethod: TypeAlias = Callable[Concatenate[Shard, P], T]  # such as Shard.commit
 
 
 def has_prepared(status: ShardStatus, generation: int) -> bool:
@@ -92,37 +98,23 @@ class Events(Protocol):
 
 
 class ShardPort(Protocol):
-    """One shard: passage numbers start to stop - 1 of the base. `indexing.shard.shard.Shard` documents the calls."""
+    """One shard in another process: passage numbers `start` to `stop` - 1 of the base corpus."""
 
     number: int
     start: int
     stop: int
 
-    def status(self) -> ShardStatus: ...
-
-    def lacking(self, generation: int) -> str:
-        """Which processes do not serve `generation`, by the names that messages have for them; empty when all do."""
+    def call(self, method: ShardMethod[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Carry out `method`, as in `port.call(Shard.commit, 3)`. Raises what the method raises, and ShardLost."""
         ...
 
-    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None: ...
+    def status(self) -> ShardStatus:
+        """Return what is served and staged. Raises ShardLost."""
+        ...
 
-    def derive(
-        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
-    ) -> None: ...
-
-    def hide(self, corpus_version: int, numbers: np.ndarray) -> None: ...
-
-    def prepare(self, generation: int) -> None: ...
-
-    def commit(self, generation: int) -> None: ...
-
-    def abort(self, generation: int) -> None: ...
-
-    def release(self, generation: int) -> None: ...
-
-    def save(self, generation: int, directory: str, earlier: str | None = None) -> None: ...
-
-    def load(self, generation: int, directory: str) -> None: ...
+    def lacking(self, generation: int) -> str:
+        """Return the names, as used in messages, of the processes that do not serve `generation`; empty if all do."""
+        ...
 
     def restart(self) -> None:
         """Kill a shard that stays silent; an empty one takes its place."""

@@ -17,7 +17,7 @@ from contextlib import suppress
 from cluster.refresh.ports import Events, Serving, ShardLost, ShardPort
 from cluster.refresh.shards import ShardGroup
 from cluster.refresh.snapshots import Snapshots, Wish
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard import Shard, ShardStatus
 
 
 def take_over(
@@ -49,7 +49,7 @@ def take_over(
     seen = max(max(status.committed, *(staging.generation for staging in status.staged), -1) for status in statuses)
     directory = None
     if (common := max(set.intersection(*ready), default=None)) is not None:
-        group.call(lambda shard: shard.commit(common))
+        group.each(lambda shard: shard.call(Shard.commit, common))
         wish = _wish(statuses, common)
     elif (wish := snapshots.newest(first_generation)) is not None:
         directory = str(snapshots.path(wish.generation))
@@ -83,7 +83,7 @@ def _load(
         if status.committed > generation:
             shard.restart()
     group.wait(timeout_s, lambda status: status.committed <= generation)
-    for error in group.call(lambda shard: shard.load(generation, directory)).values():
+    for error in group.each(lambda shard: shard.call(Shard.load, generation, directory)).values():
         if error is not None and not isinstance(error, ShardLost):  # what is lost, the repair loads
             raise error
 

@@ -15,7 +15,7 @@ from cluster.refresh.ports import Events, RefreshFailed, Serving, ShardLost, Sha
 from cluster.refresh.snapshots import Snapshots
 from indexing.corpus.snapshot import TornSnapshot
 from indexing.shard.serving import MAX_COMMITTED
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard import Shard, ShardStatus
 
 
 class Repair:
@@ -104,12 +104,12 @@ class Repair:
         generation = serving.generation
         if has_prepared(status, generation):
             if len(status.generations) >= MAX_COMMITTED:
-                shard.release(min(status.generations))
-            shard.commit(generation)
+                shard.call(Shard.release, min(status.generations))
+            shard.call(Shard.commit, generation)
             return "prepared"
         if self._snapshots.saved(generation):
             try:
-                shard.load(generation, str(self._snapshots.path(generation)))
+                shard.call(Shard.load, generation, str(self._snapshots.path(generation)))
             except (TornSnapshot, ValueError, OSError) as error:
                 self._events("snapshot_refused", why=str(error))
             else:
@@ -119,13 +119,13 @@ class Repair:
         try:
             self._pool.claim(shard.number, self._hung_s)
             if (building := shard.status().building) is not None and building.generation != generation:
-                shard.abort(building.generation)
+                shard.call(Shard.abort, building.generation)
             plan = self._builder.whole(generation, serving.weights, serving.corpus_version, urgent=True)
             plan.begin(shard)
             if self._pool.run(generation, serving.weights, plan.chunks(shard), urgent=True):
                 raise ShardLost(f"shard {shard.number} died again")
-            shard.prepare(generation)
-            shard.commit(generation)
+            shard.call(Shard.prepare, generation)
+            shard.call(Shard.commit, generation)
         except (RefreshFailed, ValueError) as error:
             self._events("repair_failed", shard=shard.number, why=str(error))
             return None

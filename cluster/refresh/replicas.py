@@ -10,29 +10,19 @@ Who waits for whom: each call goes to all replicas at the same time and waits fo
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
 
-import numpy as np
-
-from cluster.refresh.ports import ShardLost, ShardPort
+from cluster.refresh.ports import P, ShardLost, ShardMethod, ShardPort, T
 from indexing.shard.serving import MAX_COMMITTED, GenerationGone
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard import Shard, ShardStatus
 from indexing.shard.staging import StagingStatus
-
-T = TypeVar("T")
-
-
-class Replica(ShardPort, Protocol):
-    """One process of a shard."""
-
-    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: Any) -> None: ...
 
 
 class ReplicatedShard:
     """Two or more replicas of one shard as a `ShardPort`."""
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
+    def __init__(self, replicas: Sequence[ShardPort]) -> None:
         self.number, self.start, self.stop = replicas[0].number, replicas[0].start, replicas[0].stop
         self._replicas = tuple(replicas)
         self._silent: set[int] = set()  # replicas that did not answer when they were last asked
@@ -44,46 +34,13 @@ class ReplicatedShard:
     def lacking(self, generation: int) -> str:
         return " and ".join(filter(None, self._each(lambda replica: replica.lacking(generation))))
 
-    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: Any) -> None:
-        """Have every replica take the vectors."""
-        self._each(lambda replica: replica.stage(generation, weights_version, start, vectors))
-
-    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
-        self._each(lambda replica: replica.begin(generation, weights_version, numbers, corpus_version))
-
-    def derive(
-        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
-    ) -> None:
-        self._each(lambda replica: replica.derive(generation, origin, numbers, weights_version, corpus_version))
-
-    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
-        self._each(lambda replica: replica.hide(corpus_version, numbers))
-
-    def prepare(self, generation: int) -> None:
-        self._each(lambda replica: replica.prepare(generation))
-
-    def commit(self, generation: int) -> None:
-        self._each(lambda replica: _commit(replica, generation))
-
-    def abort(self, generation: int) -> None:
-        self._each(lambda replica: replica.abort(generation))
-
-    def release(self, generation: int) -> None:
-        self._each(lambda replica: replica.release(generation))
-
-    def load(self, generation: int, directory: str) -> None:
-        self._each(lambda replica: replica.load(generation, directory))
-
-    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
-        """Have one replica write its files: they are all alike."""
-        for number, replica in enumerate(self._replicas):
-            try:
-                replica.save(generation, directory, earlier)
-            except (ShardLost, GenerationGone):
-                if number == len(self._replicas) - 1:
-                    raise
-            else:
-                return
+    def call(self, method: ShardMethod[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Have every replica carry out `method`; `Shard.save` one of them alone, as their files are alike."""
+        if method is Shard.save:
+            return self._first(lambda replica: replica.call(method, *arguments, **named))
+        if method is Shard.commit:
+            return self._each(lambda replica: _with_room(replica, lambda: replica.call(method, *arguments, **named)))[0]
+        return self._each(lambda replica: replica.call(method, *arguments, **named))[0]
 
     def restart(self) -> None:
         """Kill the replicas that stay silent; all of them where none does."""
@@ -91,7 +48,14 @@ class ReplicatedShard:
         for number in silent:
             self._replicas[number].restart()
 
-    def _each(self, call: Callable[[Replica], T]) -> list[T]:
+    def _first(self, call: Callable[[ShardPort], T]) -> T:
+        """Return the answer of the first replica that has what is asked for. Raises what the last one raised."""
+        for replica in self._replicas[:-1]:
+            with suppress(ShardLost, GenerationGone):
+                return call(replica)
+        return call(self._replicas[-1])
+
+    def _each(self, call: Callable[[ShardPort], T]) -> list[T]:
         """What each replica answered. Raises what one of them refused, else ShardLost when one was lost."""
 
         def guarded(number: int) -> T | Exception:
@@ -114,17 +78,17 @@ class ReplicatedShard:
         return [answer for answer in answers if not isinstance(answer, Exception)]
 
 
-def _commit(replica: Replica, generation: int) -> None:
-    """Commit, where there is no room after closing the oldest generation: the replicas that lost it cannot serve it
+def _with_room(replica: ShardPort, commit: Callable[[], T]) -> T:
+    """Commit; if there is no room, close the oldest generation first: the replicas that lost it cannot serve it
     either."""
     try:
-        replica.commit(generation)
+        return commit()
     except ValueError:
         served = replica.status().generations
         if len(served) < MAX_COMMITTED:
             raise
-        replica.release(min(served))
-        replica.commit(generation)
+        replica.call(Shard.release, min(served))
+        return commit()
 
 
 def _worst(errors: list[Exception]) -> Exception:

@@ -29,7 +29,7 @@ class ShardGroup:
         """The shards with these numbers."""
         return [self._shards[number] for number in sorted(numbers)]
 
-    def call(
+    def each(
         self, call: Callable[[ShardPort], object], shards: Sequence[ShardPort] | None = None
     ) -> dict[int, Exception | None]:
         """`call` on each of `shards` (all of them), at the same time; what each raised, by shard number."""

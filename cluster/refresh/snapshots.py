@@ -30,6 +30,7 @@ from indexing.corpus.snapshot import (
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.shard.reshard import check_ranges
 from indexing.shard.serving import GenerationGone
+from indexing.shard.shard import Shard
 
 PREFIX = "generation-"
 WEIGHTS, WEIGHTS_FILE = "weights", "weights.npz"  # folder and file in it
@@ -267,7 +268,11 @@ class Snapshots:
         extra |= {"corpus_version": version, "corpus_checksum": checksum_of(self._log, version)}
         earlier = self._newest_on_disk()  # where it shares its big indexes with this one, they are linked
         with write_once(target, extra) as directory, ThreadPoolExecutor(len(self._shards)) as threads:
-            list(threads.map(lambda shard: shard.save(wish.generation, str(directory), earlier), self._shards))
+            list(
+                threads.map(
+                    lambda shard: shard.call(Shard.save, wish.generation, str(directory), earlier), self._shards
+                )
+            )
             self._save_weights(wish, directory, earlier)
 
     def _newest_on_disk(self) -> str | None:

@@ -38,7 +38,7 @@ from indexing.dense.faiss_build import bad_rows
 from indexing.hits import ShardHits, ShardIndexed
 from indexing.indexing_settings import IndexConfig
 from indexing.shard.serving import GenerationGone
-from indexing.shard.shard import Shard, ShardStatus
+from indexing.shard.shard import Shard
 from training.reporting.jsonl import read_rows
 from training.training_settings import EncoderConfig
 
@@ -55,6 +55,16 @@ class Gone:
     """A shard's answer when it does not serve the generation asked for: an ordinary one, and no reason for a log."""
 
     committed: int
+
+
+def _forwarded(method: Callable[..., Any], threads: str) -> Any:
+    """Return a method of `ShardActor` that calls `method` of its shard, in a thread of the group `threads`."""
+
+    def forward(self: "ShardActor", *arguments: Any, **named: Any) -> Any:
+        return getattr(self._shard, method.__name__)(*arguments, **named)
+
+    forward.__name__ = method.__name__
+    return ray.method(concurrency_group=threads)(forward)
 
 
 class ShardActor:
@@ -104,54 +114,20 @@ class ShardActor:
             return Gone(gone.committed)
 
     @ray.method(concurrency_group="status")
-    def status(self) -> ShardStatus:
-        return self._shard.status()
-
-    @ray.method(concurrency_group="status")
     def place(self) -> Place:
         return here()
 
-    @ray.method(concurrency_group="build")
-    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
-        self._shard.begin(generation, weights_version, numbers, corpus_version)
-
-    @ray.method(concurrency_group="change")
-    def derive(
-        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
-    ) -> None:
-        self._shard.derive(generation, origin, numbers, weights_version, corpus_version)
-
-    @ray.method(concurrency_group="change")
-    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
-        self._shard.hide(corpus_version, numbers)
-
-    @ray.method(concurrency_group="build")
-    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
-        self._shard.stage(generation, weights_version, start, vectors)
-
-    @ray.method(concurrency_group="build")
-    def prepare(self, generation: int) -> None:
-        self._shard.prepare(generation)
-
-    @ray.method(concurrency_group="build")
-    def commit(self, generation: int) -> None:
-        self._shard.commit(generation)
-
-    @ray.method(concurrency_group="build")
-    def abort(self, generation: int) -> None:
-        self._shard.abort(generation)
-
-    @ray.method(concurrency_group="build")
-    def release(self, generation: int) -> None:
-        self._shard.release(generation)
-
-    @ray.method(concurrency_group="build")
-    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
-        self._shard.save(generation, directory, earlier)
-
-    @ray.method(concurrency_group="build")
-    def load(self, generation: int, directory: str) -> None:
-        self._shard.load(generation, directory)
+    status = _forwarded(Shard.status, "status")
+    derive = _forwarded(Shard.derive, "change")
+    hide = _forwarded(Shard.hide, "change")
+    begin = _forwarded(Shard.begin, "build")
+    stage = _forwarded(Shard.stage, "build")
+    prepare = _forwarded(Shard.prepare, "build")
+    commit = _forwarded(Shard.commit, "build")
+    abort = _forwarded(Shard.abort, "build")
+    release = _forwarded(Shard.release, "build")
+    save = _forwarded(Shard.save, "build")
+    load = _forwarded(Shard.load, "build")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,24 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
 
 from cluster.machines.processes import Place, end
-from cluster.refresh.ports import Chunk, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost
+from cluster.refresh.ports import (
+    Chunk,
+    P,
+    RefreshFailed,
+    ShardLost,
+    ShardMethod,
+    ShardPort,
+    T,
+    Weights,
+    WorkerLost,
+)
 from cluster.refresh.replicas import ReplicatedShard
 from indexing.corpus.snapshot import named_errors
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard import Shard, ShardStatus
 
 STATUS_S = 10.0  # a status never waits for anything; a loaded machine is slow
 QUICK_S = 90.0  # calls that wait for a search or a lock at most (release: 60 s)
@@ -40,9 +49,9 @@ class NamedActor:
             self._handle = ray.get_actor(self.name, namespace=self._namespace)
         return self._handle
 
-    def submit(self, method: str, *arguments: Any) -> Any:
+    def submit(self, method: str, *arguments: Any, **named: Any) -> Any:
         """Call a method; returns its reference (or references)."""
-        return getattr(self.handle(), method).remote(*arguments)
+        return getattr(self.handle(), method).remote(*arguments, **named)
 
     def find_place(self) -> None:
         """Ask the actor where it is, unless that is known; `kill` may need it when it answers no more."""
@@ -85,38 +94,10 @@ class RayShard:
     def lacking(self, generation: int) -> str:
         return "" if generation in self.status().generations else self._name
 
-    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
-        self._call("begin", generation, weights_version, numbers, corpus_version, timeout_s=QUICK_S)
-
-    def derive(
-        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
-    ) -> None:
-        self._call("derive", generation, origin, numbers, weights_version, corpus_version, timeout_s=QUICK_S)
-
-    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
-        self._call("hide", corpus_version, numbers, timeout_s=QUICK_S)
-
-    def prepare(self, generation: int) -> None:
-        self._call("prepare", generation, timeout_s=self._step_timeout_s)
-
-    def commit(self, generation: int) -> None:
-        self._call("commit", generation, timeout_s=QUICK_S)
-
-    def abort(self, generation: int) -> None:
-        self._call("abort", generation, timeout_s=QUICK_S)
-
-    def release(self, generation: int) -> None:
-        self._call("release", generation, timeout_s=QUICK_S)
-
-    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
-        self._call("save", generation, directory, earlier, timeout_s=self._step_timeout_s)
-
-    def load(self, generation: int, directory: str) -> None:
-        self._call("load", generation, directory, timeout_s=self._step_timeout_s)
-
-    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: "ObjectRef[Any]") -> None:
-        """Have the shard fetch `vectors` from where they are, and stage them."""
-        self._call("stage", generation, weights_version, start, vectors, timeout_s=QUICK_S)
+    def call(self, method: ShardMethod[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Have the actor carry out `method`, within a bound that depends on what it does."""
+        slow = method in (Shard.prepare, Shard.save, Shard.load)
+        return self._call(method.__name__, *arguments, timeout_s=self._step_timeout_s if slow else QUICK_S, **named)
 
     def restart(self) -> None:
         try:
@@ -124,10 +105,10 @@ class RayShard:
         except (RayError, ValueError) as error:
             raise ShardLost(f"{self._name} cannot be killed: {error}") from error
 
-    def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+    def _call(self, method: str, *arguments: Any, timeout_s: float, **named: Any) -> Any:
         try:
             self.actor.find_place()
-            return get(self.actor.submit(method, *arguments), timeout_s)
+            return get(self.actor.submit(method, *arguments, **named), timeout_s)
         except GetTimeoutError:
             raise ShardLost(f"{self._name} did not answer {method} in {timeout_s:g} s", silent=True) from None
         except RayTaskError as error:
@@ -160,7 +141,6 @@ class RayWorker:
         self._chunk_timeout_s = chunk_timeout_s
 
     def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
-        assert isinstance(shard, RayShard | ReplicatedShard)
         limit = self._chunk_timeout_s
         try:
             self._actor.find_place()
@@ -176,7 +156,7 @@ class RayWorker:
             self._actor.place = None
             raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
         try:
-            shard.stage(generation, weights.version, chunk.start if numbers is None else numbers, vectors)
+            shard.call(Shard.stage, generation, weights.version, chunk.start if numbers is None else numbers, vectors)
         except RayError as error:  # the vectors were lost with the worker's machine
             raise WorkerLost(f"{self.name}: {type(error).__name__}") from error
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from cluster.refresh.coordinator import RefreshCoordinator, RefreshSettings
 from cluster.refresh.encode_queue import EncodePool
-from cluster.refresh.ports import Chunk, ShardLost, ShardPort, Weights, WorkerLost
-from cluster.refresh.replicas import ReplicatedShard
+from cluster.refresh.ports import Chunk, P, ShardLost, ShardMethod, ShardPort, T, Weights, WorkerLost
 from cluster.refresh.shards import ShardGroup
 from cluster.refresh.snapshots import IndexIdentity, Snapshots
 from indexing.corpus.stores.changes import ChangeLog
@@ -59,10 +58,12 @@ class FakeShard:
 
         self.before = before
 
-    def _do(self, method: str, generation: int, *arguments: Any) -> Any:
-        self.before(method, generation)
-        result = getattr(self.shard, method)(generation, *arguments)
-        self.log.append((method, generation, self.number))
+    def call(self, method: ShardMethod[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        name, generation = method.__name__, arguments[0]
+        assert isinstance(generation, int)
+        self.before(name, generation)
+        result = method(self.shard, *arguments, **named)
+        self.log.append((name, generation, self.number))
         return result
 
     def status(self) -> ShardStatus:
@@ -71,38 +72,6 @@ class FakeShard:
 
     def lacking(self, generation: int) -> str:
         return "" if generation in self.shard.status().generations else self.name
-
-    def begin(self, generation: int, weights_version: int, numbers: np.ndarray | None, corpus_version: int) -> None:
-        self._do("begin", generation, weights_version, numbers, corpus_version)
-
-    def derive(
-        self, generation: int, origin: int, numbers: np.ndarray, weights_version: int, corpus_version: int
-    ) -> None:
-        self._do("derive", generation, origin, numbers, weights_version, corpus_version)
-
-    def hide(self, corpus_version: int, numbers: np.ndarray) -> None:
-        self._do("hide", corpus_version, numbers)
-
-    def stage(self, generation: int, weights_version: int, start: int | np.ndarray, vectors: np.ndarray) -> None:
-        self._do("stage", generation, weights_version, start, vectors)
-
-    def prepare(self, generation: int) -> None:
-        self._do("prepare", generation)
-
-    def commit(self, generation: int) -> None:
-        self._do("commit", generation)
-
-    def abort(self, generation: int) -> None:
-        self._do("abort", generation)
-
-    def release(self, generation: int) -> None:
-        self._do("release", generation)
-
-    def save(self, generation: int, directory: str, earlier: str | None = None) -> None:
-        self._do("save", generation, directory, earlier)
-
-    def load(self, generation: int, directory: str) -> None:
-        self._do("load", generation, directory)
 
     def restart(self) -> None:
         self.log.append(("restart", -1, self.number))
@@ -119,13 +88,12 @@ class FakeWorker:
 
     def encode(self, chunk: Chunk, generation: int, weights: Weights, shard: ShardPort) -> None:
         self.before(chunk, weights)
-        assert isinstance(shard, FakeShard | ReplicatedShard)
         vectors = vectors_of(weights.version, chunk.start, chunk.stop)
         if chunk.numbers is None:
-            shard.stage(generation, weights.version, chunk.start, vectors)
+            shard.call(Shard.stage, generation, weights.version, chunk.start, vectors)
         else:
             numbers = np.array(chunk.numbers)
-            shard.stage(generation, weights.version, numbers, vectors[numbers - chunk.start])
+            shard.call(Shard.stage, generation, weights.version, numbers, vectors[numbers - chunk.start])
         self.chunks.append(chunk)
 
     def recover(self) -> None:

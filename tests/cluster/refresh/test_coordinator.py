@@ -11,6 +11,7 @@ import pytest
 from cluster.refresh import coordinator as refresh_module
 from cluster.refresh.encode_queue import split
 from cluster.refresh.ports import Chunk, ShardLost, Weights
+from indexing.shard.shard import Shard
 from tests.cluster import fakes
 from tests.cluster.fakes import DIM, NUM_PASSAGES, World, build, vectors_of, wait_until, weights
 
@@ -354,10 +355,10 @@ def test_a_coordinator_that_died_in_the_commit_is_followed_by_one_that_completes
     coordinator = world.coordinator()
     build(coordinator, 7)
     for number, shard in enumerate(world.shards):
-        shard.stage(2, 8, shard.start, vectors_of(8, shard.start, shard.stop))
-        shard.prepare(2)
+        shard.call(Shard.stage, 2, 8, shard.start, vectors_of(8, shard.start, shard.stop))
+        shard.call(Shard.prepare, 2)
         if number < num_committed:
-            shard.commit(2)
+            shard.call(Shard.commit, 2)
     follower = world.coordinator()
     status = follower.status()
     assert (status.generation, status.weights_version) == (2, 8)
@@ -369,8 +370,8 @@ def test_a_coordinator_that_died_in_the_commit_is_followed_by_one_that_completes
 def test_a_coordinator_that_died_before_the_decision_is_followed_by_one_that_aborts(world: World) -> None:
     build(world.coordinator(), 7)
     for shard in world.shards[:2]:
-        shard.stage(2, 8, shard.start, vectors_of(8, shard.start, shard.stop))
-        shard.prepare(2)
+        shard.call(Shard.stage, 2, 8, shard.start, vectors_of(8, shard.start, shard.stop))
+        shard.call(Shard.prepare, 2)
     follower = world.coordinator()
     assert follower.status().generation == 1
     build(follower, 9)
@@ -383,9 +384,9 @@ def test_a_follower_goes_back_to_the_snapshot_when_half_of_a_commit_died(world: 
     build(coordinator, 7)
     assert coordinator.snapshots.work()
     for shard in world.shards:
-        shard.stage(2, 8, shard.start, vectors_of(8, shard.start, shard.stop))
-        shard.prepare(2)
-    world.shards[0].commit(2)
+        shard.call(Shard.stage, 2, 8, shard.start, vectors_of(8, shard.start, shard.stop))
+        shard.call(Shard.prepare, 2)
+    world.shards[0].call(Shard.commit, 2)
     world.shards[1].die()
     follower = world.coordinator()
     assert follower.status().generation == 1

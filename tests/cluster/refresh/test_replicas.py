@@ -13,7 +13,7 @@ from cluster.refresh.coordinator import RefreshCoordinator
 from cluster.refresh.ports import ShardLost, has_staged_all
 from cluster.refresh.replicas import ReplicatedShard, in_common
 from indexing.dense.probe import Figures
-from indexing.shard.shard import ShardStatus, shard_ranges
+from indexing.shard.shard import Shard, ShardStatus, shard_ranges
 from indexing.shard.staging import StagingStatus
 from tests.cluster.fakes import NUM_PASSAGES, FakeShard, World, build
 from tests.cluster.refresh import test_coordinator, test_live_corpus
@@ -119,11 +119,12 @@ def test_a_coordinator_that_died_between_two_replicas_commits_is_followed_by_one
     coordinator.shards.wait(1.0)
     chunks = [(port, port.start, port.stop) for port in world.ports]
     for port, start, stop in chunks:
-        assert isinstance(port, ReplicatedShard)
-        port.stage(generation, 2, start, np.random.default_rng(2).normal(size=(NUM_PASSAGES, 4))[start:stop])
-        port.prepare(generation)
+        port.call(
+            Shard.stage, generation, 2, start, np.random.default_rng(2).normal(size=(NUM_PASSAGES, 4))[start:stop]
+        )
+        port.call(Shard.prepare, generation)
     for replica in (world.shards[0], world.shards[3]):
-        replica.commit(generation)
+        replica.call(Shard.commit, generation)
     assert [one.prepared for one in world.ports[0].status().staged] == [True]
     world.coordinator()
     assert all(set(served) == {1, 2} for served in world.served())
