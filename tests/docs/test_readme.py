@@ -1,14 +1,17 @@
 """The README fits on two pages, its links lead somewhere, its commands parse, and its own data trains."""
 
+import ast
 import json
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import tandem
 from cluster import cli
 from cluster.prepare import corpus_changes
 from tests.docs.samples import ROOT, samples
@@ -84,6 +87,18 @@ def test_commands_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert cli.read_experiment(cli.split_questions(rest)[1])
         elif verb != "test":
             assert cli.read_experiment([word for word in rest if word not in ("--json", "CONFIG")]), command
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "start.md"], ids=lambda page: page.name)
+def test_python_samples_name_what_there_is(page: Path):
+    (sample,) = re.findall(r"^```python\n(.*?)^```$", text(page), flags=re.MULTILINE | re.DOTALL)
+    run = tandem.Run(ROOT / "runs" / "none", tandem.Settings())  # reads nothing before it is asked
+    named = {"tandem": set(tandem.__all__), "run": set(dir(run))}
+    named |= {"answer": {entry.name for entry in fields(tandem.Answer)}}
+    named |= {"passage": {entry.name for entry in fields(tandem.Passage)}}
+    for node in ast.walk(ast.parse(sample)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.attr in named[node.value.id], ast.unparse(node)
 
 
 def own_data(folder: Path) -> None:
