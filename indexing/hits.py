@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from indexing.declare import refuse
+
 
 @dataclass(frozen=True)
 class CorpusState:
@@ -115,7 +117,7 @@ def merge(shard_hits: Sequence[ShardHits], k: int, allow_fewer: bool = False) ->
     order = _order(scores, ids, k)
     scores, ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
     if ids.size and ids.min() < 0:
-        raise ValueError(f"retrieval.k is {k}, but the index found fewer hits for a query")
+        raise refuse("retrieval.k", k, "must be smaller: the index found fewer hits for a query")
     corpus = CorpusState(
         min(hits.corpus.added for hits in shard_hits), max(hits.corpus.hidden for hits in shard_hits)
     )  # what was deleted is hidden on one shard after the other
@@ -218,16 +220,12 @@ def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.n
 def _check_filtered(k: int, num_allowed: int, allow_fewer: bool) -> int:
     """`k`, or as many as pass the filter. Raises ValueError where that is fewer, unless `allow_fewer`."""
     if k > num_allowed and not allow_fewer:
-        raise ValueError(
-            f"retrieval.k is {k}, but {num_allowed} passages pass the filter retrieval.where: allowed are 1 to "
-            f"{num_allowed}; lower retrieval.k or widen the filter"
-        )
+        allowed = f"must be at most {num_allowed}, the passages that pass the filter retrieval.where"
+        raise refuse("retrieval.k", k, allowed)
     return min(k, num_allowed)
 
 
 def check_k(k: int, num_passages: int) -> None:
     """Raise ValueError unless 1 <= k <= `num_passages`."""
     if not 1 <= k <= num_passages:
-        raise ValueError(
-            f"retrieval.k is {k}, but the index holds {num_passages} passages: allowed are 1 to {num_passages}"
-        )
+        raise refuse("retrieval.k", k, f"must be 1 to {num_passages}, the passages of the index")

@@ -11,6 +11,7 @@ CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a 
 PREFERENCE = ("dpo", "kto")
 SAMPLING = ("stochastic_rag", "reinforce", "grpo")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
+DTYPES = ("float32", "bfloat16")  # of published weights
 DECODINGS = ("marginal", "fused", "top1")
 TRAINS_RETRIEVER = ("both", "query_only", "retriever_only")  # values of training.train
 FRESH_CONTEXT = 8192  # tokens that a fresh causal model takes; rotary positions cost nothing
@@ -180,7 +181,7 @@ class ObjectiveConfig:
     title_probability: float = setting(0.3, "Chance that the query is the title instead of a span (inverse_cloze).",
         unit="chance", least=0, most=1)
     drop_probability: float = setting(0.1, "Chance that a token of the query is dropped (inverse_cloze, "
-        "independent_cropping).", unit="chance", least=0, most=1)
+        "independent_cropping).", unit="chance", least=0, below=1)
     min_span: int = setting(5, "Number of tokens of the shortest query span (inverse_cloze, independent_cropping).",
         unit="tokens", least=1)
     max_span: int = setting(14, "Number of tokens of the longest query span (inverse_cloze, independent_cropping).",
@@ -206,6 +207,8 @@ class ObjectiveConfig:
     reward: str = setting("exact_match", "Reward of a sampled answer (reinforce, grpo): exact_match, f1, grounded (the "
         "answer stands in its passage), module:function or file.py:function (of question, answer, gold answers and "
         "passages read), or likelihood (reinforce only: of the gold answer).")
+    function: str = setting("", "Loss of your own in the place of the named objective's, which still says what is "
+        "computed for it: module:function or file.py:function. Empty: none.")
     sampling_temperature: float = setting(1.0, "Temperature at which the tokens of answers are sampled (reinforce, "
         "grpo).", unit="temperature", above=0)
     clip: float = setting(0.2, "Distance from 1 at which the probability ratio is clipped (grpo).", unit="ratio",
@@ -402,6 +405,8 @@ class EvaluationConfig:
     also: list[str] = setting([], "Further modes at the end: other decodings, closed_book (no passage), gold (the "
         "labelled passage) or long (as much of the corpus as fits).",
         choices=(*DECODINGS, "closed_book", "gold", "long"))
+    metrics: list[str] = setting([], "Metrics of your own: module:function or file.py:function, of the answers and the "
+        "gold answers of a split.")
     needle: NeedleConfig = section(NeedleConfig)
     examples: int = setting(5, "Number of decoded examples that the report prints.", unit="examples")
 

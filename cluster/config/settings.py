@@ -7,6 +7,7 @@ from indexing.declare import POINT_VALUES, is_point, section, setting
 from indexing.indexing_settings import CorpusConfig, IndexConfig, LexicalConfig, PreferencesConfig, QuestionsConfig
 from training.refreshing.policy import POLICIES
 from training.training_settings import (
+    DTYPES,
     AlignmentConfig,
     CheckpointConfig,
     EncoderConfig,
@@ -77,7 +78,7 @@ class RefreshConfig:
     batch_tokens: int = setting(4096, "Number of padded tokens of one encoder call; a GPU wants more.", unit="tokens",
         least=1)
     precision: str = setting("float32", "Precision of the published weights, and of products where workers have such "
-        "(a GPU, a CPU with AMX).", choices=("float32", "bfloat16"))
+        "(a GPU, a CPU with AMX).", choices=DTYPES)
     threads: int = setting(1, "Number of threads of a worker on CPU.", unit="threads", least=1)
     max_failures: int = setting(3, "Number of failures of one refresh before it is given up until the next publish.",
         unit="failures")

@@ -1,4 +1,5 @@
-"""What a run would be, without its weights: placement, engine, data, model sizes, as far as they are known here."""
+"""Describes a run without loading its weights: placement, engine, data, and model sizes as far as they are known
+here."""
 
 from pathlib import Path
 from typing import Any
@@ -8,25 +9,27 @@ import torch
 from cluster.config.settings import Settings
 from cluster.planning.placement import Node, PlacementPlan, plan
 from indexing.corpus.files.corpus import corpus_path
+from indexing.declare import refuse
 from training.feeding.mixture import mixture, pretrains
 from training.objectives.dispatch import needs
 
 
 def describe(settings: Settings, nodes: list[Node]) -> str:
-    """A paragraph per part. Raises ValueError when `cluster.dry_run_nodes` is malformed or cannot hold the plan."""
+    """Return one paragraph per part. Raises ValueError if `cluster.dry_run_nodes` is malformed or cannot hold the
+    plan."""
     placement = plan(settings.cluster, settings.refresh, settings.index, planned_nodes(settings, nodes))
     parts = [f"run {settings.run.name}", str(placement), _engine(settings, placement), _objective(settings)]
     return "\n".join([*parts, _data(settings), *_models(settings)])
 
 
 def planned_nodes(settings: Settings, nodes: list[Node]) -> list[Node]:
-    """The machines of `cluster.dry_run_nodes` ("2x8x96": machines x GPUs x CPUs), else those at hand."""
+    """Return the machines of `cluster.dry_run_nodes` ("2x8x96": machines x GPUs x CPUs), else `nodes`."""
     text = settings.cluster.dry_run_nodes
     if not text:
         return nodes
     numbers = text.lower().split("x")
     if len(numbers) != 3 or not all(number.isdigit() for number in numbers) or int(numbers[0]) < 1:
-        raise ValueError(f"cluster.dry_run_nodes={text!r}: must be MACHINESxGPUSxCPUS, for instance 2x8x96")
+        raise refuse("cluster.dry_run_nodes", text, "must be MACHINESxGPUSxCPUS, for instance 2x8x96")
     machines, gpus, cpus = map(int, numbers)
     return [Node(cpus=float(cpus), gpus=float(gpus))] * machines
 
@@ -70,7 +73,7 @@ def _data(settings: Settings) -> str:
 
 
 def _models(settings: Settings) -> list[str]:
-    """Sizes from the models' configurations; weights are neither read nor allocated."""
+    """Return sizes from the models' configurations; weights are neither read nor allocated."""
     encoder, generator = settings.encoder, settings.generator
     small, reader = encoder.fresh, generator.fresh
     fresh_encoder = f"fresh, {small.num_layers} layers x {small.hidden}, {encoder.tokenizer.vocabulary} word pieces"

@@ -1,60 +1,65 @@
-"""What an index, a refresh, a search and a trainer cost: pure formulas of sizes and rates, no settings, no machines.
+"""Estimates the cost of an index, a refresh, a search and a trainer by pure formulas of sizes and rates.
 
-Bytes and seconds are for one shard, one worker or one trainer unless the name says otherwise. Where a formula comes
-from somebody else it names the place; the rest is counted from `indexing/` and is held to real FAISS indexes by tests.
+Bytes and seconds are for one shard, one worker or one trainer unless the name says otherwise. A formula from a
+publication names it; the others are counted from the code of `indexing/`, and tests compare them with real FAISS
+indexes.
 """
 
 import math
 import re
 from dataclasses import dataclass
 
+from indexing.declare import refuse
 from indexing.shard.serving import MAX_COMMITTED
 
 FLOAT, ID = 4, 8  # bytes
 SCALAR_BITS = {"SQ8": 8, "SQ6": 6, "SQ4": 4, "SQfp16": 16, "SQbf16": 16}
-KMEANS_ROUNDS, KMEANS_POINTS = 10, 256  # FAISS: of an IVF's centroids, and vectors of each at most
+# Number of FAISS's k-means rounds for the centroids of an IVF, and of vectors per centroid at most
+KMEANS_ROUNDS, KMEANS_POINTS = 10, 256
 PQ_ROUNDS, PQ_POINTS = 25, 256
-HNSW_VISITED = 40 * 16  # distances of one insertion: FAISS's efConstruction 40, about 16 neighbours of each looked at
-# Times that vectors pass through memory, in units of a copy (held to benchmarks/scale.py). On their way to a shard: out
-# of a tensor, into the object store's fresh pages, into storage that is made for them, checked for NaN. When it builds:
-# their norms in float64; another kind checks them again, assigns and adds them.
+# Number of distances per insertion: FAISS's efConstruction of 40, times about 16 neighbours each
+HNSW_VISITED = 40 * 16
+# Number of times that vectors pass through memory, in units of a copy (compared with benchmarks/scale.py). On their way
+# to a shard: out of a tensor, into new pages of the object store, into storage made for them, and a check for NaN. In a
+# build: their norms in float64; kinds that are not exhaustive check them again, assign and add them.
 STAGE_PASSES, EXHAUSTIVE_PASSES, OTHER_PASSES = 12, 2, 4
 GPU_SCRATCH_BYTES = 256 * 2**20  # indexing/dense/faiss_build.py
-PROCESS_BYTES = 0.25e9  # of an actor with numpy and FAISS
-TORCH_PROCESS_BYTES = 0.9e9  # of one with torch, transformers and DeepSpeed
+PROCESS_BYTES = 0.25e9  # bytes of an actor with numpy and FAISS
+TORCH_PROCESS_BYTES = 0.9e9  # bytes of an actor with torch, transformers and DeepSpeed
 CUDA_CONTEXT_BYTES = 0.6e9
-BUCKET_BYTES = 2 * 2 * 2e8  # DeepSpeed's two buckets of 2e8 numbers (training/engine/engine_setup.py), in 16 bits
+# bytes of DeepSpeed's two buckets of 2e8 numbers (training/engine/engine_setup.py), in 16 bits
+BUCKET_BYTES = 2 * 2 * 2e8
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexKind:
-    """An index factory in numbers."""
+    """The numbers that an index factory stands for."""
 
     factory: str
-    lists: int  # of an IVF; 0: none
-    code_bytes: float  # of one vector
-    beside_bytes: float  # of one vector: its id in a list, its links in a graph, its numbers for re-scoring
-    fixed_bytes: float  # centroids, codebooks
-    links: int  # of an HNSW graph; 0: none
-    sub_quantizers: int  # of a product quantiser; 0: none
+    lists: int  # Number of lists of an IVF; 0: none
+    code_bytes: float  # bytes of one vector's code
+    beside_bytes: float  # bytes per vector for its id in a list, its links in a graph, its numbers for re-scoring
+    fixed_bytes: float  # bytes of centroids and codebooks
+    links: int  # Number of links of an HNSW graph; 0: none
+    sub_quantizers: int  # Number of sub-quantizers of a product quantizer; 0: none
     codewords: int
 
     @property
     def vector_bytes(self) -> float:
-        """Of one vector in the index."""
+        """Return the bytes of one vector in the index."""
         return self.code_bytes + self.beside_bytes
 
     @property
     def exhaustive(self) -> bool:
-        """Staged where it will be searched (`indexing/shard/waiting.py`)."""
+        """Return True if vectors are staged in the storage that is searched (`indexing/shard/waiting.py`)."""
         return self.factory in ("Flat", "SQfp16")
 
 
 def index_kind(factory: str, dim: int, halves: bool = False) -> IndexKind:
-    """The numbers of a factory string for vectors of `dim` numbers; `halves`: with 16-bit vectors beside it, as
-    index.rescore_candidates and index.products=bfloat16 need them. Raises ValueError for one that is not known.
+    """Return the numbers of a factory string for vectors of `dim` numbers. `halves` adds 16-bit vectors, as
+    index.rescore_candidates and index.products=bfloat16 need them. Raises ValueError for an unknown factory.
 
-    Bytes as https://github.com/facebookresearch/faiss/wiki/Faiss-indexes has them.
+    The bytes are those of https://github.com/facebookresearch/faiss/wiki/Faiss-indexes.
     """
     parts = factory.split(",")
     lists = links = sub_quantizers = codewords = 0
@@ -82,12 +87,10 @@ def index_kind(factory: str, dim: int, halves: bool = False) -> IndexKind:
         elif (found := re.fullmatch(r"RFlat|Refine\((Flat|SQ\w+)\)", part)) and code is not None:
             beside += dim * FLOAT if found[1] in (None, "Flat") else math.ceil(dim * SCALAR_BITS.get(found[1], 16) / 8)
         else:
-            raise ValueError(
-                f"index.factory={factory}: its bytes are known for Flat, SQ4, SQ6, SQ8, SQfp16, SQbf16, PQm, PQmxb, "
-                "also after IVFn, HNSWm or OPQm, and before RFlat"
-            )
+            allowed = "must be Flat, SQ4, SQ6, SQ8, SQfp16, SQbf16, PQm or PQmxb, also after IVFn, HNSWm or OPQm, and"
+            raise refuse("index.factory", factory, f"{allowed} before RFlat, whose bytes are known")
     if code is None and not links:
-        raise ValueError(f"index.factory={factory}: {parts[0]} needs a kind of code behind it, such as {parts[0]},Flat")
+        raise refuse("index.factory", factory, f"must have a code behind {parts[0]}, such as {parts[0]},Flat")
     code = dim * FLOAT if code is None else code
     return IndexKind(
         factory=factory,
@@ -102,52 +105,54 @@ def index_kind(factory: str, dim: int, halves: bool = False) -> IndexKind:
 
 
 def _graph_bytes(links: int) -> float:
-    """Of one vector: 2 * links neighbours on the lowest level, links on each level above, which 1 / links of the
-    vectors reach; an offset of 8 bytes and a level of 4 (FAISS, impl/HNSW.h)."""
+    """Return the bytes of one vector's links: 2 * links neighbours on the lowest level, links on each level above,
+    which 1 / links of the vectors reach; an offset of 8 bytes and a level of 4 (FAISS, impl/HNSW.h)."""
     return 4 * (2 * links + links / (links - 1) if links > 1 else 4) + 12
 
 
 def index_bytes(kind: IndexKind, num_vectors: int) -> float:
-    """One generation of one shard."""
+    """Return the bytes of one generation of one shard."""
     return kind.fixed_bytes + num_vectors * kind.vector_bytes
 
 
 @dataclass(frozen=True)
 class ShardBytes:
-    """Memory of one shard, without its process."""
+    """The memory of one shard, without its process, in bytes."""
 
-    generation: float  # one index
-    staging: float  # of the vectors that wait for the next one, beside it
+    generation: float  # bytes of one index
+    staging: float  # bytes of the vectors that are staged for the next generation
     on_gpu: bool
 
     @property
     def serving(self) -> float:
-        """Between refreshes, where the index lies."""
+        """Return the bytes between refreshes, on the device of the index."""
         return self.generation
 
     @property
     def refreshing(self) -> float:
-        """Usual peak, where the index lies: one generation serves, the next one is complete beside it."""
+        """Return the usual peak on the device of the index: one generation serves, the next one is complete beside
+        it."""
         return 2 * self.generation + (0.0 if self.on_gpu else self.staging)
 
     @property
     def at_most(self) -> float:
-        """Where the index lies: two generations are open (`MAX_COMMITTED` of a shard), because a snapshot of the
-        older one is still being written, and the next one is built."""
+        """Return the highest peak on the device of the index: two generations are open (`MAX_COMMITTED` of a shard),
+        because a snapshot of the older one is being written, while the next one is built."""
         scratch = GPU_SCRATCH_BYTES if self.on_gpu else self.staging
         return (MAX_COMMITTED + 1) * self.generation + scratch
 
     @property
     def host_at_most(self) -> float:
-        """In the host's memory: all of it, or for an index on a GPU what waits and the twin that is copied there."""
+        """Return the highest peak in the host's memory: everything, or for a GPU index the staged vectors and the copy
+        of the index that is made there."""
         return self.staging + self.generation if self.on_gpu else self.at_most
 
 
 def shard_bytes(
     kind: IndexKind, num_vectors: int, *, dim: int, training_sample: int, on_gpu: bool = False
 ) -> ShardBytes:
-    """Of a shard of `num_vectors`. An exhaustive CPU index stages in its own storage; another kind holds its vectors in
-    float32, and a copy of its training sample, until it is built."""
+    """Return the memory of a shard of `num_vectors`. An exhaustive CPU index stages in its storage; another kind holds
+    its vectors in float32, and a copy of its training sample, until it is built."""
     generation = index_bytes(kind, num_vectors)
     if kind.exhaustive and not on_gpu:
         return ShardBytes(generation, 0.0, on_gpu)
@@ -156,10 +161,11 @@ def shard_bytes(
 
 
 def build_work(kind: IndexKind, num_vectors: int, dim: int, training_sample: int) -> tuple[float, float]:
-    """Floating-point operations of matrix products, and bytes copied, from staged vectors to a built index.
+    """Return the floating-point operations of matrix products, and the bytes copied, from staged vectors to a built
+    index.
 
-    An IVF trains its centroids by k-means and assigns every vector; a product quantiser trains 256 words and encodes;
-    a graph compares each new vector with the candidates of its search.
+    An IVF trains its centroids by k-means and assigns every vector; a product quantizer trains 256 words and encodes; a
+    graph compares each new vector with the candidates of its search.
     """
     sample = min(training_sample, num_vectors)
     flops = 0.0
@@ -175,27 +181,27 @@ def build_work(kind: IndexKind, num_vectors: int, dim: int, training_sample: int
 
 
 def stage_seconds(num_vectors: int, dim: int, copy_bytes: float, num_workers: int) -> float:
-    """From encoded chunks to staged vectors: each worker sends its own, one chunk after another."""
+    """Return the seconds from encoded chunks to staged vectors: each worker sends one chunk after another."""
     return STAGE_PASSES * num_vectors * dim * FLOAT / copy_bytes / num_workers
 
 
 def build_seconds(work: tuple[float, float], product_flops: float, copy_bytes: float) -> float:
-    """`work` at these rates."""
+    """Return the seconds of `work` at these rates."""
     return work[0] / product_flops + work[1] / copy_bytes
 
 
 def search_work(
     kind: IndexKind, num_vectors: int, *, dim: int, batch: int, nprobe: int, on_gpu: bool = False
 ) -> tuple[float, float, float]:
-    """What `batch` queries cost one shard: operations of products of all queries with all vectors; operations of
-    coarse products; bytes read by one query after another.
+    """Return the cost of `batch` queries for one shard: operations of products of all queries with all vectors;
+    operations of coarse products; bytes read by one query after another.
 
     Flat, and SQfp16 on a GPU, multiply the batch with all vectors; other codes are decoded for each query; an IVF reads
     `nprobe` of its lists for each query; a graph visits about `links` times as many vectors as it answers.
     """
     if kind.factory == "Flat" or (on_gpu and kind.exhaustive):
         return 2.0 * batch * num_vectors * dim, 0.0, 0.0
-    read = dim * FLOAT  # a code costs what its numbers cost: decoding hides what the fewer bytes save
+    read = dim * FLOAT  # decoding takes as long as the saved bytes would
     if kind.sub_quantizers:
         read = kind.sub_quantizers * FLOAT
     if kind.lists:
@@ -210,7 +216,7 @@ def search_work(
 
 
 def encode_seconds(num_passages: int, flops_each: float, flops_per_s: float, num_workers: int) -> float:
-    """All passages, once."""
+    """Return the seconds to encode all passages once."""
     return num_passages * flops_each / (flops_per_s * num_workers)
 
 
@@ -220,12 +226,12 @@ def encode_seconds(num_passages: int, flops_each: float, flops_per_s: float, num
 def state_bytes(
     trained: int, frozen: int, *, stage: int, ranks: int, precision: str, offload: bool
 ) -> tuple[float, float]:
-    """(device, host) bytes of weights, gradients and AdamW's state on one of `ranks`.
+    """Return (device, host) bytes of weights, gradients and AdamW's state on one of `ranks`.
 
-    bf16: 2 a weight, 2 a gradient, 16 of fp32 gradient, master and moments, as DeepSpeed's
+    bf16: 2 per weight, 2 per gradient, 16 of fp32 gradient, master and moments, as DeepSpeed's
     `estimate_zero2_model_states_mem_needs` and `estimate_zero3_...` count; each stage divides one more of them by the
-    ranks (Rajbhandari et al. 2020, arXiv:1910.02054, section 3). fp32 and bf16_autocast: 4, 4 and 8, and 4 more for
-    the copy that ZeRO's partitions hold.
+    ranks (Rajbhandari et al. 2020, arXiv:1910.02054, section 3). fp32 and bf16_autocast: 4, 4 and 8, and 4 more for the
+    copy that ZeRO's partitions hold.
     """
     weight, gradient, rest = (2, 2, 16) if precision == "bf16" else (4, 4, 8 if stage == 0 else 12)
     per_rank = [1 / ranks if stage >= needed else 1.0 for needed in (3, 2, 1)]
@@ -241,9 +247,9 @@ def state_bytes(
 def activation_bytes(
     tokens: float, length: float, layers: int, hidden: int, heads: int, value_bytes: int, checkpointing: bool
 ) -> float:
-    """What a backward pass needs of `tokens` tokens in sequences of `length`.
+    """Return the bytes that a backward pass needs for `tokens` tokens in sequences of `length`.
 
-    34 h + 5 a s bytes a token and layer in 16 bits (Korthikanti et al. 2022, arXiv:2205.05198, equation 2); with
+    34 h + 5 a s bytes per token and layer in 16 bits (Korthikanti et al. 2022, arXiv:2205.05198, equation 2); with
     checkpointing each layer's input and one whole layer.
     """
     whole = (34 * hidden + 5 * heads * length) * value_bytes / 2

@@ -1,7 +1,7 @@
-"""Which process gets which processors and GPUs: decided once, from settings and the cluster's nodes, before launch.
+"""Decides which process gets which processors and GPUs, once, from settings and the cluster's nodes, before launch.
 
-A Ray CPU is a ticket, not a core. Trainers always hold theirs; shards and refresh workers hold one only where enough
-are left, so that the same plan starts on a laptop with two cores.
+A Ray CPU is a ticket, not a core. Trainers always hold theirs; shards and refresh workers hold one only if enough are
+left, so that the same plan starts on a laptop with two cores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ import psutil
 from cluster.config.settings import ClusterConfig, RefreshConfig
 from cluster.machines.session import logical_cpus
 from cluster.planning.hardware import GPUS
+from indexing.declare import refuse
 from indexing.indexing_settings import IndexConfig
 
 EPSILON = 1e-6  # Ray counts in ten-thousandths
@@ -19,27 +20,27 @@ EPSILON = 1e-6  # Ray counts in ten-thousandths
 
 @dataclass(frozen=True)
 class Node:
-    """What one machine of the cluster offers."""
+    """The resources of one machine of the cluster."""
 
     cpus: float
     gpus: float
-    memory_bytes: float = 0.0  # free for programs; 0: not known
-    gpu_memory_bytes: float = 0.0  # of each GPU
+    memory_bytes: float = 0.0  # bytes free for programs; 0: not known
+    gpu_memory_bytes: float = 0.0  # bytes of each GPU; 0: not known
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """What each of `number` like processes holds."""
+    """The resources that each of `number` like processes holds."""
 
     name: str
     number: int
     cpus: float
     gpus: float
-    threads: int  # of computation; 0: the library's own choice
+    threads: int  # Number of computing threads; 0: the library's default
 
     @property
     def device(self) -> str:
-        """cuda or cpu."""
+        """Return cuda or cpu."""
         return "cuda" if self.gpus > 0 else "cpu"
 
     def __str__(self) -> str:
@@ -50,7 +51,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """Trainers, shards and refresh workers, and the nodes that they were planned for."""
+    """The resources of trainers, shards and refresh workers, and the nodes that they were planned for."""
 
     trainers: Seat
     shards: Seat
@@ -59,7 +60,7 @@ class PlacementPlan:
 
     @property
     def multi_node(self) -> bool:
-        """Whether shards and workers are to be spread."""
+        """Return True if shards and workers are to be spread over several nodes."""
         return len(self.nodes) > 1
 
     def __str__(self) -> str:
@@ -68,12 +69,13 @@ class PlacementPlan:
         return "\n".join([first, *(f"  {seat}" for seat in self.seats())])
 
     def seats(self) -> tuple[Seat, Seat, Seat]:
-        """In the order in which they are seated."""
+        """Return the seats in the order in which they are placed."""
         return self.trainers, self.shards, self.workers
 
 
 def nodes_of_cluster() -> list[Node]:
-    """The living machines of the Ray that this process is connected to, or the one that it would be started on."""
+    """Return the living machines of the Ray that this process is connected to, or the one that it would be started
+    on."""
     import ray
 
     if not ray.is_initialized():
@@ -89,13 +91,13 @@ def nodes_of_cluster() -> list[Node]:
 
 
 def gpu_memory(resources: Mapping[str, float]) -> float:
-    """Bytes of each GPU of a Ray node, by the kind that Ray says it has; 0 where that is not known."""
+    """Return the bytes of each GPU of a Ray node, by the kind that Ray reports; 0 if that is not known."""
     kinds = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
     return min((gpu.memory_bytes for gpu in GPUS.values() for kind in kinds if kind in gpu.ray_names), default=0.0)
 
 
 def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> PlacementPlan:
-    """Seat everybody. Raises ValueError with the numbers when the nodes cannot hold the plan."""
+    """Place all processes. Raises ValueError with the numbers if the nodes cannot hold the plan."""
     cpus, gpus = _sum(nodes, "cpus"), _sum(nodes, "gpus")
     trainer_gpus = cluster.trainer_gpus if cluster.trainer_gpus >= 0 else float(gpus > 0)
     shard_gpus = cluster.shard_gpus if cluster.shard_gpus >= 0 else float(index.device == "gpu")
@@ -139,13 +141,13 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
 
 
 def _share(left_gpus: float, num_workers: int) -> float:
-    """GPUs of each refresh worker out of what is left: a whole one, a fraction, or none."""
+    """Return the GPUs of each refresh worker out of those that are left: a whole one, a fraction, or none."""
     share = max(0.0, left_gpus) / num_workers
     return 1.0 if share >= 1 else int(share * 100) / 100
 
 
 def _shard_threads(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> int:
-    """FAISS threads of a shard: an even share of the cores that trainers and workers leave."""
+    """Return the FAISS threads of a shard: an even share of the cores that trainers and workers leave."""
     used = cluster.num_trainers * cluster.threads_per_trainer + refresh.num_workers * refresh.threads
     return max(1, int((_sum(nodes, "cpus") - used) // (index.num_shards * index.replicas)))
 
@@ -153,13 +155,13 @@ def _shard_threads(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexC
 def _check_gpus(wanted: dict[str, float], device: str) -> None:
     for name, gpus in wanted.items():
         if gpus > 1 and gpus != int(gpus):
-            raise ValueError(f"cluster.{name} is {gpus:g}: allowed are whole numbers, fractions below 1, and -1")
+            raise refuse(f"cluster.{name}", f"{gpus:g}", "must be -1, a fraction below 1, or a whole number")
     if device == "gpu" and wanted["shard_gpus"] == 0:
-        raise ValueError("index.device is gpu, but cluster.shard_gpus is 0: allowed is more than 0")
+        raise refuse("cluster.shard_gpus", 0, "must be above 0 with index.device=gpu")
 
 
 def _without_room(plan: PlacementPlan) -> tuple[Seat, int] | None:
-    """Seat every process on a node, those that want most first; the first that finds no room, if there is one."""
+    """Place every process on a node, those that need most first. Returns the first that finds no room, or None."""
     free = [[node.cpus, node.gpus] for node in plan.nodes]
     for seat in sorted(plan.seats(), key=lambda seat: (-seat.gpus, -seat.cpus)):
         for number in range(seat.number):

@@ -1,10 +1,12 @@
-"""What one stage needs and costs on given machines, and the smallest placement that holds it. No settings below here
-are read twice: `Work` is what is to be done, `Machines` what it runs on, `Counts` who does it, `Costs` what comes out.
+"""Computes what one stage needs and costs on given machines, and the smallest placement that holds it.
 
-The smallest placement is found in this order, each number as small as it can be:
-trainers (as many as configured, more where ZeRO has to spread their states), shards (each holds its part with the
-swap copy; one a machine where there are more machines), refresh workers (encoding takes at most half of the time
-between two publishes; fewer where the machines are not enough, and staleness says so).
+`Work` is the work of the stage, `Machines` the hardware, `Counts` the number of processes, and `Costs` the result;
+nothing here reads settings.
+
+The smallest placement is found in this order, each number as small as it can be: trainers (as many as configured, more
+if ZeRO has to spread their states), shards (each holds its part with the swap copy; one per machine if there are more
+machines), refresh workers (encoding takes at most half of the time between two publishes; fewer if the machines are not
+enough, as the staleness then shows).
 """
 
 import math
@@ -14,94 +16,95 @@ from typing import TYPE_CHECKING
 
 from cluster.planning import estimate
 from cluster.planning.hardware import BANDWIDTH_SHARE, CPU_SHARE, GB, Device, Host
+from indexing.declare import refuse
 
 if TYPE_CHECKING:
     from training.measuring.sizes import EncoderSize, ReaderSize
 
-ENCODING_SHARE = 0.5  # of the time between two publishes
-SHARED_GPU = (0.6, 0.2, 0.2)  # of one GPU that does it all: trainer, refresh worker, shard
+ENCODING_SHARE = 0.5  # Share of the time between two publishes
+SHARED_GPU = (0.6, 0.2, 0.2)  # Share of a GPU that serves all: trainer, refresh worker, shard
 COMMIT_S = 0.05
-RAY_CALL_S, RAY_SHARD_S = 0.0015, 0.0005  # of one search through Ray, and of each shard asked (benchmarks/search.py)
+RAY_CALL_S, RAY_SHARD_S = 0.0015, 0.0005  # seconds of one search through Ray, and per shard (benchmarks/search.py)
 MAX_PLANNED = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One stage."""
+    """The work of one stage."""
 
     passages: int
-    tokens: float  # of a passage, mean
+    tokens: float  # Number of tokens of a passage, mean
     dim: int
     encoder: "EncoderSize"
     reader: "ReaderSize | None"  # None: the objective has no generator
-    trained: int  # parameters
-    frozen: int  # that trainers hold
-    published: int  # parameters of the passage tower
-    encodes_passages: bool  # in the training step, with gradient
+    trained: int  # Number of parameters that train
+    frozen: int  # Number of frozen parameters that trainers hold
+    published: int  # Number of parameters of the passage tower
+    encodes_passages: bool  # True if the training step encodes passages with gradient
     fused: bool
     uses_index: bool
     factory: str
-    halves: bool  # 16-bit vectors beside the index: index.rescore_candidates, index.products
+    halves: bool  # True with 16-bit vectors beside the index: index.rescore_candidates, index.products
     index_on_gpu: bool
     nprobe: int
     training_sample: int
-    batch: int  # questions of a micro-batch and trainer
+    batch: int  # Number of questions of a micro-batch and trainer
     accumulation: int
-    trainers: int  # that share a step's questions; more where memory asks for it
+    trainers: int  # Number of trainers that share a step's questions; more if memory requires it
     k: int
     question_tokens: int
-    prompt_tokens: float  # of the generator, one passage
+    prompt_tokens: float  # Number of tokens of a prompt with one passage
     answer_tokens: int
-    checkpointing: tuple[bool, bool]  # encoder, generator
+    checkpointing: tuple[bool, bool]  # of encoder, generator
     cached_passages: int  # encoder.gradient_cache_passages
     loss_chunk: int
     zero_stage: int
     offload: bool
     precision: str  # of training: fp32, bf16, bf16_autocast
-    published_bytes: int  # of one published number: 2 or 4
-    every_steps: int  # between publishes; 0: never
+    published_bytes: int  # bytes of one published number: 2 or 4
+    every_steps: int  # steps between publishes; 0: never
     steps: int
-    step_seconds: float  # given; 0: estimated
-    batch_tokens: int  # of one encoder call of a refresh worker
+    step_seconds: float  # seconds of a step; 0: estimated
+    batch_tokens: int  # Number of tokens of one encoder call of a refresh worker
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """`device` None: no GPUs; `limit` counts GPUs, or machines then."""
+    """The hardware. `device` is None without GPUs; `limit` counts GPUs, or machines without them."""
 
     device: Device | None
     host: Host
     gpus_per_node: int
     limit: int
-    network: float  # bytes a second of each machine
-    margin: float  # of every memory, left free
-    threads: tuple[int, int] = (1, 1)  # of a trainer and of a refresh worker on CPU
+    network: float  # bytes per second of each machine
+    margin: float  # Share of every memory that is left free
+    threads: tuple[int, int] = (1, 1)  # Number of threads of a trainer and of a refresh worker on CPU
 
     @property
     def host_room(self) -> float:
-        """Usable bytes of one machine."""
+        """Return the usable bytes of one machine."""
         return self.host.memory_bytes * (1 - self.margin)
 
     @property
     def device_room(self) -> float:
-        """Usable bytes of one GPU."""
+        """Return the usable bytes of one GPU."""
         assert self.device is not None
         return self.device.memory_bytes * (1 - self.margin)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Who does it, and on how many machines."""
+    """The numbers of processes and machines."""
 
     trainers: int
     shards: int
     workers: int
     nodes: int
     gpus: int
-    shared: bool = False  # one GPU does it all
+    shared: bool = False  # True if one GPU serves all
 
     def layout(self, machines: Machines, shards_on_gpu: bool) -> str:
-        """Which machines do what, counted from 1."""
+        """Return the processes of each machine in words, machines counted from 1."""
         if machines.device is None:
             return "machine 1" if self.nodes == 1 else f"machine 1: trainer; machines 1-{self.nodes}: shards, refresh"
         parts, taken = [], 0
@@ -123,7 +126,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a placement needs and costs. Bytes, seconds, steps, GPU-hours (machine-hours without GPUs)."""
+    """The needs and costs of a placement. Bytes, seconds, steps, GPU-hours (machine-hours without GPUs)."""
 
     shard_generation_bytes: float
     shard_serving_bytes: float
@@ -142,7 +145,8 @@ class Costs:
     staleness_at_commit_steps: float
     staleness_at_most_steps: float
     search_s: float
-    search_share_of_step: float  # that a shard is busy; above 1 it sets the pace, and `step_s` is longer
+    # Share of a step that a shard is busy; above 1 it sets the pace, and `step_s` is longer
+    search_share_of_step: float
     query_bytes_per_step: float
     hit_bytes_per_step: float
     vector_bytes_per_refresh: float
@@ -152,7 +156,7 @@ class Costs:
 
 
 def shard_bytes(work: Work, shards: int) -> estimate.ShardBytes:
-    """Of the largest of `shards` shards."""
+    """Return the memory of the largest of `shards` shards."""
     kind = estimate.index_kind(work.factory, work.dim, work.halves)
     rows = math.ceil(work.passages / max(1, shards))
     return estimate.shard_bytes(
@@ -161,7 +165,7 @@ def shard_bytes(work: Work, shards: int) -> estimate.ShardBytes:
 
 
 def trainer_bytes(work: Work, ranks: int, on_gpu: bool) -> tuple[float, float]:
-    """(where it computes, host's memory beside that) of one trainer among `ranks`."""
+    """Return (device, host) bytes of one trainer among `ranks`; on a CPU the first holds everything."""
     device, host = estimate.state_bytes(
         work.trained, work.frozen, stage=work.zero_stage, ranks=ranks, precision=work.precision, offload=work.offload
     )
@@ -196,7 +200,8 @@ def trainer_bytes(work: Work, ranks: int, on_gpu: bool) -> tuple[float, float]:
 
 
 def worker_bytes(work: Work, on_gpu: bool) -> float:
-    """One refresh worker, where it computes: the tower, one batch of states and attention of one layer."""
+    """Return the bytes of one refresh worker on its device: the tower, one batch of states and attention of one
+    layer."""
     encoder = work.encoder
     layer = work.batch_tokens * (8.0 * encoder.hidden + encoder.heads * work.tokens) * 4
     base = estimate.CUDA_CONTEXT_BYTES if on_gpu else estimate.TORCH_PROCESS_BYTES
@@ -204,8 +209,8 @@ def worker_bytes(work: Work, on_gpu: bool) -> float:
 
 
 def step_seconds(work: Work, machines: Machines, ranks: int, share: float = 1.0) -> float:
-    """One optimiser step: forward and twice as much backward (once more forward with checkpointing) of what trains; the
-    gradients travel between machines twice (a ring's all-reduce)."""
+    """Return the seconds of one optimiser step: forward and twice as much backward (once more forward with
+    checkpointing) of what trains; the gradients travel between machines twice (a ring's all-reduce)."""
     if work.step_seconds:
         return work.step_seconds
     flops = work.batch * work.encoder.flops(work.question_tokens) * (4 if work.checkpointing[0] else 3)
@@ -228,18 +233,18 @@ def _compute_rate(machines: Machines, half: bool, threads: int) -> float:
 
 
 def encode_seconds(work: Work, machines: Machines, workers: int, share: float = 1.0) -> float:
-    """All passages, once, by `workers`."""
+    """Return the seconds in which `workers` encode all passages once."""
     rate = _compute_rate(machines, work.published_bytes == 2, machines.threads[1]) * share
     return estimate.encode_seconds(work.passages, work.encoder.flops(work.tokens), rate, max(1, workers))
 
 
 def shards_here(counts: Counts) -> int:
-    """Shards on the machine that has most of them."""
+    """Return the number of shards on the machine that has most of them."""
     return math.ceil(counts.shards / counts.nodes)
 
 
 def shard_threads(machines: Machines, counts: Counts) -> int:
-    """Of one shard: an even share of its machine's processors that nobody else uses
+    """Return the threads of one shard: an even share of its machine's processors that nobody else uses
     (`cluster/planning/placement.py`)."""
     used = 0
     if machines.device is None:
@@ -249,12 +254,13 @@ def shard_threads(machines: Machines, counts: Counts) -> int:
 
 
 def ray_seconds(counts: Counts) -> float:
-    """Of one search, besides what its shards compute."""
+    """Return the seconds of one search besides the computation of its shards."""
     return RAY_CALL_S + RAY_SHARD_S * counts.shards
 
 
 def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
-    """One batch in the slowest shard: shards work side by side, as far as there are processors for them."""
+    """Return the seconds of one batch in the slowest shard: shards work side by side, as far as there are processors
+    for them."""
     kind = estimate.index_kind(work.factory, work.dim, work.halves)
     rows = math.ceil(work.passages / max(1, counts.shards))
     on_gpu = work.index_on_gpu and machines.device is not None
@@ -274,18 +280,18 @@ def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
 
 
 def build_seconds(work: Work, machines: Machines, counts: Counts) -> float:
-    """From staged vectors to prepared indexes, all shards beside each other."""
+    """Return the seconds from staged vectors to prepared indexes, all shards beside each other."""
     kind = estimate.index_kind(work.factory, work.dim, work.halves)
     rows = math.ceil(work.passages / max(1, counts.shards))
     flops, copied = estimate.build_work(kind, rows, work.dim, work.training_sample)
     host, threads, here = machines.host, shard_threads(machines, counts), shards_here(counts)
     crowded = max(1.0, here * threads / host.cpus)
-    alone = copied / host.copy_bytes * max(1.0, here / host.cpus)  # one thread a shard copies
+    alone = copied / host.copy_bytes * max(1.0, here / host.cpus)  # one thread of each shard copies
     return flops / host.product_flops / threads * crowded + max(alone, here * 2 * copied / host.bandwidth)
 
 
 def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
-    """Everything that a placement needs and costs."""
+    """Return everything that a placement needs and costs."""
     on_gpu = machines.device is not None
     train_share, encode_share, _ = SHARED_GPU if counts.shared else (1.0, 1.0, 1.0)
     step = step_seconds(work, machines, counts.trainers, train_share)
@@ -338,12 +344,12 @@ def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
 
 
 def smallest(work: Work, machines: Machines) -> Counts:
-    """The smallest placement that fits. Raises ValueError with the numbers where `machines.limit` is not enough."""
+    """Return the smallest placement that fits. Raises ValueError with the numbers if `machines.limit` is not enough."""
     return _smallest_on_cpu(work, machines) if machines.device is None else _smallest_on_gpus(work, machines)
 
 
 def _smallest_on_cpu(work: Work, machines: Machines) -> Counts:
-    """Trainers in turn, one shard and one refresh worker on each machine."""
+    """Return trainers in turn, one shard and one refresh worker on each machine."""
 
     def needed(nodes: int) -> float:
         trainer, _ = trainer_bytes(work, work.trainers, on_gpu=False)
@@ -364,7 +370,7 @@ def _smallest_on_cpu(work: Work, machines: Machines) -> Counts:
 def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
     room, per_node, limit = machines.device_room, machines.gpus_per_node, machines.limit
     if work.trainers > limit:
-        raise ValueError(f"{limit} GPUs (plan.gpus) are not enough: cluster.num_trainers is {work.trainers}")
+        raise refuse("plan.gpus", limit, f"must be at least cluster.num_trainers={work.trainers}")
     fitting = _first(lambda number: trainer_bytes(work, number, on_gpu=True)[0] <= room, limit)
     if fitting is None:
         needed = trainer_bytes(work, limit, on_gpu=True)[0]
@@ -399,13 +405,13 @@ def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
 
 
 def _interval(work: Work, step_s: float) -> float:
-    """Seconds that encoding may take; 0 where nothing is ever published."""
+    """Return the seconds that encoding may take; 0 if nothing is ever published."""
     return work.every_steps * step_s * ENCODING_SHARE
 
 
 def _shard_fits(work: Work, machines: Machines, shards: int) -> bool:
-    """Shards on GPUs share a host as the GPUs do; those in a host's memory have it for themselves, but for a trainer's
-    part on each GPU."""
+    """Return True if the shards fit. Shards on GPUs share a host as the GPUs do; those in a host's memory have it for
+    themselves, but for a trainer's part on each GPU."""
     one = shard_bytes(work, shards)
     beside = machines.gpus_per_node * estimate.TORCH_PROCESS_BYTES
     if work.index_on_gpu:
@@ -416,7 +422,7 @@ def _shard_fits(work: Work, machines: Machines, shards: int) -> bool:
 
 
 def _one_gpu(work: Work, machines: Machines, trainers: int, shards: int) -> Counts | None:
-    """All on one GPU, where memory and time allow."""
+    """Return a placement on one GPU if memory and time allow, else None."""
     if trainers > 1 or shards > 1:
         return None
     needed = trainer_bytes(work, 1, on_gpu=True)[0] + worker_bytes(work, on_gpu=True)
@@ -432,7 +438,7 @@ def _one_gpu(work: Work, machines: Machines, trainers: int, shards: int) -> Coun
 
 
 def _first(fits: Callable[[int], bool], limit: int) -> int | None:
-    """The smallest number from 1 to `limit` that fits, where a larger one fits as well; None: none does."""
+    """Return the smallest number from 1 to `limit` that fits, if every larger one fits as well; None if none does."""
     low, high = 1, limit
     if not fits(high):
         return None

@@ -1,10 +1,11 @@
-"""Searches in the kinds of index that do not compare every vector exactly, and everything on GPU.
+"""Searches the kinds of index that do not compare every vector exactly, and all kinds on GPU.
 
-What FAISS leaves short is searched again wider, so that a row of -1 never leaves: an IVF index in all its lists, a
-graph by its vectors one by one. Under a filter lists and graphs are searched wider from the start, by as much as the
-filter leaves out: about as many allowed vectors are compared as without one. Where FAISS takes no filter (PQ codes, a
-GPU), more are proposed and those that are not allowed dropped. What stays short, or has a narrow filter, is searched
-among the codes of the allowed rows alone; of a GPU index in a copy in the CPU's memory, made when it is first needed.
+Rows that FAISS leaves empty (-1) are never returned: the query is searched again, in all lists of an IVF index, vector
+by vector in a graph. Under a filter, lists and graphs are searched wider from the start, in proportion to the share
+that the filter leaves out: about as many allowed vectors are compared as without a filter. If FAISS takes no filter (PQ
+codes, a GPU), more rows are proposed and those that are not allowed dropped. Queries that lack rows even so, and those
+with a narrow filter, are searched among the codes of the allowed rows alone; a GPU index keeps a copy in the CPU's
+memory for that, made when it is first needed.
 """
 
 import math
@@ -13,29 +14,30 @@ from typing import Any
 
 import numpy as np
 
+from indexing.declare import refuse
 from indexing.dense.faiss_library import codes_of, inner_of, load_faiss, selector, tune_blas
 from indexing.dense.kinds import Kind
 
 GPU_MAX_K = GPU_MAX_NPROBE = 2048
-SPARE = 16  # proposed beyond what a filter leaves
-WIDE_SHARE = 0.5  # of all rows: codes of a narrower filter are searched alone
-GRAPH_SHARE = 0.25  # of all vectors: a graph search that would visit more compares the allowed ones one by one
+SPARE = 16  # Number of rows proposed beyond those that a filter leaves
+WIDE_SHARE = 0.5  # Share of all rows: a filter that allows fewer is searched among its codes alone
+GRAPH_SHARE = 0.25  # Share of all vectors: a graph search that would visit more compares the allowed ones one by one
 
 
 class Approximate:
-    """FAISS's own searches in one index. Safe from several threads."""
+    """FAISS's approximate searches in one index. Safe from several threads."""
 
     def __init__(self, index: Any, kind: Kind, *, device: str, nprobe: int, ef_search: int) -> None:
         self._index, self._kind, self._gpu = index, kind, device == "gpu"
         self._inner = inner_of(index)
         self._rotation = load_faiss().downcast_VectorTransform(index.chain.at(0)) if kind.rotated else None
         self._nprobe, self._ef_search = min(nprobe, max(1, kind.lists)), ef_search
-        self._twin: Approximate | None = None  # on CPU, of a GPU index that was searched with a narrow filter
+        self._twin: Approximate | None = None  # copy on CPU of a GPU index that was searched with a narrow filter
         self.lock = threading.Lock()  # FAISS's GPU resources serve one thread at a time
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float32 and rows int64 [batch, k] of float32 `queries` [batch, dim], in FAISS's order. `allowed`, bool
-        [n], holds `k` rows or more. Raises ValueError for a k that a GPU does not take."""
+        """Return scores float32 and rows int64 [batch, k] of float32 `queries` [batch, dim], in FAISS's order.
+        `allowed`, bool [n], holds `k` rows or more. Raises ValueError for a k that a GPU does not take."""
         if self._gpu:
             return self._search_gpu(queries, k, allowed)
         tune_blas(self._inner.d)
@@ -97,7 +99,7 @@ class Approximate:
         count = total if allowed is None else int(np.count_nonzero(allowed))
         wide = k if allowed is None else min(total, GPU_MAX_K, math.ceil(k * total / count) + SPARE)
         if max(k, wide) > GPU_MAX_K:
-            raise ValueError(f"retrieval.k is {k}: allowed are 1 to {GPU_MAX_K} with index.device gpu")
+            raise refuse("retrieval.k", k, f"must be at most {GPU_MAX_K} with index.device=gpu")
         with self.lock:
             scores, rows = self._propose_gpu(queries, wide)
             scores, rows, short = _allowed_first(scores, rows, k, allowed)
@@ -112,7 +114,7 @@ class Approximate:
         return scores, rows
 
     def _propose_gpu(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """FAISS's GPU search, of all lists where the visited ones hold fewer than `k`. Call with the lock held."""
+        """Search on the GPU, in all lists if the visited ones hold fewer than `k`. Call with the lock held."""
         if self._rotation is not None:
             queries = self._rotation.apply(queries)
         if not self._kind.lists:
@@ -123,8 +125,8 @@ class Approximate:
 def _allowed_first(
     scores: np.ndarray, rows: np.ndarray, k: int, allowed: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first `k` columns of what was proposed [batch, any] and is allowed (None: all that is there), in their order;
-    and the queries that have fewer."""
+    """Return the first `k` columns of the proposed rows [batch, any] that are allowed (None: all real rows), in their
+    order, and the queries that have fewer."""
     kept = rows >= 0 if allowed is None else (rows >= 0) & allowed[rows]
     order = np.argsort(~kept, axis=1, kind="stable")[:, :k]
     scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

@@ -1,9 +1,9 @@
-"""Vectors to a FAISS index, from one factory string (`indexing/dense/kinds.py`), on CPU or GPU.
+"""Builds a FAISS index from vectors and a factory string (`indexing/dense/kinds.py`), on CPU or GPU.
 
 Scores are inner products. An exhaustive index (`Flat`, `SQfp16`) on CPU answers exactly, ties by row, also under a
 filter (`indexing/dense/exhaustive.py`). A compressed index proposes `index.rescore_candidates`, which are scored again
-from float16 vectors beside it: 2 bytes a number in memory while the generation is new, a memory map once it was read
-from disk.
+from float16 vectors beside it: they take 2 bytes per number in memory while the generation is new, and are a memory map
+once it was read from disk.
 """
 
 import errno
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from indexing.corpus.snapshot import sync_directory, write_file
-from indexing.declare import check_values
+from indexing.declare import check_values, refuse
 from indexing.dense.approximate import Approximate
 from indexing.dense.exact import score_pairs
 from indexing.dense.exhaustive import Exhaustive
@@ -36,7 +36,8 @@ class Index:
     """One FAISS index over rows 0..n-1. Searching is safe from several threads; nothing changes after it is built."""
 
     def __init__(self, faiss_index: Any, config: IndexConfig, halves: np.ndarray | None = None) -> None:
-        """`halves`: float16 [n, dim], beside a compressed index whose proposals are scored again."""
+        """Wrap an index. `halves` are float16 [n, dim] beside a compressed index, by which its proposals are scored
+        again."""
         self._index, self._config = faiss_index, config
         self.kind = parse(config.factory)
         self.num_vectors: int = faiss_index.ntotal
@@ -45,22 +46,23 @@ class Index:
         self._approximate = Approximate(
             faiss_index, self.kind, device=config.device, nprobe=config.nprobe, ef_search=config.ef_search
         )
-        self._stored = None if config.device == "gpu" else _stored(faiss_index, self.kind)  # whole vectors, at hand
+        # whole vectors, if the index keeps them
+        self._stored = None if config.device == "gpu" else _stored(faiss_index, self.kind)
         self._exhaustive: Exhaustive | None = None
         if self._stored is not None and self.kind.exhaustive:
             self._exhaustive = Exhaustive(faiss_index, self._stored, config.products)
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` best rows for each of float32 `queries` [batch, dim], of those that are true in `allowed`, bool
-        [num_vectors] (None: of all).
+        """Return the `k` best rows for each of float32 `queries` [batch, dim], among those that are true in `allowed`,
+        bool [num_vectors] (None: all).
 
-        Returns scores float32 [batch, k], falling, and rows int64 [batch, k], equal scores by row. Where k is more than
-        there are (allowed) rows, the last columns are row -1 with score -inf. Raises ValueError for a wrong shape and
-        numbers that are not finite.
+        Returns scores float32 [batch, k], falling, and rows int64 [batch, k], equal scores by row. If k is more than
+        the number of (allowed) rows, the last columns are row -1 with score -inf. Raises ValueError for a wrong shape
+        and numbers that are not finite.
         """
         queries = check_vectors(queries, "query", self.dim, first_number=0)
         if k < 1:
-            raise ValueError(f"retrieval.k is {k}: allowed is 1 or more")
+            raise refuse("retrieval.k", k, "must be at least 1")
         count = self.num_vectors
         if allowed is not None:
             allowed, count = self._check_allowed(allowed)
@@ -82,12 +84,13 @@ class Index:
         return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray | None:
-        """The vectors of `rows` int64 [...], float32 [..., dim]; None where the kind keeps others, or not at hand."""
+        """Return the vectors of `rows` int64 [...], float32 [..., dim]; None if the kind keeps no whole vectors or they
+        are not in memory."""
         return self._stored[rows] if self._stored is not None and self._stored.dtype == np.float32 else None
 
     @property
     def num_bytes(self) -> int:
-        """Memory of vectors, lists and links, and of the 16-bit vectors beside them."""
+        """Return the bytes of vectors, lists and links, and of the 16-bit vectors beside them."""
         kind, total = self.kind, self.num_vectors
         size = kind.code_bytes(self.dim) * total + (0 if self.halves is None else self.halves.nbytes)
         size += 0 if self._exhaustive is None else self._exhaustive.num_bytes
@@ -99,7 +102,7 @@ class Index:
         return size + (4 * 2**kind.bits * self.dim if kind.parts else 0) + (4 * self.dim**2 if kind.rotated else 0)
 
     def _check_allowed(self, allowed: np.ndarray) -> tuple[np.ndarray, int]:
-        """`allowed`, and how many rows it holds. Raises ValueError for another shape or type."""
+        """Return `allowed`, and the number of rows that it holds. Raises ValueError for another shape or type."""
         if allowed.shape != (self.num_vectors,) or allowed.dtype != bool:
             raise ValueError(
                 f"allowed rows are {allowed.dtype} {allowed.shape}: needed is bool [{self.num_vectors}], one a vector"
@@ -107,8 +110,8 @@ class Index:
         return allowed, int(np.count_nonzero(allowed))
 
     def write(self, path: str | Path) -> None:
-        """Write the index as a FAISS file, atomically; a GPU index as its CPU twin. float16 vectors beside it go into
-        a file of the same name that ends with .f16. OSError names the path."""
+        """Write the index as a FAISS file, atomically; a GPU index as its CPU copy. float16 vectors beside it go into a
+        file of the same name that ends with .f16. OSError names the path."""
         path = Path(path)
         faiss, index = load_faiss(), self._index
         if self._config.device == "gpu":
@@ -143,12 +146,12 @@ class Index:
 
     @property
     def faiss_index(self) -> Any:
-        """FAISS's own index; only for one that nobody searches."""
+        """Return FAISS's index; only for one that nobody searches."""
         return self._index
 
 
 def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Index:
-    """An index over `vectors` float32 [n, dim], n >= 1. IVF kinds are trained on a sample drawn with `seed`.
+    """Return an index over `vectors` float32 [n, dim], n >= 1. IVF kinds are trained on a sample drawn with `seed`.
 
     Raises ValueError for a factory that FAISS does not know or that does not fit the number of vectors, for a wrong
     shape, and for numbers that are not finite (naming the row).
@@ -174,18 +177,18 @@ def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Inde
             index.train(vectors[np.sort(chosen)])
         add_to_lists(load_faiss(), index, vectors)
     except RuntimeError as error:
-        raise ValueError(f"index.factory is {config.factory!r}, with {vectors.shape} vectors: {error}") from error
+        raise refuse("index.factory", config.factory, f"must fit vectors {vectors.shape}: {error}") from error
     halves = vectors.astype(np.float16) if config.rescore_candidates else None
     return place(index, config, halves)
 
 
 def place(index: Any, config: IndexConfig, halves: np.ndarray | None) -> Index:
-    """A FAISS index on CPU as an `Index`, where `index.device` says."""
+    """Return a FAISS index on CPU as an `Index` on the device of `index.device`."""
     return Index(to_gpu(index, config.factory) if config.device == "gpu" else index, config, halves)
 
 
 def check_config(config: IndexConfig, num_vectors: int) -> None:
-    """Raise ValueError where the settings cannot give an index of `num_vectors` (the smallest shard's, say)."""
+    """Raise ValueError if the settings cannot give an index of `num_vectors` (for instance of the smallest shard)."""
     check_values(config, "index.")
     if num_vectors < 1:
         raise ValueError("an index needs at least one vector")
@@ -202,7 +205,8 @@ def check_config(config: IndexConfig, num_vectors: int) -> None:
 
 
 def check_vectors(vectors: np.ndarray, what: str, dim: int | None, first_number: int) -> np.ndarray:
-    """`vectors` as contiguous float32 [n, dim]. ValueError for another shape or a number that is not finite."""
+    """Return `vectors` as contiguous float32 [n, dim]. Raises ValueError for another shape or a number that is not
+    finite."""
     vectors = np.ascontiguousarray(vectors, np.float32)
     if vectors.ndim != 2 or (dim is not None and vectors.shape[1] != dim):
         raise ValueError(f"{what} array has shape {vectors.shape}: needed is [n, {'dim' if dim is None else dim}]")
@@ -213,14 +217,14 @@ def check_vectors(vectors: np.ndarray, what: str, dim: int | None, first_number:
 
 
 def bad_rows(vectors: np.ndarray) -> np.ndarray:
-    """Rows of [n, dim] that hold NaN or infinity."""
-    if np.isfinite(vectors.sum(dtype=np.float64)):  # one pass; NaN and infinity survive a sum
+    """Return the rows of [n, dim] that hold NaN or infinity."""
+    if np.isfinite(vectors.sum(dtype=np.float64)):  # NaN and infinity remain in a sum, which takes one pass
         return np.empty(0, np.int64)
     return np.flatnonzero(~np.isfinite(vectors).all(axis=1))
 
 
 def halves_path(path: Path) -> Path:
-    """Where the float16 vectors beside the index file `path` lie."""
+    """Return the path of the float16 vectors beside the index file `path`."""
     return path.with_suffix(HALVES)
 
 
@@ -235,7 +239,8 @@ def _read_halves(path: Path, index: Any) -> np.ndarray:
 
 
 def _stored(index: Any, kind: Kind) -> np.ndarray | None:
-    """Whole vectors that a CPU index keeps in the order of their rows: [n, dim], float32 or float16; else None."""
+    """Return the whole vectors that a CPU index keeps in the order of their rows: [n, dim], float32 or float16; else
+    None."""
     if kind.compressed or kind.lists:
         return None
     return whole_vectors(load_faiss().downcast_index(index.storage) if kind.links else index)

@@ -1,16 +1,15 @@
-"""BM25 over the texts of a corpus: words instead of vectors, beside the dense index.
+"""Searches the texts of a corpus by BM25: by words instead of vectors, beside the dense index.
 
-One lexical index belongs to one state of the corpus and to no weights: it is built once for each, written once, and
-every process maps it. Words are cut by `bm25s` (lower case, stop words, a Snowball stemmer); scores are BM25 as Lucene
-counts it (Kamphuis et al. 2020, table 1), computed when the index is made, as `bm25s` does (Lù 2024,
+One lexical index belongs to one state of the corpus and to no weights: it is built once for each state, written once,
+and every process maps it. `bm25s` cuts texts into words (lower case, stop words, a Snowball stemmer); scores are BM25
+as Lucene computes it (Kamphuis et al. 2020, table 1), computed when the index is made, as `bm25s` does (Lù 2024,
 arXiv:2407.03618), so that a search adds up a few columns:
 
     score(q, z) = sum over words w of q of idf(w) * tf / (tf + k1 * (1 - b + b * length(z) / mean length))
     idf(w) = log(1 + (N - n(w) + 0.5) / (n(w) + 0.5))
 
-Beside the scores the directory keeps counts and lengths, so that texts can be put behind the last one without reading
-the others again (`LexicalIndex.extended`). A corpus that changes while it is searched:
-`indexing/lexical/live_lexical.py`.
+Beside the scores the directory keeps counts and lengths, so that texts can be added without reading the others again
+(`LexicalIndex.extended`). `indexing/lexical/live_lexical.py` searches a corpus that changes.
 """
 
 import hashlib
@@ -26,18 +25,19 @@ import Stemmer
 from indexing.corpus.snapshot import write_file, write_once
 from indexing.corpus.stores.passages import Store, batched, open_extra
 from indexing.corpus.stores.table import Ragged, RaggedWriter, map_array
+from indexing.declare import refuse
 from indexing.hits import UNCHANGED, CorpusState
 from indexing.indexing_settings import LexicalConfig
 from indexing.lexical.lexical_check import check_lexical
 
 KIND = "lexical index"
-BATCH_TEXTS = 8192  # cut into words together
+BATCH_TEXTS = 8192  # Number of texts cut into words together
 
 
 @dataclass(frozen=True)
 class LexicalHits:
-    """What a lexical search answers: passages that share a word with the question, best first, equal scores by number.
-    Where fewer are there than were asked for, ids end with -1 and scores with 0."""
+    """The hits of a lexical search: passages that share a word with the question, best first, equal scores by number.
+    If there are fewer than were asked for, ids end with -1 and scores with 0."""
 
     ids: np.ndarray  # int64 [batch, n]
     scores: np.ndarray  # float32 [batch, n], falling, above 0 but at -1
@@ -47,22 +47,23 @@ class LexicalHits:
 
 @dataclass(kw_only=True)
 class Postings:
-    """Words and where they stand: column w holds the passages of word w, rising."""
+    """The words and the passages that hold them: column w holds the passages of word w, rising."""
 
     words: dict[str, int]
     starts: np.ndarray  # int64 [words + 1]
     passages: np.ndarray  # int32 [postings]
     counts: np.ndarray  # int32 [postings]
-    lengths: np.ndarray  # int32 [passages]: words of each
+    lengths: np.ndarray  # int32 [passages]: number of words of each
 
     def containing(self, word: str) -> int | None:
-        """How many passages have a word; None for one that none has."""
+        """Return the number of passages that have a word; None for a word that none has."""
         column = self.words.get(word)
         return None if column is None else int(self.starts[column + 1] - self.starts[column])
 
 
 class LexicalIndex:
-    """Searches the texts of one corpus. Nothing changes after it is made; searching is safe from several threads."""
+    """A BM25 index of the texts of one corpus. Nothing changes after it is made; searching is safe from several
+    threads."""
 
     def __init__(
         self,
@@ -73,25 +74,25 @@ class LexicalIndex:
         weights: np.ndarray | None = None,
         statistics: Postings | None = None,
     ) -> None:
-        """`corpus`: fingerprint of the texts. `weights` float32 [postings]: the scores, None to compute them, from the
-        `statistics` of another index where they are given."""
+        """Make an index from counted words. `corpus` is the fingerprint of the texts, `weights` float32 [postings] the
+        scores; None computes them, with the `statistics` of another index if they are given."""
         check_lexical(config)
         self.config, self.corpus, self.postings, self.statistics = config, corpus, postings, statistics
         self.weights = score_postings(config, postings, statistics) if weights is None else weights
 
     @property
     def num_passages(self) -> int:
-        """Texts in the index."""
+        """Return the number of texts in the index."""
         return len(self.postings.lengths)
 
     def search(self, texts: Sequence[str], n: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The best `n` passages for each question text: scores float32 [batch, n] and ids int64 [batch, n].
+        """Return the best `n` passages for each question text: scores float32 [batch, n] and ids int64 [batch, n].
 
-        A passage without a word of the question is no hit: ids end with -1, scores with 0. `allowed` bool [passages]:
+        A passage without a word of the question is no hit: ids end with -1, scores with 0. `allowed` bool [passages] is
         True for those that may be returned. Raises ValueError for n < 1 or a mask of another size.
         """
         if n < 1:
-            raise ValueError(f"retrieval.candidates is {n}: allowed is 1 or more")
+            raise refuse("retrieval.candidates", n, "must be at least 1")
         if allowed is not None and allowed.shape != (self.num_passages,):
             raise ValueError(f"allowed has shape {allowed.shape}: needed is [{self.num_passages}]")
         scores = np.zeros((len(texts), n), np.float32)
@@ -105,7 +106,7 @@ class LexicalIndex:
         return scores, ids
 
     def scores(self, texts: Sequence[str], ids: np.ndarray) -> np.ndarray:
-        """float32 [batch, m]: the score of each passage in `ids` int64 [batch, m], exactly as `search` has it; 0 where
+        """Return float32 [batch, m]: the score of each passage in `ids` int64 [batch, m], exactly as in `search`; 0 if
         no word is shared, and for -1."""
         found = np.zeros(ids.shape, np.float32)
         starts, passages = self.postings.starts, self.postings.passages
@@ -120,7 +121,7 @@ class LexicalIndex:
         return found
 
     def extended(self, added: Iterable[str]) -> "LexicalIndex":
-        """This index with `added` texts behind its last number: the one that would be built anew."""
+        """Return this index with `added` texts after its last number, equal to the one that would be built anew."""
         old = self.postings
         columns = np.repeat(np.arange(len(old.starts) - 1), np.diff(old.starts))
         more = _count(self.config, added, dict(old.words), first=self.num_passages)
@@ -152,8 +153,9 @@ class LexicalIndex:
 
     @classmethod
     def load(cls, path: str | Path, contents: bool = True) -> Self:
-        """What `save` wrote; arrays are mapped, not read. `contents`: compare every byte with its checksum, else sizes.
-        Raises TornSnapshot where something is missing or altered, ValueError where the directory is another kind."""
+        """Load what `save` wrote; arrays are mapped, not read. `contents` compares every byte with its checksum,
+        otherwise only sizes. Raises TornSnapshot if something is missing or altered, ValueError for a directory of
+        another kind."""
         path = Path(path)
         extra = open_extra(path, KIND, contents)
         words = Ragged(path, "words", "uint8")
@@ -169,12 +171,12 @@ class LexicalIndex:
         return cls(config, extra["corpus_fingerprint"], postings=postings, weights=weights)
 
     def _columns(self, texts: Sequence[str]) -> list[list[int]]:
-        """The known words of each text, each as often as it stands there."""
+        """Return the known words of each text, each as often as it occurs."""
         known = self.postings.words
         return [[known[word] for word in row if word in known] for row in words_of(self.config, texts)]
 
     def _totals(self, columns: list[int]) -> np.ndarray:
-        """float32 [passages]: the sum of some columns; a passage stands in a column at most once."""
+        """Return float32 [passages]: the sum of some columns; a passage is in a column at most once."""
         starts, total = self.postings.starts, np.zeros(self.num_passages, np.float32)
         for column in columns:
             part = slice(starts[column], starts[column + 1])
@@ -183,7 +185,8 @@ class LexicalIndex:
 
 
 def build_lexical(config: LexicalConfig, corpus: str, texts: Iterable[str]) -> LexicalIndex:
-    """The index of `texts`, numbered 0, 1, ...; they are read once and not kept. Raises ValueError for settings."""
+    """Return the index of `texts`, numbered 0, 1, ...; they are read once and not kept. Raises ValueError for wrong
+    settings."""
     check_lexical(config)
     counted = _count(config, texts, {}, first=0)
     parts = counted.columns, counted.passages, counted.counts, counted.lengths
@@ -191,31 +194,32 @@ def build_lexical(config: LexicalConfig, corpus: str, texts: Iterable[str]) -> L
 
 
 def lexical_corpus(path: str | Path) -> str:
-    """Fingerprint of the corpus that a lexical index on disk was built from. Raises as `LexicalIndex.load` does."""
+    """Return the fingerprint of the corpus that a lexical index on disk was built from. Raises as `LexicalIndex.load`
+    does."""
     return open_extra(path, KIND, contents=False)["corpus_fingerprint"]
 
 
 def write_lexical(config: LexicalConfig, store: Store, path: str | Path) -> LexicalIndex:
-    """Build the index of a store's titles and texts, write it, and map it. Errors as `LexicalIndex.save`."""
+    """Build the index of a store's titles and texts, write it, and map it. Raises as `LexicalIndex.save` does."""
     build_lexical(config, store.fingerprint, texts_of(store, range(len(store)))).save(path)
     return LexicalIndex.load(path, contents=False)
 
 
 def texts_of(store: Store, rows: Iterable[int]) -> Iterable[str]:
-    """What is searched of passages: title and text."""
+    """Yield the searched text of each passage: title and text."""
     passages = (store.passage(row) for row in rows)
     return (f"{passage.title} {passage.text}" for passage in passages)
 
 
 def lexical_name(config: LexicalConfig, corpus: str) -> str:
-    """Name of the directory of a corpus's index: other settings or another corpus have another one."""
+    """Return the name of the directory of a corpus's index: other settings or another corpus have another one."""
     text = json.dumps([asdict(config), corpus], sort_keys=True)
     return f"lexical-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def words_of(config: LexicalConfig, texts: Sequence[str]) -> list[list[str]]:
-    """The words of each text, in order, as the index knows them."""
-    import bm25s  # looks for accelerators when it is imported
+    """Return the words of each text, in order, as the index counts them."""
+    import bm25s  # it looks for accelerators when it is imported
 
     stemmer = Stemmer.Stemmer(config.stemmer) if config.stemmer else None  # its cache is not safe between threads
     options: dict[str, Any] = {"stopwords": config.stop_words or [], "stemmer": stemmer}
@@ -227,8 +231,9 @@ def words_of(config: LexicalConfig, texts: Sequence[str]) -> list[list[str]]:
 
 
 def score_postings(config: LexicalConfig, postings: Postings, statistics: Postings | None = None) -> np.ndarray:
-    """float32 [postings]: what one word gives to the score of one passage. How many texts there are, how long, and how
-    many have a word is taken from `statistics` (None: `postings`); words that it does not know are counted here."""
+    """Return float32 [postings]: the summand of one word in the score of one passage. The number of texts, their
+    length, and the number of texts with a word come from `statistics` (None: `postings`); words that are not in there
+    are counted here."""
     known = postings if statistics is None else statistics
     mean = known.lengths.mean() if len(known.lengths) else 1.0
     in_passages = np.diff(postings.starts)
@@ -246,7 +251,7 @@ def score_postings(config: LexicalConfig, postings: Postings, statistics: Postin
 
 @dataclass(kw_only=True)
 class _Counted:
-    """Words of texts, not yet in order."""
+    """The words of texts, not yet in order."""
 
     words: dict[str, int]
     columns: np.ndarray  # int64 [postings]
@@ -256,7 +261,7 @@ class _Counted:
 
 
 def _count(config: LexicalConfig, texts: Iterable[str], words: dict[str, int], first: int) -> _Counted:
-    """Count the words of `texts`, numbered from `first` on; new ones are added to `words`."""
+    """Count the words of `texts`, numbered from `first` on; new words are added to `words`."""
     none = np.zeros(0, np.int32)
     found = _Counted(words=words, columns=np.zeros(0, np.int64), passages=none, counts=none, lengths=none)
     parts = [found]
@@ -287,7 +292,7 @@ def _count(config: LexicalConfig, texts: Iterable[str], words: dict[str, int], f
 def _sorted(
     words: dict[str, int], columns: np.ndarray, passages: np.ndarray, counts: np.ndarray, lengths: np.ndarray
 ) -> Postings:
-    """Postings by word and then by passage."""
+    """Return the postings by word and then by passage."""
     used, columns = np.unique(columns, return_inverse=True)
     order = np.lexsort((passages, columns))
     starts = np.concatenate([[0], np.cumsum(np.bincount(columns, minlength=len(used)))]).astype(np.int64)
@@ -303,7 +308,7 @@ def _sorted(
 
 
 def _best(total: np.ndarray, n: int) -> np.ndarray:
-    """Rows of at most `n` best scores above 0, falling, equal ones by row."""
+    """Return rows of at most `n` best scores above 0, falling, equal ones by row."""
     rows = np.flatnonzero(total > 0)
     if len(rows) > n:
         least = np.partition(total[rows], len(rows) - n)[len(rows) - n]

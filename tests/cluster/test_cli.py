@@ -234,7 +234,7 @@ def test_options_go_to_pytest(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["plan", "--help"], ["trian"], ["show", "nowhere.yaml"], ["train", "encoder.name=./nowhere"]],
+    [["--help"], ["plan", "--help"], ["trian"], ["show", "nowhere.yaml"]],
 )
 def test_answers_within_a_second(arguments: list[str]) -> None:
     """The best of three calls, for machines that are busy with something else."""

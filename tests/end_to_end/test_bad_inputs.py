@@ -33,7 +33,7 @@ ARGUMENTS = [
     (QUICKSTART, "engine.precision=fp16", "engine.precision=fp16: must be one of fp32, bf16, bf16_autocast, auto"),
     (QUICKSTART, "retrieval.prefetch_depth=-1", "retrieval.prefetch_depth=-1: must not be negative"),
     (QUICKSTART, "retrieval.k=0", "retrieval.k=0: must be at least 1"),
-    (QUICKSTART, "generator.name=no-such-model", "generator.name=no-such-model: no tokeniser could be read"),
+    (QUICKSTART, "generator.name=no-such-model", "generator.name=no-such-model: must have a tokeniser"),
     (
         QUICKSTART,
         "stages.warm_start.training.train=both",
@@ -50,17 +50,21 @@ ARGUMENTS = [
         "generator.fresh.hidden=126: must be a multiple of 2 * num_heads=12 with generator.kind=causal",
     ),
     (QUICKSTART, "refresh.max_staleness_steps=10", "refresh.max_staleness_steps=10: must be 0 (no bound) or at least"),
-    (QUICKSTART, "index.factory=PQ64", "index.factory is 'PQ64', which trains on 256 vectors or more"),
+    (
+        QUICKSTART,
+        "index.factory=PQ64",
+        "index.factory=PQ64: must train on at most 60 vectors, those of a shard, but needs 256",
+    ),
     (QUICKSTART, "update.as_of=tomorrow", 'update.as_of=tomorrow: must be empty, "end" or a date'),
     (QUICKSTART, "cluster.num_trainers=1000", "no node has room for trainer"),
     (QUICKSTART, "cluster.trainer_gpus=100", "and no node has room for trainer 1 of 1 (1 CPU, 100 GPU)"),
     (
         QUICKSTART,
         "run.init_from=no/such/run",
-        "stage warm_start: run.init_from='no/such/run': needed is a checkpoint or run folder",
+        "stage warm_start: run.init_from=no/such/run: must be a checkpoint or run folder",
     ),
     (QUICKSTART, "encoder.name=/no/such/folder", "encoder.name=/no/such/folder: must be a folder that exists"),
-    (QUICKSTART, "encoder.name=no-such-model", "encoder.name=no-such-model: no tokeniser could be read"),
+    (QUICKSTART, "encoder.name=no-such-model", "encoder.name=no-such-model: must have a tokeniser"),
     (
         QUICKSTART,
         "generator.kind=fusion generator.name=./no/such/folder",
@@ -72,15 +76,15 @@ ARGUMENTS = [
         "reranker.mode=add reranker.name=/no/such/folder",
         "reranker.name=/no/such/folder: must be a folder that exists",
     ),
-    (QUICKSTART, "encoder.tokenizer.vocabulary=10", "encoder.tokenizer.vocabulary is 10; allowed: at least"),
-    (QUICKSTART, "corpus.path=/no/such/corpus", "corpus.path '/no/such/corpus' does not exist"),
-    (QUICKSTART, "corpus.world.num_people=1", "corpus.world.num_people is 1; at least 10 are needed"),
+    (QUICKSTART, "encoder.tokenizer.vocabulary=10", "encoder.tokenizer.vocabulary=10: must be at least"),
+    (QUICKSTART, "corpus.path=/no/such/corpus", "corpus.path=/no/such/corpus: must be a BEIR folder"),
+    (QUICKSTART, "corpus.world.num_people=1", "corpus.world.num_people=1: must be at least 10"),
     (CLUSTER, "cluster.dry_run=true cluster.num_trainers=1000", "no node has room for trainer"),
     (CLUSTER, "cluster.dry_run=true cluster.dry_run_nodes=1x0x4", "it wants 6 CPU and 0 GPU, and no node has room"),
     (
         CLUSTER,
         "cluster.dry_run=true cluster.dry_run_nodes=2x8",
-        "cluster.dry_run_nodes='2x8': must be MACHINESxGPUSxCPUS",
+        "cluster.dry_run_nodes=2x8: must be MACHINESxGPUSxCPUS",
     ),
     (
         CLUSTER,
@@ -103,7 +107,7 @@ DATA = [
     ("corpus.jsonl", GOOD + lines([{"_id": "p9", "text": " "}]), "", "corpus.jsonl:9: empty_text: passage 'p9' has no"),
     ("corpus.jsonl", GOOD, "corpus.max_characters=20", "corpus.jsonl:1: oversized_text: passage 'p0' has"),
     ("corpus.jsonl", GOOD + lines([{"text": "x"}]), "", "corpus.jsonl:9: missing_field: _id is None"),
-    ("corpus.jsonl", b"", "", "has no passages"),
+    ("corpus.jsonl", b"", "", "must have passages, but is empty"),
     ("corpus.jsonl.gz", gzip.compress(GOOD)[:-9], "", "is a damaged gzip file, after line"),
     ("queries-train.jsonl", ASKED + b"{\n", "", "queries-train.jsonl:5: not_json"),
     ("queries-train.jsonl", b"", "", "queries-train.jsonl has no questions of split 'train'"),
@@ -112,7 +116,7 @@ DATA = [
         "queries-test.jsonl",
         ASKED,
         "questions.evaluate=dev",
-        "has neither queries-dev.jsonl[.gz] nor queries.jsonl",
+        "must have queries-dev.jsonl[.gz] or queries.jsonl",
     ),
     (
         "qrels/test.tsv",
@@ -120,10 +124,15 @@ DATA = [
         "",
         "test.tsv:2: missing_field: needed are question",
     ),
-    ("qrels/test.tsv", b"", "retrieval.k=9", "retrieval.k is 9, but the index holds 8 passages: allowed are 1 to 8"),
-    ("qrels/test.tsv", b"", "index.num_shards=9", "index.num_shards is 9 for 8 passages: allowed are 1 to 8"),
-    ("qrels/test.tsv", b"", "index.factory=IVF5,Flat", "trains 5 lists, but a shard holds 4 vectors"),
-    ("qrels/test.tsv", b"", "corpus.as_of=end", "corpus.as_of is 'end', but there is no updates.jsonl[.gz] beside"),
+    ("qrels/test.tsv", b"", "retrieval.k=9", "retrieval.k=9: must be 1 to 8, the passages of the index"),
+    ("qrels/test.tsv", b"", "index.num_shards=9", "index.num_shards=9: must be 1 to 8, the number of passages"),
+    ("qrels/test.tsv", b"", "index.factory=IVF5,Flat", "must have 1 to 4 lists: a shard holds 4 vectors"),
+    (
+        "qrels/test.tsv",
+        b"",
+        "corpus.as_of=end",
+        "corpus.as_of=end: must be empty, since there is no updates.jsonl[.gz] beside",
+    ),
 ]
 
 Refusal = Callable[..., str]
@@ -203,7 +212,7 @@ def test_torn_checkpoint_is_refused_by_name_and_the_one_before_is_used(
     assert printed == f"{torn} is incomplete or damaged: model.safetensors differs from its checksum\n"
     (whole / "manifest.json").unlink()
     said = refusal("train", QUICKSTART, f"run.init_from={run_dir}")
-    assert f"run.init_from='{run_dir}': needed is a checkpoint or run folder" in said
+    assert f"run.init_from={run_dir}: must be a checkpoint or run folder" in said
 
 
 def test_dry_run_prints_the_placement_without_ray(

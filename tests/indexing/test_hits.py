@@ -72,7 +72,7 @@ def test_leading_vectors_belong_to_the_hits(num_vectors: int, k: int) -> None:
 def test_missing_ids_never_leave() -> None:
     short = hits([[4, -1]], [[0.5, float(np.finfo(np.float32).min)]])
     assert merge([short, hits([[9, 8]], [[-5.0, -6.0]])], 3).ids.tolist() == [[4, 9, 8]]
-    with pytest.raises(ValueError, match=r"retrieval\.k is 2.*found fewer hits"):
+    with pytest.raises(ValueError, match=r"retrieval\.k=2: must be smaller"):
         merge([short], 2)
 
 
@@ -83,8 +83,8 @@ def test_missing_ids_never_leave() -> None:
         ([hits([[0]], [[1.0]], 3), hits([[1]], [[1.0]], 4)], 1, r"different generations \[3, 4\]"),
         ([hits([[0]], [[1.0]], 3, 1), hits([[1]], [[1.0]], 3, 2)], 1, r"weights versions \[1, 2\]"),
         ([hits([[0]], [[1.0]]), hits([[1], [2]], [[1.0], [1.0]])], 1, r"answered \[1, 2\] queries"),
-        ([hits([[0]], [[1.0]]), hits([[1]], [[1.0]])], 3, r"retrieval\.k is 3, but the index holds 2 passages"),
-        ([hits([[0]], [[1.0]])], 0, r"retrieval\.k is 0"),
+        ([hits([[0]], [[1.0]]), hits([[1]], [[1.0]])], 3, r"retrieval\.k=3: must be 1 to 2"),
+        ([hits([[0]], [[1.0]])], 0, r"retrieval\.k=0"),
     ],
 )
 def test_refused(parts: list[ShardHits], k: int, message: str) -> None:

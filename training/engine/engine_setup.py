@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from indexing.declare import check_values, refuse
 from training.training_settings import EngineConfig
 
 PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 keeps smaller parameters whole on every rank
 BUCKET_ELEMENTS = 200_000_000  # largest piece of a reduction
 WIDE = 384  # matrices for which a CPU gains by 16-bit products
-PRECISIONS = ("fp32", "bf16", "bf16_autocast", "auto")
 
 
 def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
@@ -47,17 +47,9 @@ def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
 
 def check_settings(config: EngineConfig) -> None:
     """Raise ValueError naming the setting, its value and what is allowed."""
-    rules = [
-        ("zero_stage", config.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3"),
-        ("precision", config.precision in PRECISIONS, "fp32, bf16, bf16_autocast or auto"),
-        ("gradient_accumulation", config.gradient_accumulation >= 1, "1 or more"),
-        ("clip_norm", config.clip_norm >= 0, "0 (no clipping) or more"),
-        ("timeout_s", config.timeout_s > 0, "more than 0"),
-        ("offload_optimizer", not config.offload_optimizer or config.zero_stage > 0, "true with zero_stage 1, 2 or 3"),
-    ]
-    for name, holds, allowed in rules:
-        if not holds:
-            raise ValueError(f"engine.{name} is {getattr(config, name)}: allowed is {allowed}")
+    check_values(config, "engine.")
+    if config.offload_optimizer and config.zero_stage == 0:
+        raise refuse("engine.offload_optimizer", "true", "must be false with engine.zero_stage=0")
 
 
 def concrete_precision(precision: str, module: nn.Module) -> str:

@@ -5,12 +5,10 @@ alone: where the mixture has one, every micro-batch brings a batch of pairs besi
 mean of both, weighted by their shares, so that every trainer's graph is the same at every step.
 """
 
-from training.training_settings import PretrainingConfig
+from indexing.declare import refuse
+from training.training_settings import CONTRASTIVE, PretrainingConfig
 
 TASKS = ("span_corruption", "salient_span", "prefix_lm", "title_to_section")
-
-
-CONTRASTIVE = ("inverse_cloze", "independent_cropping")
 
 
 def pretrains(config: PretrainingConfig) -> bool:
@@ -24,7 +22,7 @@ def mixture(config: PretrainingConfig) -> dict[str, float]:
     weights = {task: getattr(config, task) for task in (*TASKS, *CONTRASTIVE) if getattr(config, task) is not None}
     for task, weight in weights.items():
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"pretraining.{task}={weight}: must be a weight of 0 or above")
+            raise refuse(f"pretraining.{task}", weight, "must be a weight of 0 or above")
     total = sum(weights.values())
     if not total:
         given = ", ".join(f"pretraining.{task}={weight}" for task, weight in weights.items())

@@ -1,15 +1,13 @@
 """Rewards of sampled answers: a number for (question, answer, gold answers, passages read), larger is better."""
 
-import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import cast
 
+from indexing.declare import refuse
 from training.metrics import contains_answer, exact_match, f1
+from training.objectives.check import REWARD_VALUES
+from training.plug_ins import load_function
 
 Reward = Callable[[str, str, Sequence[str], Sequence[str]], float]
 
@@ -26,18 +24,8 @@ def load_reward(name: str) -> Reward:
             return lambda question, answer, golds, passages: f1(answer, golds)
         case "grounded":
             return lambda question, answer, golds, passages: float(contains_answer(" ".join(passages), [answer]))
-    place, _, attribute = name.rpartition(":")
-    try:
-        module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # anything may happen in code that is not ours
-        raise ValueError(
-            f"objective.reward={name!r} cannot be loaded: {type(error).__name__}: {error}; allowed are exact_match, "
-            "f1, grounded, module:function, path/to/file.py:function"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"objective.reward={name!r}: {place} has no function {attribute!r}")
-    return cast(Reward, function)
+    signature = "(question: str, answer: str, golds: Sequence[str], passages: Sequence[str]) -> float"
+    return load_function("objective.reward", name, allowed=REWARD_VALUES, signature=signature, num_arguments=4)
 
 
 def measure(
@@ -48,30 +36,13 @@ def measure(
     try:
         value = reward(question, answer, golds, passages)
     except Exception as error:
-        raise ValueError(
-            f"objective.reward={name!r} raised {type(error).__name__}: {error} (question {question!r}, answer "
-            f"{answer!r})"
-        ) from error
+        raised = f"must not raise, but did {type(error).__name__}: {error} (question {question!r}, answer {answer!r})"
+        raise refuse("objective.reward", name, raised) from error
     number = math.nan
     if not isinstance(value, str | bytes):
         with suppress(TypeError, ValueError, RuntimeError):  # what has no one value
             number = float(value)
     if math.isfinite(number):
         return number
-    raise ValueError(
-        f"objective.reward={name!r} returned {value!r}, needed is a finite number (question {question!r}, answer "
-        f"{answer!r})"
-    )
-
-
-def _module_of_file(path: Path) -> object:
-    path = path.resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"tandem_reward_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    returned = f"must return a finite number, not {value!r} (question {question!r}, answer {answer!r})"
+    raise refuse("objective.reward", name, returned)

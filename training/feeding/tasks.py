@@ -9,15 +9,15 @@ A question may hold `MASK` characters. `render` writes them as each tokeniser ca
 them, its mask token, or a word. Nothing here knows tokens; how long a question may be is told in words.
 """
 
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
 from indexing.corpus.files.corpus import Passage
+from indexing.declare import refuse
+from training.plug_ins import load_function
 from training.training_settings import PretrainingConfig
 
 MASK = "\ufffc"  # where something was taken out of a question
@@ -181,27 +181,22 @@ def find_recognizer(setting: str) -> Recognizer:
     """`regex`, or the user's function of `module:function`. Raises ValueError where there is none."""
     if setting == "regex":
         return regex_spans
-    module_name, colon, name = setting.partition(":")
     allowed = "must be regex, or module:function of a function from a text to a list of (start, stop)"
-    if not colon or not module_name or not name:
-        raise ValueError(f"pretraining.recognizer={setting}: {allowed}")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"pretraining.recognizer={setting}: {error}; {allowed}") from error
-    if not callable(function):
-        raise ValueError(f"pretraining.recognizer={setting}: {name} is no function; {allowed}")
+    signature = "(text: str) -> list[tuple[int, int]]"
+    values = "regex, module:function or path/to/file.py:function"
+    function: Recognizer = load_function(
+        "pretraining.recognizer", setting, allowed=values, signature=signature, num_arguments=1
+    )
 
     def checked(text: str) -> Spans:
         try:
-            spans: Spans = [(int(start), int(stop)) for start, stop in cast(Recognizer, function)(text)]
+            spans: Spans = [(int(start), int(stop)) for start, stop in function(text)]
         except (TypeError, ValueError) as error:
-            raise ValueError(f"pretraining.recognizer={setting}: {error}; {allowed}") from error
+            raise refuse("pretraining.recognizer", setting, f"{allowed}: {error}") from error
         for start, stop in spans:
             if not 0 <= start < stop <= len(text):
-                raise ValueError(
-                    f"pretraining.recognizer={setting}: ({start}, {stop}) is no span of {len(text)} characters"
-                )
+                span = f"must return spans of a text of {len(text)} characters, not ({start}, {stop})"
+                raise refuse("pretraining.recognizer", setting, span)
         return spans
 
     return checked

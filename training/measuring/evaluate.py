@@ -18,6 +18,7 @@ from training.data import Collator, encode_questions
 from training.engine.engine import Engine
 from training.feeding.long_context import LongContext
 from training.measuring.costs import CostModel
+from training.measuring.user_metrics import load_metrics, measured
 from training.metrics import (
     answer_metrics,
     answer_recall,
@@ -43,7 +44,6 @@ from training.training_settings import (
 
 CONTROLS = ("closed_book", "gold")  # reads no passage; reads the labelled passage
 LONG = "long"  # reads as much of the corpus as fits, without retrieval
-DECODINGS = ("marginal", "fused", "top1")
 LONG_SEED = 0  # of the order in which the corpus stands in long prompts: the same for every system
 
 
@@ -109,6 +109,7 @@ class Evaluator:
         self.progress, self.refusal = progress, refusal
         self.search = search if search is not None or service is None else dense_search(service)
         self.select = select
+        self._metrics = load_metrics(config.metrics)
         self.deepest = max(retrieval.k, 0 if select is None else select.candidates)  # hits whose order may change
         self.num_vectors = self.deepest if passages_fixed else 0
         assert isinstance(collator.questions, QuestionStore)
@@ -147,6 +148,8 @@ class Evaluator:
         by_number = {row["number"]: row for part in everyone for row in part}
         evaluation.rows = [by_number[int(number)] for number in numbers]
         evaluation.metrics = mean_of_rows(evaluation.rows)
+        modes = [mode for mode in also if mode != self.config.decoding.mode]
+        evaluation.metrics |= measured(self._metrics, evaluation.rows, modes)
         spent = [row.pop("costs", {}) for row in evaluation.rows]
         evaluation.costs = {mode: mean_of_rows([costs[mode] for costs in spent]) for mode in spent[0]}
         return evaluation

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from indexing.declare import refuse
 from training.feeding.long_context import LongContext
 from training.measuring.evaluate import Evaluator
 from training.training_settings import NeedleConfig
@@ -53,7 +54,7 @@ def check_needle(evaluator: Evaluator, config: NeedleConfig) -> tuple[list[LongC
         needed = max(context.smallest(number, int(rows[0])) for number, rows in gold.items())
         if needed > length:
             allowed = f"must be at least {needed}, which a question with its labelled passage takes"
-            raise ValueError(f"evaluation.needle.lengths={length}: {allowed}")
+            raise refuse("evaluation.needle.lengths", length, allowed)
         contexts.append(context)
     return contexts, gold
 

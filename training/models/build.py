@@ -120,7 +120,7 @@ def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast)
             from training.models.generators.causal import CausalGenerator
 
             return CausalGenerator(config, tokenizer)
-    raise ValueError(f"generator.kind is {config.kind!r}; allowed: copy, fusion, causal")
+    raise AssertionError(f"check_values let {config.kind!r} through")
 
 
 def parameter_groups(system: System) -> dict[str, Sequence[nn.Parameter]]:

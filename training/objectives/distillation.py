@@ -45,7 +45,7 @@ def emdr2(
             tokens = mixture_log_probs(prior, target, outputs.passage_mask)
             marginal = mean_over_tokens(tokens, outputs.answer_mask)
         case _:
-            raise ValueError(f"objective.level={level!r}: allowed are sequence, token")
+            raise AssertionError(f"check_objective let level={level!r} through")
     retriever = -mean_over_questions(marginal, outputs.num_questions)
     return _total(retriever, weight, prior, outputs)
 
@@ -74,7 +74,7 @@ def pdist(
         case "none":
             pass
         case _:
-            raise ValueError(f"objective.normalization={normalization!r}: allowed are length, none")
+            raise AssertionError(f"check_objective let normalization={normalization!r} through")
     return _distil(
         gains,
         prior,
@@ -154,7 +154,7 @@ def _distil(
         case "elements":
             divergence = divergence / outputs.passage_mask.sum(dim=-1).clamp(min=1)
         case _:
-            raise ValueError(f"objective.reduction={reduction!r}: allowed are batch, elements")
+            raise AssertionError(f"check_objective let reduction={reduction!r} through")
     loss, stats = _total(mean_over_questions(divergence, outputs.num_questions), weight, prior, outputs)
     return loss, stats | {"retrieval/target_entropy": entropy(target, outputs.passage_mask)}
 

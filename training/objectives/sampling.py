@@ -148,7 +148,7 @@ def advantages(rewards: Tensor, advantage: str = "normalized") -> Tensor:
         case "centered":
             return centered
         case _:
-            raise ValueError(f"objective.advantage={advantage!r}: allowed are normalized, centered")
+            raise AssertionError(f"check_objective let advantage={advantage!r} through")
 
 
 def sample_log_probs(outputs: Candidates, temperature: float, of_reference: bool = False) -> tuple[Tensor, Tensor]:

@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from indexing.declare import check_values
+from training.training_settings import MonitorConfig
+
 
 def wandb_mode(setting: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The mode, `online`, `offline` or `off`, that `monitor.wandb` means here. Raises ValueError if it is unknown."""
+    """Return the mode, `online`, `offline` or `off`, that `monitor.wandb` means here. Raises ValueError if it is
+    unknown."""
+    check_values(MonitorConfig(wandb=setting), "monitor.")
     match setting:
         case "off" | "online" | "offline":
             return "offline" if setting == "online" and not has_key(environment) else setting
-        case "auto":
+        case _:
             asked = environment.get("WANDB_MODE", "")
             if asked in ("disabled", "offline"):
                 return {"disabled": "off", "offline": "offline"}[asked]
             return "online" if has_key(environment) else "offline"
-        case _:
-            raise ValueError(f"monitor.wandb is {setting!r}; allowed are auto, online, offline, off")
 
 
 def has_key(environment: Mapping[str, str]) -> bool:

@@ -287,7 +287,7 @@ def test_mistakes_of_a_cell_are_seen_before_anything_runs(write, tmp_path: Path)
     for own, expected in (
         ("encoder: {name: /no/such/folder}", "compare cell a: encoder.name=/no/such/folder: must be a folder"),
         ("retrieval: {k: 500}", "compare cell a: retrieval.k is 500"),
-        ("run: {init_from: no/such/run}", "compare cell a: run.init_from='no/such/run': needed is a checkpoint"),
+        ("run: {init_from: no/such/run}", "compare cell a: run.init_from=no/such/run: must be a checkpoint"),
     ):
         text = f"compare: {{base_stage: joint, baseline: a, cells: {{a: {{{own}}}}}}}"
         runs = Runs()

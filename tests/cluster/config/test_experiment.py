@@ -247,7 +247,7 @@ def test_mistakes_in_a_file(write, text: str, expected: str) -> None:
         ("training.warmup_steps=-1", "training.warmup_steps=-1: must not be negative"),
         ("training.retriever_delay_steps=-1", "training.retriever_delay_steps=-1: must not be negative"),
         ("training.retriever_delay_steps=300", "training.retriever_delay_steps=300: must be below training.steps="),
-        ("objective.drop_probability=1.5", "must be between 0 and 1"),
+        ("objective.drop_probability=1.5", "must be at least 0 and below 1"),
         ("cluster.trainer_gpus=1.5", "cluster.trainer_gpus=1.5: must be -1"),
         ("index.factory=IVF,Flat", "index.factory=IVF,Flat: must be one of Flat, SQfp16, SQ8, PQm, IVFn,"),
         ("index.rescore_candidates=3", "index.rescore_candidates=3: must be 0 (off) or at least retrieval.k="),

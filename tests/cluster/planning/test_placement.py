@@ -72,13 +72,13 @@ def test_gpus(
         ([Node(2, 1)] * 4, replace(CLUSTER, trainer_gpus=2.0), REFRESH, INDEX, "no node has room for trainer 1 of 1"),
         ([Node(8, 0)], replace(CLUSTER, trainer_gpus=1.0), REFRESH, INDEX, "1 node(s) with 8 CPU and 0 GPU"),
         ([Node(2, 0)], replace(CLUSTER, threads_per_trainer=4), REFRESH, INDEX, "it wants 4 CPU"),
-        ([Node(8, 4)], replace(CLUSTER, trainer_gpus=1.5), REFRESH, INDEX, "cluster.trainer_gpus is 1.5"),
+        ([Node(8, 4)], replace(CLUSTER, trainer_gpus=1.5), REFRESH, INDEX, "cluster.trainer_gpus=1.5"),
         (
             [Node(8, 4)],
             replace(CLUSTER, shard_gpus=0.0),
             REFRESH,
             replace(INDEX, device="gpu"),
-            "cluster.shard_gpus is 0",
+            "cluster.shard_gpus=0",
         ),
     ],
 )

@@ -75,7 +75,7 @@ def test_the_synthetic_world_is_counted(file: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["corpus.path=nowhere"], "how many passages? No prepared store, and corpus.path 'nowhere'"),
+        (["corpus.path=nowhere"], "how many passages? No prepared store, and corpus.path=nowhere"),
         (["plan.passages=9", "encoder.name=no/such"], "encoder.name=no/such: its config.json is not on this machine"),
         (
             ["plan.passages=9", "generator.kind=fusion", "generator.name=no/such"],
@@ -86,7 +86,7 @@ def test_the_synthetic_world_is_counted(file: str) -> None:
         (["plan.encoder=12x768"], "plan.encoder=12x768: must be LAYERSxHIDDENxVOCABULARY"),
         (["plan.passages=20000000000"], "must be 0 (counted) to 10000000000"),
         (["plan.network_gbit_s=0"], "plan.network_gbit_s=0.0: must be above 0"),
-        (["cluster.memory_margin=1"], "cluster.memory_margin=1.0: must be below 1"),
+        (["cluster.memory_margin=1"], "cluster.memory_margin=1.0: must be at least 0 and below 1"),
         (["cluster.check_fit=no"], "cluster.check_fit=no: must be one of refuse, warn, off"),
         (
             [*SIZES, "plan.passages=1000000000", "plan.gpus=8", "engine.precision=bf16", "index.device=gpu"],

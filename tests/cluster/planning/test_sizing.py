@@ -143,7 +143,7 @@ def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
     assert trainer_bytes(replace(huge, zero_stage=3), fits.trainers - 1, True)[0] > 72e9
     with pytest.raises(ValueError, match=r"the memory of one machine has 14\.4 GB"):
         smallest(work(trained=10**10, precision="fp32"), CPU)
-    with pytest.raises(ValueError, match=re.escape("cluster.num_trainers is 16")):
+    with pytest.raises(ValueError, match=re.escape("cluster.num_trainers=16")):
         smallest(work(trainers=16), replace(H100, limit=8))
 
 

@@ -126,19 +126,19 @@ NAN[7, 2], INFINITE[3, 0] = np.nan, -np.inf
         (INFINITE, {}, "vector 3 is not finite"),
         (GOOD[0], {}, r"shape \(4,\): needed is \[n, dim\]"),
         (GOOD[:0], {}, "at least one vector"),
-        (GOOD, {"factory": "IVF11,Flat"}, r"index\.factory is 'IVF11,Flat', which trains 11 lists.*holds 10 vectors"),
-        (GOOD, {"factory": "IVF4,Flat", "training_sample": 3}, r"index\.training_sample is 3.*needs 4"),
-        (GOOD, {"factory": "Flatt"}, r"index\.factory is 'Flatt': allowed are Flat, SQfp16, SQ8"),
+        (GOOD, {"factory": "IVF11,Flat"}, r"index\.factory=IVF11,Flat: must have 1 to 10 lists"),
+        (GOOD, {"factory": "IVF4,Flat", "training_sample": 3}, r"index\.training_sample=3: must be at least 4"),
+        (GOOD, {"factory": "Flatt"}, r"index\.factory=Flatt: must be one of Flat, SQfp16, SQ8"),
         (
             GOOD,
             {"factory": "PQ4x8"},
-            r"index\.factory is 'PQ4x8', which trains on 256 vectors.*holds 10: take fewer bits",
+            r"index\.factory=PQ4x8: must train on at most 10 vectors, .* needs 256",
         ),
         (GOOD * 1e6, {"factory": "IVF2,SQfp16"}, "beyond 65504.0: use Flat"),
-        (GOOD, {"ef_search": 0}, r"index\.ef_search is 0"),
+        (GOOD, {"ef_search": 0}, r"index\.ef_search=0"),
         (GOOD * 1e6, {"factory": "SQfp16"}, "beyond 65504.0: use Flat"),
-        (GOOD, {"device": "tpu"}, r"index\.device is 'tpu': allowed are cpu, gpu"),
-        (GOOD, {"nprobe": 0}, r"index\.nprobe is 0"),
+        (GOOD, {"device": "tpu"}, r"index\.device=tpu: must be one of cpu, gpu"),
+        (GOOD, {"nprobe": 0}, r"index\.nprobe=0"),
     ],
 )
 def test_refused(vectors: np.ndarray, settings: dict, message: str) -> None:
@@ -151,7 +151,7 @@ def test_refused(vectors: np.ndarray, settings: dict, message: str) -> None:
     [
         (NAN, 1, "query 7 is not finite"),
         (GOOD[:, :3], 1, r"query array has shape \(10, 3\): needed is \[n, 4\]"),
-        (GOOD, 0, r"retrieval\.k is 0"),
+        (GOOD, 0, r"retrieval\.k=0"),
     ],
 )
 def test_refused_queries(queries: np.ndarray, k: int, message: str) -> None:
@@ -168,7 +168,7 @@ def test_no_queries() -> None:
 def test_gpu_without_one_is_refused() -> None:
     if hasattr(faiss_build.load_faiss(), "StandardGpuResources") and faiss_build.load_faiss().get_num_gpus():
         pytest.skip("waits for a machine without a GPU")
-    with pytest.raises(ValueError, match=r"index\.device is gpu, but FAISS"):
+    with pytest.raises(ValueError, match=r"index\.device=gpu: must be cpu.* FAISS"):
         check_config(IndexConfig(device="gpu"), 10)
 
 
@@ -204,5 +204,5 @@ def test_gpu_equals_brute_force(tmp_path: Path, factory: str) -> None:
         scores, rows = one.search(queries, 20)
         assert recall(rows, expected) > 0.99
         np.testing.assert_allclose(scores, expected_scores, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match=r"retrieval\.k is 3000: allowed are 1 to 2048"):
+    with pytest.raises(ValueError, match=r"retrieval\.k=3000: must be at most 2048"):
         index.search(queries, 3000)

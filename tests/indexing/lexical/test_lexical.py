@@ -73,7 +73,7 @@ def test_equal_scores_stand_by_number_and_a_mask_leaves_passages_out() -> None:
     )
     with pytest.raises(ValueError, match=r"allowed has shape \(3,\): needed is \[7\]"):
         index.search(["a"], 1, allowed[:3])
-    with pytest.raises(ValueError, match="candidates is 0"):
+    with pytest.raises(ValueError, match="candidates=0"):
         index.search(["a"], 0)
 
 
@@ -131,7 +131,7 @@ def test_digits_survive_and_words_are_stemmed() -> None:
         ({"b": 1.5}, "lexical.b=1.5: must be between 0 and 1"),
         ({"stemmer": "klingon"}, "lexical.stemmer=klingon: must be empty or one of"),
         ({"stop_words": "klingon"}, "lexical.stop_words=klingon: must be empty or one of"),
-        ({"token_pattern": "["}, r"lexical.token_pattern=\[: no regular expression"),
+        ({"token_pattern": "["}, r"lexical.token_pattern=\[: must be a regular expression"),
         ({"token_pattern": "(a)(b)"}, "must be a pattern of words without groups"),
         ({"token_pattern": ""}, "must be a pattern of words"),
     ],

@@ -63,7 +63,7 @@ def test_lists_hold_what_they_need() -> None:
 def test_halves_that_are_too_large_are_refused_until_they_are_replaced() -> None:
     waiting = WaitingVectors(2, 2, IndexConfig(factory="SQfp16"))
     waiting.put(slice(0, 2), np.array([[1, 2], [3, 2 * FLOAT16_MAX]], np.float32))
-    with pytest.raises(ValueError, match=r"index\.factory is SQfp16, but a vector has a number beyond 65504"):
+    with pytest.raises(ValueError, match=r"index\.factory=SQfp16: must be Flat: a vector has a number beyond 65504"):
         waiting.build(seed=0)
     waiting.put(slice(1, 2), np.array([[3, 4]], np.float32))
     assert waiting.build(seed=0)[0].num_vectors == 2

@@ -13,12 +13,13 @@ import torch
 
 from tests.helpers.local_index import LocalIndex
 from tests.helpers.preference_files import preference_store
-from tests.helpers.tiny_world import TinyWorld
+from tests.helpers.tiny_world import TinyWorld, with_changes
 from tests.training.test_stage import Failure, failing, final_weights, part, rows_by_step, run_stage, same
 from training.checkpoint import load_weights, newest_checkpoint
 from training.data import Collator
 from training.job import StageJob
 from training.objectives.dispatch import compute, needs
+from training.refreshing.policy import RefreshPlan
 from training.stage import Stage
 from training.training_settings import (
     AlignmentConfig,
@@ -81,12 +82,12 @@ def aligning(world: TinyWorld, run_dir: Path, start: Path, pairs: dict[str, str]
         evaluate_preferences=pairs["test"],
         training=TrainingConfig(steps=8, batch_size=6, warmup_steps=2),
     )
-    return replace(job, **changes)
+    return with_changes(job, **changes)
 
 
 def measured(world: TinyWorld, job: StageJob, tmp_path: Path) -> dict[str, float]:
     """What the start of a stage measures."""
-    untrained = replace(job, run_dir=str(tmp_path / "before"), training=TrainingConfig(train="none", steps=0))
+    untrained = with_changes(job, run_dir=str(tmp_path / "before"), training=TrainingConfig(train="none", steps=0))
     return run_stage(untrained, world.index())[1]["metrics"]
 
 
@@ -97,7 +98,7 @@ def test_preferences_move_both_what_is_said_and_what_is_retrieved(world, tmp_pat
         tmp_path / "run",
         start,
         pairs | {"test": pairs["train"]},
-        publish_every=4,
+        refresh=RefreshPlan(every_steps=4),
         training=TrainingConfig(steps=48, batch_size=12, warmup_steps=2),
     )
     before = measured(world, job, tmp_path)
@@ -222,7 +223,7 @@ def test_a_resume_has_the_reference_of_the_start(world, tmp_path, start, pairs, 
 def frozen_index(world: TinyWorld, job: StageJob, tmp_path: Path) -> LocalIndex:
     """The index of the run's first weights, which never follows."""
     index = world.index(max_generations=1)
-    first = replace(job, run_dir=str(tmp_path / "first"), training=replace(job.training, steps=0))
+    first = with_changes(job, run_dir=str(tmp_path / "first"), training=replace(job.settings.training, steps=0))
     stage = Stage(first, index)
     stage.restore()
     stage.serve_index(fresh=True)
@@ -235,7 +236,7 @@ def test_a_resume_is_refused_when_its_start_is_gone(world, tmp_path, start, pair
     job = aligning(world, tmp_path / "run", copied, pairs, evaluate_questions="", evaluate_preferences="")
     run_stage(job, world.index())
     shutil.rmtree(copied)
-    longer = replace(job, training=replace(job.training, steps=10))
+    longer = with_changes(job, training=replace(job.settings.training, steps=10))
     with pytest.raises(ValueError, match=r"run.init_from='.*copied': this stage began with .*copied, which is gone"):
         run_stage(longer, world.index())
     run_stage(replace(longer, init_from=str(start)), world.index())  # the same checkpoint elsewhere
@@ -273,8 +274,8 @@ def test_samples_that_serve_twice_survive_a_resume(world, tmp_path, start):
     ("body", "message"),
     [
         ("return 1 / 0", r"objective.reward='.*reward.py:judge' raised ZeroDivisionError: division by zero \(question"),
-        ("return float('nan')", "objective.reward='.*' returned nan, needed is a finite number"),
-        ("return 'good'", "objective.reward='.*' returned 'good', needed is a finite number"),
+        ("return float('nan')", "objective.reward=.*: must return a finite number, not nan"),
+        ("return 'good'", "objective.reward=.*: must return a finite number, not 'good'"),
     ],
 )
 def test_a_reward_that_fails_ends_the_run_with_its_name(world, tmp_path, body, message):

@@ -178,18 +178,18 @@ def test_needs() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (ObjectiveConfig(name="rag"), r"objective.name='rag': allowed are rag_sequence, "),
-        (ObjectiveConfig(name="emdr2", level="word"), "objective.level='word': allowed are sequence, token"),
-        (ObjectiveConfig(name="pdist", reduction="mean"), "objective.reduction='mean': allowed are batch, elements"),
-        (ObjectiveConfig(null_score="zero"), "objective.null_score='zero': allowed are learned, fixed"),
-        (ObjectiveConfig(normalization="tokens"), "objective.normalization='tokens': allowed are length, none"),
-        (ObjectiveConfig(temperature=0.0), "objective.temperature=0.0: must be a finite number, above 0"),
+        (ObjectiveConfig(name="rag"), r"objective.name=rag: must be one of rag_sequence, "),
+        (ObjectiveConfig(name="emdr2", level="word"), "objective.level=word: must be one of sequence, token"),
+        (ObjectiveConfig(name="pdist", reduction="mean"), "objective.reduction=mean: must be one of batch, elements"),
+        (ObjectiveConfig(null_score="zero"), "objective.null_score=zero: must be one of learned, fixed"),
+        (ObjectiveConfig(normalization="tokens"), "objective.normalization=tokens: must be one of length, none"),
+        (ObjectiveConfig(temperature=0.0), "objective.temperature=0.0: must be above 0"),
         (ObjectiveConfig(target_temperature=math.nan), "objective.target_temperature=nan"),
-        (ObjectiveConfig(weight=-1.0), "objective.weight=-1.0: must be a finite number, 0 or above"),
+        (ObjectiveConfig(weight=-1.0), "objective.weight=-1.0: must not be negative"),
         (ObjectiveConfig(scale=math.inf), "objective.scale=inf"),
         (ObjectiveConfig(title_probability=1.5), "objective.title_probability=1.5"),
         (ObjectiveConfig(min_span=0), "objective.min_span=0"),
-        (ObjectiveConfig(min_span=9, max_span=8), "objective.max_span=8: must be a finite number, min_span=9 or above"),
+        (ObjectiveConfig(min_span=9, max_span=8), "objective.min_span=9: must not exceed objective.max_span=8"),
     ],
 )
 def test_bad_settings_are_refused(config: ObjectiveConfig, message: str) -> None:

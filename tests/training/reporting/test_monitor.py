@@ -274,7 +274,7 @@ def test_netrc_counts_as_a_key(tmp_path: Path) -> None:
 
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"monitor\.wandb is 'of'; allowed are auto, online, offline, off"):
+    with pytest.raises(ValueError, match=r"monitor\.wandb=of: must be one of auto, online, offline, off"):
         Monitor(tmp_path, MonitorConfig(wandb="of"), run_config={}, total_steps=1, rank=0)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from indexing.declare import refuse
+
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 # (attend, module, query, key, value, mask, options) -> what attend(module, query, key, value, mask, **options) returns:
 # output [rows, queries, heads, head_dim] and probabilities [rows, heads, queries, keys] or None. query [rows, heads,
@@ -34,16 +36,11 @@ def has_attention(model: nn.Module) -> bool:
 def check_attention(model: nn.Module, attention: str, objective: str) -> None:
     """Raises ValueError where `objective` needs what a generator's tokens attend to and `model` cannot tell."""
     if not has_attention(model):
-        raise ValueError(
-            f"objective.name={objective} reads the attention of the generator, and {type(model).__name__} has none (a "
-            "state-space model); allowed: a generator with attention layers, or another objective, such as pdist or "
-            "loop"
-        )
+        allowed = f"must be another one, such as pdist or loop: {type(model).__name__} (a state-space model) has no"
+        raise refuse("objective.name", objective, f"{allowed} attention that could be read")
     if attention in NO_PROBABILITIES:
-        raise ValueError(
-            f"generator.attention={attention} gives no attention probabilities; allowed with "
-            f"objective.name={objective}: auto, eager, sdpa"
-        )
+        allowed = f"must be auto, eager or sdpa with objective.name={objective}, which needs attention probabilities"
+        raise refuse("generator.attention", attention, allowed)
 
 
 @contextmanager
@@ -110,10 +107,8 @@ class AttentionMass:
     def per_key(self) -> Tensor:
         """float32 [rows, keys]. Raises ValueError where no layer attended."""
         if self._total is None:
-            raise ValueError(
-                "objective.name=adist: no layer of this generator attends in a way that can be read; use another "
-                "objective, such as pdist or loop"
-            )
+            allowed = "must be another one, such as pdist or loop: no layer of this generator attends in a way that can"
+            raise refuse("objective.name", "adist", f"{allowed} be read")
         return self._total
 
     def _add(self, weights: Tensor, value: Tensor) -> None:

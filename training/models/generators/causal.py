@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from indexing.declare import refuse
 from training.models.generators import token_scores
 from training.models.generators.attention import AttentionMass, check_attention, rerouted
 from training.models.generators.fresh_causal import fresh_causal
@@ -278,7 +279,5 @@ def without_tokens(ids: Tensor, mask: Tensor, dropped: Tensor) -> tuple[Tensor, 
 
 def _refuse_bias(passage_bias: Tensor | None) -> None:
     if passage_bias is not None:
-        raise ValueError(
-            "generator.kind=causal reads all passages in one prompt and cannot take a score bias; set "
-            "objective.score_bias=false, or generator.kind to one of: copy, fusion"
-        )
+        allowed = "must be copy or fusion with objective.score_bias=true: a prompt of all passages takes no bias"
+        raise refuse("generator.kind", "causal", allowed)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from indexing.declare import refuse
 from training.models.generators.copy_layers import Layer, mask_bias
 from training.models.parts.checkpoint_layout import transformer_folder
 from training.models.parts.pretrained import (
@@ -68,13 +69,12 @@ def check_encoder(generator: GeneratorConfig, config: PreTrainedConfig) -> None:
     kind = config.model_type
     known = kind in CONFIG_MAPPING and type(config) is CONFIG_MAPPING[kind]  # its values() would import every model
     if known and (config.is_encoder_decoder or type(config) not in MODEL_FOR_MASKED_LM_MAPPING):
-        raise ValueError(
-            f"generator.name={generator.name}: must be an encoder such as BERT with generator.kind=copy; a "
-            f"{kind} model takes generator.kind={'fusion' if config.is_encoder_decoder else 'causal'}"
-        )
+        other = "fusion" if config.is_encoder_decoder else "causal"
+        allowed = f"must be an encoder like BERT with generator.kind=copy; a {kind} model takes generator.kind={other}"
+        raise refuse("generator.name", generator.name, allowed)
     width, heads = int(config.hidden_size), generator.fresh.num_heads
     if width % heads:
-        raise ValueError(f"generator.fresh.num_heads={heads}: must divide {width}, the width of {generator.name}")
+        raise refuse("generator.fresh.num_heads", heads, f"must divide {width}, the width of {generator.name}")
 
 
 def load_source(config: GeneratorConfig, max_source: int) -> PretrainedSource:
@@ -92,10 +92,8 @@ def load_source(config: GeneratorConfig, max_source: int) -> PretrainedSource:
     backbone = encoder_only(backbone)
     limit = num_positions(backbone)
     if limit is not None and max_source > limit:
-        raise ValueError(
-            f"generator.max_question_tokens + generator.max_passage_tokens + 3 is {max_source}; "
-            f"{config.name!r} takes at most {limit} tokens"
-        )
+        allowed = f"must be lower: with the question it makes {max_source} tokens, and {config.name} takes {limit}"
+        raise refuse("generator.max_passage_tokens", config.max_passage_tokens, allowed)
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             module.p = config.fresh.dropout

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from indexing.declare import refuse
+
 MASKED = -1e9  # finite, so that a row of padding stays finite
 
 
@@ -22,9 +24,7 @@ class Attention(nn.Module):
     def __init__(self, hidden: int, num_heads: int) -> None:
         super().__init__()
         if hidden % num_heads:
-            raise ValueError(
-                f"generator.fresh.hidden={hidden} must be a multiple of generator.fresh.num_heads={num_heads}"
-            )
+            raise refuse("generator.fresh.hidden", hidden, f"must be a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
         self.query = nn.Linear(hidden, hidden)
         self.key = nn.Linear(hidden, hidden, bias=False)

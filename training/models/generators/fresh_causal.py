@@ -15,6 +15,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from indexing.declare import check_values, refuse
 from training.models.text.tokenizers import end_id, pad_id, start_id
 from training.training_settings import FRESH_CONTEXT, FreshGeneratorConfig
 
@@ -31,10 +32,10 @@ def fresh_causal(fresh: FreshGeneratorConfig, tokenizer: PreTrainedTokenizerFast
 
 
 def _config(fresh: FreshGeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    check_values(fresh, "generator.fresh.")
     if fresh.hidden % (2 * fresh.num_heads):
-        raise ValueError(
-            f"generator.fresh.hidden is {fresh.hidden}; allowed: a multiple of 2 * num_heads={2 * fresh.num_heads}"
-        )
+        allowed = f"must be a multiple of 2 * num_heads={2 * fresh.num_heads} with generator.kind=causal"
+        raise refuse("generator.fresh.hidden", fresh.hidden, allowed)
     common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": fresh.hidden,
@@ -81,4 +82,4 @@ def _config(fresh: FreshGeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> 
                 "mamba_d_state": STATE,
             }
             return JambaConfig(**common, **attending, **layers, num_experts_per_tok=1)
-    raise ValueError(f"generator.fresh.family is {fresh.family!r}; allowed: llama, gpt2, qwen2, mamba, mamba2, jamba")
+    raise AssertionError(f"check_values let {fresh.family!r} through")

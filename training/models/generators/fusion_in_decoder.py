@@ -25,6 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
+from indexing.declare import refuse
 from training.models.generators import token_scores
 from training.models.generators.attention import (
     NO_PROBABILITIES,
@@ -184,10 +185,8 @@ class FusionGenerator(Generator):
     def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
         assert isinstance(reading, Reading)
         if self.attention in NO_PROBABILITIES:
-            raise ValueError(
-                f"generator.attention={self.attention} cannot leave a passage out; allowed with objective.name=loop: "
-                "auto, eager, sdpa"
-            )
+            allowed = "must be auto, eager or sdpa with objective.name=loop, which leaves passages out"
+            raise refuse("generator.attention", self.attention, allowed)
         projected = None if torch.is_grad_enabled() else reading.projected
         memory = projected.memory if projected is not None else self._fuse(reading, batch, None)[0]
         assert memory.passage is not None
@@ -307,7 +306,7 @@ class FusionGenerator(Generator):
         if passage_bias is None:
             return Memory(states, valid, passage_or_none), begins
         if self.attention == "flash_attention_2":
-            raise ValueError("generator.attention=flash_attention_2 cannot take a score bias; allowed: eager, sdpa")
+            raise refuse("generator.attention", self.attention, "must be eager or sdpa: it takes a score bias")
         # A padded passage has bias -inf and no token here: zero keeps its gradient finite.
         bias = passage_bias.masked_fill(~batch.passage_mask, 0.0).gather(1, passage).to(states.dtype)
         bias = bias.masked_fill(~valid, torch.finfo(states.dtype).min)
@@ -337,9 +336,8 @@ class FusionGenerator(Generator):
         """A T5 of `generator.fresh`'s size with random weights."""
         fresh = self.config.fresh
         if fresh.hidden % fresh.num_heads:
-            raise ValueError(
-                f"generator.fresh.hidden is {fresh.hidden}; allowed: a multiple of num_heads={fresh.num_heads}"
-            )
+            allowed = f"must be a multiple of num_heads={fresh.num_heads}"
+            raise refuse("generator.fresh.hidden", fresh.hidden, allowed)
         start = start_id(tokenizer)
         options: dict[str, Any] = {
             "attn_implementation": self.attention,
@@ -366,10 +364,10 @@ class FusionGenerator(Generator):
         longest = self.config.max_question_tokens + self.config.max_passage_tokens + special
         limit = num_positions(self.model)
         if limit is not None and longest > limit:
-            raise ValueError(
-                f"generator.max_passage_tokens is {self.config.max_passage_tokens}: with the question up to {longest} "
-                f"tokens, but {self.config.name!r} takes at most {limit}"
+            allowed = (
+                f"must be lower: with the question it makes {longest} tokens, and {self.config.name} takes {limit}"
             )
+            raise refuse("generator.max_passage_tokens", self.config.max_passage_tokens, allowed)
 
 
 class CrossCache(DynamicCache):

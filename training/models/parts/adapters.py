@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from indexing.declare import refuse
 from training.models.parts.named_weights import is_adapter
 from training.training_settings import LoraConfig
 
@@ -57,7 +58,7 @@ def target_names(model: PreTrainedModel, targets: list[str], setting: str) -> li
     wrong = [end for end in ends if not any(_ends(name, end) for name in possible)]
     if wrong:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in possible}))
-        raise ValueError(f"{setting}.target_modules names {wrong[0]!r}; allowed: auto, or some of {known}")
+        raise refuse(f"{setting}.target_modules", wrong[0], f"must be auto, or some of {known}")
     return [name for name in possible if any(_ends(name, end) for end in ends)]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
+from indexing.declare import refuse
+
 POOLINGS = ("mean", "cls", "max", "last")
 _SAVED_POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}
 _OLDER_POOLINGS = {  # in the order in which that library concatenates them
@@ -135,11 +137,10 @@ def _read_pooling(name: str, config: dict[str, Any]) -> tuple[str, ...]:
     unknown = [mode for mode in modes if mode not in _SAVED_POOLINGS]
     if unknown:
         allowed = ", ".join(_SAVED_POOLINGS)
-        raise ValueError(f"encoder.name={name!r} pools by {', '.join(unknown)}; allowed: {allowed}")
+        raise refuse("encoder.name", name, f"must pool by {allowed}, not by {', '.join(unknown)}")
     if config.get("include_prompt") is False:
-        raise ValueError(
-            f"encoder.name={name!r} leaves the prompt out of its pooling (include_prompt: false): not supported"
-        )
+        allowed = "must pool its prompt too; this one leaves it out (include_prompt: false)"
+        raise refuse("encoder.name", name, allowed)
     return tuple(_SAVED_POOLINGS[mode] for mode in modes)
 
 
@@ -148,12 +149,12 @@ def _read_dense(name: str, path: str) -> DenseLayout:
     config = _read_json(name, f"{path}/config.json")
     activation = config.get("activation_function") or "torch.nn.modules.linear.Identity"
     if not activation.startswith("torch.nn."):
-        raise ValueError(f"encoder.name={name!r}: activation {activation!r} of {path}; allowed: classes of torch.nn")
+        raise refuse("encoder.name", name, f"must have activations of torch.nn, but {path} has {activation}")
     if config.get("use_residual"):
-        raise ValueError(f"encoder.name={name!r}: {path} has use_residual, which is not supported")
+        raise refuse("encoder.name", name, f"must be without use_residual, which {path} has")
     weights = find_file(name, f"{path}/model.safetensors") or find_file(name, f"{path}/pytorch_model.bin")
     if weights is None:
-        raise ValueError(f"encoder.name={name!r}: {path} has neither model.safetensors nor pytorch_model.bin")
+        raise refuse("encoder.name", name, f"must have model.safetensors or pytorch_model.bin in {path}")
     return DenseLayout(
         in_features=config["in_features"],
         out_features=config["out_features"],

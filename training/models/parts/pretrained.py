@@ -7,14 +7,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2")
+from indexing.declare import refuse
+from training.training_settings import ATTENTIONS
+
 POSITION_NAMES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def choose_attention(setting: str, name: str) -> str:
     """`auto` is eager on a CPU, where SDPA's backward with a padding mask is slow, and sdpa on a GPU."""
     if setting not in ATTENTIONS:
-        raise ValueError(f"{name} is {setting!r}; allowed: {', '.join(ATTENTIONS)}")
+        raise refuse(name, setting, f"must be one of {', '.join(ATTENTIONS)}")
     if setting == "auto":
         return "sdpa" if torch.cuda.is_available() else "eager"
     return setting

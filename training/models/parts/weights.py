@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = ("float32", "bfloat16")
+from training.training_settings import DTYPES
 
 
 def to_numpy(state: Mapping[str, Tensor], dtype: str = "float32") -> dict[str, np.ndarray]:

@@ -13,15 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
+from indexing.declare import check_values, refuse
 from training.models.parts.adapters import add_adapters, merged
 from training.models.parts.checkpoint_layout import POOLINGS, DenseLayout, Layout, read_layout
 from training.models.parts.pretrained import choose_attention, encoder_only, load_pretrained, num_positions
 from training.models.parts.recompute import recomputed
 from training.models.parts.weights import from_numpy
 from training.models.text.packing import by_length, row_lengths
-from training.training_settings import EncoderConfig, FreshEncoderConfig
-
-TRAIN = ("both", "query_only", "retriever_only", "generator_only", "none")
+from training.training_settings import EncoderConfig, FreshEncoderConfig, TrainingConfig
 
 
 class TextEncoder(nn.Module):
@@ -76,7 +75,7 @@ def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
         case "max":
             return states.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(dim=1)
         case _:
-            raise ValueError(f"encoder.pooling is {mode!r}; allowed: auto, {', '.join(POOLINGS)}")
+            raise refuse("encoder.pooling", mode, f"must be one of {', '.join(POOLINGS)}")
     return states[torch.arange(len(states), device=states.device), chosen]
 
 
@@ -202,7 +201,7 @@ def build_encoder(config: EncoderConfig, vocab_size: int | None = None) -> TextE
         encoder, limit = _fresh_encoder(config, vocab_size), None
     for setting, tokens in _token_limits(config).items():
         if limit is not None and tokens > limit:
-            raise ValueError(f"{setting} is {tokens}; {config.name!r} takes at most {limit}")
+            raise refuse(setting, tokens, f"must be at most {limit}, which {config.name} takes")
     if config.gradient_checkpointing:
         encoder.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return encoder
@@ -228,12 +227,10 @@ def set_trainable(retriever: Retriever, train: str) -> None:
 
     Raises ValueError for another value, and for query_only on towers that are one object.
     """
-    if train not in TRAIN:
-        raise ValueError(f"training.train is {train!r}; allowed: {', '.join(TRAIN)}")
+    check_values(TrainingConfig(train=train), "training.")
     if train == "query_only" and retriever.shared:
-        raise ValueError(
-            "training.train=query_only needs a passage tower of its own: build the retriever with query_only"
-        )
+        allowed = "must be another one: without a passage tower of its own, build the retriever with query_only"
+        raise refuse("training.train", train, allowed)
     retriever.passage_encoder.requires_grad_(train in ("both", "retriever_only"))
     retriever.query_encoder.requires_grad_(train in ("both", "retriever_only", "query_only"))
     for score in (retriever.null, retriever.lexical):
@@ -274,20 +271,10 @@ def with_towers_of(config: EncoderConfig, weights: Iterable[str]) -> EncoderConf
 
 def _check(config: EncoderConfig) -> None:
     """One clear line for a wrong value."""
-    normalize = str(config.normalize).lower()
-    allowed: dict[str, tuple[str, tuple[str, ...]]] = {
-        "encoder.towers": (config.towers, ("shared", "separate")),
-        "encoder.pooling": (config.pooling, ("auto", *POOLINGS)),
-        "encoder.normalize": (normalize, ("auto", "true", "false")),
-    }
-    for setting, (value, choices) in allowed.items():
-        if value not in choices:
-            raise ValueError(f"{setting} is {value!r}; allowed: {', '.join(choices)}")
-    if not config.temperature > 0:
-        raise ValueError(f"encoder.temperature is {config.temperature}; allowed: above 0")
+    check_values(config, "encoder.")
     for setting, value in _token_limits(config).items():
         if value < 3:
-            raise ValueError(f"{setting} is {value}; allowed: at least 3")
+            raise refuse(setting, value, "must be at least 3")
 
 
 def _token_limits(config: EncoderConfig) -> dict[str, int]:
@@ -315,10 +302,10 @@ def bert_config(fresh: FreshEncoderConfig, vocab_size: int, num_positions: int, 
 def _fresh_encoder(config: EncoderConfig, vocab_size: int | None) -> TextEncoder:
     """BERT of `encoder.fresh`'s size with random weights, without pooler."""
     if not vocab_size:
-        raise ValueError("encoder.name is empty: a fresh encoder needs the tokeniser's vocabulary size")
+        raise refuse("encoder.name", "", "must be given without the tokeniser's vocabulary size")
     fresh = config.fresh
     if fresh.hidden % fresh.num_heads:
-        raise ValueError(f"encoder.fresh.hidden is {fresh.hidden}; allowed: a multiple of num_heads={fresh.num_heads}")
+        raise refuse("encoder.fresh.hidden", fresh.hidden, f"must be a multiple of num_heads={fresh.num_heads}")
     attention = choose_attention(config.attention, "encoder.attention")
     shape = bert_config(fresh, vocab_size, max(_token_limits(config).values()), attn_implementation=attention)
     backbone = BertModel(shape, add_pooling_layer=False)

@@ -5,7 +5,6 @@ compares word with word (Nogueira & Cho 2019, arXiv:1901.04085); it cannot searc
 retriever. Its weights train in the retriever's group.
 """
 
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,14 +14,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
+from indexing.declare import refuse
 from training.models.parts.pretrained import choose_attention, load_pretrained, num_positions
 from training.models.retriever.encoder import bert_config
 from training.models.text.packing import length_groups, restore_order
-from training.models.text.pairs import PairBatch, Pairing, own_pairing, shared_pairing
-from training.models.text.tokenizers import load_tokenizer
+from training.models.text.pairs import PairBatch
 from training.training_settings import EncoderConfig, RerankerConfig
 
 HEAD = "ForSequenceClassification"
@@ -73,14 +71,6 @@ def build_reranker(config: RerankerConfig, encoder: EncoderConfig, vocab_size: i
     return Reranker(model, config.mode == "replace", config.length_groups)
 
 
-def make_pairing(config: RerankerConfig, retriever: PreTrainedTokenizerFast, folder: Path) -> Pairing | None:
-    """How the re-ranker's pairs are made: a fresh one reads the `retriever`'s rows, a checkpoint those of its own
-    tokeniser, which lies in `folder`/reranker. None where it is off."""
-    if config.mode == "off":
-        return None
-    return own_pairing(load_tokenizer(folder / "reranker")) if has_own_tokens(config) else shared_pairing(retriever)
-
-
 def has_own_tokens(config: RerankerConfig) -> bool:
     """Whether the re-ranker reads tokens of its own; a fresh one reads the retriever's."""
     return config.mode != "off" and bool(config.name)
@@ -92,13 +82,12 @@ def check_cross_encoder(config: RerankerConfig) -> None:
         found = AutoConfig.from_pretrained(config.name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
-        raise ValueError(f"reranker.name={config.name!r} cannot be loaded: {why}") from error
+        raise refuse("reranker.name", config.name, f"must be a model that can be loaded: {why}") from error
     kinds = list(found.architectures or [])
     if not any(kind.endswith(HEAD) for kind in kinds) or found.num_labels != 1:
-        raise ValueError(
-            f"reranker.name={config.name!r}: must be a cross-encoder, a model ...{HEAD} with one label; this one is "
-            f"{', '.join(kinds) or 'of no named kind'} with {found.num_labels} labels"
-        )
+        this = f"this one is {', '.join(kinds) or 'of no named kind'} with {found.num_labels} labels"
+        allowed = f"must be a cross-encoder, a model ...{HEAD} with one label; {this}"
+        raise refuse("reranker.name", config.name, allowed)
 
 
 def _checkpoint(config: RerankerConfig, attention: str) -> PreTrainedModel:
@@ -112,10 +101,9 @@ def _checkpoint(config: RerankerConfig, attention: str) -> PreTrainedModel:
     )
     limit, longest = num_positions(model), config.max_question_tokens + config.max_passage_tokens + SPARE_TOKENS
     if limit is not None and longest > limit:
-        raise ValueError(
-            f"reranker.max_passage_tokens is {config.max_passage_tokens}; with {config.max_question_tokens} of the "
-            f"question {config.name!r} takes at most {limit - config.max_question_tokens - SPARE_TOKENS}"
-        )
+        most = limit - config.max_question_tokens - SPARE_TOKENS
+        allowed = f"must be at most {most}, with {config.max_question_tokens} of the question in {config.name}"
+        raise refuse("reranker.max_passage_tokens", config.max_passage_tokens, allowed)
     return model
 
 

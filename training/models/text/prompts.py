@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from indexing.corpus.files.corpus import Question
+from indexing.declare import refuse
 from training.models.text.tokenizers import plain_backend
 from training.training_settings import GeneratorConfig
 
@@ -29,7 +30,7 @@ def passage_template(config: GeneratorConfig) -> tuple[list[str], list[str]]:
     name = "generator.passage_template"
     literals, fields = split_template(config.passage_template, name, ("text",), ("title", "text"))
     if fields[-1] != "text":
-        raise ValueError(f"{name} is {config.passage_template!r}; allowed: {{title}} before {{text}}")
+        raise refuse(name, repr(config.passage_template), "must have {title} before {text}")
     return literals, fields
 
 
@@ -44,9 +45,7 @@ def split_template(
     wrong += [name for name in fields if name not in allowed or fields.count(name) > 1]
     if wrong:
         once = ", ".join(f"{{{name}}}" for name in allowed)
-        raise ValueError(
-            f"{setting} is {template!r}: wrong or missing field {{{wrong[0]}}}; allowed: each of {once} once"
-        )
+        raise refuse(setting, repr(template), f"must have each of {once} once; wrong or missing is {{{wrong[0]}}}")
     return literals, fields
 
 

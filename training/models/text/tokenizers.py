@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from indexing.declare import refuse
 from training.training_settings import TokenizerConfig
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4
@@ -112,10 +113,8 @@ def train_wordpiece(config: TokenizerConfig, texts: Iterable[str]) -> PreTrained
     spelled += string.punctuation
     required = len(SPECIAL_TOKENS) + len(spelled)
     if config.vocabulary < required:
-        raise ValueError(
-            f"tokenizer.vocabulary is {config.vocabulary}; allowed: at least {required} "
-            "(special tokens, letters, digits, punctuation)"
-        )
+        allowed = f"must be at least {required} (special tokens, letters, digits, punctuation)"
+        raise refuse("tokenizer.vocabulary", config.vocabulary, allowed)
     learner = _pipeline(models.WordPiece(unk_token="[UNK]"), config)  # type: ignore[call-arg]
     trainer = trainers.WordPieceTrainer(
         vocab_size=config.vocabulary,

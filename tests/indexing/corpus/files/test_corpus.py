@@ -112,24 +112,24 @@ def test_parquet_with_broken_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"path": ""}, r"corpus\.path is empty"),
-        ({"path": "nowhere.jsonl"}, r"corpus\.path '.*nowhere\.jsonl' does not exist"),
-        ({"path": "empty"}, r"no folder with corpus\.jsonl"),
-        ({"path": "corpus.txt"}, r"corpus\.txt'.*allowed endings are \.jsonl, \.jsonl\.gz, \.parquet"),
-        ({"path": "good.jsonl", "format": "csv"}, r"corpus\.format is 'csv': allowed are auto, beir"),
-        ({"path": "good.jsonl", "format": "parquet"}, r"allowed endings are \.parquet"),
-        ({"path": "good.jsonl", "on_bad": "ignore"}, r"corpus\.on_bad is 'ignore': allowed are error, skip"),
-        ({"path": "good.jsonl", "max_characters": 0}, r"corpus\.max_characters is 0"),
-        ({"path": "good.jsonl", "as_of": "01.01.2024"}, r"corpus\.as_of is '01\.01\.2024': allowed are YYYY-MM-DD"),
-        ({"path": "good.jsonl", "as_of": "2024-02-30"}, r"corpus\.as_of is '2024-02-30'"),
-        ({"path": "good.jsonl", "as_of": "end"}, r"as_of is 'end', but there is no updates\.jsonl"),
-        ({"path": "good.jsonl", "as_of": "end", "updates": "none.jsonl"}, r"corpus\.updates '.*' does not exist"),
+        ({"path": ""}, r"corpus\.path=: must be a BEIR folder"),
+        ({"path": "nowhere.jsonl"}, r"corpus\.path=.*nowhere\.jsonl: must be a BEIR folder, or a"),
+        ({"path": "empty"}, r"must be a folder with corpus\.jsonl"),
+        ({"path": "corpus.txt"}, r"corpus\.txt: must end in \.jsonl or \.jsonl\.gz or \.parquet"),
+        ({"path": "good.jsonl", "format": "csv"}, r"corpus\.format=csv: must be one of auto, beir"),
+        ({"path": "good.jsonl", "format": "parquet"}, r"must end in \.parquet"),
+        ({"path": "good.jsonl", "on_bad": "ignore"}, r"corpus\.on_bad=ignore: must be one of error, skip"),
+        ({"path": "good.jsonl", "max_characters": 0}, r"corpus\.max_characters=0"),
+        ({"path": "good.jsonl", "as_of": "01.01.2024"}, r"corpus\.as_of=01\.01\.2024: must be empty, .end. or a date"),
+        ({"path": "good.jsonl", "as_of": "2024-02-30"}, r"corpus\.as_of=2024-02-30: must be empty, .end. or"),
+        ({"path": "good.jsonl", "as_of": "end"}, r"as_of=end: must be empty, since there is no updates\.jsonl"),
+        ({"path": "good.jsonl", "as_of": "end", "updates": "none.jsonl"}, r"corpus\.updates=.*: must be a file"),
         ({"path": "cut.jsonl.gz"}, r"cut\.jsonl\.gz is a damaged gzip file, after line"),
         ({"path": "no.jsonl.gz"}, r"no\.jsonl\.gz is a damaged gzip file, after line 0"),
         ({"path": "no.parquet"}, r"no\.parquet is no Parquet file"),
         ({"path": "columns.parquet"}, r"columns \['_id', 'body'\]: needed are _id"),
-        ({"path": "blank.jsonl"}, "has no passages"),
-        ({"path": "bad.jsonl", "on_bad": "skip"}, "has no passages"),
+        ({"path": "blank.jsonl"}, "must have passages"),
+        ({"path": "bad.jsonl", "on_bad": "skip"}, "must have passages"),
     ],
 )
 def test_refused(tmp_path: Path, settings: dict, message: str) -> None:
@@ -318,10 +318,10 @@ def test_bad_timeline(tmp_path: Path, timeline: object) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"path": ""}, r"questions\.path is empty"),
-        ({"path": "nowhere"}, r"has neither queries-test\.jsonl\[\.gz\] nor queries\.jsonl"),
-        ({"path": "x", "as_of": "yesterday"}, r"questions\.as_of is 'yesterday'"),
-        ({"path": "x", "on_bad": "no"}, r"questions\.on_bad is 'no'"),
+        ({"path": ""}, r"questions\.path=: must be a folder"),
+        ({"path": "nowhere"}, r"must have queries-test\.jsonl\[\.gz\] or queries\.jsonl"),
+        ({"path": "x", "as_of": "yesterday"}, r"questions\.as_of=yesterday"),
+        ({"path": "x", "on_bad": "no"}, r"questions\.on_bad=no"),
     ],
 )
 def test_refused_questions(settings: dict, message: str) -> None:

@@ -65,7 +65,7 @@ def test_judged_answers(tmp_path: Path) -> None:
     found = read_preferences(settings, "train", as_pairs=False)
     assert found.labels == [1, 0]
     assert [q.answers for q in found.questions] == [["2015"], ["Bob"]]
-    with pytest.raises(ValueError, match=r"holds judged answers .* are needed for objective.name=dpo"):
+    with pytest.raises(ValueError, match=r"must hold pairs .* for objective.name=dpo"):
         read_preferences(settings, "train", as_pairs=True)
 
 
@@ -111,11 +111,11 @@ def test_a_judgement_is_true_or_false(tmp_path: Path, value: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"path": ""}, "preferences.path is empty"),
-        ({"path": "nowhere.jsonl"}, "preferences.path 'nowhere.jsonl': needed is"),
-        ({"format": "pairs"}, "preferences.format is 'pairs': allowed are auto, paired, unpaired"),
+        ({"path": ""}, "preferences.path=: must be a"),
+        ({"path": "nowhere.jsonl"}, "preferences.path=nowhere.jsonl: must be"),
+        ({"format": "pairs"}, "preferences.format=pairs: must be one of auto, paired, unpaired"),
         ({"format": "unpaired"}, "desirable is None: needed is true or false"),
-        ({"on_bad": "ignore"}, "preferences.on_bad is 'ignore'"),
+        ({"on_bad": "ignore"}, "preferences.on_bad=ignore: must be one of"),
         ({"train": "dev"}, "no preferences of split 'train'"),
     ],
 )

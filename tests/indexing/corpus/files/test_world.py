@@ -218,10 +218,10 @@ def test_two_writers_at_once_leave_one_whole_world(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (WorldConfig(num_people=9), "num_people is 9; at least 10"),
-        (WorldConfig(num_values=1), "num_values is 1; allowed are 2 to 20000"),
-        (WorldConfig(lookalike_probability=1.5), "lookalike_probability is 1.5; allowed are 0 to 1"),
-        (WorldConfig(swap_fraction=-0.1), "swap_fraction is -0.1; allowed are 0 to 1"),
+        (WorldConfig(num_people=9), "num_people=9: must be at least 10"),
+        (WorldConfig(num_values=1), "num_values=1: must be between 2 and 20000"),
+        (WorldConfig(lookalike_probability=1.5), "lookalike_probability=1.5: must be between 0 and 1"),
+        (WorldConfig(swap_fraction=-0.1), "swap_fraction=-0.1: must be between 0 and 1"),
     ],
 )
 def test_impossible_sizes_are_refused(config: WorldConfig, message: str) -> None:

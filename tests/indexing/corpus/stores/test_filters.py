@@ -167,13 +167,16 @@ def test_shards_return_only_what_passes(store: Store, factory: str, num_shards: 
             assert hits.vectors.shape[1] >= min(2, allowed.sum())
             assert (hits.vectors == vectors[hits.ids[:, : hits.vectors.shape[1]]]).all()
         if allowed.sum() < 5:
-            with pytest.raises(ValueError, match=rf"but {allowed.sum()} passages pass the filter retrieval\.where"):
+            with pytest.raises(
+                ValueError,
+                match=rf"must be at most {allowed.sum()}, the passages that pass the filter retrieval\.where",
+            ):
                 merge(found, 5)
 
 
 def test_a_shard_without_metadata_says_so() -> None:
     shard = Shard(2, 0, stop=4, config=IndexConfig())
-    with pytest.raises(ValueError, match=r"retrieval\.where is lang=en, but shard 2 knows no metadata"):
+    with pytest.raises(ValueError, match=r"retrieval\.where=lang=en: must be empty: shard 2 knows no metadata"):
         shard.search(np.zeros((1, 4), np.float32), 1, where=parse_filter({"lang": "en"}))
 
 

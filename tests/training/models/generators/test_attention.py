@@ -233,7 +233,7 @@ def test_generators_without_attention_are_refused(tokenizer: PreTrainedTokenizer
     mamba = make("mamba", tokenizer, tmp_path, attention="eager")
     assert isinstance(mamba, Generator)
     batch = mamba.collate(QUESTIONS, PASSAGES, ANSWERS)
-    message = r"objective\.name=adist reads the attention .* MambaForCausalLM has none \(a state-space model\); allowed"
+    message = r"objective\.name=adist: must be another one.* MambaForCausalLM \(a state-space model\) has no"
     with pytest.raises(ValueError, match=message):
         mamba.fused_with_attention(None, batch)
     config = GeneratorConfig(kind="causal", name=str(tmp_path / "mamba"), attention="eager")

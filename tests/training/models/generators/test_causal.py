@@ -263,5 +263,5 @@ def test_errors_name_the_setting(tokenizer: PreTrainedTokenizerFast, tmp_path: P
         make(tokenizer, passage_template="{body}")
     with pytest.raises(ValueError, match=r"generator\.name='no/such-model' cannot be loaded"):
         make(tokenizer, name="no/such-model")
-    with pytest.raises(ValueError, match=r"generator\.fresh\.hidden is 10; allowed: a multiple of 2"):
+    with pytest.raises(ValueError, match=r"generator\.fresh\.hidden=10: must be a multiple of 2"):
         make(tokenizer, fresh=replace(SMALL, hidden=10))

@@ -177,5 +177,5 @@ def test_fresh_families(family: str, folder: Path) -> None:
     per_token = float(loss.detach()) / int(batch.answer_mask.sum())
     assert per_token == pytest.approx(np.log(len(tokenizer)), rel=0.2)  # random weights know nothing
     size.family = "bert"
-    with pytest.raises(ValueError, match=r"generator\.fresh\.family is 'bert'; allowed: llama, gpt2"):
+    with pytest.raises(ValueError, match=r"generator\.fresh\.family=bert: must be one of llama, gpt2"):
         build_generator(config, tokenizer)

@@ -321,9 +321,9 @@ def test_any_encoder_decoder_from_a_folder(tokenizer: PreTrainedTokenizerFast, t
 def test_wrong_settings(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"generator\.name='no/such-reader' cannot be loaded"):
         FusionGenerator(replace(CONFIG, name="no/such-reader"), tokenizer)
-    with pytest.raises(ValueError, match=r"generator\.fresh\.hidden is 10; allowed: a multiple"):
+    with pytest.raises(ValueError, match=r"generator\.fresh\.hidden=10: must be a multiple"):
         FusionGenerator(replace(CONFIG, fresh=replace(SMALL, hidden=10, num_heads=4)), tokenizer)
-    with pytest.raises(ValueError, match=r"generator\.attention is 'fast'; allowed"):
+    with pytest.raises(ValueError, match=r"generator\.attention=fast: must be one of"):
         FusionGenerator(replace(CONFIG, attention="fast"), tokenizer)
     generator = make(tokenizer)
     generator.attention = "flash_attention_2"

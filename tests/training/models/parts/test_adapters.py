@@ -19,6 +19,7 @@ from training.models.parts.named_weights import load_weights_into
 from training.models.retriever.encoder import build_encoder, load_encoder_state, passage_state
 from training.models.system import System
 from training.models.text.tokenizers import load_tokenizer
+from training.refreshing.policy import RefreshPlan
 from training.stage import Stage
 from training.training_settings import CheckpointConfig, EncoderConfig, FreshEncoderConfig, LoraConfig, TrainingConfig
 
@@ -162,7 +163,7 @@ def test_target_modules(folder: Path) -> None:
     }
     assert targets("mamba", "auto") == {f"backbone.layers.{layer}.mixer.in_proj" for layer in range(2)}
     assert all("lm_head" not in name for family in CAUSAL for name in targets(family, "auto"))
-    with pytest.raises(ValueError, match=r"generator\.lora\.target_modules names 'w_proj'; allowed: auto, or some of"):
+    with pytest.raises(ValueError, match=r"generator\.lora\.target_modules=w_proj: must be auto, or some of"):
         targets("llama", "w_proj")
     with pytest.raises(ValueError, match=r"names 'lm_head'"):
         targets("llama", "lm_head")
@@ -188,7 +189,7 @@ def test_a_stage_with_adapters_and_what_follows_it(lora_world: TinyWorld, tmp_pa
         generator=replace(lora_world.generator, lora=LORA),
     )
     training = TrainingConfig(steps=4, batch_size=4, warmup_steps=0, lr_retriever=0.02, lr_generator=0.02)
-    job = world.job(tmp_path / "trained", training=training, publish_every=2)
+    job = world.job(tmp_path / "trained", training=training, refresh=RefreshPlan(every_steps=2))
     stage = Stage(job, world.index())  # the index takes what is published as it takes any encoder's
     trained = stage.run()["metrics"]
     path = newest_checkpoint(tmp_path / "trained", print)

@@ -327,13 +327,13 @@ def test_published_weights_arrive() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"towers": "one"}, "encoder.towers is 'one'; allowed: shared, separate"),
-        ({"pooling": "sum"}, "encoder.pooling is 'sum'; allowed: auto, mean"),
-        ({"normalize": "yes"}, "encoder.normalize is 'yes'; allowed: auto, true, false"),
-        ({"temperature": 0.0}, "encoder.temperature is 0.0; allowed: above 0"),
-        ({"attention": "flash"}, "encoder.attention is 'flash'; allowed: auto, eager"),
-        ({"max_question_tokens": 2}, "encoder.max_question_tokens is 2; allowed: at least 3"),
-        ({"fresh": FreshEncoderConfig(hidden=10, num_heads=4)}, "encoder.fresh.hidden is 10; allowed: a multiple"),
+        ({"towers": "one"}, "encoder.towers=one: must be one of shared, separate"),
+        ({"pooling": "sum"}, "encoder.pooling=sum: must be one of auto, mean"),
+        ({"normalize": "yes"}, "encoder.normalize=yes: must be one of auto, true, false"),
+        ({"temperature": 0.0}, "encoder.temperature=0.0: must be above 0"),
+        ({"attention": "flash"}, "encoder.attention=flash: must be one of auto, eager"),
+        ({"max_question_tokens": 2}, "encoder.max_question_tokens=2: must be at least 3"),
+        ({"fresh": FreshEncoderConfig(hidden=10, num_heads=4)}, "encoder.fresh.hidden=10: must be a multiple"),
         ({"name": "no/such-encoder-here"}, "encoder.name='no/such-encoder-here' cannot be loaded"),
     ],
 )
@@ -343,7 +343,7 @@ def test_wrong_settings_have_one_clear_line(change: dict[str, object], message: 
 
 
 def test_wrong_train_values() -> None:
-    with pytest.raises(ValueError, match=r"training\.train is 'all'; allowed: both, query_only"):
+    with pytest.raises(ValueError, match=r"training\.train=all: must be one of both, query_only"):
         build_retriever(FRESH, "all", 50)
     with pytest.raises(ValueError, match="query_only needs a passage tower of its own"):
         set_trainable(build_retriever(FRESH, "both", 50), "query_only")
