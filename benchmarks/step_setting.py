@@ -74,7 +74,7 @@ def make_settings(corpus: Path, root: Path, reader: str) -> Settings:
             max_passage_tokens=MAX_TOKENS,
         ),
     )
-    tokenizer, _ = prepare_tokenizers(settings, root / LIKE_ENCODER, quiet)
+    tokenizer = prepare_tokenizers(settings, root / LIKE_ENCODER, quiet).retriever
     if reader == LIKE_ENCODER:
         return settings
     shutil.copytree(root / LIKE_ENCODER / "tokenizers" / "retriever", root / reader / "tokenizers" / "retriever")

@@ -6,7 +6,7 @@ service is handed in, so that the same code runs under Ray and, in tests, withou
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,17 +25,17 @@ from training.checkpoint import (
 from training.engine.engine import Engine
 from training.feeding.mixture import pretrains
 from training.feeding.reference import Reference, build_reference, initial_copy
-from training.job import Parts, StageJob
+from training.job import Parts, StageJob, StageSettings
 from training.loop import Hooks, LoopState, Source, publish, retriever_waits, train
 from training.make_source import CorpusExamples, make_probe, make_source
 from training.measuring.measures import Measures
 from training.models.build import build_system, built_parts, fit_weights, parameter_groups
-from training.models.text.tokenizers import load_tokenizer
 from training.objectives.check import needs_reference
 from training.refreshing.freshness import Freshness
 from training.reporting.jsonl import plain
 from training.reporting.monitor import Monitor
 from training.retrieving.retrieve import IndexService
+from training.run_text import RunText
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -46,31 +46,31 @@ class Stage:
     def __init__(self, job: StageJob, service: IndexService | None, stream: TextIO | None = None) -> None:
         """Build models, engine and monitor. Collective."""
         torch.set_num_threads(job.threads)
-        self.job, self.service, self.run_dir = job, service, Path(job.run_dir)
-        folder = Path(job.tokenizers)
-        self.tokenizers = (load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator"))
+        self.job, self.settings, self.service, self.run_dir = job, job.settings, service, Path(job.run_dir)
+        settings = job.settings
+        text = RunText.load(settings, Path(job.tokenizers))
         self.store = Store.open(job.passages, verify=False)
         if job.corpus:
             self.store = LiveStore.open_with(job.passages, job.corpus)
         self.system = build_system(
-            job.encoder,
-            job.generator,
-            train=job.training.train,
-            tokenizers=self.tokenizers,
+            settings.encoder,
+            settings.generator,
+            train=settings.training.train,
+            tokenizers=text.tokenizers,
             seed=job.seed,
-            objective=job.objective,
-            retrieval=job.retrieval,
-            reranker=job.reranker,
+            objective=settings.objective,
+            retrieval=settings.retrieval,
+            reranker=settings.reranker,
         )
         self._built = built_parts(self.system) if job.init_from else {}
-        self._initial = initial_copy(self.system) if has_reference(job) else None
+        self._initial = initial_copy(self.system) if has_reference(settings) else None
         self.reference: Reference | None = None
-        self.engine = Engine(self.system, job.engine, parameter_groups(self.system))
+        self.engine = Engine(self.system, settings.engine, parameter_groups(self.system))
         self.monitor = Monitor(
             self.run_dir,
-            job.monitor,
+            settings.monitor,
             run_config=job.config,
-            total_steps=job.training.steps,
+            total_steps=settings.training.steps,
             rank=self.engine.rank,
             stream=stream,
         )
@@ -80,12 +80,12 @@ class Stage:
             job,
             self.store,
             system=self.system,
-            tokenizers=self.tokenizers,
+            text=text,
             engine=self.engine,
             service=service,
             monitor=self.monitor,
         )
-        self.corpus = CorpusExamples(self.parts) if pretrains(job.pretraining) else None
+        self.corpus = CorpusExamples(self.parts) if pretrains(settings.pretraining) else None
         self.measures = Measures(self.parts, self.corpus)
         self.freshness: Freshness | None = None
 
@@ -93,18 +93,18 @@ class Stage:
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, measure, save; what was measured, on rank 0. Raises what the loop raises."""
-        job = self.job
+        job, settings = self.job, self.settings
         with self.monitor:
             loader_state = self.restore()
             self.reference = self.make_reference(resumes=loader_state is not None)
             self.serve_index(fresh=not job.index_from_snapshot)
-            if job.training.steps > self.state.step:
+            if settings.training.steps > self.state.step:
                 self.source = self.make_source(loader_state)
                 self.freshness = self.make_freshness(loader_state)
                 begin = time.monotonic()
                 train(
-                    job.training,
-                    job.objective,
+                    settings.training,
+                    settings.objective,
                     engine=self.engine,
                     source=self.source,
                     service=self.service,
@@ -120,10 +120,10 @@ class Stage:
 
     def restore(self) -> dict[str, Any] | None:
         """Newest complete checkpoint of this run, else the weights of `init_from`, else as built. Collective."""
-        job = self.job
+        job, settings = self.job, self.settings
         torch.manual_seed(job.seed * 1000 + self.engine.rank)
         found = self.engine.broadcast_object(self._newest() if self.engine.rank == 0 else None)
-        if found is not None and job.training.train != "none":
+        if found is not None and settings.training.train != "none":
             state, rank_state = load_checkpoint(Path(found), self.engine)
             # This index service knows of no weights yet.
             self.state = LoopState(**state["loop"] | {"published": -1, "published_whole": -1})
@@ -143,10 +143,10 @@ class Stage:
 
     def make_reference(self, resumes: bool) -> Reference | None:
         """What alignment compares with: this stage's start, wherever it stands now. Collective."""
-        if not has_reference(self.job):
+        if not has_reference(self.settings):
             return None
         initial, self._initial = self._initial, None
-        offload, init_from = self.job.alignment.reference == "offload", self.job.init_from
+        offload, init_from = self.settings.alignment.reference == "offload", self.job.init_from
         return build_reference(
             self.engine, initial, offload=offload, init_from=init_from, run_dir=self.run_dir, resumes=resumes
         )
@@ -156,7 +156,7 @@ class Stage:
         if self.service is None:
             return
         if fresh:
-            publish(self.engine, self.service, state=self.state, precision=self.job.publish_precision)
+            publish(self.engine, self.service, state=self.state, precision=self.settings.refresh.precision)
         begin = time.monotonic()
 
         def told(encoded: int) -> None:
@@ -177,9 +177,9 @@ class Stage:
         """What keeps the index fresh while this stage trains, where the passage encoder trains. Collective."""
         if self.service is None or not self.parts.retriever_trains:
             return None
-        plan = replace(self.job.plan, every_steps=self.job.publish_every, precision=self.job.publish_precision)
+        plan = self.settings.refresh
         probe = make_probe(self.parts, self.corpus) if plan.probe_questions else None
-        still = retriever_waits(self.job.training)
+        still = retriever_waits(self.settings.training)
         freshness = Freshness(
             plan,
             self.engine,
@@ -194,15 +194,15 @@ class Stage:
 
     def hooks(self) -> Hooks:
         """What the loop does between steps."""
-        job, trains = self.job, self.parts.retriever_trains
+        job, settings, trains = self.job, self.settings, self.parts.retriever_trains
         watched = self.measures.watch(self.state) is not None
         return Hooks(
             evaluate=self.measures.briefly if self.measures.any_while_training else None,
-            evaluate_every=job.evaluation.every_steps,
+            evaluate_every=settings.evaluation.every_steps,
             save=self.save,
-            save_every=job.checkpoint.every_steps,
+            save_every=settings.checkpoint.every_steps,
             refresh=self.freshness.after_step if self.freshness is not None else None,
-            max_staleness_steps=job.max_staleness_steps if trains else 0,
+            max_staleness_steps=settings.refresh.max_staleness_steps if trains else 0,
             passages_fixed=not trains,
             wait_timeout_s=job.wait_timeout_s,
             numbers=self._numbers if self.parts.weighs_words else None,
@@ -212,7 +212,7 @@ class Stage:
     def finish(self) -> dict[str, Any]:
         """Evaluate the whole split, save, and write down what was measured."""
         result: dict[str, Any] = {"step": self.state.step, "fingerprint": self.job.fingerprint}
-        result |= {"source": self.job.retrieval.source}
+        result |= {"source": self.settings.retrieval.source}
         result |= {"train_seconds": self.state.seconds, "blocked_steps": self.state.blocked_steps}
         result |= self.measures.finally_(self.state.step)
         if self.service is not None:
@@ -246,7 +246,7 @@ class Stage:
                 "fingerprint": self.job.fingerprint,
             },
             rank_state={"source": self.source.state() | self._freshness_state(), "rng": rng_state()},
-            keep=self.job.checkpoint.keep,
+            keep=self.settings.checkpoint.keep,
             files={"tokenizers": Path(self.job.tokenizers)},
         )
         self.monitor.event("checkpoint", step=state.step, generation=generation)
@@ -261,7 +261,7 @@ class Stage:
     def _save_index(self) -> tuple[int, bool]:
         """Number of the generation on disk, and whether the passage encoder as it is now made it; -1 where there is
         none: a full disk costs the snapshot, not the run."""
-        if self.service is None or not self.job.checkpoint.index or self.engine.rank:
+        if self.service is None or not self.settings.checkpoint.index or self.engine.rank:
             return -1, False
         status = self.service.status()
         generation = status.generation
@@ -272,14 +272,14 @@ class Stage:
             self.monitor.event("index_save_failed", generation=generation, message=str(error))
             return -1, False
         current = not self.parts.retriever_trains or status.oldest == self.state.step
-        return generation, current and self.job.publish_precision == "float32"
+        return generation, current and self.settings.refresh.precision == "float32"
 
     def _newest(self) -> str | None:
         found = newest_checkpoint(self.run_dir, self.monitor.message)
         return str(found) if found is not None else None
 
 
-def has_reference(job: StageJob) -> bool:
+def has_reference(settings: StageSettings) -> bool:
     """Whether the stage trains by an objective that compares with the system at its start."""
-    trains = job.training.train != "none" and job.training.steps > 0
-    return trains and needs_reference(job.objective) and job.alignment.reference != "none"
+    trains = settings.training.train != "none" and settings.training.steps > 0
+    return trains and needs_reference(settings.objective) and settings.alignment.reference != "none"

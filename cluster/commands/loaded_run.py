@@ -18,10 +18,9 @@ import torch
 from cluster.commands.answers import Answer, Passage
 from cluster.commands.local_search import OneGeneration
 from cluster.config.settings import Settings
-from cluster.prepare.stores import prepare_data, reranker_sides
+from cluster.prepare.stores import prepare_data
 from indexing.corpus.files.corpus import Question
 from indexing.corpus.stores.live_store import LiveStore
-from indexing.corpus.stores.passages import TokenSide
 from indexing.corpus.stores.questions import write_questions
 from indexing.declare import refuse
 from indexing.dense.encode import Encode
@@ -33,20 +32,12 @@ from training.models.build import build_system, fit_weights
 from training.models.generators.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.parts.named_weights import load_weights_into
 from training.models.retriever.encoder import TextEncoder, with_towers_of
-from training.models.retriever.reranker import make_pairing
 from training.models.system import Answers, System
 from training.models.text.packing import pad_rows
-from training.models.text.prompts import QuestionText
-from training.models.text.token_rows import (
-    generator_answer_side,
-    generator_question_side,
-    retriever_passage_side,
-    retriever_question_side,
-)
-from training.models.text.tokenizers import load_tokenizer, pad_id, to_text
 from training.retrieving.hybrid import HybridSearch
 from training.retrieving.rerank import Reranking
 from training.retrieving.retrieve import dense_search
+from training.run_text import RunText
 
 KINDS = ("question", "passage")
 
@@ -70,23 +61,12 @@ class LoadedRun:
         Raises ValueError where neither the store of the corpus nor its files are there."""
         folder = Path(checkpoint)
         self.settings, self.root, self.checkpoint = settings, root, folder
-        self.tokenizers = (
-            load_tokenizer(folder / "tokenizers" / "retriever"),
-            load_tokenizer(folder / "tokenizers" / "generator"),
-        )
+        self.text = RunText.load(settings, folder / "tokenizers")
         self._prepared = prepare_data(settings, root, lambda _: None, splits=[])
         self.store = LiveStore.open_with(self._prepared.passages, folder.parent.parent / "corpus")
-        self.system = _load_system(settings, folder, self.tokenizers)
+        self.system = _load_system(settings, folder, self.text)
         self._index: OneGeneration | None = None
         self._lock = threading.RLock()
-        encoder, generator = settings.encoder, settings.generator
-        self._render = QuestionText(self.tokenizers[1], generator)
-        self._answer_side = generator_answer_side(self.tokenizers[1], generator)
-        self._sides: list[TokenSide] = [
-            retriever_question_side(self.tokenizers[0], encoder),
-            generator_question_side(self.tokenizers[1], generator),
-            *reranker_sides(settings, root)[1:],
-        ]
 
     def ask(self, questions: Sequence[str], k: int | None = None, where: Mapping[str, Any] | None = None) -> Answer:
         """Return the answer to the first of `questions`, read from `k` passages that pass the filter `where` (None: as
@@ -115,17 +95,17 @@ class LoadedRun:
         for another kind."""
         if kind not in KINDS:
             raise ValueError(f"encode: kind={kind!r}: must be one of {', '.join(KINDS)}")
-        retriever, tokenizer = self.system.retriever, self.tokenizers[0]
+        retriever, run_text = self.system.retriever, self.text
         if kind == "question":
-            side, encoder = self._sides[0], retriever.query_encoder
-            pairs = [self._render(side.name, Question(id="", text=text, answers=[""])) for text in texts]
+            side, encoder = run_text.question_sides[0], retriever.query_encoder
+            pairs = [run_text.render(side.name, Question(id="", text=text, answers=[""])) for text in texts]
         else:
-            side, encoder = retriever_passage_side(tokenizer, self.settings.encoder), retriever.passage_encoder
+            side, encoder = run_text.passage_sides[0], retriever.passage_encoder
             pairs = [("", text) for text in texts]
         if not texts:
             return np.zeros((0, encoder.dim), np.float32)
         with self._lock, torch.inference_mode():
-            ids, mask = pad_rows([np.asarray(row, np.int32) for row in side.tokenize(pairs)], pad_id(tokenizer))
+            ids, mask = pad_rows([np.asarray(row, np.int32) for row in side.tokenize(pairs)], run_text.pad_id)
             return encoder(ids, mask).float().numpy()
 
     def _asked(self, questions: Sequence[str], k: int | None, where: Mapping[str, Any] | None) -> Settings:
@@ -153,13 +133,13 @@ class LoadedRun:
         asked = write_questions(
             scratch / "asked",
             [Question(id=f"asked-{number}", text=question, answers=[""]) for number, question in enumerate(questions)],
-            sides=self._sides,
-            answer_side=self._answer_side,
+            sides=self.text.question_sides,
+            answer_side=self.text.answer_side,
             store=self.store,
-            render=self._render,
+            render=self.text.render,
         )
-        collator = Collator(self.store, asked, self.system.generator, pad_id(self.tokenizers[0]))
-        collator.pairing = make_pairing(self.settings.reranker, self.tokenizers[0], self.root / "tokenizers")
+        collator = Collator(self.store, asked, self.system.generator, self.text.pad_id)
+        collator.pairing = self.text.pairing
         return collator
 
     def _retrieve(self, settings: Settings, collator: Collator) -> Retrieved:
@@ -197,7 +177,7 @@ class LoadedRun:
     def _as_answer(self, found: Retrieved, answers: Answers) -> Answer:
         """Choose among what the passages say, spelled as they have it."""
         passages = self._passages(found, answers.log_prior.exp()[0].tolist())
-        texts = [to_text(self.tokenizers[1], tokens) for tokens in answers.decoded.tokens]
+        texts = [self.text.to_text(tokens) for tokens in answers.decoded.tokens]
         sources = [f"{passage.title} {passage.text}" for passage in passages]
         mode = self.settings.evaluation.decoding.mode
         texts = [restore_spelling(t, sources if mode == "fused" else [sources[i]]) for i, t in enumerate(texts)]
@@ -242,13 +222,13 @@ class LoadedRun:
         return passages
 
 
-def _load_system(settings: Settings, folder: Path, tokenizers: tuple[Any, Any]) -> System:
+def _load_system(settings: Settings, folder: Path, text: RunText) -> System:
     """The models of the checkpoint `folder`, not to be trained."""
     system = build_system(
         with_towers_of(settings.encoder, saved_names(folder)),
         settings.generator,
         train="none",
-        tokenizers=tokenizers,
+        tokenizers=text.tokenizers,
         seed=settings.run.seed,
         objective=None,
         retrieval=settings.retrieval,

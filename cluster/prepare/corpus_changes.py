@@ -214,21 +214,10 @@ def _read_ids(path: Path) -> list[str]:
 
 
 def passage_sides(settings: "Settings", tokenizers: Path) -> list[TokenSide]:
-    """How the models of a run read passages, with the tokenisers in this folder."""
-    from training.models.retriever.reranker import has_own_tokens
-    from training.models.text.token_rows import generator_passage_side, reranker_side, retriever_passage_side
-    from training.models.text.tokenizers import load_tokenizer
+    """Return how the models of a run read passages, with the tokenisers in this folder."""
+    from training.run_text import RunText
 
-    reranker, own = settings.reranker, list[TokenSide]()
-    if has_own_tokens(reranker):
-        own = [reranker_side(load_tokenizer(tokenizers / "reranker"), reranker.max_passage_tokens)]
-    return [
-        retriever_passage_side(load_tokenizer(tokenizers / "retriever"), settings.encoder),
-        generator_passage_side(
-            load_tokenizer(tokenizers / "generator"), settings.generator, settings.encoder.max_title_tokens
-        ),
-        *own,
-    ]
+    return RunText.load(settings, tokenizers).passage_sides
 
 
 def _show(store: LiveStore) -> int:

@@ -6,31 +6,23 @@ USE is `pairs` or `judged` with the split; the key covers the settings and the f
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from cluster.config.settings import Settings
 from indexing.corpus.files.preferences import is_paired, preferences_path, read_preferences, sampled_pairs
 from indexing.corpus.snapshot import is_complete
-from indexing.corpus.stores.passages import Store, TokenSide
-from indexing.corpus.stores.questions import Render, write_questions
+from indexing.corpus.stores.passages import Store
+from indexing.corpus.stores.questions import write_questions
 from indexing.indexing_settings import PreferencesConfig
+from training.run_text import RunText
 from training.training_settings import PREFERENCE
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class QuestionSides:
-    """How the models of a run read questions and answers."""
-
-    sides: list[TokenSide]  # of the question's text
-    answer_side: TokenSide
-    render: Render  # a question as each side's text
-
-
 def prepare_preferences(
-    settings: Settings, folder: Path, *, store: Store, way: QuestionSides, train: bool, say: Say
+    settings: Settings, folder: Path, *, store: Store, text: RunText, train: bool, say: Say
 ) -> dict[str, Path]:
     """The stores by what they are for, `train` (only where wanted and the objective learns from preferences) and
     `evaluate`; writes what is not there yet. Raises ValueError for bad settings and, with `on_bad: error`, lines."""
@@ -56,10 +48,10 @@ def prepare_preferences(
         written = write_questions(
             paths[use],
             questions,
-            sides=way.sides,
-            answer_side=way.answer_side,
+            sides=text.question_sides,
+            answer_side=text.answer_side,
             store=store,
-            render=way.render,
+            render=text.render,
             labels=found.labels,
         )
         say(f"{len(written)} {kind} of preferences, split {split}, tokenised into {paths[use]}")

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from cluster.config.experiment import load
 from cluster.config.settings import Settings
-from cluster.prepare.preference_stores import QuestionSides, prepare_preferences
+from cluster.prepare.preference_stores import prepare_preferences
 from cluster.prepare.recorded_stores import recorded_stores
 from indexing.corpus.files.corpus import CorpusReport, Passage, Question, iterate_corpus, read_questions
 from indexing.corpus.files.world import write_world
@@ -35,17 +34,9 @@ from indexing.declare import looked_at, refuse
 from indexing.lexical.lexical import lexical_name, write_lexical
 from training.feeding.mixture import pretrains
 from training.models.retriever.reranker import has_own_tokens
-from training.models.text.prompts import QuestionText
-from training.models.text.token_rows import (
-    generator_answer_side,
-    generator_passage_side,
-    generator_question_side,
-    reranker_side,
-    retriever_passage_side,
-    retriever_question_side,
-)
-from training.models.text.tokenizers import build_tokenizer, load_tokenizer
+from training.models.text.tokenizers import build_tokenizer
 from training.objectives.dispatch import needs
+from training.run_text import RunText
 from training.training_settings import PREFERENCE, TokenizerConfig
 
 Say = Callable[[str], None]
@@ -74,21 +65,19 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
         train = () if settings.objective.name in PREFERENCE else (questions.train,)
         wanted = (*train, questions.evaluate)
     wanted = [split for split in dict.fromkeys(wanted) if split]
-    tokenizers = prepare_tokenizers(settings, root, say)
-    own = reranker_sides(settings, root)
-    folder = _data_folder(settings, root, tokenizers, own)
-    passages = _prepare_passages(settings, folder / "passages", tokenizers=tokenizers, own=own[:1], say=say)
+    text = prepare_tokenizers(settings, root, say)
+    folder = _data_folder(settings, root, text)
+    passages = _prepare_passages(settings, folder / "passages", text, say)
     store = Store.open(passages, verify=False)
     paths = {split: folder / f"questions-{split}" for split in wanted}
     for split, path in paths.items():
         if not is_complete(path):
-            _prepare_questions(settings, split, path=path, store=store, tokenizers=tokenizers, own=own[1:], say=say)
+            _prepare_questions(settings, split, path=path, store=store, text=text, say=say)
     _check_answers(settings, paths)
     duplicates = _prepare_duplicates(settings, folder, store, say) if pretrains(settings.pretraining) else None
-    way = _question_sides(settings, tokenizers, own[1:])
     preferences = {}
     if wanted:
-        preferences = prepare_preferences(settings, folder, store=store, way=way, train=splits is None, say=say)
+        preferences = prepare_preferences(settings, folder, store=store, text=text, train=splits is None, say=say)
     lexical = _prepare_lexical(settings, folder, store, say) if settings.retrieval.hybrid != "none" else None
     return Prepared(
         passages=passages,
@@ -119,11 +108,10 @@ def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
     return replace(settings, corpus=corpus, questions=questions, preferences=preferences)
 
 
-def prepare_tokenizers(
-    settings: Settings, root: Path, say: Say
-) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
-    """The retriever's and the generator's tokeniser: of the run, else of the checkpoint that it starts from, else of
-    the pretrained models, else trained on the corpus and the training questions; saved in `<root>/tokenizers`."""
+def prepare_tokenizers(settings: Settings, root: Path, say: Say) -> RunText:
+    """Return how the run reads text. Its tokenisers, saved in `<root>/tokenizers`, are those that are there, else those
+    of the checkpoint that it starts from, else those of the pretrained models, else trained on the corpus and the
+    training questions."""
     folder = root / "tokenizers"
     start = _starting_tokenizers(settings)
     if start is not None and not folder.exists():
@@ -139,38 +127,33 @@ def prepare_tokenizers(
             trust=reranker.trust_remote_code,
         )
     if start is not None:
-        return load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator")
+        return RunText.load(settings, folder)
 
-    def build(name: str, config: TokenizerConfig, part: str, trust: bool) -> PreTrainedTokenizerFast:
+    def build(name: str, config: TokenizerConfig, part: str, trust: bool) -> None:
         if not name and not (folder / part / "tokenizer.json").is_file():
             say(f"training a tokeniser of {config.vocabulary} pieces for the {part}")
-        return _build_tokenizer(name, config, texts=_texts(settings), folder=folder, part=part, trust=trust)
+        _build_tokenizer(name, config, texts=_texts(settings), folder=folder, part=part, trust=trust)
 
-    retriever = build(encoder.name, encoder.tokenizer, "retriever", encoder.trust_remote_code)
+    build(encoder.name, encoder.tokenizer, "retriever", encoder.trust_remote_code)
     if not encoder.name and not generator.name:  # both fresh: one vocabulary
         if not (folder / "generator").exists():
             shutil.copytree(folder / "retriever", folder / "generator")
-        return retriever, load_tokenizer(folder / "generator")
-    return retriever, build(generator.name, generator.tokenizer, "generator", generator.trust_remote_code)
+    else:
+        build(generator.name, generator.tokenizer, "generator", generator.trust_remote_code)
+    return RunText.load(settings, folder)
 
 
 def _build_tokenizer(
     name: str, config: TokenizerConfig, *, texts: Iterator[str], folder: Path, part: str, trust: bool
-) -> PreTrainedTokenizerFast:
+) -> None:
     try:
-        return build_tokenizer(name, config, texts=texts, save_dir=folder / part, trust_remote_code=trust)
+        build_tokenizer(name, config, texts=texts, save_dir=folder / part, trust_remote_code=trust)
     except ValueError as error:
-        setting = f"{SECTIONS[part]}.name={name}: " if name else f"{SECTIONS[part]}."  # or its tokenizer.vocabulary
-        raise ValueError(f"{setting}{error}") from None
-
-
-def reranker_sides(settings: Settings, root: Path) -> list[TokenSide]:
-    """How a re-ranker with a tokeniser of its own reads passages, and questions: two sides; none without one."""
-    config = settings.reranker
-    if not has_own_tokens(config):
-        return []
-    tokenizer = load_tokenizer(root / "tokenizers" / "reranker")
-    return [reranker_side(tokenizer, limit) for limit in (config.max_passage_tokens, config.max_question_tokens)]
+        if name:
+            raise refuse(f"{SECTIONS[part]}.name", name, f"must have a tokeniser: {error}") from None
+        if str(error).startswith("tokenizer."):
+            raise ValueError(f"{SECTIONS[part]}.{error}") from None
+        raise
 
 
 def _starting_tokenizers(settings: Settings) -> Path | None:
@@ -192,73 +175,34 @@ def _texts(settings: Settings) -> Iterator[str]:
             yield question.text
 
 
-def _prepare_passages(
-    settings: Settings,
-    path: Path,
-    *,
-    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
-    own: list[TokenSide],
-    say: Say,
-) -> Path:
+def _prepare_passages(settings: Settings, path: Path, text: RunText, say: Say) -> Path:
     if is_complete(path):
         return path
     passages, report = iterate_corpus(settings.corpus)
-    sides = [
-        retriever_passage_side(tokenizers[0], settings.encoder),
-        generator_passage_side(tokenizers[1], settings.generator, settings.encoder.max_title_tokens),
-        *own,
-    ]
-    store = write_store(path, _with_progress(passages, "passages", say), sides, {"corpus": settings.corpus.path})
+    source = {"corpus": settings.corpus.path}
+    store = write_store(path, _with_progress(passages, "passages", say), text.passage_sides, source)
     say(f"{len(store)} passages tokenised with both tokenisers into {path}")
     _tell_bad(report, settings.corpus.path, say)
     return path
 
 
-def _prepare_questions(
-    settings: Settings,
-    split: str,
-    *,
-    path: Path,
-    store: Store,
-    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
-    own: list[TokenSide],
-    say: Say,
-) -> None:
+def _prepare_questions(settings: Settings, split: str, *, path: Path, store: Store, text: RunText, say: Say) -> None:
     config = settings.questions
     questions = alive(read_questions(config, split), store, config.as_of)
     if split == config.evaluate and config.unanswerable:
         questions += read_questions(replace(config, evaluate=config.unanswerable, as_of=""), config.unanswerable)
     if not questions:
         raise ValueError(f"questions.path {settings.questions.path!r}: split {split!r} has no question to ask")
-    way = _question_sides(settings, tokenizers, own)
     written: QuestionStore = write_questions(
         path,
         questions,
-        sides=way.sides,
-        answer_side=way.answer_side,
+        sides=text.question_sides,
+        answer_side=text.answer_side,
         store=store,
-        render=way.render,
+        render=text.render,
         refusal=config.refusal,
     )
     say(f"{len(written)} questions of split {split} tokenised into {path}")
-
-
-def _question_sides(
-    settings: Settings,
-    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
-    own: list[TokenSide],
-) -> QuestionSides:
-    """How this run's models read questions and answers."""
-    sides = [
-        retriever_question_side(tokenizers[0], settings.encoder),
-        generator_question_side(tokenizers[1], settings.generator),
-        *own,
-    ]
-    return QuestionSides(
-        sides,
-        generator_answer_side(tokenizers[1], settings.generator),
-        QuestionText(tokenizers[1], settings.generator, settings.questions.choice_template),
-    )
 
 
 def _check_answers(settings: Settings, paths: dict[str, Path]) -> None:
@@ -319,27 +263,12 @@ def _tell_bad(report: CorpusReport, path: str, say: Say) -> None:
         say(f"{path}: {report.summary()}")
 
 
-def _data_folder(
-    settings: Settings,
-    root: Path,
-    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
-    own: list[TokenSide],
-) -> Path:
+def _data_folder(settings: Settings, root: Path, text: RunText) -> Path:
     """The folder of the stores that fit: by key; else, where the files that they were made from are gone or are a world
     of the run's own, the one that this run or the run that it starts from was started with."""
-    encoder, generator = settings.encoder, settings.generator
-    sides = [
-        retriever_passage_side(tokenizers[0], encoder),
-        generator_passage_side(tokenizers[1], generator, encoder.max_title_tokens),
-        *own[:1],
-    ]
-    others = [
-        retriever_question_side(tokenizers[0], encoder),
-        generator_question_side(tokenizers[1], generator),
-        generator_answer_side(tokenizers[1], generator),
-        *own[1:],
-    ]
-    prints = [side.fingerprint for side in (sides[0], others[0], sides[1], *others[1:3], *own)]
+    passages, questions = text.passage_sides, text.question_sides
+    ordered = (passages[0], questions[0], passages[1], questions[1], text.answer_side, *passages[2:], *questions[2:])
+    prints = [side.fingerprint for side in ordered]
     world = root / "world"
     known = [root / "data" / _key(settings, prints, place) for place in (world, None)]  # None: as earlier versions did
     for folder in known:
@@ -350,7 +279,7 @@ def _data_folder(
     start = Path(settings.run.init_from)
     for run in (Path(settings.run.directory) / settings.run.name, *start.parents[1:2], start):
         found = recorded_stores(run) if gone or Path(settings.corpus.path) == world else None
-        if found is not None and _is_of(found[0], settings, run, sides):
+        if found is not None and _is_of(found[0], settings, run, passages):
             return found[0].parent
     if gone:
         allowed = f"must exist, since {root / 'data'} has no store that was made of it for these settings"

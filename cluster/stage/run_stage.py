@@ -182,6 +182,9 @@ def _outcome(settings: Settings) -> dict[str, Any]:
     """What decides a stage's outcome."""
     sections = {k: v for k, v in asdict(settings).items() if k not in UNDECISIVE}
     sections["run"] = {"seed": settings.run.seed, "init_from": settings.run.init_from}
+    for section, name in (("objective", "function"), ("evaluation", "metrics")):  # earlier versions lack them
+        if not sections[section][name]:
+            del sections[section][name]
     return sections
 
 

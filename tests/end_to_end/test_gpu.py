@@ -16,8 +16,9 @@ from indexing.dense.exact import search_exactly
 from indexing.dense.faiss_build import Index, build_index
 from indexing.indexing_settings import IndexConfig, WorldConfig
 from tests.end_to_end.command import Command, rows
-from tests.helpers.tiny_world import TinyWorld, make_world
+from tests.helpers.tiny_world import TinyWorld, make_world, with_changes
 from training.job import StageJob
+from training.refreshing.policy import RefreshPlan
 from training.stage import Stage
 from training.training_settings import CheckpointConfig, EngineConfig, ObjectiveConfig, TrainingConfig
 
@@ -59,7 +60,7 @@ def make_job(world: TinyWorld, run_dir: Path, stage: int, objective: str, steps:
         objective=ObjectiveConfig(name=objective),
         training=TrainingConfig(steps=steps, batch_size=8, warmup_steps=5, schedule="constant"),
         engine=EngineConfig(zero_stage=stage, precision="bf16", timeout_s=120.0),
-        publish_every=20,
+        refresh=RefreshPlan(every_steps=20),
         **changes,
     )
 
@@ -100,7 +101,7 @@ def test_a_checkpoint_resumes(world: TinyWorld, tmp_path: Path, stage: int) -> N
     saved = json.loads((tmp_path / "parts" / "checkpoints" / "step-20" / "state.json").read_text())
     index = world.index(folder=folder)
     index.load(saved["generation"])
-    longer = replace(parts, training=replace(parts.training, steps=40), index_from_snapshot=True)
+    longer = with_changes(parts, training=replace(parts.settings.training, steps=40), index_from_snapshot=True)
     resumed = Stage(longer, index)
     resumed.run()
     assert resumed.state.step == 40

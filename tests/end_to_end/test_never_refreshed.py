@@ -8,6 +8,7 @@ import pytest
 
 from indexing.indexing_settings import WorldConfig
 from tests.helpers.tiny_world import TinyWorld, make_world, tiny_encoder, tiny_generator
+from training.refreshing.policy import RefreshPlan
 from training.stage import Stage
 from training.training_settings import (
     DecodingConfig,
@@ -43,7 +44,7 @@ def joint(world: TinyWorld, folder: Path, start: Path, refreshed: bool) -> dict[
         training=TrainingConfig(steps=STEPS, batch_size=16, lr_retriever=3e-3, lr_generator=2e-3),
         retrieval=RetrievalConfig(k=4),
         evaluation=EvaluationConfig(k=20, batch_size=60, decoding=decoding, also=["closed_book"]),
-        publish_every=REFRESH_EVERY,
+        refresh=RefreshPlan(every_steps=REFRESH_EVERY),
     )
     return Stage(job, world.index(max_generations=0 if refreshed else 1)).run()
 

@@ -1,7 +1,7 @@
 """A synthetic world with stores and tokenisers, and a stage on it that trains in seconds on one thread."""
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,18 @@ from indexing.corpus.stores.passages import Store, write_store
 from indexing.corpus.stores.questions import QuestionStore, write_questions
 from indexing.indexing_settings import CorpusConfig, QuestionsConfig, WorldConfig
 from tests.helpers.local_index import LocalIndex
-from training.job import StageJob
+from training.job import StageJob, StageSettings
 from training.models.text import token_rows
 from training.models.text.tokenizers import build_tokenizer, load_tokenizer
 from training.training_settings import (
     CheckpointConfig,
     DecodingConfig,
     EncoderConfig,
-    EngineConfig,
     EvaluationConfig,
     FreshEncoderConfig,
     FreshGeneratorConfig,
     GeneratorConfig,
     MonitorConfig,
-    ObjectiveConfig,
     RetrievalConfig,
     TokenizerConfig,
     TrainingConfig,
@@ -78,6 +76,15 @@ class TinyWorld:
     def job(self, run_dir: Path, **changes: Any) -> StageJob:
         """A joint stage of a few steps; `changes` replace its sections and values."""
         job = StageJob(
+            settings=StageSettings(
+                encoder=self.encoder,
+                generator=self.generator,
+                retrieval=RetrievalConfig(k=3),
+                training=TrainingConfig(steps=6, batch_size=4, warmup_steps=2),
+                checkpoint=CheckpointConfig(every_steps=0, index=False),
+                evaluation=EvaluationConfig(k=20, batch_size=16, decoding=DecodingConfig(max_tokens=6)),
+                monitor=MonitorConfig(console=False, wandb="off"),
+            ),
             run_dir=str(run_dir),
             passages=str(self.passages),
             train_questions=str(self.questions("train")),
@@ -87,19 +94,17 @@ class TinyWorld:
             seed=3,
             threads=1,
             fingerprint="tiny",
-            encoder=self.encoder,
-            generator=self.generator,
-            objective=ObjectiveConfig(),
-            retrieval=RetrievalConfig(k=3),
-            training=TrainingConfig(steps=6, batch_size=4, warmup_steps=2),
-            engine=EngineConfig(),
-            checkpoint=CheckpointConfig(every_steps=0, index=False),
-            evaluation=EvaluationConfig(k=20, batch_size=16, decoding=DecodingConfig(max_tokens=6)),
-            monitor=MonitorConfig(console=False, wandb="off"),
             wait_timeout_s=60.0,
             duplicates=str(self.duplicates),
         )
-        return replace(job, **changes)
+        return with_changes(job, **changes)
+
+
+def with_changes(job: StageJob, **changes: Any) -> StageJob:
+    """`job` with other sections of its settings and other values."""
+    names = {entry.name for entry in fields(StageSettings)}
+    settings = replace(job.settings, **{name: value for name, value in changes.items() if name in names})
+    return replace(job, settings=settings, **{name: value for name, value in changes.items() if name not in names})
 
 
 def tiny_encoder(hidden: int = 32, vocabulary: int = 700) -> EncoderConfig:

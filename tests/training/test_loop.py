@@ -150,7 +150,10 @@ class Run:
 
     def every(self, steps: int, precision: str = "float32") -> Callable[..., dict[str, float]]:
         """A refresh every so many steps."""
-        plan, still = RefreshPlan(every_steps=steps, precision=precision), retriever_waits(self.stage.job.training)
+        plan, still = (
+            RefreshPlan(every_steps=steps, precision=precision),
+            retriever_waits(self.stage.job.settings.training),
+        )
         return Freshness(
             plan, self.stage.engine, service=self.index, monitor=self.stage.monitor, still=still
         ).after_step
@@ -160,8 +163,8 @@ class Run:
         taken = source or stage.source
         assert taken is not None
         return train(
-            job.training,
-            job.objective,
+            job.settings.training,
+            job.settings.objective,
             engine=stage.engine,
             source=taken,
             service=self.index,
@@ -306,7 +309,7 @@ def spoil(run: Run, steps: set[int]) -> Hooks:
     """The loss of the step after each of `steps` is NaN."""
 
     def before(step: int) -> None:
-        run.stage.job.objective.scale = math.nan if step in steps else 1.0
+        run.stage.job.settings.objective.scale = math.nan if step in steps else 1.0
 
     return Hooks(evaluate=before, evaluate_every=1)
 
@@ -355,7 +358,7 @@ def test_one_micro_batch_that_is_not_finite_spoils_its_whole_step(make_run):
     @dataclass
     class Spoiled(Noted):
         def next(self) -> Fetched:
-            run.stage.job.objective.scale = math.nan if self.log else 1.0  # the second of the two
+            run.stage.job.settings.objective.scale = math.nan if self.log else 1.0  # the second of the two
             return super().next()
 
     state = run.train(Hooks(), Spoiled(run.stage.source, []))

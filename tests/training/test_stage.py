@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 
 from tests.helpers.distributed import spawn
 from tests.helpers.local_index import LocalHits, LocalIndex
-from tests.helpers.tiny_world import TinyWorld
+from tests.helpers.tiny_world import TinyWorld, with_changes
 from training.checkpoint import load_weights, newest_checkpoint
 from training.job import StageJob
 from training.models.parts.weights import to_numpy
 from training.models.retriever.encoder import passage_state
+from training.refreshing.policy import RefreshPlan
 from training.stage import Stage
 from training.training_settings import (
     CheckpointConfig,
@@ -105,7 +106,7 @@ def resumable(world: TinyWorld, run_dir: Path, **changes: Any) -> StageJob:
         engine=EngineConfig(gradient_accumulation=2),
         checkpoint=CheckpointConfig(every_steps=6, index=False),
     )
-    return replace(job, **changes)
+    return with_changes(job, **changes)
 
 
 def frozen_index(world: TinyWorld, job: StageJob, tmp_path: Path) -> LocalIndex:
@@ -132,7 +133,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(world, tmp_path, 
 
 
 def test_a_resume_with_the_saved_index_is_exact_while_the_index_is_refreshed(world, tmp_path):
-    changes = {"publish_every": 4, "checkpoint": CheckpointConfig(every_steps=6, index=True)}
+    changes = {"refresh": RefreshPlan(every_steps=4), "checkpoint": CheckpointConfig(every_steps=6, index=True)}
     whole = resumable(world, tmp_path / "whole", **changes)
     _, expected = run_stage(whole, world.index(folder=tmp_path / "index-whole"))
     parts = resumable(world, tmp_path / "parts", **changes)
@@ -165,7 +166,9 @@ def test_a_finished_run_is_measured_again_and_not_trained(world, tmp_path):
 
 
 def test_a_resume_with_an_older_saved_index_is_measured_with_a_new_one(world, tmp_path):
-    job = world.job(tmp_path / "run", training=TrainingConfig(steps=3, batch_size=2), publish_every=3)
+    job = world.job(
+        tmp_path / "run", training=TrainingConfig(steps=3, batch_size=2), refresh=RefreshPlan(every_steps=3)
+    )
     _, first = run_stage(job, world.index())
     older = world.index()
     Stage(replace(job, run_dir=str(tmp_path / "first")), older).serve_index(fresh=True)
@@ -200,7 +203,7 @@ def recalls(result: dict[str, Any]) -> list[float]:
 
 def initial(world: TinyWorld, job: StageJob, tmp_path: Path) -> tuple[Weights, dict[str, Any]]:
     """Weights and measurements before any training."""
-    untrained = replace(job, run_dir=str(tmp_path / "untrained"), training=replace(job.training, steps=0))
+    untrained = with_changes(job, run_dir=str(tmp_path / "untrained"), training=replace(job.settings.training, steps=0))
     stage, result = run_stage(untrained, world.index())
     return {name: tensor.clone() for name, tensor in stage.system.state_dict().items()}, result
 
@@ -209,7 +212,7 @@ def test_generator_only_leaves_retrieval_exactly_where_it_was(world, tmp_path):
     job = world.job(tmp_path / "run", training=TrainingConfig(train="generator_only", steps=6, batch_size=4))
     before, untrained = initial(world, job, tmp_path)
     index = world.index()
-    _, result = run_stage(replace(job, publish_every=2), index)
+    _, result = run_stage(with_changes(job, refresh=RefreshPlan(every_steps=2)), index)
     after = final_weights(job)
     assert same(part(after, "retriever."), part(before, "retriever."))
     assert not same(part(after, "generator."), part(before, "generator."))
@@ -225,7 +228,7 @@ def test_query_only_leaves_the_passage_tower_bit_for_bit(world, tmp_path, towers
         tmp_path / "run",
         encoder=replace(world.encoder, towers=towers),
         training=TrainingConfig(train="query_only", steps=4, batch_size=4),
-        publish_every=2,
+        refresh=RefreshPlan(every_steps=2),
     )
     before, _ = initial(world, job, tmp_path)
     index = world.index()
@@ -276,7 +279,7 @@ def count(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
 
 
 def test_training_both_moves_the_encoder_and_the_index_follows(world, tmp_path):
-    job = world.job(tmp_path / "run", publish_every=2)
+    job = world.job(tmp_path / "run", refresh=RefreshPlan(every_steps=2))
     before, untrained = initial(world, job, tmp_path)
     index = world.index()
     stage, result = run_stage(job, index)
@@ -294,7 +297,7 @@ def test_training_both_moves_the_encoder_and_the_index_follows(world, tmp_path):
 
 def test_the_last_measurement_waits_for_the_index_of_the_last_step(world, tmp_path):
     index = world.index(manual=True)  # nothing is refreshed until someone waits for it
-    _, result = run_stage(world.job(tmp_path / "run", publish_every=3), index)
+    _, result = run_stage(world.job(tmp_path / "run", refresh=RefreshPlan(every_steps=3)), index)
     assert index.published == [0, 3, 6]
     assert index.waited_for == [0, 6]
     assert result["weights_version"] == 6

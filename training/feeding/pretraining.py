@@ -16,9 +16,9 @@ from indexing.corpus.stores.passages import Store, TokenSide
 from indexing.hits import Hits, chosen, filled, without
 from training.feeding.mixture import answered
 from training.feeding.tasks import MASK_WORD, MaskWords, find_recognizer, make_example
-from training.models.text.token_rows import generator_answer_side, generator_question_side, retriever_question_side
 from training.retrieving.retrieve import IndexService, PendingHits, Search, dense_search
-from training.training_settings import EncoderConfig, GeneratorConfig, PretrainingConfig
+from training.run_text import RunText
+from training.training_settings import PretrainingConfig
 
 ATTEMPTS = 200  # passages that may lack what a task needs before it is refused
 CACHED = 4096  # examples: more than are searched ahead
@@ -51,20 +51,18 @@ class ExampleSides:
     max_generator_tokens: int
 
 
-def example_sides(
-    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast], encoder: EncoderConfig, reader: GeneratorConfig
-) -> ExampleSides:
-    """The sides of these models. Only an encoder-decoder is given sentinels: it alone was pretrained on them."""
+def example_sides(text: RunText) -> ExampleSides:
+    """Return the sides of a run's models. Only an encoder-decoder gets sentinels: it alone was pretrained on them."""
+    encoder, generator = text.settings.encoder, text.settings.generator
+    sentinels = _sentinels(text.generator) if generator.kind == "fusion" else ()
     return ExampleSides(
-        retriever=retriever_question_side(tokenizers[0], encoder),
-        generator=generator_question_side(tokenizers[1], reader),
-        answer=generator_answer_side(tokenizers[1], reader),
-        retriever_mask=MaskWords(_mask_word(tokenizers[0])),
-        generator_mask=MaskWords(
-            _mask_word(tokenizers[1]), _sentinels(tokenizers[1]) if reader.kind == "fusion" else ()
-        ),
+        retriever=text.question_sides[0],
+        generator=text.question_sides[1],
+        answer=text.answer_side,
+        retriever_mask=MaskWords(_mask_word(text.retriever)),
+        generator_mask=MaskWords(_mask_word(text.generator), sentinels),
         max_retriever_tokens=encoder.max_question_tokens,
-        max_generator_tokens=reader.max_question_tokens,
+        max_generator_tokens=generator.max_question_tokens,
     )
 
 

@@ -43,16 +43,16 @@ class Measures:
     def watch(self, state: LoopState) -> CollapseDetector | None:
         """Look out for a collapse from here on, where a retriever follows a reader; a warm start has an entropy of
         another kind."""
-        job = self.parts.job
+        settings = self.parts.settings
         trains = bool(parameter_groups(self.parts.system)["retriever"])
-        wanted = job.training.on_collapse != "ignore" and not needs(job.objective).in_batch
+        wanted = settings.training.on_collapse != "ignore" and not needs(settings.objective).in_batch
         self.collapse = CollapseDetector(state.start) if trains and wanted else None
         return self.collapse
 
     def after_step(self, step: int, metrics: dict[str, float]) -> None:
         """Look at the metrics of one optimiser step. Raises Collapsed."""
         assert self.collapse is not None
-        k, gold = self.parts.job.retrieval.k, metrics.get("retrieval/gold_in_k", 0.0)
+        k, gold = self.parts.settings.retrieval.k, metrics.get("retrieval/gold_in_k", 0.0)
         self.staleness = metrics.get("index/staleness_steps", 0.0)
         sign = self.collapse.after_step(metrics["retrieval/entropy"], k, gold)
         if self.collapse.window.steps == 0:  # ranks see different questions: the first one's word counts
@@ -64,11 +64,11 @@ class Measures:
             self._measure_held_out(self.held_out, step)
         if self.evaluator is None:
             return
-        job = self.parts.job
-        limit, total = job.evaluation.max_questions, len(self.evaluator.questions)
+        settings = self.parts.settings
+        limit, total = settings.evaluation.max_questions, len(self.evaluator.questions)
         numbers = np.arange(total)
         if 0 < limit < total:
-            numbers = np.sort(np.random.default_rng(job.seed).permutation(total)[:limit])
+            numbers = np.sort(np.random.default_rng(self.parts.job.seed).permutation(total)[:limit])
         evaluation = self.evaluator(numbers)
         evaluation.metrics |= self._measure_preferences(limit=limit)
         self._log(evaluation, step)
@@ -78,14 +78,14 @@ class Measures:
     def finally_(self, step: int) -> dict[str, Any]:
         """At the end: all questions under every decoding, their costs, pairs, held-out examples; rows into files."""
         result: dict[str, Any] = {"metrics": {}}
-        job = self.parts.job
+        settings = self.parts.settings
         if self.evaluator is not None:
             numbers = np.arange(len(self.evaluator.questions))
-            evaluation = self.evaluator(numbers, also=job.evaluation.also, texts=True, costs=True)
+            evaluation = self.evaluator(numbers, also=settings.evaluation.also, texts=True, costs=True)
             evaluation.metrics |= self._measure_preferences(PAIRS_FILE)
             self._log(evaluation, step)
-            if job.evaluation.needle.lengths:
-                result["needle"] = needle_sweep(self.evaluator, job.evaluation.needle)
+            if settings.evaluation.needle.lengths:
+                result["needle"] = needle_sweep(self.evaluator, settings.evaluation.needle)
             result |= {"metrics": evaluation.metrics, "costs": evaluation.costs, "generation": evaluation.generation}
             result |= {"weights_version": evaluation.weights_version, "num_questions": len(numbers)}
             if self.parts.engine.rank == 0:
@@ -98,59 +98,59 @@ class Measures:
     # ---------------------------------------------------------------- inside
 
     def _make_evaluator(self) -> Evaluator:
-        parts, job = self.parts, self.parts.job
-        questions = QuestionStore.open(job.evaluate_questions, verify=False, corpus=parts.store)
-        collator = Collator(parts.store, questions, parts.system.generator, parts.pad_id)
+        parts, settings = self.parts, self.parts.settings
+        questions = QuestionStore.open(parts.job.evaluate_questions, verify=False, corpus=parts.store)
+        collator = Collator(parts.store, questions, parts.system.generator, parts.text.pad_id)
         evaluator = Evaluator(
             parts.engine,
             collator,
             store=parts.store,
             service=parts.service,
-            to_text=parts.to_text,
-            config=job.evaluation,
-            retrieval=job.retrieval,
-            objective=job.objective,
-            generator=job.generator,
+            to_text=parts.text.to_text,
+            config=settings.evaluation,
+            retrieval=settings.retrieval,
+            objective=settings.objective,
+            generator=settings.generator,
             progress=parts.progress,
             passages_fixed=parts.index_is_fresh,
-            refusal=job.questions.refusal,
+            refusal=settings.questions.refusal,
             search=parts.hybrid_search(questions),
             select=parts.selection(collator),
         )
-        if job.evaluation.needle.lengths:
-            check_needle(evaluator, job.evaluation.needle)
+        if settings.evaluation.needle.lengths:
+            check_needle(evaluator, settings.evaluation.needle)
         return evaluator
 
     def _make_held_out(self, corpus: CorpusExamples) -> HeldOut | None:
         if corpus.held_out is None:
             return None
-        parts, job = self.parts, self.parts.job
-        collator = Collator(parts.store, corpus.held_out, parts.system.generator, parts.pad_id)
+        parts, settings = self.parts, self.parts.settings
+        collator = Collator(parts.store, corpus.held_out, parts.system.generator, parts.text.pad_id)
         search = corpus.search(corpus.held_out) if parts.service is not None else None
-        number = job.pretraining.held_out_examples
+        number = settings.pretraining.held_out_examples
         select = parts.selection(collator)
         return HeldOut(
             parts.engine,
             collator,
             search=search,
-            config=job.evaluation,
-            retrieval=job.retrieval,
-            objective=job.objective,
+            config=settings.evaluation,
+            retrieval=settings.retrieval,
+            objective=settings.objective,
             number=number,
             select=select,
         )
 
     def _make_preferences(self) -> PreferenceEvaluator:
-        parts, job = self.parts, self.parts.job
-        pairs = QuestionStore.open(job.evaluate_preferences, verify=False, corpus=parts.store)
-        collator = PairCollator(parts.store, pairs, parts.system.generator, parts.pad_id)
+        parts, settings = self.parts, self.parts.settings
+        pairs = QuestionStore.open(parts.job.evaluate_preferences, verify=False, corpus=parts.store)
+        collator = PairCollator(parts.store, pairs, parts.system.generator, parts.text.pad_id)
         return PreferenceEvaluator(
             parts.engine,
             collator,
             service=parts.service,
-            retrieval=job.retrieval,
-            batch_size=job.evaluation.batch_size,
-            temperature=job.objective.temperature,
+            retrieval=settings.retrieval,
+            batch_size=settings.evaluation.batch_size,
+            temperature=settings.objective.temperature,
             progress=parts.progress,
             search=parts.hybrid_search(pairs),
             select=parts.selection(collator),
@@ -180,11 +180,11 @@ class Measures:
         sign = self.parts.engine.broadcast_object(sign)
         if sign is None:
             return
-        job = self.parts.job
-        advice = remedy(job.objective, self.staleness, job.publish_every)
+        settings = self.parts.settings
+        advice = remedy(settings.objective, self.staleness, settings.refresh.every_steps)
         self.parts.monitor.message(f"step {step}: retrieval collapses: {sign}. {advice}")
         self.parts.monitor.event("retrieval_collapse", step=step, message=sign)
-        if job.training.on_collapse == "stop":
+        if settings.training.on_collapse == "stop":
             raise Collapsed(
                 f"retrieval collapses at step {step}: {sign} (training.on_collapse=stop). {advice}, or set "
                 "training.on_collapse=warn"

@@ -24,6 +24,7 @@ class RefreshPlan:
 
     every_steps: int = 0  # 0: never by the clock
     precision: str = "float32"
+    max_staleness_steps: int = 0  # 0: training never waits for a refresh
     policy: str = "every_steps"
     drift_threshold: float = 0.0
     check_every_steps: int = 0

@@ -133,9 +133,9 @@ def test_fact_verification_chooses_among_the_labels(tmp_path):
     assert result["metrics"]["recall@1"] >= 0
     evaluator = stage.measures.evaluator
     assert evaluator is not None
-    asked = str(stage.tokenizers[1].decode(evaluator.collator.questions_for_generator.rows([0])[0]))
+    asked = str(stage.parts.text.generator.decode(evaluator.collator.questions_for_generator.rows([0])[0]))
     assert asked.endswith("options : supports ; refutes")
-    asked = str(stage.tokenizers[0].decode(evaluator.collator.questions_for_retriever.rows([0])[0]))
+    asked = str(stage.parts.text.retriever.decode(evaluator.collator.questions_for_retriever.rows([0])[0]))
     assert "options" not in asked  # the retriever looks for the claim
 
 
@@ -160,7 +160,7 @@ def test_chats_train_and_are_measured(tmp_path, kind):
     assert {"exact_match", "f1", "recall@1"} <= set(result["metrics"])
     questions = QuestionStore.open(stage.job.train_questions)
     texts = [
-        bare(stage.tokenizers[1].decode([token for token in row.tolist() if token >= 0]))
+        bare(stage.parts.text.generator.decode([token for token in row.tolist() if token >= 0]))
         for row in questions.tokens("generator").rows([0, 1])
     ]
     assert "answerfromthepassages.user:hello.assistant:goodday." in texts[0]
@@ -169,7 +169,7 @@ def test_chats_train_and_are_measured(tmp_path, kind):
     assert all(
         text.endswith(bare(f"Which colour has the gate of {town}?")) for text, town in zip(texts, TOWNS, strict=False)
     )
-    retriever = stage.tokenizers[0].decode(questions.tokens("retriever").rows([1])[0], skip_special_tokens=True)
+    retriever = stage.parts.text.retriever.decode(questions.tokens("retriever").rows([1])[0], skip_special_tokens=True)
     assert bare(retriever) == bare(f"Which colour has the gate of {TOWNS[1]}?")
 
 

@@ -49,7 +49,11 @@ def train(
     stage = Stage(job, index)
     # Under ZeRO 3 the stage's own weights are whole only inside its engine; fresh ones depend on the seed alone.
     fresh = build_system(
-        job.encoder, job.generator, train="both", tokenizers=(world.tokenizer, world.tokenizer), seed=job.seed
+        job.settings.encoder,
+        job.settings.generator,
+        train="both",
+        tokenizers=(world.tokenizer, world.tokenizer),
+        seed=job.seed,
     )
     index.publish(0, to_numpy(passage_state(fresh.retriever)))
     result = stage.run()

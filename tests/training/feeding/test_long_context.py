@@ -137,7 +137,7 @@ def test_budgets_that_cannot_be(world: TinyWorld) -> None:
 def make_stage(world: TinyWorld, tmp_path: Path) -> Callable[..., Stage]:
     def make(**changes: Any) -> Stage:
         job = world.job(tmp_path / "run", training=TrainingConfig(train="none"), **changes)
-        searches = job.retrieval.source not in ("none", "long")
+        searches = job.settings.retrieval.source not in ("none", "long")
         stage = Stage(job, world.index() if searches else None)
         stage.serve_index(fresh=True)
         return stage
@@ -195,7 +195,7 @@ def test_long_answers_are_written_from_the_long_prompt(make_stage: Callable[...,
 def test_long_batches_have_as_many_tokens_as_retrieved_ones(make_stage: Callable[..., Stage]) -> None:
     stage = make_stage(retrieval=RetrievalConfig(k=3, max_context_tokens=600), evaluation=settings(also=["long"]))
     assert stage.measures.evaluator is not None
-    limit = stage.job.generator.max_passage_tokens
+    limit = stage.job.settings.generator.max_passage_tokens
     assert stage.measures.evaluator._size_of(600) == 8 * 3 * limit // 600
     assert stage.measures.evaluator._size_of(10**9) == 1
     assert stage.measures.evaluator._size_of(1) == 8

@@ -15,13 +15,13 @@ from indexing.corpus.stores.duplicates import duplicate_groups
 from indexing.corpus.stores.passages import Store, write_store
 from indexing.indexing_settings import LexicalConfig
 from tests.helpers.local_index import LocalIndex
-from tests.helpers.tiny_world import TinyWorld
+from tests.helpers.tiny_world import TinyWorld, with_changes
 from training.checkpoint import load_weights, newest_checkpoint
 from training.data import Collator, Stream
 from training.feeding.batches import RetrievedBatches
 from training.feeding.mixture import TASKS
 from training.feeding.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
-from training.job import StageJob
+from training.job import StageJob, StageSettings
 from training.models.build import build_generator, build_system
 from training.models.model_inputs import RetrievalBatch
 from training.models.parts.weights import to_numpy
@@ -31,6 +31,7 @@ from training.objectives.contrastive import info_nce
 from training.objectives.dispatch import compute, needs
 from training.refreshing.policy import RefreshPlan
 from training.retrieving.retrieve import Prefetcher
+from training.run_text import RunText
 from training.stage import Stage
 from training.training_settings import (
     CheckpointConfig,
@@ -48,12 +49,17 @@ ALL = PretrainingConfig(
 )
 
 
+def text_of(world: TinyWorld, generator: GeneratorConfig, tokenizer: Any = None) -> RunText:
+    settings = StageSettings(encoder=world.encoder, generator=generator)
+    return RunText(settings, world.tokenizer, tokenizer or world.tokenizer)
+
+
 def corpus_questions(
     world: TinyWorld, config: PretrainingConfig = ALL, seed: int = 3, store: Store | None = None, **models: Any
 ) -> CorpusQuestions:
     store = store or world.store()
     generator = models.get("generator", world.generator)
-    sides = example_sides((world.tokenizer, models.get("tokenizer", world.tokenizer)), world.encoder, generator)
+    sides = example_sides(text_of(world, generator, models.get("tokenizer")))
     return CorpusQuestions(store, np.arange(len(store)), config=config, sides=sides, seed=seed, purpose=TRAINING)
 
 
@@ -73,7 +79,7 @@ def test_an_example_is_a_function_of_seed_and_number(world):
 
 def test_examples_are_cut_from_their_source_and_tokenised_as_questions_are(world):
     made = corpus_questions(world)
-    sides = example_sides((world.tokenizer, world.tokenizer), world.encoder, world.generator)
+    sides = example_sides(text_of(world, world.generator))
     for number in range(60):
         example = made.example(number)
         passage = world.store().passage(example.source)
@@ -142,7 +148,7 @@ def test_a_corpus_without_what_a_task_needs_is_refused(world, tmp_path):
             store,
             np.empty(0, np.int64),
             config=ALL,
-            sides=example_sides((world.tokenizer,) * 2, world.encoder, world.generator),
+            sides=example_sides(text_of(world, world.generator)),
             seed=0,
             purpose=1,
         )
@@ -280,7 +286,7 @@ def pretrain_job(world: TinyWorld, run_dir: Path, **changes: Any) -> StageJob:
         training=TrainingConfig(steps=4, batch_size=4, warmup_steps=1),
         evaluation=EvaluationConfig(k=20, batch_size=16),
     )
-    return replace(job, **changes)
+    return with_changes(job, **changes)
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -317,7 +323,7 @@ def test_pretraining_learns_and_the_questions_are_measured_too(world, tmp_path):
         tmp_path,
         training=TrainingConfig(steps=40, batch_size=8, warmup_steps=4),
         evaluation=EvaluationConfig(every_steps=20, max_questions=8, k=20, batch_size=16),
-        publish_every=20,
+        refresh=RefreshPlan(every_steps=20),
     )
     result = Stage(job, world.index()).run()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -341,7 +347,7 @@ def test_a_resumed_pretraining_equals_an_uninterrupted_one(world, tmp_path, dept
     whole = pretrain_job(world, tmp_path / "whole", **changes)
     Stage(whole, world.index(max_generations=1)).run()
     parts = pretrain_job(world, tmp_path / "parts", **changes)
-    Stage(replace(parts, training=replace(parts.training, steps=4)), world.index(max_generations=1)).run()
+    Stage(with_changes(parts, training=replace(parts.settings.training, steps=4)), world.index(max_generations=1)).run()
     index = world.index(max_generations=1)
     Stage(replace(parts, run_dir=str(tmp_path / "first")), index).serve_index(fresh=True)  # of the weights of step 0
     Stage(parts, index).run()
@@ -368,12 +374,16 @@ def test_contrastive_tasks_of_a_mixture_train_the_retriever_beside_the_others(wo
 
     # A resume cuts the same pairs: the first part alone, then the rest.
     parts = pretrain_job(world, tmp_path / "parts", pretraining=mixed, **changes)
-    Stage(replace(parts, training=replace(parts.training, steps=15)), world.index(max_generations=1)).run()
+    Stage(
+        with_changes(parts, training=replace(parts.settings.training, steps=15)), world.index(max_generations=1)
+    ).run()
     index = world.index(max_generations=1)
     Stage(replace(parts, run_dir=str(tmp_path / "first")), index).serve_index(fresh=True)
-    Stage(replace(parts, training=replace(parts.training, steps=20)), index).run()
+    Stage(with_changes(parts, training=replace(parts.settings.training, steps=20)), index).run()
     whole = pretrain_job(world, tmp_path / "whole", pretraining=mixed, **changes)
-    Stage(replace(whole, training=replace(whole.training, steps=20)), world.index(max_generations=1)).run()
+    Stage(
+        with_changes(whole, training=replace(whole.settings.training, steps=20)), world.index(max_generations=1)
+    ).run()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
@@ -392,20 +402,20 @@ def test_pairs_are_cut_from_training_passages_alone_and_weigh_their_share(world,
         assert set(batch.contrast.passage_numbers.tolist()) <= allowed
         batches.append(batch)
     batch = batches[-1]
-    needed = needs(stage.job.objective)
+    needed = needs(stage.job.settings.objective)
     outputs = stage.system("likelihoods", batch, needed, 1.0)
     alone = stage.system("likelihoods", replace(batch, contrast=None), needed, 1.0)
     pairs, _ = info_nce(stage.system("contrast", batch.contrast))
-    together = compute(stage.job.objective, outputs)[0]
-    apart = 0.5 * float(compute(stage.job.objective, alone)[0]) + 0.5 * float(pairs)
+    together = compute(stage.job.settings.objective, outputs)[0]
+    apart = 0.5 * float(compute(stage.job.settings.objective, alone)[0]) + 0.5 * float(pairs)
     assert float(together) == pytest.approx(apart, rel=1e-5)
 
 
 def test_the_source_is_not_read_where_candidates_are_scored_again(world, tmp_path):
     """Nor does the probe of the drift, whose questions are examples, touch training."""
-    plan = RefreshPlan(probe_questions=5, partial=0.1, whole_every=0)
+    plan = RefreshPlan(every_steps=2, probe_questions=5, partial=0.1, whole_every=0)
     retrieval = RetrievalConfig(k=3, rescore=60)
-    job = pretrain_job(world, tmp_path, evaluate_questions="", retrieval=retrieval, plan=plan, publish_every=2)
+    job = pretrain_job(world, tmp_path, evaluate_questions="", retrieval=retrieval, refresh=plan)
     stage = Stage(job, index := world.index())
     stage.run()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -449,10 +459,10 @@ def test_examples_are_searched_by_words_too_and_their_scores_are_part_of_the_los
     expected = np.take_along_axis(words, passages, axis=1) / words.max(axis=1, keepdims=True)
     np.testing.assert_allclose(batch.lexical.numpy(), expected, rtol=1e-5)
     assert (expected > 0).any()
-    outputs = stage.system("likelihoods", batch, needs(job.objective), 1.0)
+    outputs = stage.system("likelihoods", batch, needs(job.settings.objective), 1.0)
     lexical = stage.system.retriever.lexical
     assert lexical is not None
-    (gradient,) = torch.autograd.grad(compute(job.objective, outputs)[0], [lexical.raw])
+    (gradient,) = torch.autograd.grad(compute(job.settings.objective, outputs)[0], [lexical.raw])
     assert float(gradient.abs().sum()) > 0
 
 

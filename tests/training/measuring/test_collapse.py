@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.tiny_world import TinyWorld
 from training.loop import LoopState
 from training.measuring.collapse import WINDOW_STEPS, Collapsed, CollapseDetector, remedy
+from training.refreshing.policy import RefreshPlan
 from training.stage import Stage
 from training.training_settings import DecodingConfig, EvaluationConfig, MonitorConfig, ObjectiveConfig, TrainingConfig
 
@@ -104,7 +105,7 @@ def test_a_destroyed_retriever(world: TinyWorld, tmp_path: Path, setting: str) -
             steps=2, batch_size=4, warmup_steps=0, schedule="constant", lr_retriever=3.0, on_collapse=setting
         ),
         evaluation=BRIEF,
-        publish_every=1,
+        refresh=RefreshPlan(every_steps=1),
     )
     stage = Stage(job, world.index())
     if setting == "ignore":
@@ -129,13 +130,17 @@ def test_a_collapse_beside_a_late_index_names_it(
     """A retriever that learns from hits of weights long gone collapses whatever its objective is."""
     console = io.StringIO()
     shown = MonitorConfig(wandb="off")
-    job = world.job(tmp_path / "run", objective=ObjectiveConfig(name="pdist"), publish_every=10, monitor=shown)
+    job = world.job(
+        tmp_path / "run", objective=ObjectiveConfig(name="pdist"), refresh=RefreshPlan(every_steps=10), monitor=shown
+    )
     measures = Stage(job, world.index(), console).measures
     measures.watch(LoopState())
     assert measures.collapse is not None
     measures.collapse.start |= {"entropy": 0.9, "gold": 0.9}
     for step in range(1, WINDOW_STEPS + 1):
-        measures.after_step(step, {"retrieval/entropy": math.log(job.retrieval.k), "index/staleness_steps": staleness})
+        measures.after_step(
+            step, {"retrieval/entropy": math.log(job.settings.retrieval.k), "index/staleness_steps": staleness}
+        )
     assert "p(z|q) is uniform" in console.getvalue()
     assert ("The hits are of weights 16 steps old: bound that (refresh.max" in console.getvalue()) == named
 

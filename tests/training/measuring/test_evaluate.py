@@ -189,10 +189,12 @@ def test_the_gold_control_reads_the_labelled_passage(make_stage):
         batch = collator(np.array([number]), [gold])
         with torch.no_grad():
             reading = stage.system.generator.read(batch.reader)
-            decoded: Decoded = stage.system.generator.write(reading, batch.reader, False, 6, 1)
+            decoded: Decoded = stage.system.generator.write(
+                reading, batch.reader, fused=False, max_tokens=6, num_beams=1
+            )
             scores = stage.system.generator.per_passage_log_probs(reading, batch.reader)
         assert row["gold/log_likelihood"] == pytest.approx(float(scores.sum()), rel=1e-4)
-        assert row["gold/prediction"].lower() == stage.parts.to_text(decoded.tokens[0]).lower()
+        assert row["gold/prediction"].lower() == stage.parts.text.to_text(decoded.tokens[0]).lower()
 
 
 def test_answers_are_spelled_as_in_the_passages_they_were_read_from(make_stage, world):

@@ -20,7 +20,7 @@ K, FACTOR, QUESTIONS = 3, 4, 7
 def probed(world: TinyWorld, folder: Path, **options: Any) -> tuple[Stage, DriftProbe]:
     """A stage with a fresh index, and the probe of its settings."""
     plan = RefreshPlan(probe_questions=QUESTIONS)
-    stage = Stage(world.job(folder, evaluate_questions="", plan=plan), world.index(**options))
+    stage = Stage(world.job(folder, evaluate_questions="", refresh=plan), world.index(**options))
     stage.serve_index(fresh=True)
     return stage, make_probe(stage.parts, None)
 
@@ -100,9 +100,9 @@ def test_the_probe_is_a_fixed_sample(world, tmp_path):
 def test_the_probe_asks_for_as_many_candidates_as_are_scored_again(world, tmp_path):
     stage, probe = probed(world, tmp_path)
     assert (probe.k, probe.depth) == (K, K * FACTOR)
-    stage.job.retrieval = RetrievalConfig(k=K, rescore=9)
+    stage.job.settings.retrieval = RetrievalConfig(k=K, rescore=9)
     assert make_probe(stage.parts, None).depth == 9 * K
-    stage.job.retrieval = RetrievalConfig(k=K, rescore=500)
+    stage.job.settings.retrieval = RetrievalConfig(k=K, rescore=500)
     assert make_probe(stage.parts, None).depth == 180
 
 

@@ -26,7 +26,7 @@ DRIFT = RefreshPlan(policy="on_drift", drift_threshold=1.0, check_every_steps=3,
 def job_of(world: Any, folder: Path, plan: RefreshPlan, **changes: Any) -> Any:
     """Steps so large that drift is certain."""
     training = TrainingConfig(steps=STEPS, batch_size=4, warmup_steps=0, schedule="constant", lr_retriever=0.01)
-    values = {"evaluate_questions": "", "training": training, "plan": plan, **changes}
+    values = {"evaluate_questions": "", "training": training, "refresh": plan, **changes}
     return world.job(folder, **values)
 
 
@@ -57,7 +57,7 @@ def building(world: Any, fails: bool) -> Building:
 
 def test_drift_is_measured_at_every_publish_and_timed(world, tmp_path):
     plan = RefreshPlan(probe_questions=6)
-    run_stage(job_of(world, tmp_path, plan, publish_every=4), world.index())
+    run_stage(job_of(world, tmp_path, replace(plan, every_steps=4)), world.index())
     rows = metrics(tmp_path)
     for step, row in rows.items():
         names = {name for name in row if name.startswith("drift/")}
@@ -72,7 +72,7 @@ def test_drift_is_measured_at_every_publish_and_timed(world, tmp_path):
 
 
 def test_without_a_probe_nothing_is_measured(world, tmp_path):
-    run_stage(job_of(world, tmp_path, RefreshPlan(), publish_every=4), world.index())
+    run_stage(job_of(world, tmp_path, RefreshPlan(every_steps=4)), world.index())
     assert not [name for row in metrics(tmp_path).values() for name in row if name.startswith("drift/")]
 
 
@@ -80,7 +80,7 @@ def test_measuring_changes_no_training(world, tmp_path):
     found = []
     for questions in (0, 6):
         folder = tmp_path / str(questions)
-        job = resumable(world, folder, publish_every=4, plan=RefreshPlan(probe_questions=questions))
+        job = resumable(world, folder, refresh=RefreshPlan(probe_questions=questions, every_steps=4))
         run_stage(job, world.index())
         found.append(final_weights(job))
     assert same(*found)
@@ -88,7 +88,7 @@ def test_measuring_changes_no_training(world, tmp_path):
 
 def test_drift_below_the_threshold_triggers(world, tmp_path):
     index = world.index()
-    run_stage(job_of(world, tmp_path, DRIFT, publish_every=5), index)  # every_steps is not read
+    run_stage(job_of(world, tmp_path, replace(DRIFT, every_steps=5)), index)  # every_steps is not read
     rows = metrics(tmp_path)
     low = [step for step in (3, 6, 9, 12) if rows[step]["drift/overlap"] < 1]
     assert low
@@ -167,7 +167,7 @@ PARTIAL = RefreshPlan(partial=0.2, whole_every=3)
 
 def test_partial_refreshes_encode_what_was_read_and_a_whole_one_comes_in_turn(world, tmp_path):
     index = world.index()
-    stage, _ = run_stage(job_of(world, tmp_path, PARTIAL, publish_every=2), index)
+    stage, _ = run_stage(job_of(world, tmp_path, replace(PARTIAL, every_steps=2)), index)
     sizes = [180 if only is None else len(only) for only in index.partial]
     assert sizes == [180, 36, 36, 180, 36, 36, 180]
     triggered = events(tmp_path, "refresh_triggered")
@@ -176,7 +176,7 @@ def test_partial_refreshes_encode_what_was_read_and_a_whole_one_comes_in_turn(wo
     assert (stage.state.published_whole, stage.state.partial_refreshes) == (12, 0)
     first = index.partial[1]
     assert first is not None
-    job = job_of(world, tmp_path / "again", PARTIAL, publish_every=2)
+    job = job_of(world, tmp_path / "again", replace(PARTIAL, every_steps=2))
     again = Stage(job, world.index())
     again.serve_index(fresh=True)
     source = again.make_source(None)
@@ -187,7 +187,7 @@ def test_partial_refreshes_encode_what_was_read_and_a_whole_one_comes_in_turn(wo
 
 def test_staleness_is_that_of_each_hits_own_vector(world, tmp_path):
     index = world.index()
-    job = job_of(world, tmp_path, PARTIAL, publish_every=2, retrieval=RetrievalConfig(k=3, prefetch_depth=0))
+    job = job_of(world, tmp_path, replace(PARTIAL, every_steps=2), retrieval=RetrievalConfig(k=3, prefetch_depth=0))
     run_stage(job, index)
     rows = metrics(tmp_path)
     # Step 3 searches the index of step 2, in which a fifth is of step 2 and the rest of step 0.
@@ -212,7 +212,7 @@ def test_staleness_is_that_of_each_hits_own_vector(world, tmp_path):
 
 def test_the_last_measurement_has_a_whole_index(world, tmp_path):
     index = world.index()
-    run_stage(job_of(world, tmp_path, replace(PARTIAL, whole_every=0), publish_every=4), index)
+    run_stage(job_of(world, tmp_path, replace(PARTIAL, whole_every=0, every_steps=4)), index)
     assert index.published == [0, 4, 8, 12, 12]
     assert [only is None for only in index.partial] == [True, False, False, False, True]
     assert index.status().oldest == 12
@@ -220,7 +220,7 @@ def test_the_last_measurement_has_a_whole_index(world, tmp_path):
 
 def test_a_bound_on_staleness_is_one_on_the_passage_encoded_longest_ago(world, tmp_path):
     index = PartsFirst(world.store(), world.encoder, len(world.tokenizer))
-    job = job_of(world, tmp_path, PARTIAL, publish_every=2, max_staleness_steps=6)
+    job = job_of(world, tmp_path, replace(PARTIAL, every_steps=2, max_staleness_steps=6))
     stage, _ = run_stage(job, index)
     # After step 7 all passages must be of step 1 or newer. The index is of step 4, but most of it of step 0: the whole
     # refresh of step 6 is waited for. After step 12, so is that of step 12: the last measurement needs it.
@@ -234,7 +234,7 @@ def test_a_bound_on_staleness_is_one_on_the_passage_encoded_longest_ago(world, t
 
 @pytest.mark.parametrize("plan", [replace(DRIFT, max_share=0.25), replace(DRIFT, partial=0.1, whole_every=0)])
 def test_a_resume_decides_as_the_uninterrupted_run(world, tmp_path, plan):
-    changes = {"plan": plan, "checkpoint": CheckpointConfig(every_steps=6, index=True)}
+    changes = {"refresh": plan, "checkpoint": CheckpointConfig(every_steps=6, index=True)}
     changes["training"] = TrainingConfig(steps=12, batch_size=3, warmup_steps=0, lr_retriever=0.01)
     whole = resumable(world, tmp_path / "whole", **changes)
     run_stage(whole, world.index(folder=tmp_path / "index-whole"))

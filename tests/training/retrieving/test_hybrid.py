@@ -17,13 +17,14 @@ from indexing.lexical.lexical import build_lexical, texts_of
 from indexing.lexical.rank_fusion import reciprocal_rank_fusion
 from indexing.shard.serving import GenerationGone
 from tests.helpers.local_index import LocalHits, LocalIndex, LocalWordHits, LocalWords
-from tests.helpers.tiny_world import TinyWorld
+from tests.helpers.tiny_world import TinyWorld, with_changes
 from tests.training.test_stage import FailingIndex, Failure, final_weights, rows_by_step, run_stage, same
 from training.data import Collator
 from training.models.build import LEXICAL_WEIGHT, build_system, fit_weights, parameter_groups
 from training.models.retriever.encoder import LexicalWeight
 from training.models.system import System
 from training.objectives.dispatch import compute, needs
+from training.refreshing.policy import RefreshPlan
 from training.retrieving import hybrid
 from training.retrieving.hybrid import HybridSearch
 from training.stage import Stage
@@ -356,7 +357,13 @@ def test_training_trusts_words_that_tell_and_not_words_that_do_not(
 ) -> None:
     config = retrieval("learned", lexical_weight=0.3, k=12, candidates=20)
     training = TrainingConfig(steps=40, batch_size=8, warmup_steps=2, lr_retriever=5e-3, lr_generator=5e-3)
-    job = world.job(tmp_path / "run", retrieval=config, training=training, evaluate_questions="", publish_every=10)
+    job = world.job(
+        tmp_path / "run",
+        retrieval=config,
+        training=training,
+        evaluate_questions="",
+        refresh=RefreshPlan(every_steps=10),
+    )
     index = world.index(lexical=WORDS)
     if not informative:
         index.lexical = ShuffledWords(world)
@@ -404,7 +411,7 @@ def test_words_raise_recall_where_the_encoder_knows_nothing(world: TinyWorld, tm
         config = retrieval(mode, lexical_weight=2.0)
         job = world.job(tmp_path / mode, retrieval=config, training=TrainingConfig(train="none", steps=0))
         _, result = run_stage(job, world.index(lexical=WORDS))
-        found[hybrid] = result["metrics"]["recall@20"]
+        found[mode] = result["metrics"]["recall@20"]
     assert found["rrf"] > found["none"] + 0.1
     assert found["learned"] > found["none"] + 0.1
 
@@ -417,7 +424,7 @@ def hybrid_job(world: TinyWorld, run_dir: Path, **changes: Any) -> Any:
         training=TrainingConfig(steps=6, batch_size=3, warmup_steps=1),
         checkpoint=CheckpointConfig(every_steps=3, index=False),
     )
-    return replace(job, **changes)
+    return with_changes(job, **changes)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(world: TinyWorld, tmp_path: Path) -> None:

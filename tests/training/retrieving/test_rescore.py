@@ -30,6 +30,7 @@ from training.models.parts.weights import to_numpy
 from training.models.retriever.encoder import passage_state
 from training.models.text.tokenizers import load_tokenizer
 from training.refreshing.drift import Drift, DriftProbe
+from training.refreshing.policy import RefreshPlan
 from training.retrieving.rescore import FreshVectors, overlap_of
 from training.retrieving.retrieve import Prefetcher, Rescored
 from training.stage import Stage
@@ -51,7 +52,7 @@ def stale_stage(world: TinyWorld, folder: Path, rescore: int, index: LocalIndex 
 
 def fresh_collator(stage: Stage) -> Collator:
     questions = Path(stage.job.train_questions)
-    return Collator(stage.store, QuestionStore.open(questions), stage.system.generator, stage.parts.pad_id)
+    return Collator(stage.store, QuestionStore.open(questions), stage.system.generator, stage.parts.text.pad_id)
 
 
 def brute_force(stage: Stage, questions: np.ndarray, k: int, among: np.ndarray | None = None) -> np.ndarray:
@@ -250,7 +251,7 @@ def test_training_finds_more_of_the_passages_in_an_index_that_is_never_refreshed
             training=TrainingConfig(steps=150, batch_size=16, lr_retriever=3e-3, lr_generator=2e-3),
             retrieval=RetrievalConfig(k=4, rescore=factor),
             evaluation=EvaluationConfig(),
-            publish_every=1000,
+            refresh=RefreshPlan(every_steps=1000),
         )
         index = world.index(max_generations=1)
         Stage(job, index).run()

@@ -124,7 +124,7 @@ def test_a_re_ranker_chooses_among_the_best_of_what_was_scored_again(
     weight = stage.parts.lexical_weight() if hybrid == "learned" else 0.0
     ten = by_score(products + weight * words, 10)
     collator = fresh_collator(stage)
-    collator.pairing = stage.parts.pairing
+    collator.pairing = stage.parts.text.pairing
     stage.system.eval()
     shares = np.take_along_axis(words, ten, axis=1).astype(np.float32)
     with torch.no_grad():

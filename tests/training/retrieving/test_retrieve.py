@@ -301,7 +301,15 @@ def live_prefetcher(index: Numbered, encoded: list[int]) -> Prefetcher:
     def batch_of(number: int) -> np.ndarray:
         return np.array([number, number])
 
-    return Prefetcher(index, batch_of, encode, 3, 2, 0, True, is_living=index.is_living)  # pyright: ignore
+    return Prefetcher(
+        index,  # pyright: ignore
+        batch_of,
+        encode_questions=encode,
+        k=3,
+        depth=2,
+        with_vectors=True,
+        is_living=index.is_living,
+    )
 
 
 def test_hits_that_were_deleted_since_are_searched_again_without_another_encoding() -> None:

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, P
 from indexing.corpus.stores.passages import write_store
 from indexing.corpus.stores.questions import write_questions
 from indexing.indexing_settings import LexicalConfig
-from tests.helpers.tiny_world import TinyWorld
+from tests.helpers.tiny_world import TinyWorld, with_changes
 from tests.training.test_stage import FailingIndex, Failure, final_weights, part, rows_by_step, run_stage, same
 from training.data import Collator
 from training.models.build import build_system, built_parts, fit_weights, parameter_groups
@@ -31,6 +31,7 @@ from training.models.text.token_rows import (
 )
 from training.models.text.tokenizers import load_tokenizer
 from training.objectives.dispatch import compute, needs
+from training.refreshing.policy import RefreshPlan
 from training.retrieving.rerank import Reranking, reordered
 from training.stage import Stage
 from training.training_settings import (
@@ -327,7 +328,7 @@ def reranking_job(world: TinyWorld, run_dir: Path, **changes: Any) -> Any:
         training=TrainingConfig(steps=6, batch_size=3, warmup_steps=1),
         checkpoint=CheckpointConfig(every_steps=3, index=False),
     )
-    return replace(job, **changes)
+    return with_changes(job, **changes)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(world: TinyWorld, tmp_path: Path) -> None:
@@ -369,7 +370,7 @@ def test_evaluation_reads_what_the_reranker_chose(world: TinyWorld, tmp_path: Pa
     """The rows' hits are the best k of the candidates by p(z|q); a replacing one leaves the index where it is."""
     changes = {"reranker": replace(CONFIG, mode=mode), "evaluate_questions": str(world.questions("test"))}
     training = TrainingConfig(steps=2, batch_size=3, warmup_steps=0, lr_retriever=0.05)
-    job = reranking_job(world, tmp_path / "run", training=training, publish_every=1, **changes)
+    job = reranking_job(world, tmp_path / "run", training=training, refresh=RefreshPlan(every_steps=1), **changes)
     index = world.index()
     stage, result = run_stage(job, index)
     assert index.published == ([0] if mode == "replace" else [0, 1, 2])

@@ -1,0 +1,116 @@
+"""How the models of a run read and write text. It is decided by the run's tokenisers and four sections of its settings.
+
+Preparation tokenises passages and questions with it, training and answering pad, join and decode with it.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from indexing.corpus.stores.passages import TokenSide
+from indexing.indexing_settings import QuestionsConfig
+from training.models.retriever.reranker import has_own_tokens
+from training.models.text.pairs import Pairing, own_pairing, shared_pairing
+from training.models.text.prompts import QuestionText
+from training.models.text.token_rows import (
+    generator_answer_side,
+    generator_passage_side,
+    generator_question_side,
+    reranker_side,
+    retriever_passage_side,
+    retriever_question_side,
+)
+from training.models.text.tokenizers import load_tokenizer, pad_id, to_text
+from training.training_settings import EncoderConfig, GeneratorConfig, RerankerConfig
+
+
+class TextSettings(Protocol):
+    """The sections of the settings that decide how text is read."""
+
+    encoder: EncoderConfig
+    generator: GeneratorConfig
+    reranker: RerankerConfig
+    questions: QuestionsConfig
+
+
+class RunText:
+    """The tokenisers of a run, and everything that follows from them."""
+
+    def __init__(
+        self,
+        settings: TextSettings,
+        retriever: PreTrainedTokenizerFast,
+        generator: PreTrainedTokenizerFast,
+        reranker: PreTrainedTokenizerFast | None = None,
+    ) -> None:
+        """`reranker` is None if there is no re-ranker, or if it reads the retriever's tokens."""
+        self.settings, self.retriever, self.generator, self.reranker = settings, retriever, generator, reranker
+        self.pad_id = pad_id(retriever)  # of the retriever's rows
+
+    @staticmethod
+    def load(settings: TextSettings, folder: Path) -> "RunText":
+        """Read the tokenisers in `folder`: retriever/, generator/ and, if the re-ranker has its own, reranker/."""
+        reranker = load_tokenizer(folder / "reranker") if has_own_tokens(settings.reranker) else None
+        return RunText(settings, load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator"), reranker)
+
+    @property
+    def tokenizers(self) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
+        """The retriever's tokeniser and the generator's."""
+        return self.retriever, self.generator
+
+    @cached_property
+    def passage_sides(self) -> list[TokenSide]:
+        """How the retriever, the generator and, if it has its own tokeniser, the re-ranker read a passage."""
+        encoder, generator = self.settings.encoder, self.settings.generator
+        return [
+            retriever_passage_side(self.retriever, encoder),
+            generator_passage_side(self.generator, generator, encoder.max_title_tokens),
+            *self._reranker_sides(self.settings.reranker.max_passage_tokens),
+        ]
+
+    @cached_property
+    def question_sides(self) -> list[TokenSide]:
+        """How the same models read a question."""
+        return [
+            retriever_question_side(self.retriever, self.settings.encoder),
+            generator_question_side(self.generator, self.settings.generator),
+            *self._reranker_sides(self.settings.reranker.max_question_tokens),
+        ]
+
+    @cached_property
+    def answer_side(self) -> TokenSide:
+        """How the generator reads an answer that it learns from."""
+        return generator_answer_side(self.generator, self.settings.generator)
+
+    @property
+    def render(self) -> QuestionText:
+        """The text that each side reads of a question; the `render` of a question store."""
+        return QuestionText(self.generator, self.settings.generator, self.settings.questions.choice_template)
+
+    @cached_property
+    def pairing(self) -> Pairing | None:
+        """How question and passage become the one sequence that a re-ranker reads; None without a re-ranker."""
+        if self.settings.reranker.mode == "off":
+            return None
+        return shared_pairing(self.retriever) if self.reranker is None else own_pairing(self.reranker)
+
+    @property
+    def separator_id(self) -> int:
+        """Token id that separates title and text in the retriever's rows; -1 if its tokeniser has none."""
+        found = self.retriever.sep_token_id
+        return found if isinstance(found, int) else -1
+
+    def answer_row(self, text: str) -> np.ndarray:
+        """Return the token row of one answer; int32 [tokens]."""
+        return np.array(self.answer_side.tokenize([("", text)])[0], dtype=np.int32)
+
+    def to_text(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens that the generator wrote, without special tokens."""
+        return to_text(self.generator, tokens)
+
+    def _reranker_sides(self, max_tokens: int) -> list[TokenSide]:
+        return [] if self.reranker is None else [reranker_side(self.reranker, max_tokens)]
