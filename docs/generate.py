@@ -1,7 +1,7 @@
 """Writes the pages of this folder that are made from the code: `python -m docs.generate`, `--check` only compares.
 
-metrics.md, architecture.md, settings.md and cli.md are made whole; of objectives.md the table between its two marks.
-Exit code 1 of `--check` means that a page is stale.
+metrics.md, architecture.md, settings.md, cli.md and api.md are made whole, and the table of objectives.md. Exit code 1
+of `--check` means that a page is stale.
 """
 
 import ast
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from docs.api_page import api_page
 from docs.reference import cli_page, settings_page
 from training.objectives.check import samples_answers
 from training.objectives.dispatch import compute, needs
@@ -33,6 +34,7 @@ def pages() -> dict[Path, str]:
         DOCS / "architecture.md": architecture_page(),
         DOCS / "settings.md": settings_page(),
         DOCS / "cli.md": cli_page(),
+        DOCS / "api.md": NOTE + api_page(),
         objectives: between_marks(objectives.read_text(encoding="utf-8"), objectives_table()),
     }
 
@@ -73,7 +75,7 @@ optimiser step, or to one evaluation. A key that has no value in a row is absent
 
 Capital parts of a key stand for names. `SPLIT` is the evaluation split, for instance `test`. `MODE/` is one of
 `evaluation.also`, for instance `closed_book/`; the keys of the configured decoding have no `MODE/`. `TASK` is a
-pretraining task. `K` is a cut-off: 1, 5, 20 or 100.
+pretraining task. `K` is a cut-off: 1, 5, 20 or 100. `NAME` is a name that you gave.
 
 Values of a step are means over its micro-batches on the first trainer, unless the table says otherwise.
 """
@@ -123,7 +125,7 @@ def objective_row(name: str) -> tuple[str, ...]:
     to_retriever = "through the scores" if reaches(leaves.scores) else "none"
     if needed.score_bias:
         to_retriever = "through the bias of the generator's attention"
-    settings = sorted(recorder.read - {"name", "scale", "reward"})
+    settings = sorted(recorder.read - {"name", "scale", "reward", "function"})
     return (
         f"`{name}`",
         ", ".join(computed(needed)) or "nothing",

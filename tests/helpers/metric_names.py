@@ -6,15 +6,16 @@ from pathlib import Path
 
 from training.reporting.metric_keys import METRICS
 
-PARTS = {"SPLIT": "[^/]+", "MODE/": "([a-z0-9_]+/)?", "TASK": "[a-z_]+", "K": r"\d+"}
+PARTS = {"SPLIT": "[^/]+", "MODE/": "([a-z0-9_]+/)?", "TASK": "[a-z_]+", "K": r"\d+", "NAME": ".+"}
+OF_THE_USER = "eval/SPLIT/MODE/NAME"  # would match every key of an evaluation
 
 
 def pattern_of(key: str) -> str:
     """A declared key as a regular expression."""
-    return re.sub(r"SPLIT|MODE/|TASK|(?<=@)K", lambda found: PARTS[found.group()], re.escape(key))
+    return re.sub(r"SPLIT|MODE/|TASK|(?<=@)K|NAME", lambda found: PARTS[found.group()], re.escape(key))
 
 
-DECLARED = re.compile("|".join(f"(?:{pattern_of(key)})" for key in METRICS))
+DECLARED = re.compile("|".join(f"(?:{pattern_of(key)})" for key in METRICS if key != OF_THE_USER))
 
 
 def undeclared(folder: Path) -> set[str]:

@@ -1,8 +1,8 @@
 """Declares every key of metrics.jsonl and of W&B with its unit and its meaning; docs/metrics.md is generated from it.
 
 Capital parts stand for names: SPLIT is the evaluation split, MODE a decoding of `evaluation.also` (the configured
-decoding has no MODE/), TASK a pretraining task, K a cut-off. Keys of one optimiser step are means over its
-micro-batches unless the meaning says otherwise.
+decoding has no MODE/), TASK a pretraining task, K a cut-off, NAME a name of the user's. Keys of one
+optimiser step are means over its micro-batches unless the meaning says otherwise.
 """
 
 Key = tuple[str, str]  # unit, meaning
@@ -15,6 +15,8 @@ LOSS: dict[str, Key] = {
     "loss/retriever": (NATS, "retriever's part of the loss, before `objective.weight`"),
     "loss/preference": (NATS, "preference term of DPO or KTO"),
     "loss/policy": (NUMBER, "policy term of REINFORCE or GRPO: its gradient matters, its value says little"),
+    "loss/objective": (NUMBER, "loss of `objective.function`"),
+    "objective/NAME": (NUMBER, "metric NAME that `objective.function` returned"),
     "loss/contrast": (NATS, "InfoNCE of a contrastive task that is mixed with generative ones"),
 }
 RETRIEVAL: dict[str, Key] = {
@@ -104,6 +106,7 @@ EVALUATION: dict[str, Key] = {
     "eval/SPLIT/MODE/old_exact_match": (SHARE, "answers that equal a former answer, after an update"),
     "eval/SPLIT/MODE/refusal_answerable": (SHARE, "answerable questions that got `questions.refusal`"),
     "eval/SPLIT/MODE/refusal_unanswerable": (SHARE, "unanswerable questions that got `questions.refusal`"),
+    "eval/SPLIT/MODE/NAME": (NUMBER, "metric of your function NAME (`evaluation.metrics`)"),
     "eval/SPLIT/preference_accuracy": (SHARE, "held-out pairs whose chosen answer is likelier; a tie counts half"),
     "eval/SPLIT/preference_margin": (NATS, "log-likelihood of the chosen minus the rejected answer"),
     "eval/SPLIT/preference_accuracy_per_token": (SHARE, "the accuracy with log-likelihoods per token"),
