@@ -66,6 +66,14 @@ def test_a_command_is_read(page: Path, words: list[str], project: Path):
             pytest.fail(f"{page.name} shows a command that no parser here reads: {' '.join(words)}")
 
 
+def test_the_plan_that_is_shown_is_the_plan_that_is_computed(project: Path):
+    page = ROOT / "docs" / "scaling.md"
+    words = next(words for words in commands(page) if "plan.passages=21015324" in words)
+    experiment = experiment_of("plan", words[2:])
+    shown = re.findall(r"^```text\n(stage .*?)```$", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert plan.table(plan.plan(experiment.settings, experiment.directory)) == shown[0].rstrip("\n")
+
+
 def test_there_are_commands_to_check():
     assert len(SHOWN) > 20
     assert sum("plan" in words for _, words in SHOWN) >= 2
