@@ -1,7 +1,7 @@
 """How a generation gets onto all shards, up to the commit: begun, its rows staged, prepared; again where one is lost.
 
 Two kinds share these steps: a whole generation (a refresh), and one that is derived from another (a change of the
-corpus, or passages that are encoded again). `Plan` says what differs. Both may be under way at the same time.
+corpus, or passages that are encoded again). `GenerationPlan` says what differs. Both may be under way at the same time.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ from indexing.shard.shard import Shard, ShardStatus
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class GenerationPlan:
     """One generation that is to be made."""
 
     generation: int
@@ -59,7 +59,7 @@ class Builder:
         self._in_order, self._chunk_passages = in_order, chunk_passages
         self._max_failures, self._wait_s = max_failures, wait_s
 
-    def whole(self, generation: int, weights: Weights, corpus_version: int, urgent: bool = False) -> Plan:
+    def whole(self, generation: int, weights: Weights, corpus_version: int, urgent: bool = False) -> GenerationPlan:
         """A generation of all passages that are living at `corpus_version`: a new big index, without deleted rows."""
 
         def begin(shard: ShardPort) -> None:
@@ -70,7 +70,7 @@ class Builder:
             every = np.arange(shard.start, shard.stop) if numbers is None else numbers
             return split_numbers(shard.number, every, self._chunk_passages, base=shard.stop)
 
-        return Plan(
+        return GenerationPlan(
             generation=generation,
             weights=weights,
             corpus_version=corpus_version,
@@ -89,7 +89,7 @@ class Builder:
         weights_version: int,
         corpus_version: int,
         before: Callable[[], None] = lambda: None,
-    ) -> Plan:
+    ) -> GenerationPlan:
         """Generation `origin` with the passages `numbers` (sorted) encoded with `weights`: added, or in place of what
         they were. It goes by `weights_version`, and shares the big indexes of `origin`."""
 
@@ -99,7 +99,7 @@ class Builder:
         def chunks(shard: ShardPort) -> list[Chunk]:
             return split_numbers(shard.number, self._mine(shard, numbers), self._chunk_passages)
 
-        return Plan(
+        return GenerationPlan(
             generation=generation,
             weights=weights,
             corpus_version=corpus_version,
@@ -109,7 +109,7 @@ class Builder:
             before=before,
         )
 
-    def build(self, plan: Plan) -> None:
+    def build(self, plan: GenerationPlan) -> None:
         """Stage and prepare on every shard; one that is lost on the way is filled again. Raises RefreshFailed."""
         generation, lost = plan.generation, set[int]()
         for attempt in range(self._max_failures + 1):
@@ -137,7 +137,7 @@ class Builder:
         if status.hidden < self.log.version:
             shard.call(Shard.hide, self.log.version, self.log.deleted_at())
 
-    def _begin(self, plan: Plan, shards: Iterable[ShardPort]) -> set[int]:
+    def _begin(self, plan: GenerationPlan, shards: Iterable[ShardPort]) -> set[int]:
         """Tell shards what they will have; returns those that were lost. Raises RefreshFailed when one refuses."""
 
         def begin(shard: ShardPort) -> None:
@@ -152,7 +152,7 @@ class Builder:
                 raise RefreshFailed(f"shard {number} refuses generation {plan.generation}: {error}") from error
         return lost
 
-    def _prepare(self, plan: Plan, shards: list[ShardPort]) -> set[int]:
+    def _prepare(self, plan: GenerationPlan, shards: list[ShardPort]) -> set[int]:
         """Build the staged rows on `shards`; returns those that were lost. Raises RefreshFailed when one refuses."""
         generation, lost = plan.generation, set[int]()
         for number, error in self._shards.each(lambda shard: shard.call(Shard.prepare, generation), shards).items():
@@ -164,7 +164,7 @@ class Builder:
             lost.add(number)  # it died, or came back without its rows
         return lost
 
-    def _unstaged(self, plan: Plan) -> set[int]:
+    def _unstaged(self, plan: GenerationPlan) -> set[int]:
         """Shards that lack rows of a plan."""
         version = plan.corpus_version
         return self._shards.lacking(

@@ -6,8 +6,8 @@ followed by the next replica at once. A shard that has not answered for index.sl
 replica is asked too; the first answer counts, and that replica is asked first from then on. Generations are compared by
 the caller: a hedged answer is one of the pinned generation, or none.
 
-Who waits for whom: `Question.answers` waits for one answer of each shard, until the caller's deadline. Nobody waits for
-the answer of a replica that was overtaken.
+Who waits for whom: `PendingAnswers.answers` waits for one answer of each shard, until the caller's deadline. Nobody
+waits for the answer of a replica that was overtaken.
 """
 
 import os
@@ -57,9 +57,9 @@ class Fanout:
         self._untold: Counter[int] = Counter()  # slow searches of a shard since its last event
         self._told_at: dict[int, float] = {}
 
-    def ask(self, method: str, *arguments: Any) -> "Question":
+    def ask(self, method: str, *arguments: Any) -> "PendingAnswers":
         """Call `method` (of `ShardActor`: search | indexed) of every shard. Returns at once."""
-        return Question(self, method, arguments)
+        return PendingAnswers(self, method, arguments)
 
     def count(self, what: str) -> None:
         """One more search that was slow, hedged or refused."""
@@ -89,7 +89,7 @@ class _Asked:
     slow: bool = False
 
 
-class Question:
+class PendingAnswers:
     """One search under way at every shard."""
 
     def __init__(self, fanout: Fanout, method: str, arguments: tuple[Any, ...]) -> None:

@@ -16,7 +16,6 @@ error within index.search_timeout_s. The constructor of the actor waits for noth
 """
 
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,12 +26,12 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from cluster.machines.events import EventLog
 from cluster.machines.processes import Place, here
 from cluster.service.ray_ports import NamedActor, get, own_error
+from indexing.attempts import Attempts
 from indexing.corpus.stores.filters import Filter
 from indexing.hits import CorpusState
 from indexing.lexical.lexical import LexicalHits
 from indexing.lexical.live_lexical import CorpusLag, LiveLexical
 
-POLL_S = (0.02, 0.5)  # between attempts: the first pause, and the longest
 THREADS = {"search": 4, "status": 2}
 
 
@@ -75,11 +74,11 @@ class LexicalClient:
 
     def submit(
         self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
-    ) -> "PendingWords":
+    ) -> "PendingLexical":
         """Start a search of question texts for the best `n` passages of the corpus as `wanted` (None: as in the last
         search that named one), with the scores of the passages `of` int64 [batch, m]. Returns at once."""
         self.wanted = wanted or self.wanted
-        return PendingWords(self, (list(texts), n, self.wanted, of))
+        return PendingLexical(self, (list(texts), n, self.wanted, of))
 
     def find_place(self) -> None:
         """Learn where the process is, so that one that is silent later can be ended; no news is no error."""
@@ -89,7 +88,7 @@ class LexicalClient:
             self.actor.place = None
 
 
-class PendingWords:
+class PendingLexical:
     """A lexical search under way."""
 
     def __init__(self, client: LexicalClient, arguments: tuple[Any, ...]) -> None:
@@ -105,18 +104,14 @@ class PendingWords:
         return self._hits
 
     def _wait(self) -> LexicalHits:
-        client, begin = self._client, time.monotonic()
-        hung_s, pause_s, why = client.timeout_s / 4, POLL_S[0], "it does not answer"
-        while True:
-            left_s = begin + client.timeout_s - time.monotonic()
-            if left_s <= 0:
-                raise TimeoutError(
-                    f"no lexical hits for {client.timeout_s:g} s (index.search_timeout_s): {why}; see "
-                    f"{client.events.path}"
-                )
+        client, attempts = self._client, Attempts(self._client.timeout_s)
+        hung_s, why = client.timeout_s / 4, "it does not answer"
+        for attempt in attempts:
+            if attempt:
+                self._ask()
             try:
                 if self._asked is not None:
-                    hits = get(self._asked, min(left_s, hung_s))
+                    hits = get(self._asked, min(attempts.left_s, hung_s))
                     client.find_place()
                     return hits
                 why = "there is no such actor"
@@ -132,9 +127,9 @@ class PendingWords:
                 why = type(error).__name__
                 client.events("lexical_lost", why=why)
                 client.actor.place = None
-            time.sleep(min(pause_s, max(0.0, left_s)))
-            pause_s = min(2 * pause_s, POLL_S[1])
-            self._ask()
+        raise TimeoutError(
+            f"no lexical hits for {client.timeout_s:g} s (index.search_timeout_s): {why}; see {client.events.path}"
+        )
 
     def _kill(self, why: str) -> None:
         self._client.events("lexical_killed", why=why)

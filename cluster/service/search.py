@@ -29,16 +29,16 @@ from cluster.machines.processes import Place
 from cluster.refresh.coordinator import CoordinatorStatus
 from cluster.refresh.ports import Weights
 from cluster.service.actors import Gone
-from cluster.service.fanout import WAIT, Answer, Fanout, Question, SearchRefused, Slowness
+from cluster.service.fanout import WAIT, Answer, Fanout, PendingAnswers, SearchRefused, Slowness
 from cluster.service.lexical_actor import LexicalClient
 from cluster.service.ray_ports import NamedActor, get, own_error
+from indexing.attempts import Attempts
 from indexing.corpus.stores.filters import Filter
 from indexing.hits import Hits, Indexed, ShardHits, ShardIndexed, check_k, joined, merge
 from indexing.shard.serving import GenerationGone
 from training.retrieving.retrieve import IndexStatus
 
 INLINE_BYTES = 100_000  # larger queries are put into the object store once instead of being sent with every call
-POLL_S = (0.02, 0.5)  # between attempts: the first pause, and the longest
 ASK_S = 5.0  # for one status
 STATUS_AGE_S = 0.05  # a status younger than this is not asked for again
 HUNG_S = 40.0  # a coordinator silent for so long is killed, and starts again: it never waits for anything
@@ -86,7 +86,6 @@ class Search:
         self._client = client
         self._k, self._num_vectors, self._where, self._allow_fewer = k, num_vectors, where, allow_fewer
         self._queries: Any = queries if queries.nbytes < INLINE_BYTES else ray.put(queries)
-        self._deadline = 0.0
         self._question = self._ask()
         self._hits: Hits | None = None
 
@@ -99,11 +98,13 @@ class Search:
         return self._hits
 
     def _wait(self) -> Hits:
-        self._deadline = time.monotonic() + self._client.patience_s  # of waiting, not of training meanwhile
-        pause_s, why = POLL_S[0], ""
-        while True:
+        why = ""
+        attempts = Attempts(self._client.patience_s)  # of waiting, not of training meanwhile
+        for attempt in attempts:
+            if attempt:
+                self._question = self._ask()
             try:
-                answers = self._question.answers(self._deadline)
+                answers = self._question.answers(attempts.deadline)
             except GetTimeoutError:
                 silent = ", ".join(map(str, self._question.silent()))
                 raise self._client.too_late(why or f"no answer of shard {silent}") from None
@@ -113,24 +114,18 @@ class Search:
                 why = f"a shard is not there ({type(error).__name__})"
             else:
                 hits = [answer for answer in answers if isinstance(answer, ShardHits)]
-                pinned, again_at_once = self._client.learn(answers, self._where)
+                again_at_once = self._client.learn(answers, self._where)
                 if len(hits) == len(answers) and len({one.generation for one in hits}) == 1:
                     return merge(hits, self._k, self._allow_fewer)
                 why = "no generation is served by every shard"
                 if again_at_once:
-                    self._question = self._ask(pinned)
+                    attempts.skip_pause()
                     continue
-            if time.monotonic() + pause_s > self._deadline:
-                raise self._client.too_late(why)
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, POLL_S[1])
             self._client.hand_in_again()
-            self._question = self._ask()
+        raise self._client.too_late(why)
 
-    def _ask(self, generation: int | None = None) -> Question:
-        return self._client.ask_shards(
-            self._queries, self._k, generation=generation, num_vectors=self._num_vectors, where=self._where
-        )
+    def _ask(self) -> PendingAnswers:
+        return self._client.ask_shards(self._queries, self._k, num_vectors=self._num_vectors, where=self._where)
 
 
 class IndexClient:
@@ -190,26 +185,23 @@ class IndexClient:
             allow_fewer=allow_fewer,
         )
 
-    def ask_shards(
-        self, queries: Any, k: int, *, generation: int | None, num_vectors: int, where: Filter | None = None
-    ) -> Question:
-        """Ask every shard, for the pinned generation unless another one is named."""
-        pinned = self._pinned if generation is None else generation
-        return self._fanout.ask("search", queries, k, pinned, num_vectors, where)
+    def ask_shards(self, queries: Any, k: int, num_vectors: int, where: Filter | None) -> PendingAnswers:
+        """Ask every shard for its hits in the pinned generation."""
+        return self._fanout.ask("search", queries, k, self._pinned, num_vectors, where)
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
         """What `generation` has of passages `ids` int64 [...]. Raises GenerationGone where it is not served any more,
         and TimeoutError as a search does."""
         wanted, places = np.unique(ids, return_inverse=True)
-        deadline, pause_s = time.monotonic() + self.patience_s, POLL_S[0]
-        while True:
+        attempts, why = Attempts(self.patience_s), "a shard does not answer"
+        for _ in attempts:
             asked = self._fanout.ask("indexed", wanted, generation, with_vectors)
-            why = "a shard does not answer"
             try:
-                answers = asked.answers(deadline)
+                answers = asked.answers(attempts.deadline)
                 gone = [answer.committed for answer in answers if isinstance(answer, Gone)]
                 if not gone:
-                    break
+                    found = joined([answer for answer in answers if isinstance(answer, ShardIndexed)], len(wanted))
+                    return found.at(places.reshape(np.shape(ids)))
                 if min(gone) >= 0:  # released; a shard that came back empty is repaired
                     raise GenerationGone(generation, min(gone))
                 why = f"generation {generation} is not served by every shard"
@@ -217,13 +209,8 @@ class IndexClient:
                 raise own_error(error) from error
             except (RayError, GetTimeoutError) as error:  # it is being restarted, or silent until the repair finds it
                 why = f"a shard is not there ({type(error).__name__})"
-            if time.monotonic() + pause_s > deadline:
-                raise self.too_late(why)
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, POLL_S[1])
             self.hand_in_again()
-        found = joined([answer for answer in answers if isinstance(answer, ShardIndexed)], len(wanted))
-        return found.at(places.reshape(np.shape(ids)))
+        raise self.too_late(why)
 
     @property
     def patience_s(self) -> float:
@@ -240,10 +227,10 @@ class IndexClient:
         limit = self.address.search_timeout_s
         return TimeoutError(f"search found no complete index for {limit:g} s (index.search_timeout_s): {why}")
 
-    def learn(self, answers: list[Answer], where: Filter | None = None) -> tuple[int | None, bool]:
-        """Pin the newest generation that all shards have committed; `where`: the filter of the search.
+    def learn(self, answers: list[Answer], where: Filter | None = None) -> bool:
+        """Pin the newest generation that all shards have committed; `where` is the filter of the search.
 
-        Returns it, and whether the same query would be answered by it at once.
+        Returns True if it is another one than before, so that the same query would be answered by it at once.
         """
         hits = [answer for answer in answers if isinstance(answer, ShardHits)]
         counts = [answer.num_living if where is None else answer.num_allowed for answer in hits]
@@ -251,10 +238,10 @@ class IndexClient:
             self.num_passages = sum(counts)
         committed = min(answer.committed for answer in answers if not isinstance(answer, ShardIndexed))
         if committed < 0:  # a shard came back empty
-            return self._pinned, False
+            return False
         changed = committed != self._pinned
         self._pinned = committed
-        return committed, changed
+        return changed
 
     # Weights and generations.
 
@@ -271,75 +258,65 @@ class IndexClient:
             self._hand_in()
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
     ) -> None:
         """Wait until a generation of that version or a newer one serves, and search it from now on.
 
-        A version that this client published itself is awaited as that very publish. `told` hears how many passages
+        A version that this client published itself is awaited as that very publish. `report` hears how many passages
         were encoded since. Raises TimeoutError after `timeout_s` without a further passage, and RuntimeError when its
         refresh was given up.
         """
-        deadline = time.monotonic() + timeout_s
-        pause_s = POLL_S[0]
+        attempts = Attempts(timeout_s)
         encoded = begun_with = -1
-        while True:
-            status = self._ask(min(ASK_S, max(0.1, deadline - time.monotonic())))
+        for _ in attempts:
+            status = self._ask(min(ASK_S, max(0.1, attempts.left_s)))
             if status is not None and status.passages_encoded != encoded:
-                encoded, deadline = status.passages_encoded, time.monotonic() + timeout_s
+                encoded = status.passages_encoded
+                attempts.extend()
                 begun_with = encoded if not 0 <= begun_with <= encoded else begun_with  # a new coordinator counts anew
-                told(encoded - begun_with)
+                report(encoded - begun_with)
             if status is not None and self._serves(status, weights_version):
                 self._pinned = status.generation
                 return
             if status is not None and self._gave_up(status, weights_version) and not self._forgotten():
                 raise RuntimeError(f"no index of version {weights_version}: {status.given_up}")
-            if time.monotonic() + pause_s > deadline:
-                newest = self._status.weights_version
-                raise TimeoutError(
-                    f"no index of version {weights_version} after {timeout_s:g} s without progress; version {newest} "
-                    f"serves (-1: none); see {self.address.events_path}"
-                )
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, POLL_S[1])
+        raise TimeoutError(
+            f"no index of version {weights_version} after {timeout_s:g} s without progress; version "
+            f"{self._status.weights_version} serves (-1: none); see {self.address.events_path}"
+        )
 
     def wait_for_corpus(self, corpus_version: int, timeout_s: float) -> bool:
         """Wait until the changes of the corpus up to this version are served; False where what was added waits for
         weights to be encoded with. Raises TimeoutError after `timeout_s` without a further passage."""
-        deadline, encoded = time.monotonic() + timeout_s, -1
-        while True:
-            status = self._ask(min(ASK_S, max(0.1, deadline - time.monotonic())))
+        attempts, encoded = Attempts(timeout_s, longest_s=0.02), -1
+        for _ in attempts:
+            status = self._ask(min(ASK_S, max(0.1, attempts.left_s)))
             if status is not None and status.corpus_version >= corpus_version:
                 self._pinned = status.generation
                 return True
             if status is not None and status.needs_weights:
                 return False
             if status is not None and status.passages_encoded != encoded:
-                encoded, deadline = status.passages_encoded, time.monotonic() + timeout_s
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"version {corpus_version} of the corpus is not served after {timeout_s:g} s")
-            time.sleep(POLL_S[0])
+                encoded = status.passages_encoded
+                attempts.extend()
+        raise TimeoutError(f"version {corpus_version} of the corpus is not served after {timeout_s:g} s")
 
     def save_generation(self, generation: int, timeout_s: float) -> str:
         """Make sure that `generation` is on disk, and protected; returns its directory.
 
         Raises TimeoutError, and OSError when it is not served any more or could not be written.
         """
-        deadline = time.monotonic() + timeout_s
-        pause_s = POLL_S[0]
-        while True:
+        attempts = Attempts(timeout_s)
+        for _ in attempts:
             try:
-                asked = self._coordinator.submit("save_generation", generation)
-                path = get(asked, max(0.1, deadline - time.monotonic()))
+                path = get(self._coordinator.submit("save_generation", generation), max(0.1, attempts.left_s))
             except RayTaskError as error:
                 raise own_error(error) from error
             except RayError:  # silent or restarting
                 path = None
             if path is not None:
                 return path
-            if time.monotonic() + pause_s > deadline:
-                raise TimeoutError(f"index generation {generation} was not on disk after {timeout_s:g} s")
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, POLL_S[1])
+        raise TimeoutError(f"index generation {generation} was not on disk after {timeout_s:g} s")
 
     # Status.
 

@@ -42,7 +42,7 @@ class Served:
     released: bool = False
 
 
-class Serving:
+class ServingTable:
     """The table of one shard."""
 
     def __init__(self, shard_number: int) -> None:

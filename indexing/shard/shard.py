@@ -34,7 +34,7 @@ from indexing.hits import CorpusState, ShardHits, ShardIndexed
 from indexing.indexing_settings import IndexConfig
 from indexing.shard.generation import Generation, Passes
 from indexing.shard.reshard import fits, load_range
-from indexing.shard.serving import GenerationGone, Serving
+from indexing.shard.serving import GenerationGone, ServingTable
 from indexing.shard.shard_files import KIND, read_generation, write_generation
 from indexing.shard.staging import Staging, StagingStatus
 
@@ -88,7 +88,7 @@ class Shard:
         self._config, self._seed, self._metadata = config, seed + shard_number, metadata
         self._recent = RecentQueries(config.probe_queries)
         self._staging_lock, self._delta_lock = threading.Lock(), threading.Lock()
-        self._serving = Serving(shard_number)
+        self._serving = ServingTable(shard_number)
         self._table = self._serving.lock
         self._staging: Staging | None = None  # replaced under _table and, to be filled, under _staging_lock
         self._deriving: Staging | None = None  # likewise, under _delta_lock

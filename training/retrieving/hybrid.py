@@ -1,4 +1,4 @@
-"""Searching by vectors and by words at once, and choosing among the hits by a re-ranker: between loop and index.
+"""Hybrid search: by the dense and the lexical index at once, with fusion of their hits; between loop and index.
 
     question texts --> lexical index --+
                                        +--> fused --> (re-ranked) --> the k that are read
@@ -15,12 +15,13 @@ as are scored again; `Refusion` fuses these anew, by the scores of fresh vectors
 re-ranker puts what is left in order (`training/retrieving/rerank.py`).
 """
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from indexing.attempts import Attempts
 from indexing.hits import CorpusState, Hits, chosen, without
 from indexing.lexical.lexical import LexicalHits
 from indexing.lexical.rank_fusion import Fused, behind, fuse_by_rank, fuse_by_score, normalised, union
@@ -86,7 +87,7 @@ class PendingFused:
         self._depth = max(self._candidates, k)  # of the dense ranking, whose rest stands behind the candidates
         self._weight = search.last_weight
         self._dense = search.service.submit(queries, self._depth)
-        self._words = search.lexical.submit(texts, self._candidates)
+        self._pending_lexical = search.lexical.submit(texts, self._candidates)
         self._hits: Hits | None = None
 
     def result(self) -> Hits:
@@ -96,55 +97,57 @@ class PendingFused:
         return self._hits
 
     def _fuse(self) -> Hits:
-        pause_s, why = FIRST_PAUSE_S, ""
-        for _ in range(ATTEMPTS):
+        attempts, why = Attempts(first_s=FIRST_PAUSE_S, longest_s=math.inf, most=ATTEMPTS), ""
+        lost_in: CorpusState | None = None  # the state of the corpus in which the last attempt lost passages
+        for attempt in attempts:
+            if lost_in is not None:
+                self._pending_lexical = self._search.lexical.submit(self._texts, self._candidates, lost_in)
+            if attempt:
+                self._depth = min(self._depth, self._search.service.num_passages)
+                self._dense = self._search.service.submit(self._queries, self._depth)
             dense = self._dense.result()
-            words = self._words.result()
-            if words.corpus.added != dense.corpus.added or words.corpus.hidden < dense.corpus.hidden:
-                words = self._search.lexical.submit(self._texts, self._candidates, dense.corpus).result()
+            lexical = self._pending_lexical.result()
+            if lexical.corpus.added != dense.corpus.added or lexical.corpus.hidden < dense.corpus.hidden:
+                lexical = self._search.lexical.submit(self._texts, self._candidates, dense.corpus).result()
             try:
-                fused = self._of(*self._living(dense, words))
+                fused = self._of(*self._living(dense, lexical))
             except GenerationGone:
-                why = "replaced its generation"
+                why, lost_in = "replaced its generation", None
+                attempts.skip_pause()
             else:
                 if fused is not None:
                     return fused
-                why = "lost passages"  # a deletion that not every shard knows of yet
-                time.sleep(pause_s)
-                pause_s *= 2
-                self._words = self._search.lexical.submit(self._texts, self._candidates, dense.corpus)
-            self._depth = min(self._depth, self._search.service.num_passages)
-            self._dense = self._search.service.submit(self._queries, self._depth)
+                why, lost_in = "lost passages", dense.corpus  # a deletion that not every shard knows of yet
         raise TimeoutError(
             f"the index {why} {ATTEMPTS} times while a search was answered: raise refresh.every_steps, or change the "
             "corpus less often"
         )
 
-    def _living(self, dense: Hits, words: LexicalHits) -> tuple[Hits, LexicalHits]:
+    def _living(self, dense: Hits, lexical: LexicalHits) -> tuple[Hits, LexicalHits]:
         """Both without what was deleted before both had answered."""
         living = self._search.is_living
         if living is None:
-            return dense, words
-        gone = (words.ids >= 0) & ~living(words.ids)
+            return dense, lexical
+        gone = (lexical.ids >= 0) & ~living(lexical.ids)
         if gone.any():  # those that count first, in their order
             order = np.argsort(gone, axis=1, kind="stable")
-            ids = np.take_along_axis(np.where(gone, -1, words.ids), order, axis=1)
-            scores = np.take_along_axis(np.where(gone, np.float32(0), words.scores), order, axis=1)
-            words = replace(words, ids=ids, scores=scores)
+            ids = np.take_along_axis(np.where(gone, -1, lexical.ids), order, axis=1)
+            scores = np.take_along_axis(np.where(gone, np.float32(0), lexical.scores), order, axis=1)
+            lexical = replace(lexical, ids=ids, scores=scores)
         gone = (dense.ids >= 0) & ~living(dense.ids)
         if gone.any():
             order = np.argsort(gone, axis=1, kind="stable")
             dense = without(chosen(dense, order), np.take_along_axis(gone, order, axis=1))
-        return dense, words
+        return dense, lexical
 
-    def _of(self, dense: Hits, words: LexicalHits) -> Hits | None:
+    def _of(self, dense: Hits, lexical: LexicalHits) -> Hits | None:
         """Fused hits; None where passages that were deleted meanwhile leave too few."""
-        config, best = self._search.config, words.scores[:, 0]
-        shares, first = normalised(words.scores, best), dense.ids[:, : self._candidates]
+        config, best = self._search.config, lexical.scores[:, 0]
+        shares, first = normalised(lexical.scores, best), dense.ids[:, : self._candidates]
         if config.hybrid == "rrf":
-            fused = fuse_by_rank(first, words.ids, shares=shares, constant=config.rrf_constant, k=self._k)
+            fused = fuse_by_rank(first, lexical.ids, shares=shares, constant=config.rrf_constant, k=self._k)
         else:
-            fused = self._weighted(first, dense, words=words, shares=shares, best=best)
+            fused = self._weighted(first, dense, lexical=lexical, shares=shares, best=best)
         fused = behind(fused, dense.ids)
         if (fused.ids < 0).any() and (dense.ids < 0).any():
             return None
@@ -163,13 +166,13 @@ class PendingFused:
         )
 
     def _weighted(
-        self, first: np.ndarray, dense: Hits, *, words: LexicalHits, shares: np.ndarray, best: np.ndarray
+        self, first: np.ndarray, dense: Hits, *, lexical: LexicalHits, shares: np.ndarray, best: np.ndarray
     ) -> Fused:
         """Every candidate of either index with its score in both: the lexical ones of the `first` dense hits are looked
         up, the dense ones of lexical hits are products with the index's vectors. Where the index keeps none, such a hit
         counts as the last dense one, which it cannot exceed in an exhaustive index."""
-        pending = self._search.lexical.submit(self._texts, 0, words.corpus, first)
-        missing = union(first, words.ids)
+        pending = self._search.lexical.submit(self._texts, 0, lexical.corpus, first)
+        missing = union(first, lexical.ids)
         vectors = self._search.service.indexed(missing, dense.generation).vectors
         scores = dense.scores[:, : self._candidates]
         if vectors is None:
@@ -180,11 +183,11 @@ class PendingFused:
         found = pending.result()
         assert found.of is not None
         of_dense = first, scores, normalised(found.of, best)
-        return fuse_by_score(of_dense, (words.ids, products, shares), self._weight, self._k)
+        return fuse_by_score(of_dense, (lexical.ids, products, shares), self._weight, self._k)
 
 
 class Refusion:
-    """By which scores the best of some fused hits are chosen once their dense scores are fresh."""
+    """The scores by which the best of some fused hits are chosen once their dense scores are fresh."""
 
     def __init__(self, config: RetrievalConfig, weight: Callable[[], float]) -> None:
         """`weight` as in `HybridSearch`; it is asked for on every rank."""
@@ -202,6 +205,6 @@ class Refusion:
             order = np.lexsort((hits.ids, -dense), axis=-1)
             places = np.empty_like(order)
             np.put_along_axis(places, order, np.arange(1, order.shape[1] + 1)[None], axis=1)
-            by_words, constant = hits.places[:, :, 1], self.config.rrf_constant
-            fused = 1 / (constant + places) + np.where(by_words > 0, 1 / (constant + np.maximum(by_words, 1)), 0)
+            by_lexical, constant = hits.places[:, :, 1], self.config.rrf_constant
+            fused = 1 / (constant + places) + np.where(by_lexical > 0, 1 / (constant + np.maximum(by_lexical, 1)), 0)
         return np.where(hits.ids < 0, -np.inf, fused).astype(np.float32)
