@@ -145,7 +145,7 @@ def check_named_paths(verb: str, experiment: "Experiment") -> None:
     cells = experiment.matrix.cells if verb == "compare" and experiment.matrix is not None else {}
     for name, own in {**experiment.stages, **{f"compare cell {cell}": own for cell, own in cells.items()}}.items():
         try:
-            check_paths(own, {*starts, *experiment.stages})
+            check_paths(own, experiment.directory, {*starts, *experiment.stages})
         except ValueError as error:
             where = "" if not name else f"{name}: " if name.startswith("compare cell ") else f"stage {name}: "
             raise ValueError(f"{where}{error}") from None

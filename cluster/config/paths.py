@@ -10,9 +10,19 @@ from indexing.corpus.files.preferences import preferences_path
 from indexing.declare import looked_at, refuse
 
 
-def check_paths(settings: Settings, starts: Collection[str] = ()) -> None:
+def check_paths(settings: Settings, root: Path, starts: Collection[str] = ()) -> None:
     """Refuse data, model folders and a start that are not there. Raises ValueError with the path that was looked at.
-    `starts` are stages and run folders that will be there when they are needed."""
+    Data may be gone where a store of it may stand: in the run folder `root`, or beside the start. `starts` are stages
+    and run folders that will be there when they are needed."""
+    start = settings.run.init_from
+    if not (root / "data").is_dir() and (not start or start in starts):
+        _check_data(settings)
+    check_model_folders(settings)
+    if start and start not in starts and not Path(start).is_dir():
+        raise refuse("run.init_from", start, f"must be a checkpoint or run folder that exists{looked_at(start)}")
+
+
+def _check_data(settings: Settings) -> None:
     if settings.corpus.path:
         corpus_path(settings.corpus)
         updates_path(settings.corpus)
@@ -21,10 +31,6 @@ def check_paths(settings: Settings, starts: Collection[str] = ()) -> None:
         raise refuse("questions.path", questions, f"must be a folder that exists{looked_at(questions)}")
     if settings.preferences.path:
         preferences_path(settings.preferences)
-    check_model_folders(settings)
-    start = settings.run.init_from
-    if start and start not in starts and not Path(start).is_dir():
-        raise refuse("run.init_from", start, f"must be a checkpoint or run folder that exists{looked_at(start)}")
 
 
 def check_model_folders(settings: Settings) -> None:

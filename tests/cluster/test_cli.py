@@ -138,7 +138,7 @@ MISSING = "must be a folder that exists, or a name of the Hugging Face hub; look
 )
 def test_paths_that_lead_nowhere_are_answered_before_torch_is_imported(override: str, expected: str) -> None:
     code = "import sys; from cluster.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
-    command = [sys.executable, "-c", code, "train", override]
+    command = [sys.executable, "-c", code, "train", override, "run.name=never_trained"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20, check=True)
     assert result.stdout == "2 False\n"
     assert expected in result.stderr
