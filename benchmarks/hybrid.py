@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     collator = Collator(store, questions, system.generator, pad_id(tokenizers[0]))
     numbers = np.arange(len(questions))
     with torch.inference_mode():
-        queries = system("encode_questions", *collator.question_tensors(numbers)).numpy()
+        queries = system.encode_questions(*collator.question_tensors(numbers)).numpy()
         index = OneGeneration(
             settings,
             store,

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from training.feeding.batches import RetrievedBatches
 from training.models.build import parameter_groups
 from training.models.generators.generator import Generator
 from training.models.model_inputs import RetrievalBatch
+from training.models.system import System
 from training.models.text.tokenizers import load_tokenizer, pad_id
 from training.objectives.dispatch import compute, needs
 from training.objectives.inputs import Likelihoods
@@ -74,7 +76,11 @@ class GeneratorOnly(nn.Module):
         super().__init__()
         self.generator = generator
 
-    def forward(self, batch: RetrievalBatch, scores: Tensor, per_passage: bool) -> Likelihoods:
+    def forward(self, method: Callable[..., Likelihoods], *args: object) -> Likelihoods:
+        """The one entrance of the engine, as that of the system."""
+        return method(self, *args)
+
+    def likelihoods(self, batch: RetrievalBatch, scores: Tensor, per_passage: bool) -> Likelihoods:
         """`scores` [batch, k] are given; per-passage or fused log-probabilities with gradient."""
         reading, reader = self.generator.read(batch.reader), batch.reader
         outputs = Likelihoods(scores=scores, passage_mask=reader.passage_mask, answer_mask=reader.answer_mask)
@@ -125,7 +131,7 @@ class Bench:
     def joint_step(self, batch: RetrievalBatch, objective: ObjectiveConfig) -> None:
         """As in `training/loop.py`."""
         with self.timer.measure("forward"):
-            outputs = self.joint("likelihoods", batch, needs(objective), objective.temperature)
+            outputs = self.joint(System.likelihoods, batch, needs(objective), objective.temperature)
             loss, _ = compute(objective, outputs)
         self._update(self.joint, loss, self.timer)
 
@@ -134,7 +140,7 @@ class Bench:
         per_passage = not needs(objective).fused
         if not per_passage:
             objective = ObjectiveConfig(name="fused", score_bias=False)
-        loss, _ = compute(objective, self.generator_only(batch, scores, per_passage))
+        loss, _ = compute(objective, self.generator_only(GeneratorOnly.likelihoods, batch, scores, per_passage))
         self._update(self.generator_only, loss, Timer())
 
     def _update(self, engine: Engine, loss: Tensor, timer: Timer) -> None:

@@ -17,6 +17,7 @@ from training.engine.engine import Engine
 from training.models.generators.generator import Generator
 from training.models.model_inputs import ContrastBatch, RetrievalBatch
 from training.models.parts.modes import evaluating
+from training.models.system import System
 from training.models.text.packing import pad_rows
 from training.models.text.pairs import PairBatch, Pairing
 from training.training_settings import ObjectiveConfig
@@ -70,7 +71,7 @@ class TokenRows(Protocol):
 
 
 class Questions(Protocol):
-    """What batches are made of: a question store, or examples cut from the corpus
+    """The questions that batches are made of: a question store, or examples cut from the corpus
     (`training/feeding/pretraining.py`)."""
 
     def tokens(self, side: str) -> TokenRows:
@@ -82,11 +83,11 @@ class Questions(Protocol):
         ...
 
     def text(self, number: int) -> str:
-        """The question as words, for a lexical search."""
+        """Return the text of the question, for a lexical search."""
         ...
 
     def target(self, number: int) -> int:
-        """Which of them the likelihood is measured on."""
+        """Return the number of the answer whose likelihood is measured."""
         ...
 
     def gold_rows(self, number: int) -> np.ndarray:
@@ -95,7 +96,7 @@ class Questions(Protocol):
 
 
 class Collator:
-    """Token rows of questions and passages to the tensors of a batch; stored ones are not tokenised again."""
+    """Makes the tensors of a batch from stored token rows of questions and passages."""
 
     def __init__(self, store: Store, questions: Questions, generator: Generator, pad_id: int) -> None:
         self.store, self.questions, self.generator, self.pad_id = store, questions, generator, pad_id
@@ -120,10 +121,10 @@ class Collator:
         lexical: np.ndarray | None = None,
     ) -> RetrievalBatch:
         """`passages[i]`: passage numbers for question `numbers[i]`; shorter lists are padded, an empty one is closed
-        book (the reader then sees one empty passage). `for_retriever` False: long prompts, whose many passages nobody
-        scores; the retriever gets one blank token for each. `vectors` [batch, k, dim]: those of the passages, k of each
-        question, which then are not encoded again. `answers`: token rows, None for each question's target. `lexical`
-        [batch, k or more]: normalised lexical scores of the passages; None: 0."""
+        book (the generator then sees one empty passage). `for_retriever` False: long prompts, whose many passages
+        nobody scores; the retriever gets one blank token for each. `vectors` [batch, k, dim]: those of the passages, k
+        of each question, which then are not encoded again. `answers`: token rows, None for each question's target.
+        `lexical` [batch, k or more]: normalised lexical scores of the passages; None: 0."""
         k = max(1, max(len(row) for row in passages))
         flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in passages])
         rows = iter(self.passages_for_retriever.rows(flat) if for_retriever and vectors is None else ())
@@ -151,7 +152,7 @@ class Collator:
         )
 
     def _pairs(self, numbers: np.ndarray, passages: Sequence[Sequence[int] | np.ndarray], k: int) -> PairBatch | None:
-        """What a re-ranker reads."""
+        """Return the pairs that a re-ranker reads."""
         if self.pairing is None:
             return None
         table = self.store.tokens(self.pairing.side)
@@ -171,7 +172,8 @@ class Collator:
 
 
 def gold_first(hits: np.ndarray, gold: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """One labelled passage and the k - 1 best retrieved others, in random order: reader warm-up with hard negatives."""
+    """One labelled passage and the k - 1 best retrieved others, in random order: a warm-up of the generator with hard
+    negatives."""
     if not len(gold):
         return hits[:k]
     others = hits[~np.isin(hits, gold)][: k - 1]
@@ -226,7 +228,7 @@ class ClozeSource:
         return np.where(gone, living[numbers % len(living)], numbers)
 
     def _body(self, row: np.ndarray) -> tuple[int, int]:
-        """Where the text stands in `[CLS] title [SEP] text [SEP]`, or in `[CLS] title text [SEP]`."""
+        """Return the place of the text in `[CLS] title [SEP] text [SEP]`, or in `[CLS] title text [SEP]`."""
         separators = np.flatnonzero(row[:-1] == self.separator_id)
         return (int(separators[0]) + 1 if len(separators) else 1), len(row) - 1
 
@@ -258,5 +260,5 @@ def encode_questions(engine: Engine, collator: Collator, numbers: np.ndarray) ->
     """float32 vectors [batch, dim] of questions, by the query encoder as it is now, without dropout."""
     ids, mask = collator.question_tensors(numbers)
     with torch.no_grad(), evaluating(engine.module):
-        vectors = engine("encode_questions", ids.to(engine.device), mask.to(engine.device))
+        vectors = engine(System.encode_questions, ids.to(engine.device), mask.to(engine.device))
     return vectors.float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""What a trainer process is told, and what it makes of it first: the parts that all its work is done with."""
+"""The description of a stage that is sent to a trainer process, and the objects that the process builds from it."""
 
 import time
 from dataclasses import dataclass, field
@@ -102,17 +102,17 @@ class Parts:
 
     @property
     def retriever_trains(self) -> bool:
-        """Whether the passage encoder changes, so that the index has something to follow."""
+        """True if the passage encoder trains, so that the index has something to follow."""
         return any(p.requires_grad for p in self.system.retriever.passage_encoder.parameters())
 
     @property
     def index_is_fresh(self) -> bool:
-        """Whether the vectors of the index are those of the passage encoder at every step, in full precision."""
+        """True if the index holds the vectors of the passage encoder at every step, in full precision."""
         return not self.retriever_trains and self.settings.refresh.precision == "float32"
 
     def hybrid_search(self, questions: Questions) -> HybridSearch | None:
-        """How passages for `questions` are found by vectors and words; None where by vectors alone. Raises ValueError
-        where the index service has no lexical index."""
+        """Return the search of passages for `questions` by both indexes; None if vectors alone are searched. Raises
+        ValueError if the index service has no lexical index."""
         retrieval = self.settings.retrieval
         if retrieval.hybrid == "none" or self.service is None:
             return None
@@ -128,23 +128,23 @@ class Parts:
         )
 
     def refusion(self) -> Refusion | None:
-        """How hits of both indexes are fused by fresh scores; None where there is but one."""
+        """Return the fusion of both indexes' hits by fresh scores; None if there is one index."""
         if self.settings.retrieval.hybrid == "none":
             return None
         return Refusion(self.settings.retrieval, self.lexical_weight)
 
     @torch.no_grad()
     def lexical_weight(self) -> float:
-        """What a lexical score of 1 adds to an inner product now. Collective under ZeRO 3."""
-        return float(self.engine("lexical_weight"))
+        """Return the number that a lexical score of 1 now adds to an inner product. Collective under ZeRO 3."""
+        return float(self.engine(System.lexical_weight))
 
     @property
-    def weighs_words(self) -> bool:
-        """Whether lexical scores are part of p(z|q)."""
+    def has_lexical_weight(self) -> bool:
+        """True if lexical scores are part of p(z|q), with a weight that trains."""
         return self.system.retriever.lexical is not None
 
     def selection(self, collator: Collator) -> Reranking | None:
-        """How hits are re-ranked; None without a re-ranker. The collator then makes pairs, too."""
+        """Return what re-ranks the hits; None without a re-ranker. With one, the collator makes pairs, too."""
         collator.pairing = self.text.pairing
         if collator.pairing is None:
             return None
@@ -153,10 +153,10 @@ class Parts:
     @torch.no_grad()
     def _rank(self, batch: RetrievalBatch) -> torch.Tensor:
         with evaluating(self.engine.module):
-            return self.engine("rank", batch.to(self.engine.device))
+            return self.engine(System.scores, batch.to(self.engine.device))
 
     def progress(self, text: str) -> None:
-        """Say how far something is, every few seconds."""
+        """Print `text`, at most once every few seconds."""
         if time.monotonic() - self._last_progress > PROGRESS_EVERY_S:
             self._last_progress = time.monotonic()
             self.monitor.message(text)

@@ -5,7 +5,7 @@ index later), a source of batches and a monitor; it knows none of their machiner
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +16,8 @@ from indexing.dense.probe import Figures
 from training.engine.engine import Engine
 from training.models.model_inputs import ContrastBatch, RetrievalBatch
 from training.models.parts.weights import to_numpy
-from training.objectives.dispatch import compute, task_of
+from training.models.system import System
+from training.objectives.dispatch import compute, needs
 from training.reporting.monitor import Monitor, Timer, memory_metrics
 from training.retrieving.retrieve import IndexService, IndexStatus
 from training.training_settings import ObjectiveConfig, TrainingConfig
@@ -24,58 +25,58 @@ from training.training_settings import ObjectiveConfig, TrainingConfig
 
 @dataclass(kw_only=True)
 class Fetched:
-    """One micro-batch on its device, and what is known of the hits in it."""
+    """One micro-batch on its device, with facts about the hits in it."""
 
     batch: RetrievalBatch | ContrastBatch
     num_questions: int
     search_wait_s: float = 0.0
     generation: int | None = None
     weights_version: int = 0
-    gold_in_k: float = 0.0  # share of questions with a labelled passage among the K
+    gold_in_k: float = 0.0  # Share of questions with a labelled passage among the K
     rescore_s: float = 0.0
     rescore_overlap: float | None = None  # see training/retrieving/rescore.py
     passages: np.ndarray | None = None  # int64 [any]: numbers of the passages that are read, -1 for none
-    # Weights version of each hit's own vector where a generation mixes them; None: all are of `weights_version`
+    # Weights version of each hit's vector if a generation mixes them; None: all are of `weights_version`
     hit_versions: np.ndarray | None = None
 
 
 class Source(Protocol):
-    """Where micro-batches come from; its position is part of the checkpoint."""
+    """A supply of micro-batches; its position is part of the checkpoint."""
 
     def next(self) -> Fetched:
-        """The next micro-batch."""
+        """Return the next micro-batch."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What `next` needs to go on as if nothing had happened."""
+        """Return the values that `next` needs to go on after a restart as if nothing had happened."""
         ...
 
 
 @dataclass(kw_only=True)
 class LoopState:
-    """Where the loop is; saved whole with every checkpoint."""
+    """The position of the loop; saved whole with every checkpoint."""
 
-    step: int = 0  # optimiser steps done
-    published: int = -1  # newest weights version handed out
-    published_whole: int = -1  # newest of them that all passages were to be encoded with
-    refreshed_share: float = 0.0  # of the corpus, that this stage's refreshes were asked to encode, all together
-    partial_refreshes: int = 0  # since the last whole one
-    skipped_steps: int = 0  # updates left out because something was not finite
-    seconds: float = 0.0  # of training, over all attempts
-    blocked_steps: int = 0  # steps that waited because of refresh.max_staleness_steps
+    step: int = 0  # Number of optimiser steps done
+    published: int = -1  # Newest weights version that was handed out
+    published_whole: int = -1  # Newest weights version that all passages were to be encoded with
+    refreshed_share: float = 0.0  # Share of the corpus that this stage's refreshes were asked to encode, summed
+    partial_refreshes: int = 0  # Number of partial refreshes since the last whole one
+    skipped_steps: int = 0  # Number of updates left out because something was not finite
+    seconds: float = 0.0  # Seconds of training, over all attempts
+    blocked_steps: int = 0  # Number of steps that waited because of refresh.max_staleness_steps
     # Retrieval at the stage's start, see training/measuring/collapse.py
     start: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class Hooks:
-    """What the loop does besides training, each a plain function that does one thing; None: not in this stage."""
+    """The tasks of the loop besides training. Each is a plain function that does one thing; None: not in this stage."""
 
     evaluate: Callable[[int], None] | None = None
     evaluate_every: int = 0
     save: Callable[[LoopState], None] | None = None
     save_every: int = 0
-    # Sees every step and its batches, asks for refreshes of the index, says what it measured
+    # Sees every step and its batches, asks for refreshes of the index, returns what it measured
     # (training/refreshing/freshness.py)
     refresh: Callable[[LoopState, Sequence[Fetched], Timer], dict[str, float]] | None = None
     max_staleness_steps: int = 0
@@ -93,13 +94,13 @@ class Window:
     fetched: list[Fetched] = field(default_factory=list)
 
     def add(self, fetched: Fetched, stats: dict[str, torch.Tensor]) -> None:
-        """Remember one micro-batch."""
+        """Add one micro-batch to the sums."""
         self.fetched.append(fetched)
         for name, value in stats.items():
             self.stats[name] = self.stats.get(name, torch.zeros((), device=value.device)) + value
 
     def means(self) -> dict[str, float]:
-        """Means over the micro-batches; one transfer from the device."""
+        """Return means over the micro-batches, with one transfer from the device."""
         names = list(self.stats)
         values = torch.stack([self.stats[name].float() for name in names]).tolist() if names else []
         return {name: value / len(self.fetched) for name, value in zip(names, values, strict=True)}
@@ -116,17 +117,16 @@ def train(
     state: LoopState,
     hooks: Hooks,
 ) -> LoopState:
-    """Run optimiser steps `state.step + 1 .. config.steps`; what follows the last one is the caller's. Raises
+    """Run optimiser steps `state.step + 1 .. config.steps`; the caller evaluates and saves after the last one. Raises
     FloatingPointError when updates are not finite `config.stop_after_nonfinite` times in a row, TimeoutError when a
     bounded wait ends."""
-    task, arguments = task_of(objective)
+    needed = needs(objective)
     engine.module.train()
     timer, window, resumed_at, begin = Timer(), Window(), state.step, 0.0
     while state.step < config.steps:
-        # Between steps: evaluate, save. What was done before an interruption is not done again.
+        # Between steps: evaluate, save.
         if not window.fetched:
-            if state.step == 0 or state.step > resumed_at:
-                _between_steps(state, hooks, timer)
+            _between_steps(state, hooks, timer=timer, resumed_at=resumed_at)
             begin = time.perf_counter()
 
         # The next micro-batch, searched while the last one trained.
@@ -135,7 +135,7 @@ def train(
 
         # Forward, objective, backward, step.
         with timer.measure("forward"):
-            outputs = engine(task, fetched.batch, *arguments)
+            outputs = engine(System.outputs, fetched.batch, needed, objective.temperature)
             loss, stats = compute(objective, outputs)
         with timer.measure("backward"):
             engine.backward(loss)
@@ -148,34 +148,24 @@ def train(
         state.step += 1
         state.skipped_steps += not result.updated
 
-        # Hand out the encoder where it is time; the index follows by itself.
+        # Hand out the encoder if it is time; the index follows by itself.
         drift = hooks.refresh(state, window.fetched, timer) if hooks.refresh is not None else {}
-        if service is not None and hooks.max_staleness_steps:
-            _wait_if_stale(service, state, hooks=hooks, monitor=monitor, still=retriever_waits(config))
+        _wait_if_stale(service, state, hooks=hooks, monitor=monitor, fixed_until=retriever_delay(config))
 
         # Log.
-        status = service.status() if service is not None else None
-        metrics = step_metrics(
-            window, state, times=step_times(timer, begin), status=status, still=retriever_waits(config)
-        )
-        metrics |= drift
+        times, status = step_times(timer, begin), service.status() if service is not None else None
+        metrics = step_metrics(window, state, times=times, status=status, fixed_until=retriever_delay(config)) | drift
         if hooks.passages_fixed and "index/staleness_steps" in metrics:
             metrics |= {"index/staleness_steps": 0, "index/staleness_max_steps": 0}
         state.seconds += metrics["time/step_s"]
         if state.step % config.log_every == 0 or state.step == config.steps or not result.updated:
-            metrics |= {f"optim/grad_norm_{name}": norm for name, norm in result.grad_norm.items()}
-            metrics |= {f"optim/lr_{name}": rate for name, rate in rates.items()}
+            metrics |= optimizer_metrics(result.grad_norm, rates)
             metrics |= hooks.numbers() if hooks.numbers is not None else {}
             monitor.log(metrics, state.step)
         if hooks.watch is not None:
             hooks.watch(metrics)
         window = Window()
-        if result.skipped_in_a_row >= config.stop_after_nonfinite:
-            raise FloatingPointError(
-                f"loss or gradient was not finite in {result.skipped_in_a_row} steps in a row (step {state.step}); no "
-                f"such update was applied. Lower training.lr_retriever or training.lr_generator, or set "
-                f"engine.precision=fp32; training.stop_after_nonfinite={config.stop_after_nonfinite}"
-            )
+        _check_finite(config, state, result.skipped_in_a_row)
     return state
 
 
@@ -188,8 +178,8 @@ def publish(
     whole: bool = True,
     only: np.ndarray | None = None,
 ) -> None:
-    """Gather the passage encoder (collective), hand it out from rank 0, and go on. Not `whole`: to encode the passages
-    `only`, which rank 0 names."""
+    """Gather the passage encoder (collective), hand it out from rank 0, and go on. If the refresh is not `whole`, it
+    encodes the passages `only`, which rank 0 names."""
     weights = engine.consolidated_state("retriever.passage_encoder")
     if engine.rank == 0:
         service.publish(state.step, to_numpy(weights, precision), only)
@@ -198,7 +188,10 @@ def publish(
         state.published_whole = state.step
 
 
-def _between_steps(state: LoopState, hooks: Hooks, timer: Timer) -> None:
+def _between_steps(state: LoopState, hooks: Hooks, *, timer: Timer, resumed_at: int) -> None:
+    """Evaluate and save if it is time; what was done at step `resumed_at` before an interruption is not done again."""
+    if state.step == resumed_at > 0:
+        return
     if hooks.evaluate is not None and hooks.evaluate_every and state.step % hooks.evaluate_every == 0:
         with timer.measure("evaluate"):
             hooks.evaluate(state.step)
@@ -207,11 +200,26 @@ def _between_steps(state: LoopState, hooks: Hooks, timer: Timer) -> None:
             hooks.save(state)
 
 
-def _wait_if_stale(service: IndexService, state: LoopState, *, hooks: Hooks, monitor: Monitor, still: int) -> None:
-    """Training waits for a refresh here and nowhere else. Every passage's own vector counts: after partial refreshes
-    it is the one encoded longest ago, and a whole refresh that is waited for. Up to step `still` no vector ages."""
+def _check_finite(config: TrainingConfig, state: LoopState, skipped_in_a_row: int) -> None:
+    """Raise FloatingPointError if too many updates in a row were not finite."""
+    if skipped_in_a_row >= config.stop_after_nonfinite:
+        raise FloatingPointError(
+            f"loss or gradient was not finite in {skipped_in_a_row} steps in a row (step {state.step}); no such update "
+            f"was applied. Lower training.lr_retriever or training.lr_generator, or set engine.precision=fp32; "
+            f"training.stop_after_nonfinite={config.stop_after_nonfinite}"
+        )
+
+
+def _wait_if_stale(
+    service: IndexService | None, state: LoopState, *, hooks: Hooks, monitor: Monitor, fixed_until: int
+) -> None:
+    """Wait until no passage's vector is older than `refresh.max_staleness_steps` allows. Training waits for a refresh
+    here and nowhere else. After partial refreshes the passage that was encoded longest ago decides, and a whole refresh
+    is awaited. Up to step `fixed_until` no vector ages."""
+    if service is None or not hooks.max_staleness_steps:
+        return
     oldest = state.step - hooks.max_staleness_steps
-    if oldest <= still or service.status().oldest >= oldest:
+    if oldest <= fixed_until or service.status().oldest >= oldest:
         return
     monitor.message(f"step {state.step}: waits for an index of step {oldest} or newer (refresh.max_staleness_steps)")
     state.blocked_steps += 1
@@ -221,15 +229,16 @@ def _wait_if_stale(service: IndexService, state: LoopState, *, hooks: Hooks, mon
 
 
 def step_times(timer: Timer, begin: float) -> dict[str, float]:
-    """Seconds of the step that started at `begin` (time.perf_counter), of its parts, and of what was done before it."""
+    """Return seconds of the step begun at `begin` (time.perf_counter), of its parts, and of the tasks before it."""
     parts = {f"time/{name}_s": seconds for name, seconds in timer.pop().items()}
     return {"time/step_s": time.perf_counter() - begin, **parts}
 
 
 def step_metrics(
-    window: Window, state: LoopState, *, times: dict[str, float], status: IndexStatus | None, still: int = 0
+    window: Window, state: LoopState, *, times: dict[str, float], status: IndexStatus | None, fixed_until: int = 0
 ) -> dict[str, float]:
-    """Everything that is known of one optimiser step, by metric key. Up to step `still` the encoders did not change."""
+    """Return everything that is known of one optimiser step, by metric key. Up to step `fixed_until` the encoders did
+    not change."""
     fetched, seconds = window.fetched, times["time/step_s"]
     waited = sum(f.search_wait_s for f in fetched)
     metrics = window.means()
@@ -254,8 +263,8 @@ def step_metrics(
             "time/search_wait_share": waited / seconds,
             "retrieval/gold_in_k": sum(f.gold_in_k for f in used) / len(used),
             "index/generation": max(f.generation or 0 for f in used),
-            "index/staleness_steps": max(0.0, state.step - 1 - max(mean_version, still)),
-            "index/staleness_max_steps": max(0, state.step - 1 - max(oldest_version, still)),
+            "index/staleness_steps": max(0.0, state.step - 1 - max(mean_version, fixed_until)),
+            "index/staleness_max_steps": max(0, state.step - 1 - max(oldest_version, fixed_until)),
             "index/blocked_steps": state.blocked_steps,
         }
     if status is not None:
@@ -272,30 +281,36 @@ def step_metrics(
     return metrics
 
 
+def optimizer_metrics(grad_norm: Mapping[str, float], rates: Mapping[str, float]) -> dict[str, float]:
+    """Return gradient norms and learning rates of the parameter groups, by metric key."""
+    metrics = {f"optim/grad_norm_{name}": norm for name, norm in grad_norm.items()}
+    return metrics | {f"optim/lr_{name}": rate for name, rate in rates.items()}
+
+
 def _versions(used: Sequence[Fetched]) -> tuple[float, int]:
-    """Mean and oldest weights version over the hits, each hit's own."""
+    """Return the mean and the oldest weights version over the hits, each of which may have another one."""
     versions = [np.array([f.weights_version]) if f.hit_versions is None else f.hit_versions for f in used]
     means, oldest = [float(np.mean(v)) for v in versions], [int(np.min(v)) for v in versions]
     return sum(means) / len(means), min(oldest)
 
 
 def index_metrics(figures: Figures) -> dict[str, float]:
-    """What the newest generation costs and finds, as far as it is known."""
+    """Return what the newest generation costs and finds, as far as it is known."""
     known = {"index/bytes_per_passage": figures.bytes_per_passage, "index/build_s": figures.build_s}
     metrics = {} if not figures.bytes_per_passage else known
     return metrics if figures.recall is None else {**metrics, "index/recall": figures.recall}
 
 
-def retriever_waits(config: TrainingConfig) -> int:
-    """How many optimiser steps the generator learns alone: so long the encoders stay what they were, and what they
-    encoded is not stale."""
+def retriever_delay(config: TrainingConfig) -> int:
+    """Return the number of optimiser steps in which the generator learns alone. The encoders do not change in these
+    steps, so that the index is not stale."""
     return config.retriever_delay_steps if config.train in ("both", "query_only") else 0
 
 
 def learning_rates(config: TrainingConfig, step: int) -> dict[str, float]:
-    """Learning rate of each group in optimiser step `step + 1`: linear warm-up, then linear to zero or constant; the
-    retriever's begins after `training.retriever_delay_steps`, where both train, and ends with the other's."""
-    delay = retriever_waits(config)
+    """Return the learning rate of each group in optimiser step `step + 1`. It warms up linearly, then falls linearly to
+    zero or stays; if both groups train, the retriever's begins after `training.retriever_delay_steps`."""
+    delay = retriever_delay(config)
     return {
         "retriever": config.lr_retriever * _schedule(config, step - delay, config.steps - delay),
         "generator": config.lr_generator * _schedule(config, step, config.steps),
@@ -303,7 +318,7 @@ def learning_rates(config: TrainingConfig, step: int) -> dict[str, float]:
 
 
 def _schedule(config: TrainingConfig, step: int, steps: int) -> float:
-    """Share of the learning rate in step `step + 1` of `steps`; 0 before the first."""
+    """Return the share of the learning rate in step `step + 1` of `steps`; 0 before the first."""
     if step < 0:
         return 0.0
     if step < config.warmup_steps:

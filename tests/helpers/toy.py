@@ -1,7 +1,8 @@
 """A tiny system with the hard parts of the real one: a tower called twice, tied embeddings, a dataclass as output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from training.engine.engine import Engine, StepResult
 from training.training_settings import EngineConfig
+
+Result = TypeVar("Result")
 
 WORDS, DIM, K = 40, 12, 3
 RATES = {"retriever": 0.02, "generator": 0.05}
@@ -72,7 +75,7 @@ class Scored:
 
 
 class ToySystem(nn.Module):
-    """`forward(task, ...)`, as the real system."""
+    """A retriever and a generator whose forward takes a method, as the real system's does."""
 
     def __init__(self, seed: int = 0, dropout: float = 0.0, shared: bool = True) -> None:
         super().__init__()
@@ -80,10 +83,13 @@ class ToySystem(nn.Module):
         self.retriever = Retriever(shared)
         self.generator = Reader(dropout)
 
-    def forward(self, task: str, *arguments: Tensor) -> Scored | Tensor:
-        if task == "encode":
-            return self.retriever.query_encoder(*arguments)
-        queries, passages, answers = arguments
+    def forward(self, method: Callable[..., Result], *args: Tensor) -> Result:
+        return method(self, *args)
+
+    def encode(self, queries: Tensor) -> Tensor:
+        return self.retriever.query_encoder(queries)
+
+    def score(self, queries: Tensor, passages: Tensor, answers: Tensor) -> Scored:
         vectors = self.retriever.passage_encoder(passages.flatten(0, 1)).unflatten(0, passages.shape[:2])
         scores = torch.einsum("bd,bkd->bk", self.retriever.query_encoder(queries), vectors)
         words = self.generator(passages.flatten(0, 1)).unflatten(0, passages.shape[:2])
@@ -137,7 +143,7 @@ def train_steps(engine: Engine, data: Sequence[Batch], accumulation: int = 1) ->
         mine = part(batch, engine.rank, engine.world_size)
         for index in range(accumulation):
             micro = [t.to(engine.device) for t in part(mine, index, accumulation)]
-            engine.backward(loss_of(engine("score", *micro)))
+            engine.backward(loss_of(engine(ToySystem.score, *micro)))
             results.append(engine.step(RATES))
     return [result for result in results if result.at_boundary]
 
@@ -163,8 +169,7 @@ def reference(data: Sequence[Batch], config: EngineConfig, system: ToySystem | N
     grad_norms = []
     for batch in data:
         optimizer.zero_grad()
-        scored = system("score", *batch)
-        assert isinstance(scored, Scored)
+        scored = system.score(*batch)
         loss_of(scored).backward()
         limit = config.clip_norm or float("inf")
         norms = {name: torch.nn.utils.clip_grad_norm_(parameters, limit) for name, parameters in groups.items()}

@@ -15,10 +15,10 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ from training.training_settings import EngineConfig
 
 GATHER_ELEMENTS = 64_000_000  # ZeRO 3 weights made whole at once while gathering by name
 TAG, LAYOUT = "state", "layout.json"
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +93,22 @@ class Engine(Ranks):
         """Of the weights that compute: bfloat16 or float32."""
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward; collective under ZeRO 3. Autocast, where asked for, spans exactly this call, so that
-        no 16-bit copy of a weight outlives it."""
+    def __call__(
+        self,
+        method: Callable[Concatenate[Any, Arguments], Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        """Return `method(module, *args, **kwargs)`, as in `engine(System.prior, batch, 1.0)`; collective under ZeRO 3.
+
+        The call goes through the module's forward, whose hooks gather sharded weights; that forward takes the method
+        as its first argument. If autocast is configured, it spans exactly this call, so that no 16-bit copy of a
+        weight outlives it."""
         if self._engine is not None:
-            return self._engine(*args, **kwargs)
+            return self._engine(method, *args, **kwargs)
         on = self.config.precision == "bf16_autocast"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=on):
-            return self.module(*args, **kwargs)
+            return self.module(method, *args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a scalar `loss`; collective, once per micro-batch, `step` follows. They are averaged over ranks

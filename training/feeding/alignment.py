@@ -25,6 +25,7 @@ from training.models.generators.decode import restore_spelling
 from training.models.generators.generator import Generator
 from training.models.model_inputs import AskedBatch, CandidateBatch, RetrievalBatch, moved
 from training.models.parts.modes import evaluating
+from training.models.system import System
 from training.objectives.check import samples_answers
 from training.objectives.sampling import sample_log_probs
 from training.training_settings import AlignmentConfig, ObjectiveConfig
@@ -53,7 +54,7 @@ class PairCollator(Collator):
     def __call__(
         self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> CandidateBatch:
-        """As the base class; both answers get gradient."""
+        """Return a batch as `Collator` does; both answers get gradient."""
         base = super().__call__(numbers, passages, False, *args, **options)
         groups = [self.questions.answer_tokens(int(number))[:2] for number in numbers]
         return with_candidates(base, self.generator, groups, num_trained=2)
@@ -72,7 +73,7 @@ class JudgedCollator(Collator):
     def __call__(
         self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> CandidateBatch:
-        """As the base class; the judged answer gets gradient."""
+        """Return a batch as `Collator` does; the judged answer gets gradient."""
         base = super().__call__(numbers, passages, False, *args, **options)
         groups = [[self._answer(int(n)), self._answer(self._other(int(n)))] for n in numbers]
         batch = with_candidates(base, self.generator, groups, num_trained=1)
@@ -93,12 +94,12 @@ class JudgedCollator(Collator):
 
 
 class AskedCollator(Collator):
-    """Questions to be answered by samples: which question and passages they are goes along."""
+    """Questions to be answered by samples, with the numbers of the questions and of their passages."""
 
     def __call__(
         self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
     ) -> AskedBatch:
-        """As the base class, without answers."""
+        """Return a batch as `Collator` does, without answers."""
         base = super().__call__(numbers, passages, False, *args, **options)
         return AskedBatch(**_fields(base), questions=np.asarray(numbers), passages=[*passages])
 
@@ -140,14 +141,14 @@ class SampledBatches:
         with torch.no_grad(), evaluating(self.engine.module):
             batch = self._sample(fetched.batch).to(self.engine.device)
             if self.updates_per_sample > 1:
-                outputs = self.engine("candidates", batch)
+                outputs = self.engine(System.candidates, batch)
                 batch = replace(batch, old_log_probs=sample_log_probs(outputs, self.objective.temperature)[0])
         fetched = replace(fetched, batch=batch)
         self._kept, self._uses = fetched, 1
         return fetched
 
     def state(self) -> dict[str, Any]:
-        """The source's, and samples that will be used again."""
+        """Return the state of the source, and the samples that will be used again."""
         state = self.source.state()
         if self._kept is not None and self._uses < self.updates_per_sample:
             state["samples"] = (replace(self._kept, batch=moved(self._kept.batch, "cpu")), self._uses)
@@ -161,14 +162,14 @@ class SampledBatches:
 
     def _sample(self, asked: AskedBatch) -> CandidateBatch:
         group, config = self.objective.group_size, self.objective
-        prior: Tensor = self.engine("prior", asked, config.temperature)
+        prior: Tensor = self.engine(System.prior, asked, config.temperature)
         drawn = torch.multinomial(prior.exp(), group, replacement=True).cpu()  # [batch, group]
         read = [self._passage(asked, b, int(z)) for b, row in enumerate(drawn) for z in row]
         questions = np.repeat(asked.questions, group)
         question_rows = self.collator.questions_for_generator.rows(questions)
         rows = [[self._tokens(passage)] for passage in read]
         reader = self.collator.generator.collate(question_rows, rows, None).to(self.engine.device)
-        written = self.engine("sample", reader, self.max_tokens, config.sampling_temperature)
+        written = self.engine(System.sample, reader, self.max_tokens, config.sampling_temperature)
         answers = [np.array(tokens, dtype=np.int64) for tokens in written.tokens]
         rewards = [self._judge(*sample) for sample in zip(questions, read, written.tokens, strict=True)]
         reader = self.collator.generator.collate(question_rows, rows, answers)
@@ -214,7 +215,7 @@ class SampledBatches:
 
 @dataclass
 class ReferencedBatches:
-    """Batches with what the reference says of them."""
+    """Batches with the scores and log-probabilities of the reference."""
 
     source: Source
     reference: Reference
@@ -226,7 +227,7 @@ class ReferencedBatches:
         return replace(fetched, batch=self.reference(fetched.batch))
 
     def state(self) -> dict[str, Any]:
-        """The source's."""
+        """Return the state of the source."""
         return self.source.state()
 
 
@@ -243,7 +244,7 @@ def aligned(
     reference: Reference | None,
     loader_state: dict[str, Any] | None,
 ) -> Source:
-    """`source` with what the objective asks for around it; itself for an objective that asks for nothing."""
+    """Return `source` with the samples and the reference that the objective needs; `source` itself if it needs none."""
     if samples_answers(objective):
         updates = alignment.updates_per_sample
         source = SampledBatches(

@@ -1,4 +1,4 @@
-"""What alignment compares with: the system at the start of the stage, frozen, on the same passages.
+"""The reference of alignment: the system at the start of the stage, frozen, on the same passages.
 
 With full weights it is a copy outside of the engine and of the trained parameter groups, so that it is an ordinary
 module under every ZeRO stage. It is loaded from the checkpoint that the stage started from, never from the stage's own:
@@ -33,7 +33,7 @@ class Reference:
     """Scores batches as the system did at the start of the stage."""
 
     def __init__(self, engine: Engine, frozen: System | None, offload: bool) -> None:
-        """`frozen`: a module of its own; None: the engine's, with its adapters off."""
+        """`frozen`: a separate module; None: the engine's module, with its adapters off."""
         self.engine, self.frozen, self.offload = engine, frozen, offload
         if frozen is not None:
             frozen.requires_grad_(False).eval()
@@ -51,14 +51,14 @@ class Reference:
         if self.offload:
             frozen.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.engine.config.precision == "bf16_autocast"):
-            outputs = frozen("candidates", batch)
+            outputs = frozen.candidates(batch)
         if self.offload:
             frozen.to("cpu")
         return outputs
 
     def _adapters_off(self, batch: CandidateBatch) -> Candidates:
         with adapters_disabled(self.engine.module), evaluating(self.engine.module):
-            return self.engine("candidates", batch)
+            return self.engine(System.candidates, batch)
 
 
 def build_reference(
@@ -72,8 +72,8 @@ def build_reference(
     """
     if initial is None:
         return Reference(engine, None, False)
-    told = engine.rank == 0 and bool(init_from)
-    origin = engine.broadcast_object(_origin(Path(init_from), run_dir, resumes) if told else "")
+    has_origin = engine.rank == 0 and bool(init_from)
+    origin = engine.broadcast_object(_origin(Path(init_from), run_dir, resumes) if has_origin else "")
     if isinstance(origin, ValueError):
         raise origin
     state = load_weights(Path(origin)) if origin and engine.rank == 0 else {}
@@ -127,6 +127,6 @@ def _origin(init_from: Path, run_dir: Path, resumes: bool) -> str | ValueError:
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    """Of the manifest, which holds a checksum of every file."""
+    """Return a hash of the manifest, which holds a checksum of every file."""
     manifest = checkpoint / "manifest.json"
     return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""

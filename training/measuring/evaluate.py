@@ -70,13 +70,13 @@ class Written:
 
 @dataclass
 class Known:
-    """What came with the hits that are read; None: nothing."""
+    """Values that came with the hits that are read; None: nothing came."""
 
     vectors: np.ndarray | None = None  # float32 [questions, k, dim]
     lexical: np.ndarray | None = None  # float32 [questions, k]: normalised lexical scores
 
     def of(self, part: slice) -> "Known":
-        """Of some questions."""
+        """Return the values of some questions."""
         return Known(*(None if values is None else values[part] for values in (self.vectors, self.lexical)))
 
 
@@ -161,7 +161,8 @@ class Evaluator:
         return padded[self.engine.rank :: self.engine.world_size]
 
     def context_of(self, budget: int, setting: str = "retrieval.max_context_tokens") -> LongContext:
-        """What chooses passages for prompts of `budget` tokens (0: the generator's context). Raises ValueError."""
+        """Return what chooses passages for prompts of `budget` tokens (0: the generator's context). Raises
+        ValueError."""
         answer = max(self.config.decoding.max_tokens, self.generator_config.max_answer_tokens)
         return LongContext(self.collator, budget, answer, setting)
 
@@ -336,7 +337,14 @@ class Evaluator:
             ids, mask = collate_answers(some, len(some), self.collator.generator.end_id)
             answers.append((ids.to(self.engine.device), mask.to(self.engine.device)))
         with torch.no_grad():
-            scores = self.engine("score", batch, answers, mode, self.objective.temperature, self._score_bias)
+            scores = self.engine(
+                System.score,
+                batch,
+                answers,
+                mode=mode,
+                temperature=self.objective.temperature,
+                score_bias=self._score_bias,
+            )
         return scores.float().cpu().numpy()
 
     @property
@@ -356,7 +364,7 @@ class Evaluator:
         batch = self.collator(numbers, passages, for_retriever=for_retriever, vectors=vectors, lexical=lexical)
         batch = batch.to(self.engine.device)
         with torch.no_grad():
-            answers = self.engine("answer", batch, decoding, self.objective.temperature, self._score_bias)
+            answers = self.engine(System.answer, batch, decoding, self.objective.temperature, self._score_bias)
         texts = self._spelled(passages, answers.decoded.tokens)
         match decoding.mode:
             case "fused":
@@ -369,7 +377,7 @@ class Evaluator:
 
     @property
     def _value_bytes(self) -> int:
-        """Of a number that the generator keeps while it writes."""
+        """Return the bytes of a number that the generator keeps while it writes."""
         return 2 if self.engine.config.precision.startswith("bf16") else 4
 
     def _spelled(self, passages: list[np.ndarray], tokens: Sequence[Sequence[int]]) -> list[str]:
@@ -390,7 +398,7 @@ def mean_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def changed_questions(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `after` whose answers are others than in `before`, with what each system state said.
+    """Return the rows of `after` whose answers differ from those in `before`, with both predictions.
 
     `new`: the prediction is right after the update; `old`: it is still the former answer and not a right one.
     """

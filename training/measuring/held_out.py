@@ -11,6 +11,7 @@ from training.engine.engine import Engine
 from training.feeding.pretraining import CorpusQuestions, FairSearch
 from training.models.model_inputs import RetrievalBatch
 from training.models.parts.modes import evaluating
+from training.models.system import System
 from training.objectives.inputs import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
 from training.retrieving.rerank import Reranking
 from training.training_settings import EvaluationConfig, ObjectiveConfig, RetrievalConfig
@@ -83,7 +84,7 @@ class HeldOut:
         fused = self.config.decoding.mode == "fused"
         bias = fused and self.objective.name == "fused" and self.objective.score_bias
         needs = Needs(per_passage=not fused, per_passage_gradient=not fused, fused=fused, score_bias=bias)
-        outputs: Likelihoods = self.engine("likelihoods", batch, needs, self.objective.temperature)
+        outputs: Likelihoods = self.engine(System.likelihoods, batch, needs, self.objective.temperature)
         if outputs.fused is not None:
             return outputs.fused.sum(dim=1).tolist()
         assert outputs.per_passage is not None

@@ -1,4 +1,4 @@
-"""Alignment, measured: which answer of a held-out pair the system finds likelier, with what it retrieves now."""
+"""Measures alignment: which answer of a held-out pair the system finds likelier with the passages it retrieves now."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,7 @@ from training.engine.engine import Engine
 from training.feeding.alignment import PairCollator
 from training.metrics import means, ranking_metrics
 from training.models.parts.modes import evaluating
+from training.models.system import System
 from training.objectives.inputs import retrieval_log_probs
 from training.objectives.preference import Candidates, marginal_log_probs
 from training.retrieving.rerank import Reranking
@@ -68,7 +69,7 @@ class PreferenceEvaluator:
     def _measure(self, numbers: np.ndarray) -> list[dict[str, Any]]:
         passages, lexical = self._passages(numbers)
         batch = self.collator(numbers, passages, lexical=lexical).to(self.engine.device)
-        outputs: Candidates = self.engine("candidates", batch)
+        outputs: Candidates = self.engine(System.candidates, batch)
         assert outputs.log_probs is not None
         prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, self.temperature)
         marginal = marginal_log_probs(prior, outputs.log_probs, batch.answer_mask, outputs.passage_mask)
@@ -90,7 +91,7 @@ class PreferenceEvaluator:
         return rows
 
     def _passages(self, numbers: np.ndarray) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """What the index finds now, with lexical scores where there are any; nothing for a closed book."""
+        """Return the hits of the present index, with lexical scores if there are any; none for a closed book."""
         if self.service is None or self.search is None:
             return [np.empty(0, dtype=np.int64)] * len(numbers), None
         k = min(self.retrieval.k, self.service.num_passages)

@@ -1,12 +1,12 @@
 """The trained module: retriever and generator under one roof, so that one engine and one backward serve both.
 
-Everything the engine is asked for goes through `System.forward(task, ...)`: sharded weights are then gathered by the
-engine's own hooks whatever part runs.
+An engine calls a method of the system as `engine(System.likelihoods, batch, ...)`. The call passes through
+`System.forward`, so that the hooks of the engine gather sharded weights whichever part runs.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from training.objectives.contrastive import gather_rows, in_batch
 from training.objectives.inputs import Likelihoods, Needs, mixture_log_probs, retrieval_log_probs
 from training.objectives.preference import Candidates
 from training.training_settings import DecodingConfig
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -41,34 +44,40 @@ class System(nn.Module):
         self.generator = generator
         self.reranker = reranker
 
-    def forward(self, task: str, *arguments: Any) -> Any:
-        """One entrance for the engine: `likelihoods | contrast | encode_questions | encode_passages | answer | score |
-        rank | lexical_weight | candidates | prior | sample`."""
-        match task:
-            case "likelihoods":
-                return self.likelihoods(*arguments)
-            case "contrast":
-                return self.contrast(*arguments)
-            case "encode_questions":
-                return self.retriever.encode_queries(*arguments)
-            case "encode_passages":
-                return self.retriever.encode_passages(*arguments)
-            case "answer":
-                return self.answer(*arguments)
-            case "score":
-                return self.score(*arguments)
-            case "rank":
-                return self.scores(*arguments)
-            case "lexical_weight":
-                assert self.retriever.lexical is not None
-                return self.retriever.lexical(torch.ones(1, device=self.retriever.lexical.raw.device))
-            case "candidates":
-                return self.candidates(*arguments)
-            case "prior":
-                return self.prior(*arguments)
-            case "sample":
-                return sample(self.generator, *arguments)
-        raise AssertionError(f"no task named {task}")
+    def forward(
+        self,
+        method: Callable[Concatenate[Self, Arguments], Result],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Result:
+        """Return `method(self, *args, **kwargs)`: the one entrance through which an engine calls a method."""
+        return method(self, *args, **kwargs)
+
+    def outputs(self, batch: RetrievalBatch | ContrastBatch, needs: Needs, temperature: float) -> Likelihoods:
+        """Return what the objective of this batch is computed from; only `likelihoods` reads the last two arguments."""
+        match batch:
+            case ContrastBatch():
+                return self.contrast(batch)
+            case CandidateBatch():
+                return self.candidates(batch)
+        return self.likelihoods(batch, needs, temperature)
+
+    def encode_questions(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the vectors [batch, dim] of questions, given as ids int64 and mask bool, both [batch, tokens]."""
+        return self.retriever.encode_queries(ids, mask)
+
+    def encode_passages(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return the vectors [batch, dim] of passages, given as ids int64 and mask bool, both [batch, tokens]."""
+        return self.retriever.encode_passages(ids, mask)
+
+    def lexical_weight(self) -> Tensor:
+        """Return what a lexical score of 1 adds to an inner product, float32 [1]. The retriever must have a weight."""
+        assert self.retriever.lexical is not None
+        return self.retriever.lexical(torch.ones(1, device=self.retriever.lexical.raw.device))
+
+    def sample(self, batch: ReaderBatch, max_tokens: int, temperature: float) -> Decoded:
+        """Return one sampled answer for each passage of `batch`."""
+        return sample(self.generator, batch, max_tokens, temperature)
 
     def scores(self, batch: RetrievalBatch) -> Tensor:
         """float32 [batch, k]: inner products of fresh vectors, with the weighted lexical scores where there are any,

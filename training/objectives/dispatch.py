@@ -50,14 +50,6 @@ def needs(config: ObjectiveConfig) -> Needs:
             raise AssertionError(f"check_objective let {config.name!r} through")
 
 
-def task_of(config: ObjectiveConfig) -> tuple[str, tuple[object, ...]]:
-    """What the trained module is asked for, and its arguments after the batch."""
-    needed = needs(config)
-    if needed.in_batch:
-        return "contrast", ()
-    return ("candidates", ()) if needed.candidates else ("likelihoods", (needed, config.temperature))
-
-
 def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_over_ranks) -> tuple[Tensor, Stats]:
     """The loss, a scalar times `config.scale`, and detached statistics (`loss/*` before the scale).
 

@@ -23,6 +23,7 @@ from indexing.hits import Hits, chosen
 from training.data import Collator, encode_questions
 from training.engine.engine import Engine
 from training.models.parts.modes import evaluating
+from training.models.system import System
 from training.retrieving.retrieve import Rescored
 
 BATCH_TOKENS = 16384  # padded tokens of one forward; without a graph only one layer's activations are kept
@@ -51,7 +52,7 @@ class FreshVectors:
             for place in range(num_forwards):
                 rows = order[place] if place < len(order) else order[0][-1:]
                 ids, mask = (torch.from_numpy(array) for array in table.padded(rows, self.collator.pad_id))
-                vectors = engine("encode_passages", ids.to(engine.device), mask.to(engine.device))
+                vectors = engine(System.encode_passages, ids.to(engine.device), mask.to(engine.device))
                 if place < len(order):
                     blocks.append(vectors.float().cpu().numpy())
         encoded = np.concatenate(order)

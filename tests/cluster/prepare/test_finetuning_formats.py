@@ -17,6 +17,7 @@ from indexing.corpus.stores.questions import QuestionStore
 from tests.helpers.local_index import LocalIndex
 from training.data import Stream
 from training.feeding.answers import TrainingAnswers
+from training.models.system import System
 from training.models.text.tokenizers import load_tokenizer
 from training.stage import Stage
 
@@ -108,7 +109,7 @@ def test_multiple_choice_takes_the_likeliest_option(tmp_path, kind, mode, object
         scores = []
         for tokens in evaluator.questions.option_tokens(row["number"]):
             batch = evaluator.collator(np.array([row["number"]]), passages, answers=[tokens])
-            answers = stage.engine("answer", batch, evaluator.config.decoding, 1.0, False)
+            answers = stage.engine(System.answer, batch, evaluator.config.decoding, 1.0, False)
             scores.append(float(answers.log_likelihood[0]))
         assert row["prediction"] == question.options[int(np.argmax(scores))]
         assert row["log_likelihood"] == pytest.approx(scores[question.options.index(question.answers[0])], abs=1e-4)

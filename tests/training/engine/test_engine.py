@@ -40,7 +40,7 @@ def nothing_persistent(monkeypatch: pytest.MonkeyPatch) -> None:
 def poisoned_step(engine: Engine, where: str, rank: int) -> Any:
     """A step in which one rank's loss, or only its gradient, is not finite."""
     batch = part(DATA[0], engine.rank, engine.world_size)
-    loss = loss_of(engine("score", *batch))
+    loss = loss_of(engine(ToySystem.score, *batch))
     if engine.rank == rank and where == "loss":
         loss = loss * float("nan")
     if engine.rank == rank and where == "gradient":
@@ -77,7 +77,7 @@ def measure_clipped(stage: int) -> dict[str, Any]:
     for batch in DATA:
         norms.append(train_steps(engine, [batch], accumulation=2)[-1].grad_norm)
         with torch.no_grad():  # a search between two steps
-            engine("encode", batch[0])
+            engine(ToySystem.encode, batch[0])
     return {"weights": arrays(engine.consolidated_state()), "norms": norms}
 
 
@@ -139,7 +139,7 @@ def measure_ranks(rank: int) -> dict[str, Any]:
 def measure_timeout(rank: int) -> float:
     """Last, since it breaks the group: rank 1 stays away, and rank 0 is told in time."""
     engine = toy_engine(replace(PLAIN, zero_stage=2, timeout_s=2.0))
-    loss = loss_of(engine("score", *DATA[0]))
+    loss = loss_of(engine(ToySystem.score, *DATA[0]))
     if rank == 1:
         time.sleep(8.0)
         return 0.0

@@ -68,7 +68,7 @@ def test_a_group_without_gradient_gets_none_of_an_earlier_step(stage: int) -> No
     engine = toy_engine(replace(PLAIN, zero_stage=stage, weight_decay=0.0, beta1=0.0))
     train_steps(engine, DATA[:1])
     before = engine.consolidated_state("retriever")
-    scored = engine("score", *DATA[1])
+    scored = engine(ToySystem.score, *DATA[1])
     assert isinstance(scored, Scored)
     engine.backward(scored.log_probs.mean())
     assert engine.step(RATES).grad_norm["retriever"] == 0.0
@@ -82,17 +82,17 @@ def test_bf16_steps_and_master_weights(stage: int) -> None:
     engine.load_consolidated(ToySystem(seed=7).state_dict())
     rounded = {name: value.bfloat16().float() for name, value in ToySystem(seed=7).state_dict().items()}
     close(arrays(engine.consolidated_state()), rounded, atol=0.0)
-    first = loss_of(engine("score", *DATA[0])).item()
+    first = loss_of(engine(ToySystem.score, *DATA[0])).item()
     small = {name: rate / 1000 for name, rate in RATES.items()}  # each below the resolution of bf16
     for _ in range(40):
         for index in range(2):
-            engine.backward(loss_of(engine("score", *part(DATA[0], index, 2))))
+            engine.backward(loss_of(engine(ToySystem.score, *part(DATA[0], index, 2))))
             engine.step(small)
     moved = engine.consolidated_state()["generator.layer.weight"] != rounded["generator.layer.weight"]
     assert 0 < moved.sum() < moved.numel()  # only a master copy adds up steps that bf16 would lose
     for _ in range(10):
         train_steps(engine, DATA[:1], accumulation=2)
-    assert loss_of(engine("score", *DATA[0])).item() < first - 0.3
+    assert loss_of(engine(ToySystem.score, *DATA[0])).item() < first - 0.3
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -126,7 +126,7 @@ def test_nothing_trains(stage: int, precision: str) -> None:
     engine = Engine(system, replace(PLAIN, zero_stage=stage, precision=precision), groups_of(system, []))
     engine.load_consolidated(ToySystem(seed=7).state_dict())
     with torch.no_grad():
-        scored, expected = engine("score", *DATA[0]), ToySystem(seed=7)("score", *DATA[0])
+        scored, expected = engine(ToySystem.score, *DATA[0]), ToySystem(seed=7).score(*DATA[0])
     assert isinstance(scored, Scored)
     assert isinstance(expected, Scored)
     torch.testing.assert_close(scored.scores, expected.scores, atol=0.1 if "bf16" in precision else 1e-6, rtol=1e-5)
@@ -138,9 +138,9 @@ def test_one_backward_then_one_step() -> None:
     engine = toy_engine(PLAIN)
     with pytest.raises(AssertionError, match="step without"):
         engine.step(RATES)
-    engine.backward(loss_of(engine("score", *DATA[0])))
+    engine.backward(loss_of(engine(ToySystem.score, *DATA[0])))
     with pytest.raises(AssertionError, match="two backward passes"):
-        engine.backward(loss_of(engine("score", *DATA[0])))
+        engine.backward(loss_of(engine(ToySystem.score, *DATA[0])))
 
 
 @pytest.mark.parametrize(

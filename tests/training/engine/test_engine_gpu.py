@@ -26,7 +26,7 @@ def nothing_persistent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loss(engine: Engine) -> float:
     with torch.no_grad():
-        return loss_of(engine("score", *(t.to(engine.device) for t in DATA[0]))).item()
+        return loss_of(engine(ToySystem.score, *(t.to(engine.device) for t in DATA[0]))).item()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16_autocast"])
@@ -56,7 +56,7 @@ def test_not_finite_changes_nothing(stage: int) -> None:
     engine = toy_engine(replace(CONFIG, zero_stage=stage))
     train_steps(engine, DATA[:2])
     before = engine.consolidated_state()
-    engine.backward(loss_of(engine("score", *(t.to(engine.device) for t in DATA[0]))) * float("nan"))
+    engine.backward(loss_of(engine(ToySystem.score, *(t.to(engine.device) for t in DATA[0]))) * float("nan"))
     assert not engine.step(RATES).updated
     after = engine.consolidated_state()
     assert all(torch.equal(after[name], value) for name, value in before.items())

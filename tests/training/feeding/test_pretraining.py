@@ -227,7 +227,7 @@ def test_the_source_and_its_near_duplicates_are_never_read(world, tmp_path, dept
 
     def encode(numbers: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            found = system("encode_questions", *collator.question_tensors(numbers)).numpy()
+            found = system.encode_questions(*collator.question_tensors(numbers)).numpy()
         vectors.update(zip(map(int, numbers), found, strict=True))
         return found
 
@@ -403,9 +403,10 @@ def test_pairs_are_cut_from_training_passages_alone_and_weigh_their_share(world,
         batches.append(batch)
     batch = batches[-1]
     needed = needs(stage.job.settings.objective)
-    outputs = stage.system("likelihoods", batch, needed, 1.0)
-    alone = stage.system("likelihoods", replace(batch, contrast=None), needed, 1.0)
-    pairs, _ = info_nce(stage.system("contrast", batch.contrast))
+    outputs = stage.system.likelihoods(batch, needed, 1.0)
+    alone = stage.system.likelihoods(replace(batch, contrast=None), needed, 1.0)
+    assert batch.contrast is not None
+    pairs, _ = info_nce(stage.system.contrast(batch.contrast))
     together = compute(stage.job.settings.objective, outputs)[0]
     apart = 0.5 * float(compute(stage.job.settings.objective, alone)[0]) + 0.5 * float(pairs)
     assert float(together) == pytest.approx(apart, rel=1e-5)
@@ -459,7 +460,7 @@ def test_examples_are_searched_by_words_too_and_their_scores_are_part_of_the_los
     expected = np.take_along_axis(words, passages, axis=1) / words.max(axis=1, keepdims=True)
     np.testing.assert_allclose(batch.lexical.numpy(), expected, rtol=1e-5)
     assert (expected > 0).any()
-    outputs = stage.system("likelihoods", batch, needs(job.settings.objective), 1.0)
+    outputs = stage.system.likelihoods(batch, needs(job.settings.objective), 1.0)
     lexical = stage.system.retriever.lexical
     assert lexical is not None
     (gradient,) = torch.autograd.grad(compute(job.settings.objective, outputs)[0], [lexical.raw])

@@ -42,7 +42,7 @@ def test_answers_of_a_group_are_scored_as_alone(tokenizer: PreTrainedTokenizerFa
     system = make(tokenizer, kind).eval()
     batch = judged(system)
     assert batch.answer_mask.sum(-1).tolist() == [[2, 3], [4, 2]]  # end-of-sequence included
-    outputs = system("candidates", batch)
+    outputs = system.candidates(batch)
     assert outputs.log_probs is not None
     reader = batch.reader
     for number in (0, 1):
@@ -57,7 +57,7 @@ def test_answers_without_gradient_get_none(tokenizer: PreTrainedTokenizerFast) -
     system = make(tokenizer, "copy")
     batch = judged(system)
     batch.num_trained = 1
-    outputs = system("candidates", batch)
+    outputs = system.candidates(batch)
     assert outputs.log_probs is not None
     parameters = [p for p in system.parameters() if p.requires_grad]
     for number, some in ((0, True), (1, False)):
@@ -76,18 +76,20 @@ def test_a_frozen_copy_stays_where_training_began(tokenizer: PreTrainedTokenizer
     first = reference(judged(system))
     torch.testing.assert_close(first.reference_scores, system.eval().scores(judged(system)).detach())
     config = ObjectiveConfig(name="dpo")
-    loss, _ = compute(config, engine("candidates", first))
+    loss, _ = compute(config, engine(System.candidates, first))
     assert loss.item() == pytest.approx(0.693147, abs=1e-6)
     for _ in range(2):
         engine.module.train()
-        engine.backward(compute(config, engine("candidates", first))[0])
+        engine.backward(compute(config, engine(System.candidates, first))[0])
         engine.step({"retriever": 0.01, "generator": 0.01})
     again = reference(judged(system))
     assert first.reference_log_probs is not None
     assert again.reference_log_probs is not None
     assert torch.equal(again.reference_log_probs, first.reference_log_probs)  # also without dropout
     assert not again.reference_log_probs.requires_grad
-    assert not torch.equal(engine("candidates", again).log_probs, again.reference_log_probs)
+    trained = engine(System.candidates, again).log_probs
+    assert trained is not None
+    assert not torch.equal(trained, again.reference_log_probs)
     assert not any(parameter.requires_grad for parameter in initial.parameters())
 
 
@@ -143,7 +145,7 @@ def test_where_only_adapters_train_the_reference_is_the_start_without_a_copy(
         batch = reference(judged(system))
         torch.testing.assert_close(batch.reference_scores, start.scores.detach())
         torch.testing.assert_close(batch.reference_log_probs, start.log_probs.detach())
-        loss, _ = compute(config, engine("candidates", batch))
+        loss, _ = compute(config, engine(System.candidates, batch))
         assert (loss.item() == pytest.approx(0.693147, abs=1e-6)) is (step == 0)
         engine.backward(loss)
         engine.step({"retriever": 0.05, "generator": 0.05})

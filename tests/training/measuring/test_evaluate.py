@@ -120,7 +120,7 @@ def test_the_log_likelihood_is_what_training_maximises(make_stage, mode, objecti
     for number, row in zip(NUMBERS[:8], evaluation.rows, strict=True):
         batch = evaluator_of(stage).collator(np.array([number]), [row["hits"]])
         with torch.no_grad():
-            outputs = stage.system("likelihoods", batch, needs(objective), objective.temperature)
+            outputs = stage.system.likelihoods(batch, needs(objective), objective.temperature)
         tokens = int(batch.reader.answer_mask.sum())
         loss, _ = compute(objective, outputs)
         total = float(loss) * (tokens if objective.name == "fused" else 1)

@@ -181,7 +181,7 @@ def test_every_objective_reaches_towers_and_generator(
     system = system_of(tokenizer, kind, objective)
     batch = collate(system.generator, k)
     if name == "fused" and kind == "causal":
-        with pytest.raises(ValueError, match="score bias"):
+        with pytest.raises(ValueError, match="score_bias=true"):
             system.likelihoods(batch, needs(objective), 1.0)
         return
     loss, stats = compute(objective, system.likelihoods(batch, needs(objective), 1.0))

@@ -150,7 +150,7 @@ def train(rank: int, world_size: int, stage: int, case: Case, tokenizer: Path) -
     losses, norms = [], []
     for step in range(STEPS):
         batch = collate(system, step, share(rank, world_size), case.pairs)
-        loss = loss_of(case, engine("likelihoods", batch, needs(case.objective), 1.0))
+        loss = loss_of(case, engine(System.likelihoods, batch, needs(case.objective), 1.0))
         engine.backward(loss)
         losses.append(loss.item())
         norms.append(engine.step(RATES).grad_norm)
@@ -173,7 +173,7 @@ def write(rank: int, world_size: int, kind: str, tokenizer: Path, weights: dict[
 
 def answers(system: Any, batch: RetrievalBatch, decoding: DecodingConfig) -> tuple[list[list[int]], list[float]]:
     with torch.no_grad():
-        written: Answers = system("answer", batch, decoding, 1.0, False)
+        written: Answers = system.answer(batch, decoding, 1.0, False)
     return written.decoded.tokens, written.decoded.log_probs.tolist()
 
 
@@ -194,7 +194,7 @@ def reference(case: Case, tokenizer: Path) -> dict[str, Any]:
     for step in range(STEPS):
         optimizer.zero_grad()
         loss = loss_of(
-            case, system("likelihoods", collate(system, step, slice(None), case.pairs), needs(case.objective), 1.0)
+            case, system.likelihoods(collate(system, step, slice(None), case.pairs), needs(case.objective), 1.0)
         )
         loss.backward()
         clipped = {name: torch.nn.utils.clip_grad_norm_(group, ENGINE.clip_norm) for name, group in groups.items()}
@@ -212,7 +212,7 @@ def memorise(kind: str, tokenizer: Path) -> tuple[System, dict[str, np.ndarray]]
     optimizer = torch.optim.Adam(system.parameters(), lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()
-        loss_of(case, system("likelihoods", batch, needs(case.objective), 1.0)).backward()
+        loss_of(case, system.likelihoods(batch, needs(case.objective), 1.0)).backward()
         optimizer.step()
     return system.eval(), to_numpy(system.state_dict())
 

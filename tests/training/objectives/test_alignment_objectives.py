@@ -20,7 +20,7 @@ from tests.helpers.candidates import (
     without_reference,
 )
 from training.objectives.check import needs_reference
-from training.objectives.dispatch import compute, needs, task_of
+from training.objectives.dispatch import compute, needs
 from training.objectives.inputs import (
     Likelihoods,
     Needs,
@@ -531,7 +531,7 @@ def test_draws_follow_the_retriever() -> None:
 def test_needs() -> None:
     assert needs(ObjectiveConfig(name="dpo")) == Needs(candidates=True)
     assert needs(ObjectiveConfig(name="grpo")) == Needs(candidates=True)
-    assert task_of(ObjectiveConfig(name="kto")) == ("candidates", ())
+    assert needs(ObjectiveConfig(name="kto")).candidates
     passages = ObjectiveConfig(name="reinforce", reward="likelihood", group_size=6)
     assert needs(passages) == Needs(per_passage=True, per_passage_gradient=True, num_draws=6)
     assert needs(STOCHASTIC).num_draws == 1

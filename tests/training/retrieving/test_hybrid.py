@@ -323,7 +323,7 @@ def test_the_gradient_of_the_weight_is_that_of_finite_differences(world: TinyWor
     objective = ObjectiveConfig()
 
     def loss() -> torch.Tensor:
-        return compute(objective, system("likelihoods", batch, needs(objective), 1.0))[0]
+        return compute(objective, system.likelihoods(batch, needs(objective), 1.0))[0]
 
     loss().backward()
     assert weight.raw.grad is not None
@@ -334,7 +334,8 @@ def test_the_gradient_of_the_weight_is_that_of_finite_differences(world: TinyWor
         values.append(loss().item())
     weight.raw.data = start
     assert gradient == pytest.approx((values[0] - values[1]) / 2e-3, rel=2e-2)
-    outputs = system("likelihoods", batch, needs(objective), 1.0)
+    outputs = system.likelihoods(batch, needs(objective), 1.0)
+    assert outputs.per_passage is not None
     prior = torch.log_softmax(outputs.scores, dim=1)
     posterior = torch.softmax(prior + outputs.per_passage.sum(dim=2), dim=1)
     slope = 10 * torch.sigmoid(10 * start) / system.retriever.temperature  # of softplus(10 raw), over the temperature
@@ -401,7 +402,7 @@ def test_a_stage_measures_the_hits_that_it_trains_on(world: TinyWorld, tmp_path:
     rows = stage.measures.evaluator(NUMBERS).rows
     np.testing.assert_array_equal([row["hits"] for row in rows], expected.ids)
     assert 0 <= result["metrics"]["recall@1"] <= 1
-    assert stage.parts.weighs_words == (hybrid == "learned")
+    assert stage.parts.has_lexical_weight == (hybrid == "learned")
 
 
 def test_words_raise_recall_where_the_encoder_knows_nothing(world: TinyWorld, tmp_path: Path) -> None:

@@ -101,10 +101,10 @@ def train(rank: int, world_size: int, stage: int, name: str, folder: Path) -> di
     for step in range(STEPS):
         batch = collate(system, step, share(rank, world_size))
         with torch.no_grad():
-            engine("rank", batch)  # as candidates are chosen before they are scored with gradient
+            engine(System.scores, batch)  # as candidates are chosen before they are scored with gradient
             if system.retriever.lexical is not None:
-                weights.append(float(engine("lexical_weight")))
-        loss = compute(OBJECTIVE, engine("likelihoods", batch, needs(OBJECTIVE), 1.0))[0]
+                weights.append(float(engine(System.lexical_weight)))
+        loss = compute(OBJECTIVE, engine(System.likelihoods, batch, needs(OBJECTIVE), 1.0))[0]
         engine.backward(loss)
         losses.append(loss.item())
         engine.step(RATES)
@@ -131,7 +131,7 @@ def reference(name: str, folder: Path) -> dict[str, Any]:
         optimizer.zero_grad()
         if system.retriever.lexical is not None:
             weights.append(system.retriever.lexical(torch.ones(1)).item())
-        outputs = system("likelihoods", collate(system, step, slice(None)), needs(OBJECTIVE), 1.0)
+        outputs = system.likelihoods(collate(system, step, slice(None)), needs(OBJECTIVE), 1.0)
         loss = compute(OBJECTIVE, outputs)[0]
         loss.backward()
         for group in groups.values():

@@ -128,7 +128,7 @@ def test_a_re_ranker_chooses_among_the_best_of_what_was_scored_again(
     stage.system.eval()
     shares = np.take_along_axis(words, ten, axis=1).astype(np.float32)
     with torch.no_grad():
-        scores = stage.system("rank", collator(questions, list(ten), lexical=shares)).numpy()
+        scores = stage.system.scores(collator(questions, list(ten), lexical=shares)).numpy()
     wanted = np.take_along_axis(ten, by_score(scores, K), axis=1)
     found = passages_of(next_of(stage))
     np.testing.assert_array_equal(found, wanted)

@@ -54,7 +54,7 @@ def rerouted(model: nn.Module, route: Route) -> Iterator[None]:
         attend = find(implementation, default)
 
         def attend_rerouted(
-            module: nn.Module, query: Tensor, *, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
         ) -> tuple[Tensor, Tensor | None]:
             if id(module) not in own:
                 return attend(module, query, key, value, mask, **options)

@@ -245,7 +245,7 @@ def test_generators_without_attention_are_refused(tokenizer: PreTrainedTokenizer
         generator = make(case, tokenizer, tmp_path)
         generator.attention = "flash_attention_2"
         given = generator.collate(QUESTIONS, PASSAGES, ANSWERS)
-        with pytest.raises(ValueError, match=r"generator\.attention=flash_attention_2 gives no attention"):
+        with pytest.raises(ValueError, match=r"generator\.attention=flash_attention_2: must be auto, eager or sdpa"):
             generator.fused_with_attention(generator.read(given), given)
     with torch.device("meta"):
         sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

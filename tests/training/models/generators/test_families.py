@@ -93,8 +93,8 @@ def test_greedy_writing_equals_row_by_row(family: str, fused: bool, folder: Path
     """Prompts of 20 to 70 tokens in one batch: what stands before a shorter one must not enter a recurrent state."""
     generator = make(family, folder)
     batch = generator.collate(QUESTIONS, PASSAGES, None)
-    greedy = generator.write(generator.read(batch), batch, fused, 5, 1)
-    beams = generator.write(generator.read(batch), batch, fused, 5, 3)
+    greedy = generator.write(generator.read(batch), batch, fused=fused, max_tokens=5, num_beams=1)
+    beams = generator.write(generator.read(batch), batch, fused=fused, max_tokens=5, num_beams=3)
     for row in range(len(greedy.tokens)):
         question, number = (row, -1) if fused else divmod(row, 3)
         if number >= len(PASSAGES[question]):
@@ -138,7 +138,7 @@ def test_a_joint_step_trains_all_of_it_and_it_answers(family: str, objective: st
     optimizer = torch.optim.Adam(system.parameters(), lr=5e-3)
     losses = []
     for _ in range(6):
-        loss, _ = compute(wanted, system("likelihoods", batch, needs(wanted), 1.0))
+        loss, _ = compute(wanted, system.likelihoods(batch, needs(wanted), 1.0))
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
@@ -150,7 +150,7 @@ def test_a_joint_step_trains_all_of_it_and_it_answers(family: str, objective: st
     assert losses[-1] < losses[0]
     system.eval()
     for mode in ("marginal", "fused"):
-        answers = system("answer", batch, DecodingConfig(mode, 1, 5), 1.0, False)
+        answers = system.answer(batch, DecodingConfig(mode, 1, 5), 1.0, False)
         assert answers.log_likelihood.isfinite().all()
         assert len(answers.decoded.tokens) == (3 if mode == "fused" else 9)
 

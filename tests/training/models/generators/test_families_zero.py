@@ -124,7 +124,7 @@ def train(rank: int, world_size: int, stage: int, case: Case, folder: Path, scra
     losses, norms = [], []
     for step in range(STEPS):
         batch = collate(system, step, share(rank, world_size))
-        loss = loss_of(case, engine("likelihoods", batch, needed, 1.0))
+        loss = loss_of(case, engine(System.likelihoods, batch, needed, 1.0))
         engine.backward(loss)
         losses.append(loss.item())
         norms.append(engine.step(RATES).grad_norm)
@@ -135,7 +135,9 @@ def train(rank: int, world_size: int, stage: int, case: Case, folder: Path, scra
     # Without its adapters the system is the one that it started as, and goes on training as if nothing had happened.
     batch = collate(system, 0, share(rank, world_size))
     with torch.no_grad(), adapters_disabled(system):
-        found["reference"] = engine("likelihoods", batch, needed, 1.0).per_passage.numpy()
+        reference = engine(System.likelihoods, batch, needed, 1.0).per_passage
+    assert reference is not None
+    found["reference"] = reference.numpy()
     engine.save(scratch)
     other = make(case, folder, on_ranks=True)
     with torch.no_grad():
@@ -145,7 +147,7 @@ def train(rank: int, world_size: int, stage: int, case: Case, folder: Path, scra
     resumed.load(scratch)
     found["resumed"] = to_numpy(resumed.consolidated_state())
     for each in (engine, resumed):
-        each.backward(loss_of(case, each("likelihoods", batch, needed, 1.0)))
+        each.backward(loss_of(case, each(System.likelihoods, batch, needed, 1.0)))
         each.step(RATES)
     found["next"], found["next, resumed"] = (to_numpy(each.consolidated_state()) for each in (engine, resumed))
     # What was consolidated goes below new adapters, which change nothing yet.
@@ -170,11 +172,12 @@ def reference(case: Case, folder: Path) -> dict[str, Any]:
     )
     needed = needs(ObjectiveConfig(name=case.objective))
     with torch.no_grad():
-        untrained = system("likelihoods", collate(system, 0, slice(None)), needed, 1.0).per_passage.numpy()
+        untrained = system.likelihoods(collate(system, 0, slice(None)), needed, 1.0).per_passage
+    assert untrained is not None
     losses, norms = [], []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = loss_of(case, system("likelihoods", collate(system, step, slice(None)), needed, 1.0))
+        loss = loss_of(case, system.likelihoods(collate(system, step, slice(None)), needed, 1.0))
         loss.backward()
         clipped = {name: torch.nn.utils.clip_grad_norm_(group, ENGINE.clip_norm) for name, group in groups.items()}
         norms.append({name: float(norm) for name, norm in clipped.items()})

@@ -121,7 +121,7 @@ def test_equals_sentence_transformers(minilm: Path, tmp_path: Path, layout: str)
     expected = torch.from_numpy(np.asarray(reference.encode(SENTENCES)))
     assert (encoder.dim, vectors.dtype) == (384, torch.float32)
     torch.testing.assert_close(vectors, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"encoder\.max_passage_tokens is 300; .* at most 256"):
+    with pytest.raises(ValueError, match=r"encoder\.max_passage_tokens=300: must be at most 256"):
         build_encoder(EncoderConfig(name=str(folder), max_passage_tokens=300))
 
 
@@ -159,15 +159,15 @@ def test_dense_and_normalise(tmp_path: Path) -> None:
     expected = nn.functional.normalize(dense({"sentence_embedding": pooled})["sentence_embedding"], dim=-1)
     torch.testing.assert_close(encoder(ids, mask), expected)
     assert encoder.dim == 6
-    assert build_encoder(replace(FRESH, name=str(folder), normalize="False")).normalize is False
+    assert build_encoder(replace(FRESH, name=str(folder), normalize="false")).normalize is False
 
 
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("1_Pooling/config.json", '{"pooling_mode": "weightedmean"}', "pools by weightedmean"),
+        ("1_Pooling/config.json", '{"pooling_mode": "weightedmean"}', "must pool by .*, not by weightedmean"),
         ("1_Pooling/config.json", '{"include_prompt": false}', "include_prompt"),
-        ("2_Dense/config.json", '{"activation_function": "os.system"}', "allowed: classes of torch.nn"),
+        ("2_Dense/config.json", '{"activation_function": "os.system"}', "must have activations of torch.nn"),
         ("2_Dense/config.json", '{"use_residual": true}', "use_residual"),
         (
             "modules.json",
@@ -191,7 +191,7 @@ def test_plain_hugging_face_folder(tmp_path: Path) -> None:
     ids, mask = tokens(5)
     expected = nn.functional.normalize(pool(backbone_states(folder, ids, mask), mask.long(), "mean"), dim=-1)
     torch.testing.assert_close(build_encoder(replace(FRESH, name=str(folder))).eval()(ids, mask), expected)
-    with pytest.raises(ValueError, match=r"encoder\.max_passage_tokens is 33; .*at most 32"):
+    with pytest.raises(ValueError, match=r"encoder\.max_passage_tokens=33: must be at most 32"):
         build_encoder(replace(FRESH, name=str(folder), max_passage_tokens=33))
     cls = build_encoder(replace(FRESH, name=str(folder), pooling="cls"))
     assert (cls.pooling, any("pooler" in name for name in cls.state_dict())) == (("cls",), False)
@@ -216,7 +216,7 @@ def test_encoder_of_an_encoder_decoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_padding_changes_nothing(pooling: str, groups: int) -> None:
     torch.manual_seed(0)
     encoder = build_encoder(replace(FRESH, pooling=pooling, length_groups=groups), 50).eval()
@@ -345,7 +345,7 @@ def test_wrong_settings_have_one_clear_line(change: dict[str, object], message: 
 def test_wrong_train_values() -> None:
     with pytest.raises(ValueError, match=r"training\.train=all: must be one of both, query_only"):
         build_retriever(FRESH, "all", 50)
-    with pytest.raises(ValueError, match="query_only needs a passage tower of its own"):
+    with pytest.raises(ValueError, match=r"training\.train=query_only: must be .* without a passage tower of its own"):
         set_trainable(build_retriever(FRESH, "both", 50), "query_only")
-    with pytest.raises(ValueError, match="needs the tokeniser's vocabulary size"):
+    with pytest.raises(ValueError, match="without the tokeniser's vocabulary size"):
         build_encoder(FRESH)

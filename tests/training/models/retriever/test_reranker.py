@@ -229,7 +229,7 @@ def test_scores_and_gradients_are_those_of_the_formula(world: TinyWorld, mode: s
     batch = collator_of(world, system)(NUMBERS, hits_of())
     assert batch.pairs is not None
     objective = ObjectiveConfig(name=name)
-    outputs = system("likelihoods", batch, needs(objective), 1.0)
+    outputs = system.likelihoods(batch, needs(objective), 1.0)
     dense = System(system.retriever, system.generator).scores(batch)
     reranked = system.reranker(batch.pairs).unflatten(0, (6, 4))
     expected = reranked if mode == "replace" else dense + reranked
@@ -247,7 +247,7 @@ def test_scores_and_gradients_are_those_of_the_formula(world: TinyWorld, mode: s
             direction[0, 0] = 1.0
             for step in (1e-2, -1e-2):
                 system.reranker.model.get_parameter("classifier.weight").add_(step * direction)
-                values.append(compute(objective, system("likelihoods", batch, needs(objective), 1.0))[0].item())
+                values.append(compute(objective, system.likelihoods(batch, needs(objective), 1.0))[0].item())
                 system.reranker.model.get_parameter("classifier.weight").sub_(step * direction)
         slope = (values[0] - values[1]) / 2e-2
         assert gradients["model.classifier.weight"][0, 0].item() == pytest.approx(slope, rel=5e-2, abs=2e-4)
@@ -296,7 +296,7 @@ def test_the_best_candidates_by_their_score_go_on(world: TinyWorld) -> None:
     hits = index.submit(queries, 12, 12).result()
     hits = replace(hits, lexical=hits.scores * 2)
     with torch.no_grad():
-        found = Reranking(lambda batch: system("rank", batch), collator, 9, 4)(NUMBERS, hits)
+        found = Reranking(lambda batch: system.scores(batch), collator, 9, 4)(NUMBERS, hits)
         for row in range(len(NUMBERS)):
             scores = system.scores(collator(NUMBERS[row : row + 1], [hits.ids[row, :9]]))[0].numpy()
             order = np.argsort(-scores, kind="stable")
@@ -438,13 +438,13 @@ def test_a_model_without_a_head_is_no_cross_encoder(world: TinyWorld, tmp_path: 
         config = replace(CONFIG, name=str(tmp_path / name))
         with pytest.raises(ValueError, match=rf"reranker\.name=.*must be a cross-encoder.*{why}"):
             build_reranker(config, world.encoder, 50)
-    with pytest.raises(ValueError, match=r"reranker\.name=.*cannot be loaded"):
+    with pytest.raises(ValueError, match=r"reranker\.name=.*: must be a model that can be loaded"):
         build_reranker(replace(CONFIG, name=str(tmp_path / "nothing")), world.encoder, 50)
 
 
 def test_a_model_that_is_too_short_is_refused(world: TinyWorld, cross_encoder: Path) -> None:
     config = replace(CONFIG, name=str(cross_encoder), max_question_tokens=32, max_passage_tokens=190)
-    with pytest.raises(ValueError, match=r"max_passage_tokens is 190; with 32 of the question .* at most 160"):
+    with pytest.raises(ValueError, match=r"max_passage_tokens=190: must be at most 160, with 32 of the question"):
         build_reranker(config, world.encoder, 50)
 
 
