@@ -45,18 +45,19 @@ import numpy as np
 from cluster.refresh.build_generation import Builder
 from cluster.refresh.encode_queue import EncodePool
 from cluster.refresh.live_corpus import LiveCorpus
-from cluster.refresh.ports import Events, RefreshFailed, Serving, ShardPort, Weights
+from cluster.refresh.ports import Events, RefreshFailed, Serving, Weights
 from cluster.refresh.recovery import take_over
 from cluster.refresh.repair import Repair
-from cluster.refresh.shards import ShardGroup, figures_of
+from cluster.refresh.serving_generation import ServingGeneration
+from cluster.refresh.shards import ShardGroup
 from cluster.refresh.snapshots import Snapshots, Wish
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.dense.probe import UNKNOWN, Figures
-from indexing.shard.shard import Shard, ShardStatus
+from indexing.shard.shard import ShardStatus
 
 GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
 RETRY_S = 1.0  # before a failed refresh is tried again
-NOT_GIVEN_UP = "", 0  # no reason, of no publish
+NOT_GIVEN_UP = "", 0  # the reason, and the publish that was given up: neither
 DISK_S = 60.0  # that a commit waits for the snapshot of a generation that has to make room
 
 
@@ -116,6 +117,7 @@ class RefreshCoordinator:
         self.changing = (
             threading.RLock()
         )  # held by a change of the corpus, and by a refresh from its last look at it on
+        self.serving = ServingGeneration(shards, snapshots, events, settings.first_generation)
         self._builder = Builder(
             shards,
             pool,
@@ -130,7 +132,7 @@ class RefreshCoordinator:
             shards,
             pool,
             snapshots=snapshots,
-            serving=lambda: self._serving,
+            serving=self.serving,
             events=events,
             builder=self._builder,
             hung_s=settings.search_timeout_s / 4,
@@ -138,29 +140,20 @@ class RefreshCoordinator:
         self.live = LiveCorpus(
             self._builder,
             shards,
-            serving=lambda: self._serving,
-            commit=self._commit_derived,
-            abort=lambda generation: self._abort(generation),
-            next_generation=self._number,
-            weights_of=self._weights_of,
+            serving=self.serving,
             events=events,
         )
         self._keep_weights = keep_weights
         self._events = events
         self._changed = threading.Condition()
         self._waiting: Weights | None = None
-        self._serving: Serving | None = None
-        self._replaced_at = 0.0
-        self._next_generation = settings.first_generation
         self._newest_publish_id = 0
-        self._oldest_version = -1
         self._owed: Weights | None = None  # given up: the next publish does its part
         self._given_up = NOT_GIVEN_UP
         self._committed = 0
         self._failures = 0
         self._seconds = 0.0
         self._passages_per_s = 0.0
-        self._figures = UNKNOWN
 
     # What clients ask. Never waits.
 
@@ -182,8 +175,8 @@ class RefreshCoordinator:
     def status(self) -> CoordinatorStatus:
         """The newest state."""
         served = self.live.served
+        serving, oldest_version, figures = self.serving.view()
         with self._changed:
-            serving = self._serving
             return CoordinatorStatus(
                 generation=serving.generation if serving else -1,
                 weights_version=serving.weights_version if serving else -1,
@@ -198,8 +191,8 @@ class RefreshCoordinator:
                 passages_encoded=self.pool.passages_encoded,
                 corpus_version=served.version,
                 num_passages=served.num_passages,
-                oldest_version=self._oldest_version,
-                figures=self._figures,
+                oldest_version=oldest_version,
+                figures=figures,
             )
 
     def save_generation(self, generation: int) -> str | None:
@@ -207,7 +200,7 @@ class RefreshCoordinator:
 
         Raises OSError when it is neither served nor on disk, or could not be written.
         """
-        snapshots, serving = self.snapshots, self._serving
+        snapshots, serving = self.snapshots, self.serving.now
         if snapshots.saved(generation):
             snapshots.protect(generation)
             return str(snapshots.path(generation))
@@ -262,14 +255,14 @@ class RefreshCoordinator:
 
     def _attempt(self, weights: Weights) -> None:
         """Build and commit one generation, or raise RefreshFailed with nothing left of it."""
-        if weights.only is not None and self._serving is not None:
+        if weights.only is not None and self.serving.now is not None:
             self._renew(weights, weights.only)
             return
         self.log.refresh()
-        generation, corpus_version = self._number(), self.log.version
+        generation, corpus_version = self.serving.next_number(), self.log.version
         self._events("refresh_started", generation=generation, weights_version=weights.version)
         begin = time.monotonic()
-        self._clear(keep=self.snapshots.pending(), abort=True)
+        self.serving.clear(keep=self.snapshots.pending(), abort=True)
         plan = self._builder.whole(generation, weights, corpus_version)
         try:
             self._builder.build(plan)
@@ -285,7 +278,7 @@ class RefreshCoordinator:
                 new = self.live.caught_up(built, lambda: self._builder.build(plan))
                 self._commit(new, begin)
         except Exception as error:  # whatever it was, nothing of the generation may stay
-            self.shards.each(lambda shard: shard.call(Shard.abort, generation))
+            self.serving.abort(generation)
             if isinstance(error, RefreshFailed):
                 raise
             raise RefreshFailed(f"{type(error).__name__}: {error}") from error
@@ -305,22 +298,22 @@ class RefreshCoordinator:
     def _make_room(self) -> None:
         """Close the generation before the serving one: a shard holds two, and one being built."""
         deadline = time.monotonic() + DISK_S
-        serving = self._serving.generation if self._serving else -1
+        serving = self.serving.number
         while any(generation < serving for generation in self.snapshots.pending()) and time.monotonic() < deadline:
             time.sleep(0.05)
         self.snapshots.forget(before=serving)
-        self._clear(keep=set(), abort=False)
+        self.serving.clear(keep=set(), abort=False)
 
     def _commit(self, new: Serving, begin: float) -> None:
         """Switch every shard to a whole generation. The decision is made: a shard that dies here is repaired, not
         waited for."""
-        self._switch(new)
+        self.serving.switch(new)
         passages = self.log.num_living(new.corpus_version)
         self.snapshots.want(new)
         self._note_committed(new.generation, new.weights_version, time.monotonic() - begin, passages)
 
-    def _note_committed(self, generation: int, version: int, seconds: float, passages: int, **said: object) -> None:
-        figures = self._figures
+    def _note_committed(self, generation: int, version: int, seconds: float, passages: int, **fields: object) -> None:
+        _, _, figures = self.serving.view()
         with self._changed:
             self._committed += 1
             self._seconds, self._passages_per_s = seconds, passages / seconds
@@ -334,63 +327,13 @@ class RefreshCoordinator:
             bytes_per_passage=round(figures.bytes_per_passage, 1),
             build_s=round(figures.build_s, 3),
             recall=None if figures.recall is None else round(figures.recall, 4),
-            **said,
+            **fields,
         )
-
-    def _commit_derived(self, new: Serving, event: str, said: dict[str, object]) -> None:
-        """Switch every shard to a generation that shares the big indexes of the serving one, or take note that the
-        serving one is of a newer corpus."""
-        if self._serving is not None and new.generation != self._serving.generation:
-            self._clear(keep=self.snapshots.pending(), abort=False)
-            self._switch(new)
-            self.snapshots.want(new, derived=True)
-        else:
-            with self._changed:
-                self._serving = new
-        self._events(event, generation=new.generation, weights_version=new.weights_version, **said)
-
-    def _switch(self, new: Serving) -> None:
-        self.shards.each(lambda shard: shard.call(Shard.commit, new.generation))
-        oldest, figures = self._look_at(new)
-        with self._changed:
-            self._serving, self._oldest_version, self._figures = new, oldest, figures
-            self._replaced_at = time.monotonic()
-
-    def _look_at(self, serving: Serving) -> tuple[int, Figures]:
-        """Of a generation the weights version of the passage that was encoded longest ago, and its figures, from the
-        shards that have it. A shard that was lost is given all its passages from the snapshot, or anew from newer
-        weights."""
-        there = self.shards.serving(serving.generation)
-        oldest = min((status.oldest_version for status in there), default=serving.weights_version)
-        return oldest, figures_of(there)
-
-    def _clear(self, keep: set[int], abort: bool) -> None:
-        """Release what is older than the serving generation, but `keep`; with `abort` forget what else is staged."""
-        serving = self._serving.generation if self._serving else -1
-
-        def clear_one(shard: ShardPort) -> None:
-            status = shard.status()
-            if abort and status.building is not None and status.building.generation != serving:
-                shard.call(Shard.abort, status.building.generation)
-            for generation in status.generations:
-                if generation < serving and generation not in keep:
-                    shard.call(Shard.release, generation)
-
-        self.shards.each(clear_one)
 
     def _in_order(self, status: ShardStatus) -> bool:
         """A shard that lost the serving generation gets it back first, if that is possible."""
-        serving = self._serving
+        serving = self.serving.now
         return serving is None or serving.generation in status.generations or self.repair.beyond_repair
-
-    def _number(self) -> int:
-        """The next generation's number."""
-        with self._changed:
-            number, self._next_generation = self._next_generation, self._next_generation + 1
-        return number
-
-    def _abort(self, generation: int) -> None:
-        self.shards.each(lambda shard: shard.call(Shard.abort, generation))
 
     # The corpus thread, and whoever wants passages encoded again.
 
@@ -412,23 +355,13 @@ class RefreshCoordinator:
         with self.changing:
             return self.live.encode_again(numbers, self._keep_weights(weights), adopt)
 
-    def _weights_of(self, serving: Serving) -> Weights | None:
-        """The weights of the serving generation, from its snapshot where this coordinator was not given them."""
-        if serving.weights is None:
-            found = self.snapshots.weights(serving.generation, serving.weights_version)
-            with self._changed:
-                if found is not None and self._serving is serving:
-                    self._serving = replace(serving, weights=found)
-            return found
-        return serving.weights
-
     # The repair thread.
 
     def tick(self) -> None:
         """Repair lost shards; close a generation that nobody names any more."""
         self.repair.check()
-        if time.monotonic() - self._replaced_at > GRACE_S:
-            self._clear(keep=self.snapshots.pending(), abort=False)
+        if time.monotonic() - self.serving.replaced_at > GRACE_S:
+            self.serving.clear(keep=self.snapshots.pending(), abort=False)
 
     # Before the threads start.
 
@@ -447,10 +380,7 @@ class RefreshCoordinator:
             hung_s=hung_s,
             hide=hide,
         )
-        oldest, figures = (-1, UNKNOWN) if serving is None else self._look_at(serving)
-        with self._changed:
-            self._serving, self._next_generation = serving, number
-            self._oldest_version, self._figures = oldest, figures
+        self.serving.take_over(serving, number)
         self.live.hidden = self.log.version  # the shards that answered hide it, the others will when they come back
 
     def remember(self, committed: int, failures: int) -> None:

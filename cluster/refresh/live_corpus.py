@@ -26,6 +26,7 @@ import numpy as np
 
 from cluster.refresh.build_generation import Builder
 from cluster.refresh.ports import Events, RefreshFailed, Serving, ShardLost, Weights
+from cluster.refresh.serving_generation import ServingGeneration
 from cluster.refresh.shards import ShardGroup
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.shard.shard import Shard
@@ -52,17 +53,10 @@ class LiveCorpus:
         builder: Builder,
         shards: ShardGroup,
         *,
-        serving: Callable[[], Serving | None],
-        commit: Callable[[Serving, str, dict[str, object]], None],
-        abort: Callable[[int], None],
-        next_generation: Callable[[], int],
-        weights_of: Callable[[Serving], Weights | None],
+        serving: ServingGeneration,
         events: Events,
     ) -> None:
-        """`commit(serving, event, what it says)` switches all shards to a prepared generation. `weights_of` finds the
-        weights of a generation, where they are still to be had."""
-        self._builder, self._shards, self._serving, self._commit = builder, shards, serving, commit
-        self._abort, self._next_generation, self._weights_of, self._events = abort, next_generation, weights_of, events
+        self._builder, self._shards, self._serving, self._events = builder, shards, serving, events
         self.log: ChangeLog = builder.log
         self.hidden = 0  # corpus version up to which all shards have confirmed
         self._without_weights = -1  # the generation whose weights nobody has any more
@@ -73,7 +67,7 @@ class LiveCorpus:
     @property
     def served(self) -> ServedCorpus:
         """Where the corpus stands."""
-        serving = self._serving()
+        serving = self._serving.now
         corpus, generation = (self.log.version, -1) if serving is None else (serving.corpus_version, serving.generation)
         version = min(self.hidden, corpus)
         waits = self._waits if version < self.log.version else ""
@@ -83,7 +77,7 @@ class LiveCorpus:
     def needs_weights(self) -> bool:
         """Whether nobody has the weights that added passages should be encoded with; the next publish then brings
         them."""
-        serving = self._serving()
+        serving = self._serving.now
         behind = serving is not None and serving.corpus_version < self.log.version
         return behind and serving is not None and serving.generation == self._without_weights
 
@@ -112,24 +106,26 @@ class LiveCorpus:
 
     def add(self) -> bool:
         """Commit a generation with what was added up to now; returns whether it serves. Hold `changing`."""
-        begin, version, serving = time.monotonic(), self.log.version, self._serving()
+        begin, version, serving = time.monotonic(), self.log.version, self._serving.now
         if serving is None or serving.corpus_version >= version:
             self._waits = ""
             return True
         added = self.log.added_between(serving.corpus_version, version)
         deleted = len(self.log.deleted_at(version)) - len(self.log.deleted_at(serving.corpus_version))
-        said: dict[str, object] = {"corpus_version": version, "added": len(added), "deleted": deleted}
+        fields: dict[str, object] = {"corpus_version": version, "added": len(added), "deleted": deleted}
         if not len(added):  # the same generation without the deleted ones
-            self._commit(replace(serving, corpus_version=version), "corpus_changed", {**said, "seconds": 0.0})
+            self._serving.commit_derived(
+                replace(serving, corpus_version=version), "corpus_changed", {**fields, "seconds": 0.0}
+            )
             self._waits = ""
             return True
-        weights = self._weights_of(serving)
+        weights = self._serving.weights(serving)
         if weights is None:
             self._without_weights = serving.generation
             self._wait("the weights of the serving generation are gone; the next publish brings the added passages")
             return False
         try:
-            self._derive(serving, added, weights=weights, corpus_version=version, said=said, begin=begin)
+            self._derive(serving, added, weights=weights, corpus_version=version, fields=fields, begin=begin)
         except RefreshFailed as failed:
             self._wait(str(failed))
             return False
@@ -145,13 +141,13 @@ class LiveCorpus:
         which passages are encoded from then on that are added, or lost with a shard. Numbers that were deleted, or are
         not served yet, are left out. Raises RefreshFailed; the serving generation goes on then.
         """
-        begin, serving = time.monotonic(), self._serving()
+        begin, serving = time.monotonic(), self._serving.now
         if serving is None:
             raise RefreshFailed("no generation serves of which passages could be encoded again")
         numbers = np.unique(np.asarray(numbers, np.int64))
         known = numbers < self.log.num_numbers(serving.corpus_version)
         numbers = numbers[known & self.log.is_living(numbers)]
-        said: dict[str, object] = {"passages": len(numbers), "encoded_with": weights.version}
+        fields: dict[str, object] = {"passages": len(numbers), "encoded_with": weights.version}
         if adopt:
             kept = replace(serving, weights_version=weights.version, publish_id=weights.publish_id, weights=weights)
         else:
@@ -161,11 +157,11 @@ class LiveCorpus:
             numbers,
             weights=weights,
             corpus_version=serving.corpus_version,
-            said=said,
+            fields=fields,
             begin=begin,
             event="passages_encoded_again",
         )
-        new = self._serving()
+        new = self._serving.now
         assert new is not None
         return new.generation
 
@@ -174,12 +170,12 @@ class LiveCorpus:
         added since it was begun, or another generation was committed, one that is derived from it and prepared too.
         `before`: prepares it again where it was lost. Hold `changing`. Raises RefreshFailed."""
         self.log.refresh()
-        version, serving = self.log.version, self._serving()
+        version, serving = self.log.version, self._serving.now
         added = self.log.added_between(whole.corpus_version, version)
         if not len(added) and (serving is None or serving.generation < whole.generation):
             return replace(whole, corpus_version=version)
         assert whole.weights is not None
-        generation = self._next_generation()
+        generation = self._serving.next_number()
         self._events("derive_started", generation=generation, origin=whole.generation, passages=len(added))
         weights, number = whole.weights, whole.weights_version
         plan = self._builder.derived(
@@ -194,7 +190,7 @@ class LiveCorpus:
         try:
             self._builder.build(plan)
         except Exception:
-            self._abort(generation)
+            self._serving.abort(generation)
             raise
         return replace(whole, generation=generation, corpus_version=version)
 
@@ -219,13 +215,13 @@ class LiveCorpus:
         *,
         weights: Weights,
         corpus_version: int,
-        said: dict[str, object],
+        fields: dict[str, object],
         begin: float,
         event: str = "corpus_changed",
     ) -> None:
         """Prepare and commit a generation derived from `serving`, which says what the new one goes by. Raises
         RefreshFailed, with nothing left of it."""
-        generation = self._next_generation()
+        generation = self._serving.next_number()
         self._events("derive_started", generation=generation, origin=serving.generation, passages=len(numbers))
         origin, version = serving.generation, serving.weights_version
         plan = self._builder.derived(
@@ -234,12 +230,12 @@ class LiveCorpus:
         try:
             self._builder.build(plan)
         except Exception as error:  # whatever it was, nothing of the generation may stay
-            self._abort(generation)
+            self._serving.abort(generation)
             if isinstance(error, RefreshFailed):
                 raise
             raise RefreshFailed(f"{type(error).__name__}: {error}") from error
         new = replace(serving, generation=generation, corpus_version=corpus_version)
-        self._commit(new, event, {**said, "seconds": round(time.monotonic() - begin, 3)})
+        self._serving.commit_derived(new, event, {**fields, "seconds": round(time.monotonic() - begin, 3)})
 
     def _wait(self, why: str) -> None:
         if why != self._waits:

@@ -7,11 +7,12 @@ that stays silent for `hung_s` is killed, and then found empty.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from cluster.refresh.build_generation import Builder
 from cluster.refresh.encode_queue import EncodePool
 from cluster.refresh.ports import Events, RefreshFailed, Serving, ShardLost, ShardPort, has_prepared
+from cluster.refresh.serving_generation import ServingGeneration
 from cluster.refresh.snapshots import Snapshots
 from indexing.corpus.snapshot import TornSnapshot
 from indexing.shard.serving import MAX_COMMITTED
@@ -27,7 +28,7 @@ class Repair:
         pool: EncodePool,
         *,
         snapshots: Snapshots,
-        serving: Callable[[], Serving | None],
+        serving: ServingGeneration,
         events: Events,
         builder: Builder,
         hung_s: float,
@@ -47,7 +48,7 @@ class Repair:
         """Look at every shard once, and repair what can be repaired."""
         beyond_repair = False
         for shard in self._shards:
-            serving = self._serving()  # before the status: a commit in between is then seen in both
+            serving = self._serving.now  # before the status: a commit in between is then seen in both
             begin = time.monotonic()
             try:
                 status = shard.status()

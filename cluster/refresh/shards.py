@@ -37,7 +37,7 @@ class ShardGroup:
         def guarded(shard: ShardPort) -> Exception | None:
             try:
                 call(shard)
-            except Exception as error:  # the edge of a thread: the caller looks at what each shard said
+            except Exception as error:  # the edge of a thread: the caller looks at the error of each shard
                 return error
             return None
 
