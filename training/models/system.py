@@ -24,6 +24,7 @@ from training.training_settings import DecodingConfig
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+Scored = TypeVar("Scored", Tensor, tuple[Tensor, Tensor])
 
 
 @dataclass
@@ -142,7 +143,7 @@ class System(nn.Module):
         )
 
     @torch.no_grad()
-    def _detached(self, score: Callable[[object, ReaderBatch], Any], reading: object, batch: ReaderBatch) -> Any:
+    def _detached(self, score: Callable[[Any, Any], Scored], reading: object, batch: ReaderBatch) -> Scored:
         """A distillation target: dropout off; the passages are encoded again only if dropout touched their encoding."""
         if not (self.generator.training and has_dropout(self.generator)):
             return score(reading, batch)

@@ -137,7 +137,7 @@ def test_where_only_adapters_train_the_reference_is_the_start_without_a_copy(
     )
     assert initial_copy(system) is None
     assert initial_copy(make(tokenizer, "causal", lora=lora)) is not None  # its retriever trains as a whole
-    start = system.eval()("candidates", judged(system))
+    start = system.eval().candidates(judged(system))
     engine = Engine(system, EngineConfig(), parameter_groups(system))
     reference = build_reference(engine, None, offload=False, init_from="", run_dir=tmp_path, resumes=False)
     config = ObjectiveConfig(name="dpo")

@@ -43,7 +43,7 @@ class CausalBatch(ReaderBatch):
     joint_passage: Tensor  # int64 [batch, prompt]: which of the k a token is of, as the template renders it; -1: none
 
 
-class CausalGenerator(Generator):
+class CausalGenerator(Generator[CausalBatch, None]):
     """A causal language model of transformers (attention, state-space or hybrid), or a fresh one of `generator.fresh`'s
     family and size (its decoder layers)."""
 
@@ -97,28 +97,24 @@ class CausalGenerator(Generator):
             pad_rows(spans, -1)[0],
         )
 
-    def read(self, batch: ReaderBatch) -> None:
+    def read(self, batch: CausalBatch) -> None:
         """Nothing: a prompt is read together with its answer."""
 
-    def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        assert isinstance(batch, CausalBatch)
+    def per_passage_log_probs(self, reading: None, batch: CausalBatch) -> Tensor:
         k = batch.passage_mask.shape[1]
         answers = (batch.answer_ids.repeat_interleave(k, dim=0), batch.answer_mask.repeat_interleave(k, dim=0))
         return self._score(batch.single_ids, batch.single_mask, *answers).unflatten(0, (-1, k))
 
-    def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
-        assert isinstance(batch, CausalBatch)
+    def fused_log_probs(self, reading: None, batch: CausalBatch, passage_bias: Tensor | None = None) -> Tensor:
         _refuse_bias(passage_bias)
         return self._score(batch.joint_ids, batch.joint_mask, targets=batch.answer_ids, target_mask=batch.answer_mask)
 
-    def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        assert isinstance(batch, CausalBatch)
+    def null_log_probs(self, reading: None, batch: CausalBatch) -> Tensor:
         prompts = without_tokens(batch.joint_ids, batch.joint_mask, batch.joint_passage >= 0)
         return self._score(*prompts, targets=batch.answer_ids, target_mask=batch.answer_mask)
 
-    def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+    def left_out_log_probs(self, reading: None, batch: CausalBatch) -> Tensor:
         """As the base class says: one prompt for each passage, with all the others in it."""
-        assert isinstance(batch, CausalBatch)
         k = batch.passage_mask.shape[1]
         repeated = (batch.joint_ids, batch.joint_mask, batch.joint_passage, batch.answer_ids, batch.answer_mask)
         ids, mask, passage, targets, target_mask = (tensor.repeat_interleave(k, dim=0) for tensor in repeated)
@@ -126,9 +122,8 @@ class CausalGenerator(Generator):
         prompts = without_tokens(ids, mask, passage == left_out)
         return self._score(*prompts, targets=targets, target_mask=target_mask).unflatten(0, (-1, k))
 
-    def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+    def fused_with_attention(self, reading: None, batch: CausalBatch) -> tuple[Tensor, Tensor]:
         """As the base class says, by self-attention from the places that predict the answer to the passages' tokens."""
-        assert isinstance(batch, CausalBatch)
         self.check_attention("adist")
         mass = torch.zeros(batch.joint_ids.shape, device=batch.joint_ids.device)
         log_probs = self._score(
@@ -144,8 +139,8 @@ class CausalGenerator(Generator):
     @torch.no_grad()
     def write(
         self,
-        reading: object,
-        batch: ReaderBatch,
+        reading: None,
+        batch: CausalBatch,
         *,
         fused: bool,
         max_tokens: int,
@@ -153,7 +148,6 @@ class CausalGenerator(Generator):
         passage_bias: Tensor | None = None,
         temperature: float = 0.0,
     ) -> Decoded:
-        assert isinstance(batch, CausalBatch)
         _refuse_bias(passage_bias)
         ids, mask = (batch.joint_ids, batch.joint_mask) if fused else (batch.single_ids, batch.single_mask)
         width = ids.shape[1]

@@ -87,7 +87,7 @@ class Reading:
     fused: Memory | None = None  # left by a fused pass without bias, for those that leave a passage out
 
 
-class CopyReader(Generator):
+class CopyReader(Generator[CopyBatch, Reading]):
     """The small reader. `start_id`, `end_id`, `pad_id` are token ids of its tokeniser ([CLS], [SEP], [PAD]). `source`:
     instead of the encoder that `config.name` says. Raises ValueError for a checkpoint that does not fit."""
 
@@ -159,9 +159,8 @@ class CopyReader(Generator):
         limit = self.config.max_answer_tokens
         return pad_rows([np.append(row[:limit], self.end_id) for row in answers], self.pad_id)
 
-    def read(self, batch: ReaderBatch) -> Reading:
+    def read(self, batch: CopyBatch) -> Reading:
         """Encoder states of each passage, encoded once, in groups of like length."""
-        assert isinstance(batch, CopyBatch)
         return Reading(by_length(self._encode, batch.source_ids, batch.source_mask, self.config.length_groups))
 
     def _encode(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -170,30 +169,25 @@ class CopyReader(Generator):
         fresh = isinstance(self.encoder, FreshSource)
         return self.encoder(self.tokens(ids) if fresh else ids, mask, in_passage)
 
-    def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        assert isinstance(batch, CopyBatch)
+    def per_passage_log_probs(self, reading: Reading, batch: CopyBatch) -> Tensor:
         k = batch.passage_mask.shape[1]
         memory = self._memory_of_each(reading, batch)
         targets = batch.answer_ids.repeat_interleave(k, dim=0)
         log_probs = self._target_log_probs(memory, targets)
         return log_probs.unflatten(0, (-1, k)).masked_fill(~batch.answer_mask[:, None], 0.0)
 
-    def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
-        assert isinstance(batch, CopyBatch)
+    def fused_log_probs(self, reading: Reading, batch: CopyBatch, passage_bias: Tensor | None = None) -> Tensor:
         memory = self._memory_of_all(reading, batch, passage_bias)
-        if isinstance(reading, Reading) and passage_bias is None:
+        if passage_bias is None:
             reading.fused = memory.detach()
         return self._target_log_probs(memory, batch.answer_ids).masked_fill(~batch.answer_mask, 0.0)
 
-    def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        assert isinstance(batch, CopyBatch)
+    def null_log_probs(self, reading: Reading, batch: CopyBatch) -> Tensor:
         states = self._encode(batch.null_ids, batch.null_mask)
         memory = self._project(states, batch.null_ids, mask_bias(batch.null_mask), mask_bias(batch.null_copy_mask))
         return self._target_log_probs(memory, batch.answer_ids).masked_fill(~batch.answer_mask, 0.0)
 
-    def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        assert isinstance(batch, CopyBatch)
-        assert isinstance(reading, Reading)
+    def left_out_log_probs(self, reading: Reading, batch: CopyBatch) -> Tensor:
         k = batch.passage_mask.shape[1]
         kept = reading.fused if reading.fused is not None and not torch.is_grad_enabled() else None
         memory = (kept if kept is not None else self._memory_of_all(reading, batch, None)).repeat(k)
@@ -208,8 +202,7 @@ class CopyReader(Generator):
         alone = (batch.passage_mask.sum(dim=1) <= 1)[:, None, None]
         return torch.where(alone, self.null_log_probs(reading, batch)[:, None], log_probs)
 
-    def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
-        assert isinstance(batch, CopyBatch)
+    def fused_with_attention(self, reading: Reading, batch: CopyBatch) -> tuple[Tensor, Tensor]:
         num_questions, k = batch.passage_mask.shape
         memory = self._memory_of_all(reading, batch, None)
         assert memory.passage is not None
@@ -219,15 +212,13 @@ class CopyReader(Generator):
         taken = taken.new_zeros(num_questions, k).scatter_add(1, memory.passage, taken)
         return log_probs, taken.masked_fill(~batch.passage_mask, 0.0)
 
-    def _memory_of_each(self, reading: object, batch: CopyBatch) -> Memory:
+    def _memory_of_each(self, reading: Reading, batch: CopyBatch) -> Memory:
         """One row of memory per passage."""
-        assert isinstance(reading, Reading)
         attention_bias, copy_bias = mask_bias(batch.source_mask), mask_bias(batch.copy_mask)
         return self._project(reading.states, batch.source_ids, attention_bias, copy_bias)
 
-    def _memory_of_all(self, reading: object, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
+    def _memory_of_all(self, reading: Reading, batch: CopyBatch, passage_bias: Tensor | None) -> Memory:
         """One row of memory per question: the real tokens of its passages, side by side."""
-        assert isinstance(reading, Reading)
         states = reading.states
         num_questions, k = batch.passage_mask.shape
         used = batch.source_mask.unflatten(0, (num_questions, k)) & batch.passage_mask[..., None]
@@ -293,8 +284,8 @@ class CopyReader(Generator):
 
     def write(
         self,
-        reading: object,
-        batch: ReaderBatch,
+        reading: Reading,
+        batch: CopyBatch,
         *,
         fused: bool,
         max_tokens: int,
@@ -302,7 +293,6 @@ class CopyReader(Generator):
         passage_bias: Tensor | None = None,
         temperature: float = 0.0,
     ) -> Decoded:
-        assert isinstance(batch, CopyBatch)
         memory = self._memory_of_all(reading, batch, passage_bias) if fused else self._memory_of_each(reading, batch)
         rows = memory.source_ids.shape[0]
         memory = memory.repeat(num_beams) if num_beams > 1 else memory

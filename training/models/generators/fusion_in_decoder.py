@@ -94,7 +94,7 @@ class Memory:
     passage: Tensor | None = None  # int64 [rows, source]: which of the k a token is of; k where there is no token
 
 
-class FusionGenerator(Generator):
+class FusionGenerator(Generator[FusionBatch, Reading]):
     """Any encoder-decoder of transformers, or a fresh T5."""
 
     def __init__(self, config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -135,9 +135,8 @@ class FusionGenerator(Generator):
         answer_ids, answer_mask = token_scores.collate_answers(answers, len(questions), self.end_id)
         return FusionBatch(answer_ids, answer_mask, passage_mask, source_ids, source_mask, null_ids, null_mask)
 
-    def read(self, batch: ReaderBatch) -> Reading:
+    def read(self, batch: FusionBatch) -> Reading:
         """Encoder states of every passage, encoded once, in groups of similar length."""
-        assert isinstance(batch, FusionBatch)
         groups: list[Group] = []
         for rows, length in length_groups(batch.source_mask, self.config.length_groups):
             mask = batch.source_mask[rows, :length]
@@ -148,8 +147,7 @@ class FusionGenerator(Generator):
         encoder: Any = self.model.get_encoder()
         return encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
-    def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        assert isinstance(reading, Reading)
+    def per_passage_log_probs(self, reading: Reading, batch: FusionBatch) -> Tensor:
         k = batch.passage_mask.shape[1]
         projected = None if torch.is_grad_enabled() else reading.projected
         outputs: list[Tensor] = []
@@ -161,10 +159,9 @@ class FusionGenerator(Generator):
         ordered = restore_order(outputs, [(group.rows, 0) for group in reading.groups])
         return ordered.unflatten(0, (-1, k))
 
-    def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
+    def fused_log_probs(self, reading: Reading, batch: FusionBatch, passage_bias: Tensor | None = None) -> Tensor:
         """As the base class says. In training, its projections of the passages are kept in `reading`: scoring single
         passages without gradient then costs no more than its few answer tokens."""
-        assert isinstance(reading, Reading)
         memory, starts = self._fuse(reading, batch, passage_bias)
         # Checkpointed layers take no cache, and would project again in the backward pass.
         keep = torch.is_grad_enabled() and not self.config.gradient_checkpointing
@@ -177,13 +174,11 @@ class FusionGenerator(Generator):
             reading.projected = Projected(projections, starts, detached)
         return log_probs
 
-    def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        assert isinstance(batch, FusionBatch)
+    def null_log_probs(self, reading: Reading, batch: FusionBatch) -> Tensor:
         memory = Memory(self._encode(batch.null_ids, batch.null_mask), batch.null_mask)
         return self._score(memory, batch.answer_ids, batch.answer_mask)
 
-    def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
-        assert isinstance(reading, Reading)
+    def left_out_log_probs(self, reading: Reading, batch: FusionBatch) -> Tensor:
         if self.attention in NO_PROBABILITIES:
             allowed = "must be auto, eager or sdpa with objective.name=loop, which leaves passages out"
             raise refuse("generator.attention", self.attention, allowed)
@@ -202,12 +197,11 @@ class FusionGenerator(Generator):
         alone = (batch.passage_mask.sum(dim=1) <= 1)[:, None, None]
         return torch.where(alone, self.null_log_probs(reading, batch)[:, None], log_probs)
 
-    def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+    def fused_with_attention(self, reading: Reading, batch: FusionBatch) -> tuple[Tensor, Tensor]:
         self.check_attention("adist")
         num_questions, k = batch.passage_mask.shape
         places = torch.arange(batch.answer_mask.shape[1], device=batch.answer_mask.device).expand(num_questions, -1)
         mass = AttentionMass(places, batch.answer_mask, cross=True)
-        assert isinstance(reading, Reading)
         memory = self._fuse(reading, batch, None)[0]
         assert memory.passage is not None
         with rerouted(self.model, mass):
@@ -221,8 +215,8 @@ class FusionGenerator(Generator):
     @torch.no_grad()
     def write(
         self,
-        reading: object,
-        batch: ReaderBatch,
+        reading: Reading,
+        batch: FusionBatch,
         *,
         fused: bool,
         max_tokens: int,
@@ -230,7 +224,6 @@ class FusionGenerator(Generator):
         passage_bias: Tensor | None = None,
         temperature: float = 0.0,
     ) -> Decoded:
-        assert isinstance(reading, Reading)
         memory = self._fuse(reading, batch, passage_bias)[0] if fused else self._unpack(reading.groups)
         model: Any = self.model
         with self._cross_attention(memory.mask.repeat_interleave(num_beams, dim=0)):
@@ -285,7 +278,7 @@ class FusionGenerator(Generator):
         ).logits
         return token_scores.token_log_probs(logits, targets, mask)
 
-    def _fuse(self, reading: Reading, batch: ReaderBatch, passage_bias: Tensor | None) -> tuple[Memory, Tensor]:
+    def _fuse(self, reading: Reading, batch: FusionBatch, passage_bias: Tensor | None) -> tuple[Memory, Tensor]:
         """One row of memory per question: the valid tokens of its passages side by side, without padding between; and
         where each passage begins in it, int64 [batch, k]."""
         groups = reading.groups

@@ -8,7 +8,7 @@ that an encoder-decoder encodes each passage once whatever the objective needs.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,8 +38,12 @@ class Decoded:
     log_probs: Tensor  # float32 [len(tokens)]
 
 
-class Generator(nn.Module, ABC):
-    """Reads passages and writes answers."""
+Batch = TypeVar("Batch", bound=ReaderBatch)
+Reading = TypeVar("Reading")
+
+
+class Generator(nn.Module, ABC, Generic[Batch, Reading]):
+    """A model that reads passages and writes answers; `Batch` holds its input tensors, `Reading` what `read` returns."""
 
     end_id: int  # end-of-sequence, which every answer ends with
 
@@ -49,37 +53,37 @@ class Generator(nn.Module, ABC):
         questions: Sequence[np.ndarray],
         passages: Sequence[Sequence[np.ndarray]],
         answers: Sequence[np.ndarray] | None,
-    ) -> ReaderBatch:
+    ) -> Batch:
         """Token rows to CPU tensors: question rows [batch], passage rows [batch][k] (a row may be empty: closed book;
         shorter lists than the longest are padded and masked), answer rows [batch] without end-of-sequence."""
 
     @abstractmethod
-    def read(self, batch: ReaderBatch) -> object:
+    def read(self, batch: Batch) -> Reading:
         """What is computed once per batch and shared by all scoring and writing (encoder states); may be None."""
 
     @abstractmethod
-    def per_passage_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+    def per_passage_log_probs(self, reading: Reading, batch: Batch) -> Tensor:
         """float32 [batch, k, tokens]: log P(y_t | y_<t, q, z_k), 0 at padding."""
 
     @abstractmethod
-    def fused_log_probs(self, reading: object, batch: ReaderBatch, passage_bias: Tensor | None = None) -> Tensor:
+    def fused_log_probs(self, reading: Reading, batch: Batch, passage_bias: Tensor | None = None) -> Tensor:
         """float32 [batch, tokens]: log P(y_t | y_<t, q, z_1..K), 0 at padding. `passage_bias` [batch, k], usually
         log p(z|q), is added to the attention logits of each passage's tokens, with gradient. Raises ValueError where
         the architecture cannot take a bias."""
 
     @abstractmethod
-    def null_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+    def null_log_probs(self, reading: Reading, batch: Batch) -> Tensor:
         """float32 [batch, tokens]: log P(y_t | y_<t, q), read closed book, as one empty passage; 0 at padding."""
 
     @abstractmethod
-    def left_out_log_probs(self, reading: object, batch: ReaderBatch) -> Tensor:
+    def left_out_log_probs(self, reading: Reading, batch: Batch) -> Tensor:
         """float32 [batch, k, tokens]: `fused_log_probs` as if passage k were not there, 0 at padding; closed book for a
         question of one passage. After a fused pass over the same `reading` it may use its projections again, without
         gradient. What stands at a padded passage is arbitrary and finite. Raises ValueError where the kernel of the
         attention cannot leave tokens out."""
 
     @abstractmethod
-    def fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+    def fused_with_attention(self, reading: Reading, batch: Batch) -> tuple[Tensor, Tensor]:
         """`fused_log_probs`, and what the answer's tokens take from each passage, float32 [batch, k] without gradient:
         attention probability times the norm of the value vector, averaged over heads, summed over layers, answer
         tokens and the passage's tokens; 0 for a padded passage. Raises ValueError where nothing attends."""
@@ -90,8 +94,8 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def write(
         self,
-        reading: object,
-        batch: ReaderBatch,
+        reading: Reading,
+        batch: Batch,
         *,
         fused: bool,
         max_tokens: int,
