@@ -15,7 +15,7 @@ from indexing.declare import refuse
 
 @dataclass(frozen=True)
 class CorpusState:
-    """Which passages an answer is from: those that the corpus got up to version `added`
+    """The passages that an answer is from: those that the corpus got up to version `added`
     (`indexing/corpus/stores/changes.py`),
     without those that it lost up to version `hidden`, or to a later one."""
 
@@ -28,7 +28,7 @@ UNCHANGED = CorpusState()  # the base store alone
 
 @dataclass(frozen=True, kw_only=True)
 class ShardHits:
-    """What one shard answers. `ids` are passage numbers of the whole corpus, best first."""
+    """The answer of one shard. `ids` are passage numbers of the whole corpus, best first."""
 
     ids: np.ndarray  # int64 [batch, min(k, rows of the shard)]
     scores: np.ndarray  # float32, same shape, descending
@@ -44,7 +44,7 @@ class ShardHits:
 
 @dataclass(frozen=True, kw_only=True)
 class Hits:
-    """What the index answers. `ids` are passage numbers, best first; equal scores by number."""
+    """The answer of the index. `ids` are passage numbers, best first; equal scores by number."""
 
     ids: np.ndarray  # int64 [batch, k]
     scores: np.ndarray  # float32 [batch, k], descending: inner products, or what they were fused to
@@ -59,13 +59,13 @@ class Hits:
 
 @dataclass(frozen=True)
 class Indexed:
-    """What a generation has of passages that were asked for by number."""
+    """The rows of a generation for passages that were asked for by number."""
 
     vectors: np.ndarray | None  # float32 [..., dim]: zeros where it has none; None: such a kind of index keeps none
     versions: np.ndarray  # int64 [...]: weights version of each; the generation's where it has no such passage
 
     def at(self, places: np.ndarray) -> "Indexed":
-        """Of `places` int64 [...] in one that has one axis."""
+        """Return the entries at `places` int64 [...]; needs one axis."""
         return Indexed(None if self.vectors is None else self.vectors[places], self.versions[places])
 
 
@@ -134,7 +134,7 @@ def merge(shard_hits: Sequence[ShardHits], k: int, allow_fewer: bool = False) ->
 
 
 def joined(parts: Sequence[ShardIndexed], number: int) -> Indexed:
-    """What all shards have of `number` passages that were asked for; `parts` must not be empty."""
+    """Return what all shards have of `number` passages that were asked for; `parts` must not be empty."""
     versions = np.full(number, parts[0].weights_version, np.int64)
     for part in parts:
         versions[part.places] = part.versions

@@ -1,4 +1,4 @@
-"""How a generation gets onto all shards, up to the commit: begun, its rows staged, prepared; again where one is lost.
+"""A generation is made on all shards, up to the commit: begun, its rows staged, prepared; again if a shard is lost.
 
 Two kinds share these steps: a whole generation (a refresh), and one that is derived from another (a change of the
 corpus, or passages that are encoded again). `GenerationPlan` says what differs. Both may be under way at the same time.
@@ -177,7 +177,7 @@ class Builder:
         )
 
     def _mine(self, shard: ShardPort, numbers: np.ndarray) -> np.ndarray:
-        """Which of sorted passage numbers are a shard's."""
+        """Return those of sorted passage numbers that belong to a shard."""
         in_base = (numbers >= shard.start) & (numbers < shard.stop)
         added = numbers >= self.log.num_base
         return numbers[in_base | (added & ((numbers - self.log.num_base) % len(self._shards) == shard.number))]

@@ -74,7 +74,7 @@ class RefreshSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorStatus:
-    """What clients poll."""
+    """The state that clients poll."""
 
     generation: int = -1
     weights_version: int = -1

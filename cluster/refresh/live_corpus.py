@@ -37,7 +37,7 @@ BEAT_S = 1.0  # between signs of life for those who wait
 
 @dataclass(frozen=True)
 class ServedCorpus:
-    """What `serving.json` says."""
+    """The content of `serving.json`."""
 
     version: int  # everything up to this change is done: deleted passages are hidden, added ones are found
     generation: int  # that answers; -1: none yet
@@ -66,7 +66,7 @@ class LiveCorpus:
 
     @property
     def served(self) -> ServedCorpus:
-        """Where the corpus stands."""
+        """The version of the corpus that is served."""
         serving = self._serving.now
         corpus, generation = (self.log.version, -1) if serving is None else (serving.corpus_version, serving.generation)
         version = min(self.hidden, corpus)
@@ -75,14 +75,13 @@ class LiveCorpus:
 
     @property
     def needs_weights(self) -> bool:
-        """Whether nobody has the weights that added passages should be encoded with; the next publish then brings
-        them."""
+        """True if nobody has the weights to encode added passages with; the next publish then brings them."""
         serving = self._serving.now
         behind = serving is not None and serving.corpus_version < self.log.version
         return behind and serving is not None and serving.generation == self._without_weights
 
     def is_behind(self) -> bool:
-        """Whether there is something to do; looks for new versions on disk."""
+        """Look for new versions on disk; return True if one is not served yet."""
         self.log.refresh()
         return self.served.version < self.log.version
 
@@ -166,9 +165,9 @@ class LiveCorpus:
         return new.generation
 
     def caught_up(self, whole: Serving, before: Callable[[], None]) -> Serving:
-        """What to commit in place of a whole generation that is prepared on all shards: itself, or where passages were
-        added since it was begun, or another generation was committed, one that is derived from it and prepared too.
-        `before`: prepares it again where it was lost. Hold `changing`. Raises RefreshFailed."""
+        """Return what to commit in place of a whole generation that is prepared on all shards: itself, or, if passages
+        were added since it was begun or another generation was committed, one that is derived from it and prepared too.
+        `before` prepares it again where it was lost. Hold `changing`. Raises RefreshFailed."""
         self.log.refresh()
         version, serving = self.log.version, self._serving.now
         added = self.log.added_between(whole.corpus_version, version)

@@ -1,4 +1,4 @@
-"""What the refresh asks of the other processes, and the words that it uses with them.
+"""The ports: the calls that the refresh makes to other processes, and the types that it exchanges with them.
 
 In a run the ports are Ray handles (`cluster/service/ray_ports.py`); a test may put plain objects behind them. Every
 call is bounded: it returns, or raises `ShardLost` or `WorkerLost` when the process died, is being restarted, or stays
@@ -20,13 +20,13 @@ ShardMethod: TypeAlias = Callable[Concatenate[Shard, P], T]  # such as Shard.com
 
 
 def has_prepared(status: ShardStatus, generation: int) -> bool:
-    """Whether the shard could commit `generation` at once."""
+    """Return True if the shard could commit `generation` at once."""
     return any(staging.prepared and staging.generation == generation for staging in status.staged)
 
 
 def has_staged_all(status: ShardStatus, generation: int, corpus_version: int = 0) -> bool:
-    """Whether every row that `generation` has at `corpus_version` is staged. (A shard that came back empty may have
-    been sent rows before it was told again what the generation has.)"""
+    """Return True if every row that `generation` has at `corpus_version` is staged. (A shard that came back empty may
+    have been sent rows before it learnt again which passages the generation has.)"""
     found = [staging for staging in status.staged if staging.generation == generation]
     return bool(found) and (found[-1].rows, found[-1].corpus_version) == (found[-1].wanted, corpus_version)
 
@@ -85,12 +85,12 @@ class Chunk:
 
     @property
     def num_passages(self) -> int:
-        """How many there are."""
+        """Number of passages."""
         return self.stop - self.start if self.numbers is None else len(self.numbers)
 
 
 class Events(Protocol):
-    """Where a refresh reports what happened."""
+    """The log to which a refresh reports what happened."""
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Note one event; never raises."""

@@ -1,4 +1,4 @@
-"""What serves when a coordinator starts: found out from the shards, who outlive it, and from the snapshots.
+"""A starting coordinator finds out what serves: from the shards, which outlive it, and from the snapshots.
 
 In this order:
 1. The newest generation that every shard has committed or prepared. Its commit was decided or was due, and is now

@@ -28,7 +28,7 @@ class ReplicatedShard:
         self._silent: set[int] = set()  # replicas that did not answer when they were last asked
 
     def status(self) -> ShardStatus:
-        """What all replicas have. Raises ShardLost when one does not answer."""
+        """Return what all replicas have. Raises ShardLost when one does not answer."""
         return in_common(self._each(lambda replica: replica.status()))
 
     def lacking(self, generation: int) -> str:
@@ -56,7 +56,7 @@ class ReplicatedShard:
         return call(self._replicas[-1])
 
     def _each(self, call: Callable[[ShardPort], T]) -> list[T]:
-        """What each replica answered. Raises what one of them refused, else ShardLost when one was lost."""
+        """Return the answer of each replica. Raises what one of them refused, else ShardLost when one was lost."""
 
         def guarded(number: int) -> T | Exception:
             try:

@@ -88,7 +88,7 @@ class ShardGroup:
 
 
 def figures_of(statuses: Iterable[ShardStatus]) -> Figures:
-    """What the newest generation of these shards costs and finds."""
+    """Return cost and recall of the newest generation, over these shards."""
     return combined([(status.num_living, status.figures) for status in statuses if status.num_living])
 
 

@@ -39,13 +39,13 @@ FAILURES = 3  # of one generation, before its snapshot is given up
 
 @dataclass(frozen=True, kw_only=True)
 class IndexIdentity:
-    """What an index on disk must share with the run that loads it."""
+    """Properties that an index on disk must share with the run that loads it."""
 
     encoder_fingerprint: str  # of the encoder's settings and its tokeniser, without the weights
     corpus_fingerprint: str
     factory: str
     ranges: tuple[tuple[int, int], ...]  # passage numbers of each shard; another number of shards may be loaded
-    lexical: str = ""  # the lexical index that is searched beside it; told, not compared: any of this corpus fits
+    lexical: str = ""  # the lexical index that is searched beside it; not compared: any of this corpus fits
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def check_snapshot(
 
 
 def fits_changes(directory: Path, log: ChangeLog) -> bool:
-    """Whether a snapshot is whole, and all changes of the corpus that it was built with are in `log`."""
+    """Return True if a snapshot is complete and all changes of the corpus that it was built with are in `log`."""
     try:
         extra = verify(directory, contents=False)
     except TornSnapshot:
@@ -95,7 +95,7 @@ def fits_changes(directory: Path, log: ChangeLog) -> bool:
 
 
 def checksum_of(log: ChangeLog | None, version: int) -> str:
-    """What tells one sequence of changes from another; empty for version 0, and for one that is not in the log."""
+    """Return the checksum of the changes up to `version`; empty for version 0, and for one that is not in the log."""
     return log.changes[version - 1].checksum if log is not None and 0 < version <= log.version else ""
 
 
@@ -135,11 +135,11 @@ class Snapshots:
         self._protected = self._read_protected()
 
     def path(self, generation: int) -> Path:
-        """Where a generation lies, or would."""
+        """Return the directory of a generation, which need not exist."""
         return self.directory / f"{PREFIX}{generation}"
 
     def saved(self, generation: int) -> bool:
-        """Whether a generation is on disk, with a manifest and all files in their size."""
+        """Return True if a generation is on disk, with a manifest and all files in their size."""
         return is_complete(self.path(generation))
 
     def newest(self, first: int) -> Wish | None:
@@ -182,7 +182,7 @@ class Snapshots:
             self._derived.discard(generation)
 
     def weights(self, generation: int, version: int) -> Weights | None:
-        """What a generation was encoded with, from its snapshot; None where that has none."""
+        """Return the weights of a generation from its snapshot; None if it has none."""
         path = self.path(generation) / WEIGHTS
         if self._read_weights is None or not self.saved(generation):
             return None
@@ -282,7 +282,7 @@ class Snapshots:
         return str(max(paths, key=lambda path: int(path.name.removeprefix(PREFIX)))) if paths else None
 
     def _save_weights(self, wish: Wish, directory: Path, earlier: str | None) -> None:
-        """What the generation was encoded with, so that a service that starts from it can encode further passages."""
+        """Write the weights of the generation, so that a service that starts from it can encode further passages."""
         with self._lock:
             weights = self._weights.get(wish.generation)
         target = directory / WEIGHTS

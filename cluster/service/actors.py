@@ -132,7 +132,7 @@ class ShardActor:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """What a refresh worker encodes with."""
+    """Settings of a refresh worker."""
 
     store: str
     side: str  # whose tokens

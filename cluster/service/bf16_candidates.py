@@ -37,7 +37,7 @@ class HalfProducts:
             self._error = max(self._error, float((kept - block).norm(dim=1).max()))
 
     def propose(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """As the protocol says. Raises nothing of its own: where products overflow, the ceiling is infinite."""
+        """Implements the protocol. Raises no further errors: where products overflow, the ceiling is infinite."""
         with torch.inference_mode():
             asked = torch.from_numpy(queries).to(torch.bfloat16)
             scores, rows = self._best(asked.T.contiguous(), count)

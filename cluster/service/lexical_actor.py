@@ -39,7 +39,7 @@ class LexicalActor:
     """`indexing.lexical.live_lexical.LiveLexical` in its own process."""
 
     def __init__(self, path: str, store: str, corpus: str, where: Filter | None) -> None:
-        """Where the index, its base store and the folder of changes lie, and which passages may be found."""
+        """Take the paths of the index, its base store and the folder of changes; `where` restricts what is found."""
         self._parts = path, store, corpus, where
         self._index: LiveLexical | None = None
         self._lock = threading.Lock()
@@ -116,10 +116,10 @@ class PendingLexical:
                     return hits
                 why = "there is no such actor"
             except RayTaskError as error:
-                own = own_error(error)
-                if not isinstance(own, CorpusLag):
-                    raise own from error
-                why = str(own)
+                cause = own_error(error)
+                if not isinstance(cause, CorpusLag):
+                    raise cause from error
+                why = str(cause)
             except GetTimeoutError:
                 why = f"silent for {hung_s:g} s"
                 self._kill(why)

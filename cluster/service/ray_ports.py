@@ -72,7 +72,7 @@ def get(reference: Any, timeout_s: float | None = None) -> Any:
 
 
 def own_error(error: RayTaskError) -> Exception:
-    """What the remote method raised."""
+    """Return the error that the remote method raised."""
     return error.cause if isinstance(error.cause, Exception) else error
 
 
@@ -182,7 +182,7 @@ def write_weights(weights: Weights, path: Path, timeout_s: float) -> None:
 
 
 def read_weights(version: int, publish_id: int, path: Path) -> Weights:
-    """What `write_weights` wrote, as this process's own. Raises OSError."""
+    """Read what `write_weights` wrote into objects that this process owns. Raises OSError."""
     with named_errors(path), np.load(path, allow_pickle=False) as arrays:
         return Weights(version, publish_id, [ray.put({name: arrays[name] for name in arrays})])
 

@@ -46,7 +46,7 @@ HUNG_S = 40.0  # a coordinator silent for so long is killed, and starts again: i
 
 @dataclass(frozen=True, kw_only=True)
 class IndexAddress:
-    """Where an index service is found, and what clients need to know of it."""
+    """The names of an index service's actors, and what clients need to know of it."""
 
     namespace: str
     coordinator: str
@@ -190,8 +190,10 @@ class IndexClient:
         return self._fanout.ask("search", queries, k, self._pinned, num_vectors, where)
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
-        """What `generation` has of passages `ids` int64 [...]. Raises GenerationGone where it is not served any more,
-        and TimeoutError as a search does."""
+        """Return what `generation` has of passages `ids` int64 [...].
+
+        Raises GenerationGone if it is not served any more, and TimeoutError as a search does.
+        """
         wanted, places = np.unique(ids, return_inverse=True)
         attempts, why = Attempts(self.patience_s), "a shard does not answer"
         for _ in attempts:
@@ -214,7 +216,7 @@ class IndexClient:
 
     @property
     def patience_s(self) -> float:
-        """How long a search waits before it is an error."""
+        """Seconds that a search waits before it is an error."""
         refuses = self.address.slowness.action == "refuse"
         return self.address.slowness.after_s if refuses else self.address.search_timeout_s
 
@@ -396,7 +398,7 @@ class IndexClient:
         self._asked = None  # a status from before would seem to have forgotten them
 
     def _forgotten(self) -> bool:
-        """Whether the coordinator that now answers never got the newest publish of this client."""
+        """Return True if the coordinator that now answers never got the newest publish of this client."""
         if self._handed_in is not None and ray.wait([self._handed_in], timeout=0)[0]:
             handed_in, self._handed_in = self._handed_in, None
             try:
@@ -414,7 +416,7 @@ class IndexClient:
         return restarted or status.publish_id == published.publish_id or status.weights_version > weights_version
 
     def _gave_up(self, status: CoordinatorStatus, weights_version: int) -> bool:
-        """Whether that is said of what is waited for: an answer may be older than the newest publish of this client."""
+        """Return True if the coordinator gave up what is awaited, and not an older publish of this client."""
         published = self._own(weights_version)
         return bool(status.given_up) and (published is None or status.given_up_publish in (0, published.publish_id))
 

@@ -222,7 +222,7 @@ def await_ready(
 
 
 def index_identity(passages: Store, encoder: EncoderConfig, index: IndexConfig) -> IndexIdentity:
-    """What tells an index that fits from another one. Raises ValueError for more shards than passages."""
+    """Return what an index on disk must share with this run. Raises ValueError for more shards than passages."""
     ranges = shard_ranges(len(passages), index.num_shards)
     fingerprint = encoder_fingerprint(encoder, passages.side_fingerprint(SIDE))
     return IndexIdentity(
@@ -275,12 +275,12 @@ def _start(
         worker_class.options(**_options(name, handle, seats[1], placement)).remote(worker) for name in handle.workers
     ]
     idle = Seat(name="coordinator", number=1, cpus=0.0, gpus=0.0, threads=0)
-    chief = coordinator_class.options(**_options(handle.address.coordinator, handle, idle, placement)).remote(
-        coordinator
-    )
+    coordinator_actor = coordinator_class.options(
+        **_options(handle.address.coordinator, handle, idle, placement)
+    ).remote(coordinator)
     for one in workers:
         one.warm.remote()
-    _keep_alive(handle, [*shards, *workers, chief])
+    _keep_alive(handle, [*shards, *workers, coordinator_actor])
 
 
 def _start_lexical(

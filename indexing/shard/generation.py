@@ -65,7 +65,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Delta:
-    """What was added or encoded again."""
+    """The passages that were added or encoded again."""
 
     numbers: np.ndarray  # int64 [n], sorted
     versions: np.ndarray  # int64 [n]: weights version of each
@@ -75,7 +75,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class View:
-    """What may be returned; replaced as a whole when passages are hidden."""
+    """The rows that may be returned; replaced as a whole when passages are hidden."""
 
     base: np.ndarray | None  # bool [rows of the base]; None: all of them
     delta: np.ndarray | None  # bool [rows of the delta]; None: all of them
@@ -106,7 +106,7 @@ class Generation:
 
     @property
     def dim(self) -> int:
-        """Of the vectors; 0 where there are none."""
+        """Number of dimensions of the vectors; 0 if there are none."""
         if self.base.index is not None:
             return self.base.index.dim
         return 0 if self.delta is None else self.delta.vectors.shape[1]
@@ -140,7 +140,7 @@ class Generation:
         self._view = self._see()
 
     def view(self, where: Filter | None = None, passes: Passes | None = None) -> View:
-        """What may be returned now, of what passes `where` alone, which `passes` decides."""
+        """Return the rows that may be returned now and pass the filter `where`, which `passes` decides."""
         view = self._view
         if where is None or passes is None:
             return view
@@ -186,7 +186,7 @@ class Generation:
         return scores, numbers, vectors, self._versions(numbers)
 
     def indexed(self, ids: np.ndarray, with_vectors: bool) -> ShardIndexed:
-        """What there is of the passages among `ids` int64 [n] that are here, hidden ones included."""
+        """Return what there is of the passages among `ids` int64 [n] that are here, hidden ones included."""
         there = self.base.row_of(ids) >= 0
         if self.delta is not None:
             there |= contains(self.delta.numbers, ids)

@@ -41,7 +41,7 @@ class _Saved:
 
     @property
     def base(self) -> Path:
-        """Where its big index lies."""
+        """The directory of its big index."""
         return self.path / BASE if self.extra.get("derived") else self.path
 
     @property
@@ -58,7 +58,7 @@ class _Saved:
         return map_array(path, "int64") if path.is_file() else np.arange(self.start, self.stop)
 
     def has_added(self, num_base: int) -> bool:
-        """Whether it has passages beyond the base corpus."""
+        """True if it has passages beyond the base corpus."""
         path = self.base / "numbers"
         parts = [map_array(path, "int64")] if path.is_file() else []
         if self.extra.get("derived"):
@@ -68,7 +68,7 @@ class _Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class _Owner:
-    """What a new shard owns."""
+    """The passages that a new shard owns."""
 
     shard: int
     start: int
@@ -115,8 +115,10 @@ def check_ranges(
 
 
 def fits(directory: str | Path, number: int, *, start: int, stop: int, num_shards: int) -> bool:
-    """Whether saved shard `number` holds exactly what shard `number` of `num_shards` owns, or nobody holds it: then it
-    is to be loaded as it is (and what is wrong is said there)."""
+    """Return True if saved shard `number` holds exactly what shard `number` of `num_shards` owns, or nobody holds it.
+
+    It is then loaded as it is, and loading reports what is wrong.
+    """
     saved = _read_saved(directory)
     mine = [one for one in saved if one.path.name == f"{SHARD_PREFIX}{number:04d}"]
     if not mine:
@@ -130,8 +132,8 @@ def fits(directory: str | Path, number: int, *, start: int, stop: int, num_shard
 def load_range(
     directory: str | Path, shard: int, start: int, stop: int, generation: int, config: IndexConfig, seed: int
 ) -> Generation:
-    """What shard `shard` of `config.num_shards`, with the passages `start` to `stop` - 1 of the base corpus, owns of
-    what other shards saved in `directory`. What has to be trained anew is drawn with `seed`.
+    """Return what shard `shard` of `config.num_shards`, with the passages `start` to `stop` - 1 of the base corpus,
+    owns of what other shards saved in `directory`. What has to be trained anew is drawn with `seed`.
 
     Raises TornSnapshot for damaged files, ValueError for another generation or kind, for passages that no saved shard
     holds, and for codes that cannot be joined.
@@ -286,7 +288,7 @@ def _keep_in_lists(inner: Any, rows: np.ndarray) -> None:
 
 
 def _vectors(part: _Part, config: IndexConfig) -> np.ndarray:
-    """What the saved shard kept of the rows of `part`, as float32 [rows, dim]."""
+    """Return what the saved shard kept of the rows of `part`, as float32 [rows, dim]."""
     saved = Index.read(part.path / INDEX_FILE, replace(config, device="cpu"))
     if saved.halves is not None:
         return saved.halves[part.rows].astype(np.float32)
@@ -306,7 +308,7 @@ def _read_saved(directory: str | Path) -> list[_Saved]:
 
 
 def _number_that_fits(directory: Path, saved: Sequence[tuple[int, int]]) -> str:
-    """What index.num_shards may be."""
+    """Return the allowed values of index.num_shards, for messages."""
     num_base = max(stop for _, stop in saved)
     added = any(one.has_added(num_base) for one in _read_saved(directory))
     return f"{len(saved)}" if added and len(saved) > 1 else f"a multiple of {len(saved)}"

@@ -1,4 +1,4 @@
-"""Which generations of a shard serve, who uses them, and which passages none of them returns any more.
+"""The table of one shard: the generations that serve, their users, and the passages that none returns any more.
 
 A search pins the generation that it asks, so that it is not freed meanwhile. `release` takes a generation off the table
 at once and waits, with a bound, until the last user that pinned it is done; `hide` waits likewise for the searches that
@@ -58,7 +58,7 @@ class ServingTable:
         return max((number for number, served in self.served.items() if not served.released), default=-1)
 
     def is_open(self, generation: int) -> bool:
-        """Whether it serves and was not released. With the lock held."""
+        """Return True if it serves and was not released. With the lock held."""
         return generation in self.served and not self.served[generation].released
 
     def open_ones(self) -> dict[int, Generation]:

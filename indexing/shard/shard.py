@@ -40,7 +40,7 @@ from indexing.shard.staging import Staging, StagingStatus
 
 
 class NotBegun(Exception):
-    """Rows of a generation whose passages this shard was not told: it came back empty since."""
+    """Rows came for a generation whose passages this shard does not know: it came back empty since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class Shard:
                 staging.fill(numbers, vectors, weights_version)
 
     def staged_rows(self, generation: int) -> int:
-        """How many different rows of `generation` are staged; all of them once it is prepared or committed."""
+        """Return the number of different rows of `generation` that are staged; all once it is prepared or committed."""
         with self._table:
             served = self._serving.served.get(generation)
             if served is not None:
@@ -291,7 +291,7 @@ class Shard:
             )
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> ShardIndexed:
-        """What this shard has of the passages `ids` int64 [n] in `generation`. Raises GenerationGone."""
+        """Return what this shard has of the passages `ids` int64 [n] in `generation`. Raises GenerationGone."""
         with self._serving.pinned(generation) as (_, found):
             return found.indexed(ids, with_vectors)
 
@@ -338,7 +338,7 @@ class Shard:
         return found.weights_version
 
     def status(self) -> ShardStatus:
-        """What is served and staged now; never waits for a search, a save or a build."""
+        """Return what is served and staged now; never waits for a search, a save or a build."""
         with self._table:
             staging, deriving, newest = self._staging, self._deriving, self._serving.newest()
             open_ones = self._serving.open_ones()
@@ -360,8 +360,8 @@ class Shard:
             )
 
     def _passes(self, where: Filter) -> Passes:
-        """Which passages pass; of the base corpus that is found out here, so that nobody waits for it who waits for the
-        end of a search. Raises ValueError."""
+        """Return a function that tells which passages pass. The base corpus is filtered here, before the search is
+        counted, so that `hide` does not wait for it. Raises ValueError."""
         metadata = self._metadata
         if metadata is None:
             raise refuse("retrieval.where", where, f"must be empty: shard {self.shard_number} knows no metadata")
@@ -390,7 +390,7 @@ class Shard:
         dim: int,
         wanted: tuple[np.ndarray | None, int] | None = None,
     ) -> Staging | None:
-        """Where rows of a generation that is built go, None where they come too late. `dim`: of the rows that are
+        """Return the staging of a generation that is built, None if rows come too late. `dim`: of the rows that are
         there, 0 for none; `wanted`: passages and corpus version, where they are told. Call with the staging lock
         held."""
         with self._table:

@@ -69,7 +69,7 @@ def write_generation(
 
 
 def read_generation(path: Path, config: IndexConfig) -> tuple[Generation, dict[str, Any]]:
-    """What `write_generation` wrote, and the manifest's extra. Raises TornSnapshot where a bit is wrong."""
+    """Read what `write_generation` wrote, and the manifest's extra. Raises TornSnapshot where a bit is wrong."""
     extra = verify(path)
     if extra.get("kind") != KIND:
         raise ValueError(f"{path} has kind {extra.get('kind')!r}: needed is {KIND!r}")
@@ -114,7 +114,7 @@ def _write_base(path: Path, base: Base, place: dict[str, Any]) -> None:
 
 
 def _read_base(path: Path, extra: dict[str, Any], config: IndexConfig) -> Base:
-    """Of a directory that was verified."""
+    """Read the base in a directory that was verified."""
     index = Index.read(path / INDEX_FILE, config) if (path / INDEX_FILE).is_file() else None
     numbers = np.array(map_array(path / "numbers", "int64")) if (path / "numbers").is_file() else None
     rows, dim = (0, 0) if index is None else (index.num_vectors, index.dim)

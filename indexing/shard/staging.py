@@ -56,7 +56,7 @@ class Staging:
 
     @property
     def key(self) -> tuple[int, int]:
-        """What orders attempts: the generation, then the weights version."""
+        """The order of attempts: the generation, then the weights version."""
         return self.generation, self.weights_version
 
     def status(self) -> StagingStatus:
@@ -138,7 +138,7 @@ class Staging:
         self._vectors = None
 
     def _room(self) -> "WaitingVectors | np.ndarray":
-        """Where vectors wait: those of a whole generation where its big index will be, those of a delta beside it."""
+        """Return memory for vectors: of a whole generation where its big index will be, of a delta beside it."""
         return self._waiting() if self.origin is None else np.empty((self.num_rows, self.dim), np.float32)
 
     def _waiting(self) -> WaitingVectors:
