@@ -16,7 +16,7 @@ from cluster.commands.code_size import print_code_size
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("ruff", "pyright", "importlinter", "mkdocs", "pytest")
-WAITING = ("tests/cluster", "tests/end_to_end")
+WAITING = ("tests/cluster", "tests/end_to_end", "tests/tandem")
 COMPUTING = ("tests/indexing", "tests/training", "tests/docs", "tests/test_house.py")
 NICENESS = 5  # added to the priority number of the tests that compute
 
