@@ -54,8 +54,8 @@ class Fanout:
         self.counts: Counter[str] = Counter()  # slow, hedged, refused: searches of this client
         self._events = events
         self._lock = threading.Lock()
-        self._untold: Counter[int] = Counter()  # slow searches of a shard since its last event
-        self._told_at: dict[int, float] = {}
+        self._unreported: Counter[int] = Counter()  # slow searches of a shard since its last event
+        self._reported_at: dict[int, float] = {}
 
     def ask(self, method: str, *arguments: Any) -> "PendingAnswers":
         """Call `method` (of `ShardActor`: search | indexed) of every shard. Returns at once."""
@@ -69,11 +69,11 @@ class Fanout:
     def note_slow(self, shard: int) -> None:
         """A search that this shard holds up."""
         with self._lock:
-            self._untold[shard] += 1
-            if time.monotonic() - self._told_at.get(shard, -EVENT_S) < EVENT_S:
+            self._unreported[shard] += 1
+            if time.monotonic() - self._reported_at.get(shard, -EVENT_S) < EVENT_S:
                 return
-            self._told_at[shard] = time.monotonic()
-            searches = self._untold.pop(shard)
+            self._reported_at[shard] = time.monotonic()
+            searches = self._unreported.pop(shard)
         limit, action = self.slowness.after_s, self.slowness.action
         self._events("shard_slow", shard=shard, searches=searches, slow_after_s=limit, on_slow=action)
 

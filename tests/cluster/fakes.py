@@ -237,7 +237,7 @@ def weights(version: int, publish_id: int | None = None) -> Weights:
 
 
 def write_weights(weights: Weights, path: Path) -> None:
-    """As `cluster.handles.write_weights`; a fake encoder needs the version alone."""
+    """As `cluster.service.ray_ports.write_weights`; a fake encoder needs the version alone."""
     path.write_text(json.dumps(weights.version), encoding="utf-8")
 
 
