@@ -408,7 +408,8 @@ class EvaluationConfig:
     metrics: list[str] = setting([], "Metrics of your own: module:function or file.py:function, of the answers and the "
         "gold answers of a split.")
     needle: NeedleConfig = section(NeedleConfig)
-    examples: int = setting(5, "Number of decoded examples that the report prints.", unit="examples")
+    examples: int = setting(5, "Number of decoded examples. Without effect: the report always prints 6.",
+        unit="examples")
 
 
 @dataclass(kw_only=True)
