@@ -45,7 +45,7 @@ def in_batch(
     passage_numbers: Tensor,
     temperature: float | Tensor,
     gather: Gather | None = None,
-    num_questions: float | None = None,
+    num_questions: float | int | None = None,
 ) -> Likelihoods:
     """Every query against every passage: what `info_nce` takes.
 

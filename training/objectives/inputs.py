@@ -9,6 +9,7 @@ questions, so that accumulation and data parallelism cannot change the answer.
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Stats = dict[str, Tensor]
@@ -29,7 +30,7 @@ class Likelihoods:
     null: Tensor | None = None  # [batch, tokens]: log P(y_t | y_<t, q), closed book, 0 at padding
     null_score: Tensor | None = None  # [batch]: score of the empty passage; None: 0
     positives: Tensor | None = None  # int64 [batch]: column of the positive; contrastive objectives only
-    num_questions: float | None = None  # denominator of sums over questions; None: batch
+    num_questions: float | int | None = None  # denominator of sums over questions; None: batch
     noise: Tensor | None = None  # Gumbel noise [batch, draws, k]; objectives that draw passages
     contrast: "Likelihoods | None" = None  # pairs of a contrastive task beside the questions
     contrast_share: float = 0.0  # of the loss
@@ -56,7 +57,9 @@ def in_full_precision(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def retrieval_log_probs(scores: Tensor, passage_mask: Tensor, temperature: float = 1.0) -> Tensor:
+def retrieval_log_probs(
+    scores: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"], temperature: float = 1.0
+) -> Float[Tensor, "batch k"]:
     """log p(z|q) = log softmax_k(scores / temperature) over the real passages, [batch, k].
 
     Padding gets -inf. A row of nothing but padding is uniform and gives no gradient.
@@ -66,7 +69,9 @@ def retrieval_log_probs(scores: Tensor, passage_mask: Tensor, temperature: float
     return torch.log_softmax(torch.where(some, logits, 0.0), dim=-1)
 
 
-def mixture_log_probs(prior: Tensor, values: Tensor, passage_mask: Tensor) -> Tensor:
+def mixture_log_probs(
+    prior: Float[Tensor, "batch k"], values: Float[Tensor, "batch k *tokens"], passage_mask: Bool[Tensor, "batch k"]
+) -> Float[Tensor, " batch *tokens"]:
     """logsumexp_k(prior_k + values_k) over the real passages.
 
     prior [batch, k] of `retrieval_log_probs`; values [batch, k] or [batch, k, tokens], ignored (even NaN) at padding.
@@ -85,17 +90,19 @@ def answer_tokens(values: Tensor, answer_mask: Tensor) -> Tensor:
     return in_full_precision(values).masked_fill(left_out, 0.0)
 
 
-def answer_lengths(answer_mask: Tensor) -> Tensor:
+def answer_lengths(answer_mask: Bool[Tensor, "*batch tokens"]) -> Int[Tensor, "*batch"]:
     """Number of answer tokens [batch], at least 1, so that an empty answer costs nothing instead of dividing by 0."""
     return answer_mask.sum(dim=-1).clamp(min=1)
 
 
-def mean_over_tokens(values: Tensor, answer_mask: Tensor) -> Tensor:
+def mean_over_tokens(
+    values: Float[Tensor, "batch tokens"], answer_mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, " batch"]:
     """Mean of values [batch, tokens] over each answer's own tokens, [batch]."""
     return answer_tokens(values, answer_mask).sum(dim=-1) / answer_lengths(answer_mask)
 
 
-def mean_over_questions(values: Tensor, num_questions: float | None) -> Tensor:
+def mean_over_questions(values: Tensor, num_questions: float | int | None) -> Tensor:
     """Sum of values [batch] divided by num_questions (None: batch)."""
     return values.sum() / (values.shape[0] if num_questions is None else num_questions)
 

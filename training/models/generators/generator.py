@@ -43,7 +43,7 @@ Reading = TypeVar("Reading")
 
 
 class Generator(nn.Module, ABC, Generic[Batch, Reading]):
-    """A model that reads passages and writes answers; `Batch` holds its input tensors, `Reading` what `read` returns."""
+    """A model that reads passages and writes answers; `Batch` holds its inputs, `Reading` what `read` returns."""
 
     end_id: int  # end-of-sequence, which every answer ends with
 
