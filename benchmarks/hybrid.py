@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from cluster.cli import read_experiment
-from cluster.commands.ask import encode_function
 from cluster.commands.common import starting_checkpoint
+from cluster.commands.loaded_run import encode_function
 from cluster.commands.local_search import OneGeneration
 from cluster.prepare.stores import prepare_data
 from indexing.corpus.stores.live_store import LiveStore

@@ -1,12 +1,12 @@
-"""One command on several machines: every machine of a Slurm or SSH job calls `python -m cluster.nodes VERB ...`.
+"""Runs one command on several machines: every machine of a Slurm or SSH job calls `python -m cluster.nodes VERB ...`.
 
-Who waits for whom: machine 0 (the head) writes the token, starts Ray's head, waits until all machines have joined, runs
-the command, and stops the Ray that it started. Every other machine waits for the token and for the head, joins, and
-stays until the head has gone. Each wait is bounded by TANDEM_NODES_TIMEOUT_S and ends with a message.
+Machine 0 (the head) writes the token, starts Ray's head, waits until all machines have joined, runs the command, and
+stops the Ray that it started. Every other machine waits for the token and for the head, joins, and stays until the head
+has gone. Each wait is bounded by TANDEM_NODES_TIMEOUT_S and ends with a message.
 
-The head's exit code is the command's own. A machine that cannot join exits with 1; one that did join exits with 0 when
-the head has gone, whose exit code then says how it went. Only processes started here are stopped: `ray stop`, with
-which `ray symmetric-run` ends, would take every Ray of the same user.
+The exit code of the head is that of the command. A machine that cannot join exits with 1; one that did join exits with
+0 when the head has gone, whose exit code then tells how it went. Only processes started here are stopped: `ray stop`,
+with which `ray symmetric-run` ends, would take every Ray of the same user.
 """
 
 import logging
@@ -26,14 +26,14 @@ from typing import IO
 from cluster import cli
 from cluster.machines import session
 
-STARTED = "Ray runtime started"  # what `ray start` prints when this machine has joined
+STARTED = "Ray runtime started"  # the line that `ray start` prints when this machine has joined
 STOP_TIMEOUT_S = 30.0
 HEAD_GONE_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """This machine's place in the job."""
+    """The place of this machine in the job."""
 
     head: str  # name or address of machine 0, as the others see it
     port: int
@@ -44,7 +44,7 @@ class Machine:
 
 
 def from_environment(environment: dict[str, str]) -> Machine:
-    """Read TANDEM_HEAD, TANDEM_NODES, TANDEM_NODE_RANK and, where set, TANDEM_TOKEN_FILE and TANDEM_NODES_TIMEOUT_S.
+    """Read TANDEM_HEAD, TANDEM_NODES, TANDEM_NODE_RANK and, if set, TANDEM_TOKEN_FILE and TANDEM_NODES_TIMEOUT_S.
     Raises ValueError."""
     head, _, port = environment.get("TANDEM_HEAD", "").rpartition(":")
     num_nodes, rank = environment.get("TANDEM_NODES", ""), environment.get("TANDEM_NODE_RANK", "")
@@ -70,7 +70,7 @@ def from_environment(environment: dict[str, str]) -> Machine:
 
 
 def main(arguments: list[str]) -> int:
-    """Take this machine's part; returns its exit code."""
+    """Take the part of this machine and return its exit code."""
     try:
         cli.read_experiment(arguments[1:])  # a mistake is answered before machines wait for each other
         machine = from_environment(dict(os.environ))
@@ -109,7 +109,8 @@ def _head(machine: Machine, arguments: list[str]) -> int:
 
 
 def _run_command(arguments: list[str]) -> int:
-    """The command line as a child; an interruption is passed on, and the child gets time to end by itself."""
+    """Run the command line as a child process; an interruption is passed on, and the child gets time to end by
+    itself."""
     command = subprocess.Popen([sys.executable, "-P", "-m", "cluster.cli", *arguments])
     try:
         return command.wait()
@@ -148,7 +149,7 @@ def _follower(machine: Machine) -> int:
 
 
 def _set_environment(machine: Machine) -> None:
-    """What Ray's processes and the command inherit."""
+    """Set the variables that Ray's processes and the command inherit."""
     for name, value in {**session.QUIET, **session.LOCAL}.items():
         if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER":
             os.environ.setdefault(name, value)
@@ -158,7 +159,7 @@ def _set_environment(machine: Machine) -> None:
 
 
 def _make_token(path: Path) -> bool:
-    """Write a token that only this user can read, complete at once; True if there was none."""
+    """Write a token that only this user can read, complete at once. Returns True if there was none."""
     if path.exists():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,7 @@ def _make_token(path: Path) -> bool:
 
 
 def _own_address(machine: Machine) -> str:
-    """The head's own address as the others see it: many machines call themselves 127.0.1.1."""
+    """Return the address of the head as the others see it; many machines call themselves 127.0.1.1."""
     try:
         address = socket.gethostbyname(machine.head)
     except OSError:
@@ -179,7 +180,7 @@ def _own_address(machine: Machine) -> str:
     if machine.num_nodes == 1 or not address.startswith("127."):
         return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing; picks the interface of the default route
+        probe.connect(("192.0.2.1", 9))  # this sends nothing; it picks the interface of the default route
         return probe.getsockname()[0]
 
 
@@ -196,7 +197,7 @@ def _log_file() -> IO[bytes]:
 
 
 def _ray_start(options: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """`ray start --block` in a process group of its own, so that Ctrl-C reaches the command before Ray goes."""
+    """Start `ray start --block` in a process group of its own, so that Ctrl-C reaches the command before Ray goes."""
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
@@ -212,7 +213,7 @@ def _wait_until_started(ray_node: subprocess.Popen[bytes], log: IO[bytes], timeo
 
 
 def _wait_for_machines(machine: Machine) -> bool:
-    """Wait until all machines are part of the cluster; says every 30 s how many are."""
+    """Wait until all machines are part of the cluster, and log every 30 s how many are."""
     import ray
 
     ray.init(logging_level=logging.WARNING, log_to_driver=False)
@@ -233,7 +234,7 @@ def _wait_for_machines(machine: Machine) -> bool:
             time.sleep(1)
     finally:
         ray.shutdown()
-        signal.signal(signal.SIGTERM, _terminated)  # Ray put its own handler there
+        signal.signal(signal.SIGTERM, _terminated)  # Ray put its handler there
 
 
 def _wait_until_gone(machine: Machine, ray_node: subprocess.Popen[bytes]) -> None:

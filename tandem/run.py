@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 from cluster.commands.answers import Answer, Passage
 from cluster.config.settings import Settings
@@ -65,7 +65,7 @@ class Corpus:
                     raise ValueError(f"corpus {mode}: {one} does not exist")
                 put += read_passages(Path(one), limit)
             else:
-                rows += [one] if isinstance(one, Mapping) else list(one)
+                rows += [cast(Mapping[str, Any], one)] if isinstance(one, Mapping) else list(one)
         if rows or not put:
             put += read_passages(rows, limit)
         return self._change(Wanted(put=put, mode=mode))
@@ -106,7 +106,9 @@ class Run:
         return self._system().ask([question, *phrasings], k=k, where=where)
 
     @overload
-    def search(self, questions: str, k: int | None = None, where: Mapping[str, Any] | None = None) -> list[Passage]: ...
+    def search(  # pyright: ignore[reportOverlappingOverload]  (a text is a sequence of texts, too)
+        self, questions: str, k: int | None = None, where: Mapping[str, Any] | None = None
+    ) -> list[Passage]: ...
     @overload
     def search(
         self, questions: Sequence[str], k: int | None = None, where: Mapping[str, Any] | None = None

@@ -89,7 +89,7 @@ def save_checkpoint(
 
 
 def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose contents match its manifest; `warn` is told of each that was refused, by name."""
+    """Return the newest checkpoint whose contents match its manifest; `warn` gets a message for each refused one."""
     found = snapshot.newest_complete(run_dir / "checkpoints", PREFIX, warn)
     return found[1] if found else None
 
@@ -167,10 +167,10 @@ def _metadata(engine: "Engine") -> dict[str, str]:
 
 
 def _attempt(write: Callable[[], object]) -> str | None:
-    """Why `write` failed, or None. torch and safetensors have errors of their own for a full disk."""
+    """Return why `write` failed, or None. torch and safetensors have special errors for a full disk."""
     try:
         write()
-    except Exception as error:  # told to all ranks by `_together`, which raises
+    except Exception as error:  # `_together` raises it on all ranks
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -1,6 +1,7 @@
 """The micro-batches of a stage: spans of the corpus, examples cut from it, questions, or judged and sampled answers."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,17 @@ from training.loop import Source
 from training.objectives.check import samples_answers
 from training.objectives.dispatch import needs
 from training.refreshing.drift import PROBE_FACTOR, DriftProbe
+from training.retrieving.hybrid import HybridSearch
+from training.retrieving.rerank import Reranking
 from training.retrieving.rescore import FreshVectors, Rescorer
-from training.retrieving.retrieve import Prefetcher
+from training.retrieving.retrieve import IndexService, Prefetcher, Search
 from training.training_settings import PREFERENCE
 
 PROBE = 21  # purpose of the random generator that draws the probe
 
 
 class CorpusExamples:
-    """Examples of pretraining, those that are held out, and searches that leave out what they were cut from."""
+    """Examples of pretraining, held-out ones, and searches that leave out the passages they were cut from."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts, job, settings = parts, parts.job, parts.settings
@@ -52,102 +55,140 @@ class CorpusExamples:
             )
 
     def search(self, questions: CorpusQuestions) -> FairSearch:
-        """How passages for `questions` are searched."""
+        """Return the search of passages for `questions`."""
         assert self.parts.service is not None
         margin, hybrid = self.parts.settings.pretraining.margin, self.parts.hybrid_search(questions)
         return FairSearch(self.parts.service, questions, groups=self.groups, margin=margin, search=hybrid)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Examples:
+    """What a stage trains on, before any passage is found for it."""
+
+    stream: Stream
+    batch_of: Callable[[int], np.ndarray]  # numbers of the questions of a batch; int64 [batch]
+    collator: Collator
+    answers: TrainingAnswers | None = None  # None: each question's target
+    search: Search | None = None  # None: by vectors alone, whatever the questions are
+    hybrid: HybridSearch | None = None  # knows the lexical scores of passages that were no hits
+
+
 def make_source(
     parts: Parts, corpus: CorpusExamples | None, reference: Reference | None, loader_state: dict[str, Any] | None
 ) -> Source:
-    """Micro-batches from where the checkpoint stood; `corpus` where the stage pretrains on it."""
+    """Return the micro-batches of a stage, from where the checkpoint stood. `corpus` is given if the stage pretrains
+    on it, `reference` if the objective compares with the system at the stage's start."""
     job, settings, engine = parts.job, parts.settings, parts.engine
     place = (job.seed, engine.rank, engine.world_size)
     start = loader_state["number"] if loader_state else 0
     if needs(settings.objective).in_batch:
         stream = Stream(len(parts.store), settings.training.batch_size, *place)
         return ClozeBatches(_pairs(parts, stream, settings.objective.name), engine.device, start)
-    if corpus is not None:
-        questions = corpus.training
-        stream = Stream(len(questions.candidates), settings.training.batch_size, *place)
-        answers, batch_of = None, stream.places
-        collator = Collator(parts.store, questions, parts.system.generator, parts.text.pad_id)
-        hybrid = None  # every passage that is read is a hit
-        search = corpus.search(questions) if parts.service is not None else None
-    else:
-        questions = QuestionStore.open(job.train_questions, verify=False, corpus=parts.store)
-        stream = Stream(len(questions), settings.training.batch_size, *place)
-        judged = settings.objective.name in PREFERENCE or samples_answers(settings.objective)
-        answers, batch_of = None if judged else _training_answers(parts, questions, stream), stream.batch
-        collator = make_collator(
-            settings.objective,
-            parts.store,
-            questions=questions,
-            generator=parts.system.generator,
-            pad_id=parts.text.pad_id,
-            seed=job.seed,
-        )
-        search = hybrid = parts.hybrid_search(questions)
-    select = parts.selection(collator)
+    examples = _of_corpus(parts, corpus, place) if corpus is not None else _of_questions(parts, place)
+    collator, select = examples.collator, parts.selection(examples.collator)
     if settings.retrieval.source == "long":
-        long_context = LongContext(
-            collator, settings.retrieval.max_context_tokens, settings.generator.max_answer_tokens
-        )
-        return LongContextBatches(collator, stream, choose=long_context.choose, device=engine.device, start=start)
+        most = settings.retrieval.max_context_tokens
+        choose = LongContext(collator, most, settings.generator.max_answer_tokens).choose
+        return LongContextBatches(collator, examples.stream, choose=choose, device=engine.device, start=start)
     if parts.service is None:
-        source = ClosedBookBatches(collator, batch_of, device=engine.device, start=start, answers=answers)
-        return _with_pairs(
-            parts,
-            corpus,
-            source=_aligned(parts, source, collator=collator, reference=reference, loader_state=loader_state),
-            place=place,
-            start=start,
+        source = ClosedBookBatches(
+            collator, examples.batch_of, device=engine.device, start=start, answers=examples.answers
         )
-    k, depth = settings.retrieval.k, settings.retrieval.prefetch_depth
+    else:
+        source = _retrieved(parts, parts.service, examples=examples, select=select, start=start)
+        if loader_state:
+            source.restore(loader_state)
+    source = aligned(
+        source,
+        engine,
+        collator=collator,
+        store=parts.store,
+        to_text=parts.text.to_text,
+        max_tokens=settings.generator.max_answer_tokens,
+        objective=settings.objective,
+        alignment=settings.alignment,
+        reference=reference,
+        loader_state=loader_state,
+    )
+    return _with_pairs(parts, corpus, source=source, place=place, start=start)
+
+
+def _of_corpus(parts: Parts, corpus: CorpusExamples, place: tuple[int, int, int]) -> _Examples:
+    """Examples cut from the corpus; every passage that is read for one is a hit."""
+    questions = corpus.training
+    stream = Stream(len(questions.candidates), parts.settings.training.batch_size, *place)
+    return _Examples(
+        stream=stream,
+        batch_of=stream.places,
+        collator=Collator(parts.store, questions, parts.system.generator, parts.text.pad_id),
+        search=corpus.search(questions) if parts.service is not None else None,
+    )
+
+
+def _of_questions(parts: Parts, place: tuple[int, int, int]) -> _Examples:
+    """Questions with answers that are given, judged, or sampled while training."""
+    job, settings = parts.job, parts.settings
+    questions = QuestionStore.open(job.train_questions, verify=False, corpus=parts.store)
+    stream = Stream(len(questions), settings.training.batch_size, *place)
+    without_given = settings.objective.name in PREFERENCE or samples_answers(settings.objective)
+    answers = None if without_given else _training_answers(parts, questions, stream)
+    collator = make_collator(
+        settings.objective,
+        parts.store,
+        questions=questions,
+        generator=parts.system.generator,
+        pad_id=parts.text.pad_id,
+        seed=job.seed,
+    )
+    hybrid = parts.hybrid_search(questions)
+    return _Examples(
+        stream=stream, batch_of=stream.batch, collator=collator, answers=answers, search=hybrid, hybrid=hybrid
+    )
+
+
+def _retrieved(
+    parts: Parts, service: IndexService, *, examples: _Examples, select: Reranking | None, start: int
+) -> RetrievedBatches:
+    """Batches with the passages that the index finds, searched ahead of training."""
+    settings, engine, collator = parts.settings, parts.engine, examples.collator
+    refuses = settings.questions.refusal_share > 0
     # A labelled passage takes one place: search one more, so that k - 1 others are left.
-    k += (settings.retrieval.source == "gold") + (MORE_FOR_REFUSALS if settings.questions.refusal_share else 0)
+    k = settings.retrieval.k + (settings.retrieval.source == "gold") + (MORE_FOR_REFUSALS if refuses else 0)
     if select is not None:
         k = max(k, select.candidates)
-    k = min(k, parts.service.num_passages)
-    as_they_came = settings.retrieval.source != "gold" and not settings.questions.refusal_share
+    k = min(k, service.num_passages)
+    reads_all_hits = settings.retrieval.source != "gold" and not refuses  # in the order that they were found in
     candidates, rescore = k, None
     if settings.retrieval.rescore > 1:
-        candidates = min(k * settings.retrieval.rescore, parts.service.num_passages)
-        keep_vectors = parts.index_is_fresh and as_they_came
-        fresh, fuse = FreshVectors(engine, collator), parts.refusion()
-        rescore = Rescorer(fresh, k, vectors_are_fresh=parts.index_is_fresh, keep_vectors=keep_vectors, fuse=fuse)
+        candidates = min(k * settings.retrieval.rescore, service.num_passages)
+        rescore = Rescorer(
+            FreshVectors(engine, collator),
+            k,
+            vectors_are_fresh=parts.index_is_fresh,
+            keep_vectors=parts.index_is_fresh and reads_all_hits,
+            fuse=parts.refusion(),
+        )
     prefetcher = Prefetcher(
-        parts.service,
-        batch_of,
+        service,
+        examples.batch_of,
         encode_questions=lambda numbers: encode_questions(engine, collator, numbers),
         k=candidates,
-        depth=depth,
+        depth=settings.retrieval.prefetch_depth,
         start=start,
-        with_vectors=parts.index_is_fresh and (as_they_came or rescore is not None),
-        search=search,
+        with_vectors=parts.index_is_fresh and (reads_all_hits or rescore is not None),
+        search=examples.search,
         is_living=parts.store.is_living,
         rescore=rescore,
         select=select,
     )
-    weighed = hybrid if parts.weighs_words else None
-    source = RetrievedBatches(
+    return RetrievedBatches(
         prefetcher,
         collator,
         config=settings.retrieval,
         device=engine.device,
-        stream=stream,
-        answers=answers,
-        hybrid=weighed,
-    )
-    if loader_state:
-        source.restore(loader_state)
-    return _with_pairs(
-        parts,
-        corpus,
-        source=_aligned(parts, source, collator=collator, reference=reference, loader_state=loader_state),
-        place=place,
-        start=start,
+        stream=examples.stream,
+        answers=examples.answers,
+        hybrid=examples.hybrid if parts.has_lexical_weight else None,
     )
 
 
@@ -182,7 +223,8 @@ def _with_pairs(
 
 
 def make_probe(parts: Parts, corpus: CorpusExamples | None) -> DriftProbe:
-    """What measures the drift of the index: a seeded sample of the questions, or the first examples, trained on."""
+    """Return what measures the drift of the index, on a seeded sample of the training questions or on the first
+    examples of pretraining."""
     job, settings, service = parts.job, parts.settings, parts.service
     assert service is not None
     if corpus is not None:
@@ -195,29 +237,6 @@ def make_probe(parts: Parts, corpus: CorpusExamples | None) -> DriftProbe:
     k = min(settings.retrieval.k, service.num_passages)
     depth = min(k * max(settings.retrieval.rescore, PROBE_FACTOR), service.num_passages)
     return DriftProbe(FreshVectors(parts.engine, collator), service, numbers=numbers, k=k, depth=depth)
-
-
-def _aligned(
-    parts: Parts,
-    source: Source,
-    *,
-    collator: Collator,
-    reference: Reference | None,
-    loader_state: dict[str, Any] | None,
-) -> Source:
-    settings = parts.settings
-    return aligned(
-        source,
-        parts.engine,
-        collator=collator,
-        store=parts.store,
-        to_text=parts.text.to_text,
-        max_tokens=settings.generator.max_answer_tokens,
-        objective=settings.objective,
-        alignment=settings.alignment,
-        reference=reference,
-        loader_state=loader_state,
-    )
 
 
 def _training_answers(parts: Parts, questions: QuestionStore, stream: Stream) -> TrainingAnswers:

@@ -38,8 +38,8 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def contains_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether the normalised tokens of any gold answer stand in the text, whole and in sequence. An answer of which
-    normalisation leaves nothing is contained nowhere."""
+    """Return whether the normalised tokens of any gold answer stand in the text, whole and in sequence. The text
+    contains no answer of which normalisation leaves nothing."""
     padded = f" {normalize_answer(text)} "
     normalized = (normalize_answer(answer) for answer in answers)
     return any(answer != "" and f" {answer} " in padded for answer in normalized)

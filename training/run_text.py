@@ -1,4 +1,4 @@
-"""How the models of a run read and write text. It is decided by the run's tokenisers and four sections of its settings.
+"""The rules by which the models of a run read and write text; tokenisers and four sections of the settings decide them.
 
 Preparation tokenises passages and questions with it, training and answering pad, join and decode with it.
 """
@@ -53,7 +53,7 @@ class RunText:
 
     @staticmethod
     def load(settings: TextSettings, folder: Path) -> "RunText":
-        """Read the tokenisers in `folder`: retriever/, generator/ and, if the re-ranker has its own, reranker/."""
+        """Read the tokenisers in `folder`: retriever/, generator/ and, if the re-ranker has another, reranker/."""
         reranker = load_tokenizer(folder / "reranker") if has_own_tokens(settings.reranker) else None
         return RunText(settings, load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator"), reranker)
 
@@ -64,7 +64,8 @@ class RunText:
 
     @cached_property
     def passage_sides(self) -> list[TokenSide]:
-        """How the retriever, the generator and, if it has its own tokeniser, the re-ranker read a passage."""
+        """Tokenisation of a passage for the retriever, the generator and, if its tokeniser is another, the
+        re-ranker."""
         encoder, generator = self.settings.encoder, self.settings.generator
         return [
             retriever_passage_side(self.retriever, encoder),
@@ -74,7 +75,7 @@ class RunText:
 
     @cached_property
     def question_sides(self) -> list[TokenSide]:
-        """How the same models read a question."""
+        """Tokenisation of a question for the same models."""
         return [
             retriever_question_side(self.retriever, self.settings.encoder),
             generator_question_side(self.generator, self.settings.generator),
@@ -83,7 +84,7 @@ class RunText:
 
     @cached_property
     def answer_side(self) -> TokenSide:
-        """How the generator reads an answer that it learns from."""
+        """Tokenisation of an answer that the generator learns from."""
         return generator_answer_side(self.generator, self.settings.generator)
 
     @property
@@ -93,7 +94,7 @@ class RunText:
 
     @cached_property
     def pairing(self) -> Pairing | None:
-        """How question and passage become the one sequence that a re-ranker reads; None without a re-ranker."""
+        """Joins question and passage to the one sequence that a re-ranker reads; None without a re-ranker."""
         if self.settings.reranker.mode == "off":
             return None
         return shared_pairing(self.retriever) if self.reranker is None else own_pairing(self.reranker)

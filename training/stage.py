@@ -1,7 +1,7 @@
 """One stage in one trainer process: build, restore, train, measure, save. Every rank runs the same lines.
 
-The stage is described by a `StageJob` (sections and places, no objects), so that it can be sent to a process; the index
-service is handed in, so that the same code runs under Ray and, in tests, without it.
+A `StageJob` (settings and paths, no open objects) describes the stage, so that it can be sent to a process. The caller
+hands in the index service, so that the same code runs under Ray and, in tests, without it.
 """
 
 import json
@@ -26,7 +26,7 @@ from training.engine.engine import Engine
 from training.feeding.mixture import pretrains
 from training.feeding.reference import Reference, build_reference, initial_copy
 from training.job import Parts, StageJob, StageSettings
-from training.loop import Hooks, LoopState, Source, publish, retriever_waits, train
+from training.loop import Hooks, LoopState, Source, publish, retriever_delay, train
 from training.make_source import CorpusExamples, make_probe, make_source
 from training.measuring.measures import Measures
 from training.models.build import build_system, built_parts, fit_weights, parameter_groups
@@ -92,7 +92,7 @@ class Stage:
     # ---------------------------------------------------------------- the stage, in order
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step, measure, save; what was measured, on rank 0. Raises what the loop raises."""
+        """Train to the last step, measure and save. Return the measurements. Raises what the loop raises."""
         job, settings = self.job, self.settings
         with self.monitor:
             loader_state = self.restore()
@@ -119,7 +119,8 @@ class Stage:
         return result
 
     def restore(self) -> dict[str, Any] | None:
-        """Newest complete checkpoint of this run, else the weights of `init_from`, else as built. Collective."""
+        """Load the newest complete checkpoint of this run, else the weights of `init_from`; else the models stay as
+        built. Return the state of the source of batches, None if nothing is resumed. Collective."""
         job, settings = self.job, self.settings
         torch.manual_seed(job.seed * 1000 + self.engine.rank)
         found = self.engine.broadcast_object(self._newest() if self.engine.rank == 0 else None)
@@ -142,7 +143,7 @@ class Stage:
         return fit_weights(load_weights(Path(self.job.init_from)), self.system, built)
 
     def make_reference(self, resumes: bool) -> Reference | None:
-        """What alignment compares with: this stage's start, wherever it stands now. Collective."""
+        """Return the system at this stage's start, which alignment compares with; None if it does not. Collective."""
         if not has_reference(self.settings):
             return None
         initial, self._initial = self._initial, None
@@ -152,34 +153,34 @@ class Stage:
         )
 
     def serve_index(self, fresh: bool) -> None:
-        """Wait until a generation of the present weights serves. Collective."""
+        """Wait until an index generation serves; if `fresh`, publish the present weights first. Collective."""
         if self.service is None:
             return
         if fresh:
             publish(self.engine, self.service, state=self.state, precision=self.settings.refresh.precision)
         begin = time.monotonic()
 
-        def told(encoded: int) -> None:
+        def report(encoded: int) -> None:
             if encoded:
                 rate = encoded / (time.monotonic() - begin)
                 left_s = max(0, len(self.store) - encoded) / rate
                 self.parts.progress(f"index: {encoded}/{len(self.store)} passages, {rate:.0f}/s, {left_s:.0f} s left")
 
-        self.service.wait_for_version(max(0, self.state.published), self.job.wait_timeout_s, told)
+        self.service.wait_for_version(max(0, self.state.published), self.job.wait_timeout_s, report)
         waited = f"step {self.state.step}, {time.monotonic() - begin:.1f} s"
         self.monitor.message(f"index of {self.service.num_passages} passages serves ({waited})")
 
     def make_source(self, loader_state: dict[str, Any] | None) -> Source:
-        """Micro-batches from where the checkpoint stood."""
+        """Return the micro-batches, from where the checkpoint stood."""
         return make_source(self.parts, self.corpus, self.reference, loader_state)
 
     def make_freshness(self, loader_state: dict[str, Any] | None) -> Freshness | None:
-        """What keeps the index fresh while this stage trains, where the passage encoder trains. Collective."""
+        """Return what refreshes the index during training; None if the passage encoder does not train. Collective."""
         if self.service is None or not self.parts.retriever_trains:
             return None
         plan = self.settings.refresh
         probe = make_probe(self.parts, self.corpus) if plan.probe_questions else None
-        still = retriever_waits(self.settings.training)
+        fixed_until = retriever_delay(self.settings.training)
         freshness = Freshness(
             plan,
             self.engine,
@@ -187,13 +188,13 @@ class Stage:
             monitor=self.monitor,
             probe=probe,
             num_numbers=len(self.store),
-            still=still,
+            fixed_until=fixed_until,
         )
         freshness.begin(self.state, (loader_state or {}).get("freshness"))
         return freshness
 
     def hooks(self) -> Hooks:
-        """What the loop does between steps."""
+        """Return the tasks of the loop between steps."""
         job, settings, trains = self.job, self.settings, self.parts.retriever_trains
         watched = self.measures.watch(self.state) is not None
         return Hooks(
@@ -205,12 +206,12 @@ class Stage:
             max_staleness_steps=settings.refresh.max_staleness_steps if trains else 0,
             passages_fixed=not trains,
             wait_timeout_s=job.wait_timeout_s,
-            numbers=self._numbers if self.parts.weighs_words else None,
+            numbers=self._numbers if self.parts.has_lexical_weight else None,
             watch=(lambda metrics: self.measures.after_step(self.state.step, metrics)) if watched else None,
         )
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the whole split, save, and write down what was measured."""
+        """Evaluate the whole split, save, and write the measurements. Return them."""
         result: dict[str, Any] = {"step": self.state.step, "fingerprint": self.job.fingerprint}
         result |= {"source": self.settings.retrieval.source}
         result |= {"train_seconds": self.state.seconds, "blocked_steps": self.state.blocked_steps}
@@ -232,7 +233,7 @@ class Stage:
     # ---------------------------------------------------------------- parts
 
     def save(self, state: LoopState) -> None:
-        """Checkpoint, with the index generation in use. Collective."""
+        """Write a checkpoint, and save the index generation in use. Collective."""
         assert self.source is not None
         generation, current = self._save_index()
         save_checkpoint(
@@ -259,8 +260,8 @@ class Stage:
         return {"retrieval/lexical_weight": self.parts.lexical_weight()}
 
     def _save_index(self) -> tuple[int, bool]:
-        """Number of the generation on disk, and whether the passage encoder as it is now made it; -1 where there is
-        none: a full disk costs the snapshot, not the run."""
+        """Save the index. Return the number of the generation on disk, and whether the present passage encoder made it;
+        -1 if there is none. A full disk costs the snapshot, not the run."""
         if self.service is None or not self.settings.checkpoint.index or self.engine.rank:
             return -1, False
         status = self.service.status()
@@ -280,6 +281,6 @@ class Stage:
 
 
 def has_reference(settings: StageSettings) -> bool:
-    """Whether the stage trains by an objective that compares with the system at its start."""
+    """Return whether the stage trains by an objective that compares with the system at its start."""
     trains = settings.training.train != "none" and settings.training.steps > 0
     return trains and needs_reference(settings.objective) and settings.alignment.reference != "none"

@@ -50,7 +50,7 @@ class Retrieved:
     dense: (
         np.ndarray
     )  # int32 [phrasings, k]: place in the dense ranking of each phrasing, from 1; 0: not among its hits
-    words: np.ndarray  # int32 [phrasings, k]: place in the lexical ranking, likewise
+    lexical: np.ndarray  # int32 [phrasings, k]: place in the lexical ranking, likewise
 
 
 class LoadedRun:
@@ -60,7 +60,7 @@ class LoadedRun:
         """Read everything but the index, which is made for the first question. `root` holds stores and tokenisers.
         Raises ValueError where neither the store of the corpus nor its files are there."""
         folder = Path(checkpoint)
-        self.settings, self.root, self.checkpoint = settings, root, folder
+        self.settings, self.checkpoint = settings, folder
         self.text = RunText.load(settings, folder / "tokenizers")
         self._prepared = prepare_data(settings, root, lambda _: None, splits=[])
         self.store = LiveStore.open_with(self._prepared.passages, folder.parent.parent / "corpus")
@@ -201,11 +201,11 @@ class LoadedRun:
             found.hits.scores[0].tolist(),
             probabilities,
             found.dense.T,
-            found.words.T,
+            found.lexical.T,
             strict=True,
         )
         passages: list[Passage] = []
-        for row, score, probability, dense, words in columns:
+        for row, score, probability, dense, lexical in columns:
             passage = self.store.passage(row)
             passages.append(
                 Passage(
@@ -216,7 +216,7 @@ class LoadedRun:
                     probability=probability,
                     metadata=self.store.metadata(row),
                     dense_places=tuple(dense.tolist()),
-                    lexical_places=tuple(words.tolist()) if self.settings.retrieval.hybrid != "none" else (),
+                    lexical_places=tuple(lexical.tolist()) if self.settings.retrieval.hybrid != "none" else (),
                 )
             )
         return passages

@@ -25,7 +25,7 @@ Found = TypeVar("Found", Hits, LexicalHits)
 
 @dataclass(frozen=True)
 class Done(Generic[Found]):
-    """A search that is over (`PendingHits`, `PendingWords`)."""
+    """A search that is over (`PendingHits`, `PendingLexical`)."""
 
     found: Found
 
@@ -34,7 +34,7 @@ class Done(Generic[Found]):
         return self.found
 
 
-class DoneWords:
+class DoneLexical:
     """A `LexicalService` in this process."""
 
     def __init__(self, index: LiveLexical) -> None:
@@ -71,7 +71,7 @@ class OneGeneration:
             )
             for number, bounds in enumerate(ranges)
         ]
-        self._words = None if lexical is None else LexicalIndex.load(lexical)
+        self._base_lexical = None if lexical is None else LexicalIndex.load(lexical)
         if known:
             for shard in self.shards:
                 shard.load(self.generation, directory)
@@ -119,8 +119,8 @@ class OneGeneration:
         num_passages = log.num_living() if passes is None else count_passing(self._store.path, passes, log.folder)
         if not num_passages:
             raise ValueError(f"no passage passes the filter retrieval.where={dict(where)}")
-        words = None if self._words is None else LiveLexical(self._words, self._store, where=passes)
-        self.lexical = None if words is None else DoneWords(words)
+        lexical = None if self._base_lexical is None else LiveLexical(self._base_lexical, self._store, where=passes)
+        self.lexical = None if lexical is None else DoneLexical(lexical)
         self.where, self.num_passages, self._restricted = passes, num_passages, (passes, log.version)
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> Done[Hits]:

@@ -18,10 +18,13 @@ from training.checkpoint import newest_checkpoint
 from training.feeding.mixture import pretrains
 from training.feeding.rewards import load_reward
 from training.feeding.tasks import find_recognizer
+from training.measuring.user_metrics import load_metrics
 from training.models.generators.shape import check_context, read_shape
 from training.models.retriever.reranker import check_cross_encoder, has_own_tokens
 from training.objectives.check import samples_answers
 from training.objectives.dispatch import needs
+from training.objectives.user_objective import load_objective
+from training.plug_ins import with_absolute_file
 
 # A resume goes on with the same model, data and seed; everything else may be set anew.
 SAME_RUN = (
@@ -29,7 +32,15 @@ SAME_RUN = (
     *("encoder.name", "encoder.fresh.", "encoder.tokenizer.", "encoder.towers", "encoder.pooling", "encoder.normalize"),
     *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
     *("encoder.lora.", "generator.lora."),
-    *("objective.name", "training.train", "pretraining.", "questions.target", "questions.refusal", "questions.labels"),
+    *(
+        "objective.name",
+        "objective.function",
+        "training.train",
+        "pretraining.",
+        "questions.target",
+        "questions.refusal",
+        "questions.labels",
+    ),
     *("questions.choice_template", "generator.template", "generator.passage_template", "generator.chat_template"),
     "generator.system_prompt",
     *("retrieval.hybrid", "lexical.", "reranker.mode", "reranker.name", "reranker.fresh.", "reranker.max_"),
@@ -44,6 +55,9 @@ def check_models(settings: Settings) -> None:
     reranker = settings.reranker
     if has_own_tokens(reranker) and Path(reranker.name).is_dir():
         check_cross_encoder(reranker)
+    if settings.objective.function:
+        load_objective(settings.objective.function)
+    load_metrics(settings.evaluation.metrics)
     if samples_answers(settings.objective):
         load_reward(settings.objective.reward)
     if pretrains(settings.pretraining):
@@ -125,12 +139,14 @@ def with_absolute_models(settings: Settings) -> Settings:
         return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
     encoder = replace(settings.encoder, name=absolute(settings.encoder.name))
-    file, colon, function = settings.objective.reward.rpartition(":")
-    reward = f"{Path(file).resolve()}:{function}" if colon and file.endswith(".py") else settings.objective.reward
+    objective, pretraining, evaluation = settings.objective, settings.pretraining, settings.evaluation
+    files = {"reward": with_absolute_file(objective.reward), "function": with_absolute_file(objective.function)}
     return replace(
         settings,
         encoder=encoder,
         generator=replace(settings.generator, name=absolute(settings.generator.name)),
         reranker=replace(settings.reranker, name=absolute(settings.reranker.name)),
-        objective=replace(settings.objective, reward=reward),
+        objective=replace(objective, **files),
+        pretraining=replace(pretraining, recognizer=with_absolute_file(pretraining.recognizer)),
+        evaluation=replace(evaluation, metrics=[with_absolute_file(name) for name in evaluation.metrics]),
     )

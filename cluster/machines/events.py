@@ -1,6 +1,6 @@
-"""`events.jsonl` of a run: refreshes, failures and recoveries, one JSON object a line.
+"""Appends to `events.jsonl` of a run: refreshes, failures and recoveries, one JSON object per line.
 
-Several processes append. Reading it back is how a restarted coordinator knows what was committed before it died.
+Several processes append. A restarted coordinator reads it to know what was committed before.
 """
 
 import sys
@@ -12,13 +12,13 @@ from training.reporting.jsonl import append_line
 
 
 class EventLog:
-    """Appends `{"time": seconds since 1970, "event": kind, ...}`."""
+    """The log, which appends `{"time": seconds since 1970, "event": kind, ...}`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def __call__(self, event: str, **fields: Any) -> None:
-        """Note one event. A full disk costs the line, not the run."""
+        """Append one event. A full disk costs the line, not the run."""
         line = {"time": round(time.time(), 3), "event": event, **fields}
         try:
             append_line(self.path, line)

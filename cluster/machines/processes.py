@@ -1,7 +1,7 @@
-"""Ending a process that does not answer any more.
+"""Ends processes that do not answer any more.
 
-`ray.kill` asks the process itself before anything else, and does nothing to one that has been stopped (SIGSTOP, a hung
-driver call) for half a minute. So every actor says once where it lives, and is ended there by a task on its machine.
+`ray.kill` asks the process itself before anything else, and for half a minute does nothing to one that has been stopped
+(SIGSTOP, a hung driver call). So every actor reports its machine and process once, and a task on that machine ends it.
 """
 
 import os
@@ -22,13 +22,13 @@ class Place:
 
 
 def here() -> Place:
-    """The calling process, an actor."""
+    """Return the place of the calling process, an actor."""
     pid = os.getpid()
     return Place(ray.get_runtime_context().get_node_id(), pid, psutil.Process(pid).create_time())
 
 
 def end(place: Place) -> None:
-    """Have the process at `place` killed; returns at once. Nothing happens when it has ended already."""
+    """Have the process at `place` killed; returns at once. Nothing happens if it has ended already."""
     strategy = NodeAffinitySchedulingStrategy(place.node, soft=False)
     _end_here.options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(place)
 

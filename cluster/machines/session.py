@@ -1,8 +1,8 @@
-"""Join the Ray cluster that RAY_ADDRESS names, or start one for this process on the loopback interface.
+"""Joins the Ray cluster that RAY_ADDRESS names, or starts one for this process on the loopback interface.
 
-What this process starts, it owns: every part of a local Ray ends with it, also when it is killed (Ray's processes get
-a parent-death signal; its two agents notice within about a minute). The token of a local Ray lies in a file that only
-its user reads; children find it in their home directory, so that it stands in no runtime environment and no log.
+This process owns what it starts: every part of a local Ray ends with it, also when it is killed (Ray's processes get a
+parent-death signal; its two agents notice within about a minute). The token of a local Ray is in a file that only its
+user reads; child processes find it in their home directory, so that no runtime environment and no log contains it.
 """
 
 import logging
@@ -17,9 +17,9 @@ from cluster.machines.allocator import keeping_freed_memory
 NAMESPACE = "tandem"
 MIN_LOGICAL_CPUS = 4  # a Ray CPU is a ticket: trainer, controller and tests must fit on a machine with two cores
 START_ATTEMPTS = 3
-OBJECT_STORE_BYTES = 512 * 2**20  # of a local Ray without larger wishes; it spills to disk beyond
+OBJECT_STORE_BYTES = 512 * 2**20  # of a local Ray, if nothing larger is set; it spills to disk beyond
 
-# Read by Ray when it is imported or started; what the user has set wins.
+# Ray reads these when it is imported or started; values that the user has set win.
 QUIET = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # a report of a checkpoint waits for this poll, 2 s otherwise
@@ -29,7 +29,7 @@ QUIET = {
 }
 LOCAL = {
     "RAY_AUTH_MODE": "token",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then takes 127.0.0.1 as this machine's address, on Linux too
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux, too, Ray then takes 127.0.0.1 as this machine's address
     "RAY_worker_niceness": "0",  # 15 otherwise, which leaves refresh workers no room below the trainers
 }
 
@@ -40,8 +40,8 @@ class Session:
 
     namespace: str
     address: str
-    local: bool  # started by this process
-    logs: str  # folder of Ray's own logs, for messages
+    local: bool  # True if this process started it
+    logs: str  # folder of Ray's logs, for messages
 
     def stop(self) -> None:
         """Disconnect; a local Ray ends."""
@@ -52,7 +52,7 @@ class Session:
 
 
 def set_environment() -> None:
-    """Set what Ray reads when it is imported; call it before. Harmless when repeated."""
+    """Set the variables that Ray reads when it is imported; call it before. Repeating it does no harm."""
     wanted = QUIET if os.environ.get("RAY_ADDRESS") else {**QUIET, **LOCAL, **keeping_freed_memory()}
     missing = [name for name in wanted if name not in os.environ]
     if missing and "ray" in sys.modules:
@@ -61,7 +61,7 @@ def set_environment() -> None:
 
 
 def logical_cpus() -> int:
-    """What a Ray that is started here counts with."""
+    """Return the number of CPUs that a Ray started here counts with."""
     return max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
 
 
@@ -73,8 +73,8 @@ def start_or_join(
 ) -> Session:
     """Join the cluster at RAY_ADDRESS, or start Ray here with token authentication.
 
-    Raises ConnectionError when the cluster does not answer, RuntimeError when this process is connected already,
-    imported Ray before `set_environment`, or cannot start it.
+    Raises ConnectionError if the cluster does not answer, RuntimeError if this process is connected already, imported
+    Ray before `set_environment`, or cannot start it.
     """
     set_environment()
     address = os.environ.get("RAY_ADDRESS", "")
@@ -105,7 +105,7 @@ def start_or_join(
 
 
 def _start_patiently(**settings: Any) -> Any:
-    """`ray.init`, again where a loaded machine was slower than the 30 s that Ray gives itself. Raises RuntimeError."""
+    """Call `ray.init`, and again if a loaded machine was slower than the 30 s that Ray waits. Raises RuntimeError."""
     import ray
 
     for _ in range(START_ATTEMPTS):
@@ -119,7 +119,7 @@ def _start_patiently(**settings: Any) -> Any:
 
 
 def _ensure_private_token() -> None:
-    """A token that only this user can read, made here because Ray would leave it readable for everyone."""
+    """Make a token that only this user can read; Ray would leave it readable for everyone."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     path = Path.home() / ".ray" / "auth_token"

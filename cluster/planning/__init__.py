@@ -1,1 +1,1 @@
-"""Placement of a run on its machines, its cost and whether it fits."""
+"""Plans the placement of a run on its machines, its cost and its memory."""

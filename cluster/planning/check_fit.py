@@ -1,8 +1,8 @@
-"""Whether the machines have the memory that a stage needs, asked before anything of it starts.
+"""Checks, before a stage starts, that the machines have the memory that it needs.
 
-The numbers are those of the verb plan (`cluster/planning/sizing.py`, `cluster/planning/estimate.py`); the placement is
-the one that the stage will get, and the memory what its machines say that they have: Ray's `memory` resource, or what
-is free here, and of GPUs what the driver or, on other machines, their kind says. What is not known is not checked.
+The needs are those of the verb plan (`cluster/planning/sizing.py`, `cluster/planning/estimate.py`), the placement is
+that of the stage. The memory of a machine is Ray's `memory` resource, or the free memory of this one; that of a GPU is
+what the driver reports or, on other machines, the size of its kind. Unknown sizes are not checked.
 """
 
 import math
@@ -20,7 +20,7 @@ from cluster.planning.sizing import Work, shard_bytes, trainer_bytes, worker_byt
 def check_fit(
     settings: Settings, placement: PlacementPlan, num_passages: int, say: Callable[[str], None] = print
 ) -> None:
-    """Refuse a stage that needs more memory than its machines have (ValueError), or only say so: cluster.check_fit."""
+    """Refuse a stage that needs more memory than its machines have (ValueError), or only log it: cluster.check_fit."""
     mode, margin = settings.cluster.check_fit, settings.cluster.memory_margin
     if mode == "off":
         return
@@ -28,7 +28,7 @@ def check_fit(
     root = Path(settings.run.directory) / settings.run.name
     try:
         work, _ = work_of(settings, root, num_passages, on_gpu)
-    except (ValueError, AttributeError, TypeError) as error:  # a configuration that is not here, or an unusual one
+    except (ValueError, AttributeError, TypeError) as error:  # a configuration that is absent or unusual
         say(f"the memory of {settings.run.name} is not checked: {error}")
         return
     for have, seats in (_on_host(work, placement), _on_gpu(work, placement)):
@@ -40,11 +40,11 @@ def check_fit(
             say(f"warning: {complaint}")
 
 
-Seats = list[tuple[str, int, float]]  # who, how many on one machine (or of one GPU), bytes of each
+Seats = list[tuple[str, int, float]]  # name, Number on one machine (or on one GPU), bytes of each
 
 
 def _on_host(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
-    """Memory of the smallest machine, and who lives there when everybody is spread."""
+    """Return the memory of the smallest machine, and the processes on one machine if they are spread evenly."""
     nodes = len(placement.nodes)
     have = min((node.memory_bytes for node in placement.nodes if node.memory_bytes), default=0.0)
     trains, encodes = placement.trainers, placement.workers
@@ -60,7 +60,8 @@ def _on_host(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
 
 
 def _on_gpu(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
-    """Memory of the smallest GPU, and who lives on the fullest one: those with a part of a GPU may share it."""
+    """Return the memory of the smallest GPU, and the processes on the fullest one: those with a part of a GPU may share
+    it."""
     have = min((node.gpu_memory_bytes for node in placement.nodes if node.gpu_memory_bytes), default=0.0)
     trains, shards = placement.trainers, placement.shards
     device_bytes, _ = trainer_bytes(work, trains.number, on_gpu=True)
@@ -70,13 +71,14 @@ def _on_gpu(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
         each |= {"index shard": on_gpu, "refresh worker": worker_bytes(work, on_gpu=True)}
     fullest: Seats = []
     for seat in placement.seats():
-        if seat.gpus >= 1 and seat.name in each:  # has one or more for itself
+        if seat.gpus >= 1 and seat.name in each:  # it has one or more GPUs for itself
             alone: Seats = [(seat.name, 1, each[seat.name])]
             fullest = max(fullest, alone, key=_total)
     shared: Seats = []
     free = 1.0
     parts = [seat for seat in placement.seats() if 0 < seat.gpus < 1 and seat.name in each]
-    for seat in sorted(parts, key=lambda seat: each[seat.name] / seat.gpus, reverse=True):  # the worst company first
+    # the largest per share of a GPU first: the worst company
+    for seat in sorted(parts, key=lambda seat: each[seat.name] / seat.gpus, reverse=True):
         number = min(seat.number, int(free / seat.gpus + 1e-6))
         free -= number * seat.gpus
         shared.append((seat.name, number, each[seat.name]))

@@ -1,7 +1,7 @@
-"""What machines are known to do: a table of GPUs, of the hosts around them, and a probe of the processor at hand.
+"""Lists the abilities of GPUs and of the hosts around them, and measures the processors of this machine.
 
-Peak numbers are the vendors' own, dense (the ones that datasheets mark "with sparsity" are twice as large). What a
-program reaches of them is `share`: published measurements of training, where there are any.
+Peak numbers come from the vendors and are dense (those that datasheets mark "with sparsity" are twice as large).
+`share` is the part of them that a program reaches, from published measurements of training if there are any.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 GB = 1e9
-SCAN_K = 36  # hits that a probing search keeps: 20 and the spare ones
+SCAN_K = 36  # Number of hits of a probing search: 20 and the spare ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +20,17 @@ class Device:
     """A GPU, or all processors of a machine together."""
 
     name: str
-    memory_bytes: float  # for programs, of one device
-    flops: float  # peak a second, in bf16 where the device multiplies in it, otherwise fp32
-    fp32_flops: float  # peak a second without tensor cores: what torch multiplies fp32 with unless told otherwise
-    bandwidth: float  # peak bytes a second of its memory
-    share: float  # of `flops` that training and encoding reach
-    ray_names: tuple[str, ...] = ()  # what Ray calls it: accelerator_type:...
+    memory_bytes: float  # bytes that programs may use, of one device
+    flops: float  # peak operations per second, in bf16 if the device multiplies in it, otherwise in fp32
+    fp32_flops: float  # peak operations per second without tensor cores, which torch uses for fp32 by default
+    bandwidth: float  # peak bytes per second of its memory
+    share: float  # Share of `flops` that training and encoding reach
+    ray_names: tuple[str, ...] = ()  # Ray's names for it: accelerator_type:...
 
 
 # share: MosaicML llm-foundry, scripts/train/benchmarking/README.md, table "H100 80GB BF16": 35 to 46% of the peak for
-# models of 0.76 to 7 B parameters at 1,024 to 4,096 tokens; 0.35 is the low end, since ours are smaller. The same file
-# has A100s between 40 and 60%. No such table is known for the smaller cards: they get the H100's.
+# models of 0.76 to 7 B parameters at 1,024 to 4,096 tokens; 0.35 is the low end, since the models here are smaller. The
+# same file has A100s between 40 and 60%. No such table is known for the smaller cards: they get the H100's.
 GPUS: dict[str, Device] = {
     # NVIDIA H100 Tensor Core GPU datasheet (SXM): 80 GB, 989 TFLOP/s bf16, 67 fp32, 3.35 TB/s
     "h100": Device(
@@ -91,8 +91,9 @@ GPUS: dict[str, Device] = {
         share=0.35,
         ray_names=("A10G",),
     ),
-    # NVIDIA T4 datasheet: 16 GB, 320 GB/s. Its 65 TFLOP/s are fp16, which this project does not train in, and it has
-    # no bf16: the 8.1 TFLOP/s of fp32 count
+    # NVIDIA T4 datasheet: 16 GB, 320 GB/s. Its 65 TFLOP/s are fp16, in which nothing is trained here, and it has no
+    # bf16:
+    # the 8.1 TFLOP/s of fp32 count
     "t4": Device(
         name="t4",
         memory_bytes=16 * GB,
@@ -103,8 +104,10 @@ GPUS: dict[str, Device] = {
         ray_names=("T4",),
     ),
 }
-BANDWIDTH_SHARE = 0.8  # of peak bandwidth, for long scans: BabelStream (Deakin et al. 2018) reaches 0.8 to 0.9 on GPUs
-CPU_SHARE = 0.6  # of the matrix product's rate that encoding reaches: benchmarks/results/encode.md, 48 to 53 GFLOP/s
+# Share of peak bandwidth in long scans: BabelStream (Deakin et al. 2018) reaches 0.8 to 0.9 on GPUs
+BANDWIDTH_SHARE = 0.8
+# Share of the matrix product's rate that encoding reaches: benchmarks/results/encode.md, 48 to 53 GFLOP/s
+CPU_SHARE = 0.6
 
 # A machine around GPUs, one processor thread: 2.5 GHz x 16 fp32 multiply-adds a cycle and core (AVX2), two threads
 # a core, 80% of it. Bandwidth of one machine: two sockets of eight DDR4-3200 channels have 410 GB/s; half of it.
@@ -119,20 +122,20 @@ class Host:
 
     cpus: int
     memory_bytes: float
-    product_flops: float  # a second and processor, fp32, of large matrix products
-    scan_flops: float  # a second and processor, of a batch of queries with a long array of vectors
-    pair_bytes: float  # a second and processor, read by inner products of one query with many vectors
-    copy_bytes: float  # a second and processor, written by a copy
-    bandwidth: float  # bytes a second that all processors together may read
+    product_flops: float  # operations per second and processor, fp32, of large matrix products
+    scan_flops: float  # operations per second and processor, of a batch of queries with a long array of vectors
+    pair_bytes: float  # bytes per second and processor, read by inner products of one query with many vectors
+    copy_bytes: float  # bytes per second and processor, written by a copy
+    bandwidth: float  # bytes per second that all processors together may read
 
     @property
     def flops(self) -> float:
-        """Of matrix products, all processors."""
+        """Return the operations per second of matrix products on all processors."""
         return self.cpus * self.product_flops
 
 
 def planned_host(cpus: int, memory_bytes: float) -> Host:
-    """A machine that is not here: the constants above."""
+    """Return a machine that is not here, with the constants above."""
     return Host(
         cpus=cpus,
         memory_bytes=memory_bytes,
@@ -145,9 +148,9 @@ def planned_host(cpus: int, memory_bytes: float) -> Host:
 
 
 def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], float] = time.process_time) -> Host:
-    """This machine, measured for about `seconds` of `clock`: the rates of one thread, with vectors of `dim` numbers and
-    `batch` queries at a time. The default clock counts this process's own seconds: work beside it will be over when the
-    plan is carried out."""
+    """Return this machine, measured for about `seconds` of `clock`: the rates of one thread, with vectors of `dim`
+    numbers and `batch` queries at a time. The default clock counts the seconds of this process alone, since other work
+    will be over when the plan is carried out."""
     import psutil
 
     from indexing.dense.faiss_library import load_faiss, tune_blas
@@ -185,7 +188,7 @@ def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], fl
 
 
 def median_seconds(work: Callable[[], object], seconds: float, clock: Callable[[], float]) -> float:
-    """The median of the times that `work` takes, repeated for about `seconds` (three times at least)."""
+    """Return the median of the times that `work` takes, repeated for about `seconds` (three times at least)."""
     work()
     times: list[float] = []
     end = clock() + seconds
@@ -197,7 +200,8 @@ def median_seconds(work: Callable[[], object], seconds: float, clock: Callable[[
 
 
 def gpu_at_hand() -> str:
-    """The name in `GPUS` of this machine's first GPU; cpu without one. Raises ValueError for one that is not known."""
+    """Return the name in `GPUS` of this machine's first GPU; cpu without one. Raises ValueError for one that is not
+    known."""
     import torch
 
     if not torch.cuda.is_available():
@@ -210,7 +214,7 @@ def gpu_at_hand() -> str:
 
 
 def known_gpu(name: str, memory_bytes: float) -> str | None:
-    """The entry of `GPUS` that a CUDA device's name means, the memory telling A100s apart."""
+    """Return the entry of `GPUS` for a CUDA device's name; the memory distinguishes A100s."""
     plain = name.lower().replace("nvidia", "").replace("tesla", "").strip()
     if "a100" in plain:
         return "a100-80g" if memory_bytes > 60 * GB else "a100-40g"

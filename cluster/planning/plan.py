@@ -1,8 +1,7 @@
-"""The verb plan: does a run fit, on what, how stale will its index be, what does it cost. Needs no GPU, no weights and
-no network, and starts nothing.
+"""Runs the verb plan: the smallest machines that fit a run, the staleness of its index, and its cost.
 
-What the corpus and the models are is read from the run's store, the corpus and the models' configurations; what is not
-here is asked for by one message that names the setting of section `plan`.
+It needs no GPU, no weights and no network, and starts nothing. Sizes come from the run's store, the corpus and the
+models' configurations; if one is missing, a message names the setting of section `plan` that gives it.
 """
 
 import json
@@ -19,19 +18,18 @@ from cluster.planning.sizing import MAX_PLANNED, SHARED_GPU, Costs, Counts, Mach
 from indexing.corpus.files.corpus import corpus_path, iterate_corpus
 from indexing.corpus.snapshot import is_complete
 from indexing.corpus.stores.passages import Store
-from training.measuring.sizes import encoder_size, reader_size
-from training.objectives.check import PREFERENCE, SAMPLING
+from training.measuring.sizes import encoder_size, generator_size
 from training.objectives.dispatch import needs
-from training.training_settings import LoraConfig
+from training.training_settings import PREFERENCE, SAMPLING, LoraConfig
 
 RETRIEVER = "retriever"
-# of a machine, for each of its GPUs: AWS p4d and p5, DGX have 12 to 28 CPUs and 128 to 256 GB
+# Number of processors, and bytes, per GPU of a machine: AWS p4d and p5 and DGX have 12 to 28 CPUs and 128 to 256 GB
 GPU_CPUS, GPU_MEMORY = 12, 128 * GB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One stage, planned."""
+    """The plan of one stage."""
 
     stage: str
     work: Work
@@ -42,7 +40,7 @@ class Plan:
 
 
 def run(experiment: Experiment, only_json: bool = False) -> int:
-    """Print a table for each stage, and one JSON line behind them all. Raises ValueError where nothing fits."""
+    """Print a table for each stage, then one JSON line for all of them. Raises ValueError if nothing fits."""
     plans = [plan(settings, experiment.directory, name) for name, settings in experiment.stages.items()]
     if not only_json:
         print("\n\n".join(table(one) for one in plans), flush=True)
@@ -51,7 +49,7 @@ def run(experiment: Experiment, only_json: bool = False) -> int:
 
 
 def plan(settings: Settings, root: Path, stage: str = "") -> Plan:
-    """The smallest placement that fits this stage, and what it costs. Raises ValueError."""
+    """Return the smallest placement that fits this stage, and its costs. Raises ValueError."""
     try:
         work, notes = work_of(settings, root)
         machines = machines_of(settings, work)
@@ -71,14 +69,14 @@ def plan(settings: Settings, root: Path, stage: str = "") -> Plan:
 def work_of(
     settings: Settings, root: Path, num_passages: int = 0, on_gpu: bool | None = None
 ) -> tuple[Work, tuple[str, ...]]:
-    """What the stage has to do, and how that is known. `num_passages`: where that is known already; `on_gpu`: whether
-    trainers compute on GPUs (None: as `plan.gpu` says). Raises ValueError that names what is missing."""
+    """Return the work of a stage and the sources of its numbers. `num_passages` overrides the corpus; `on_gpu` tells if
+    trainers compute on GPUs (None: by `plan.gpu`). Raises ValueError that names what is missing."""
     planned, encoder, generator, training = settings.plan, settings.encoder, settings.generator, settings.training
     needed = needs(settings.objective)
     passages, tokens, notes = _corpus(settings, root, num_passages)
     tower = encoder_size(encoder, planned.encoder)
     vocabulary = encoder.tokenizer.vocabulary if not encoder.name else generator.tokenizer.vocabulary
-    reader = None if needed.in_batch else reader_size(generator, vocabulary, planned.generator)
+    reader = None if needed.in_batch else generator_size(generator, vocabulary, planned.generator)
     trained, held = _parameters(settings, tower.parameters, layers=tower.layers, hidden=tower.hidden, reader=reader)
     precision = settings.engine.precision
     if precision == "auto":
@@ -124,7 +122,7 @@ def work_of(
 
 
 def machines_of(settings: Settings, work: Work) -> Machines:
-    """What `plan` says of the machines; this one is measured where `plan.gpu` is cpu."""
+    """Return the machines that section `plan` describes; this one is measured if `plan.gpu` is cpu."""
     planned, cluster = settings.plan, settings.cluster
     gpu = gpu_at_hand() if planned.gpu == "auto" else planned.gpu
     limit = planned.gpus or MAX_PLANNED
@@ -152,7 +150,7 @@ def machines_of(settings: Settings, work: Work) -> Machines:
 
 
 def _corpus(settings: Settings, root: Path, num_passages: int) -> tuple[int, float, tuple[str, ...]]:
-    """Passages, mean tokens of one, and where both come from."""
+    """Return the number of passages, their mean tokens, and the source of both."""
     planned, longest = settings.plan, settings.encoder.max_passage_tokens
     store = newest_store(root)
     passages = num_passages or planned.passages
@@ -172,7 +170,7 @@ def _corpus(settings: Settings, root: Path, num_passages: int) -> tuple[int, flo
 
 
 def newest_store(root: Path) -> Store | None:
-    """The passages that were prepared last for the run in `root`."""
+    """Return the passages that were prepared last for the run in `root`."""
     found = [path for path in root.glob("data/*/passages") if is_complete(path)]
     newest = max(found, key=lambda path: path.stat().st_mtime, default=None)
     return None if newest is None else Store.open(newest, verify=False)
@@ -180,7 +178,7 @@ def newest_store(root: Path) -> Store | None:
 
 def _counted(settings: Settings) -> int:
     corpus = settings.corpus
-    if not corpus.path:  # the synthetic world: a passage for each relation of a person
+    if not corpus.path:  # the synthetic world has one passage for each relation of a person
         from indexing.corpus.files.world_words import RELATIONS
 
         return corpus.world.num_people * len(RELATIONS)
@@ -192,7 +190,7 @@ def _counted(settings: Settings) -> int:
 
 
 def _parameters(settings: Settings, tower: int, *, layers: int, hidden: int, reader: Any) -> tuple[int, int]:
-    """(that train, that a trainer holds), the frozen reference of an alignment among them."""
+    """Return the parameters (that train, that a trainer holds), also those of an alignment's frozen reference."""
     train = settings.training.train
     towers = settings.encoder.num_towers(train)
     writes = 0 if reader is None else reader.parameters
@@ -208,7 +206,7 @@ def _parameters(settings: Settings, tower: int, *, layers: int, hidden: int, rea
 
 
 def _adapters(lora: LoraConfig, layers: int, hidden: int) -> int:
-    """Two thin matrices beside each linear layer: four of h x h, two of h x 4 h."""
+    """Return the parameters of two thin matrices beside each linear layer: four of h x h, two of h x 4 h."""
     return lora.rank * layers * hidden * (4 * 2 + 2 * 5)
 
 
@@ -216,7 +214,7 @@ def _adapters(lora: LoraConfig, layers: int, hidden: int) -> int:
 
 
 def table(one: Plan) -> str:
-    """The plan as lines of label and value."""
+    """Return the plan as lines of label and value."""
     work, machines, counts, cost = one.work, one.machines, one.counts, one.costs
     device = machines.device
     kind = "CPU" if device is None else device.name
@@ -280,7 +278,7 @@ def table(one: Plan) -> str:
 
 
 def overrides(one: Plan) -> list[str]:
-    """The settings that launch this placement."""
+    """Return the settings that launch this placement."""
     counts = one.counts
     found = [f"cluster.num_trainers={counts.trainers}"]
     if one.work.uses_index:
@@ -294,7 +292,7 @@ def overrides(one: Plan) -> list[str]:
 
 
 def as_json(one: Plan) -> dict[str, Any]:
-    """The plan as numbers."""
+    """Return the plan as numbers."""
     work, machines, counts = one.work, one.machines, one.counts
     return {
         "stage": one.stage,

@@ -19,7 +19,7 @@ from cluster.planning.hardware import BANDWIDTH_SHARE, CPU_SHARE, GB, Device, Ho
 from indexing.declare import refuse
 
 if TYPE_CHECKING:
-    from training.measuring.sizes import EncoderSize, ReaderSize
+    from training.measuring.sizes import EncoderSize, GeneratorSize
 
 ENCODING_SHARE = 0.5  # Share of the time between two publishes
 SHARED_GPU = (0.6, 0.2, 0.2)  # Share of a GPU that serves all: trainer, refresh worker, shard
@@ -36,7 +36,7 @@ class Work:
     tokens: float  # Number of tokens of a passage, mean
     dim: int
     encoder: "EncoderSize"
-    reader: "ReaderSize | None"  # None: the objective has no generator
+    reader: "GeneratorSize | None"  # None: the objective has no generator
     trained: int  # Number of parameters that train
     frozen: int  # Number of frozen parameters that trainers hold
     published: int  # Number of parameters of the passage tower

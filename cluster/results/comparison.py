@@ -1,4 +1,5 @@
-"""From the cells' evaluations to one table: mean and spread over seeds, and the paired difference to the baseline."""
+"""Turns the evaluations of a matrix of runs into one table: mean and spread over seeds, and the paired difference to
+the baseline."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ def write_comparison(
     failures: Mapping[tuple[str, int], str],
     root: Path,
 ) -> dict[str, Any]:
-    """Write comparison.json and report.html into `root`, print the table. Counts runs in `done` only; returns the
+    """Write comparison.json and report.html into `root` and print the table. Only runs in `done` count. Returns the
     content of the file."""
     results: dict[str, dict[int, Measured]] = {}
     for cell, by_seed in folders.items():
@@ -62,8 +63,8 @@ def write_comparison(
 
 
 def compare_cells(results: Results, baseline: str) -> dict[str, dict[str, Any]]:
-    """Of each cell: `seeds` that were run; `metrics`: `mean`, `sd` over seeds (None for one) and `per_seed`; `paired`:
-    `paired_to` the baseline; `train_seconds`, a mean."""
+    """Return for each cell: `seeds` that were run; `metrics`: `mean`, `sd` over seeds (None for one) and `per_seed`;
+    `paired`: `paired_to` the baseline; `train_seconds`, a mean."""
     found: dict[str, dict[str, Any]] = {}
     for cell, by_seed in results.items():
         metrics = {}
@@ -83,9 +84,9 @@ def compare_cells(results: Results, baseline: str) -> dict[str, dict[str, Any]]:
 
 
 def paired_to(cell: Mapping[int, Measured], baseline: Mapping[int, Measured]) -> dict[str, dict[str, Any]]:
-    """Difference of a cell to the baseline, question by question with the same seed, over the seeds and questions that
-    both have: `mean`; `low` and `high` of its 95% interval, by bootstrap over questions of the seeds' mean; `sd` over
-    seeds and `per_seed` means."""
+    """Return the difference of a cell to the baseline, question by question with the same seed, over the seeds and
+    questions that both have: `mean`; `low` and `high` of its 95% interval, by bootstrap over questions of the seeds'
+    mean; `sd` over seeds and `per_seed` means."""
     found: dict[str, dict[str, Any]] = {}
     seeds = [seed for seed in cell if seed in baseline]
     for name in HEADLINE:
@@ -105,14 +106,14 @@ def paired_to(cell: Mapping[int, Measured], baseline: Mapping[int, Measured]) ->
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample; None for fewer than two."""
+    """Return the standard deviation of a sample; None for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def comparison_table(
     cells: Mapping[str, Mapping[str, Any]], matrix: Matrix, failures: Mapping[tuple[str, int], str]
 ) -> Table:
-    """One row per cell."""
+    """Return one row per cell."""
     columns, rows = ["cell", "seeds"], []
     for name in SHOWN:
         columns += [name, "sd", "difference", "95%"]
@@ -132,7 +133,7 @@ def comparison_table(
 
 
 def points_of(cells: Mapping[str, Mapping[str, Any]], baseline: str) -> Points:
-    """The plot: what the table shows, the baseline drawn on."""
+    """Return the points of the plot: the metrics of the table, with the baseline."""
     series: dict[str, list[tuple[float, float] | None]] = {}
     for name in SHOWN:
         found = [values["metrics"].get(name) for values in cells.values()]
@@ -142,7 +143,7 @@ def points_of(cells: Mapping[str, Mapping[str, Any]], baseline: str) -> Points:
 
 
 def changes_table(matrix: Matrix, base: Settings) -> Table:
-    """What each cell sets otherwise than the base stage."""
+    """Return the settings of each cell that differ from those of the base stage."""
     before = values_of(base)
     rows: list[Sequence[str]] = []
     for cell, settings in matrix.cells.items():

@@ -1,4 +1,4 @@
-"""What each way of giving a generator its context costs and brings: one table, and needles as heat maps."""
+"""Shows the costs and the gains of each way to give a generator its context: one table, and needles as heat maps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ NOTES = (
 
 
 def context_table(stages: Mapping[str, Measured]) -> Table | None:
-    """One row per stage and context that was measured with its costs; None where there is none."""
+    """Return one row per stage and context whose costs were measured; None if there is none."""
     rows: list[list[Any]] = []
     for name, measured in stages.items():
         for position, (mode, costs) in enumerate(measured.result.get("costs", {}).items()):
@@ -39,7 +39,7 @@ def context_table(stages: Mapping[str, Measured]) -> Table | None:
 
 
 def needle_sections(stages: Mapping[str, Measured]) -> list[Section]:
-    """A heat map for each stage that was swept."""
+    """Return a heat map for each stage with needles."""
     sections = []
     for name, measured in stages.items():
         sweep = measured.result.get("needle")

@@ -1,4 +1,4 @@
-"""What a swap of facts did: the same weights, asked before and after the corpus was encoded anew."""
+"""Measures the effect of a swap of facts: the same weights, asked before and after the corpus was encoded anew."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,13 @@ from training.reporting.report import Table
 
 
 def swap(before: Measured, after: Measured) -> dict[str, float]:
-    """Shares, NaN where no question is left to count.
+    """Return shares; NaN if no question is left to count.
 
     Of the `num_changed` questions whose answer changed: answered anew (`new`), with the former answer (`old`), right
     before (`before`), and with a passage that states the new fact among those that were read (`found`). Of the
-    `num_found` of these: answered anew (`followed`); the same of those that were right before too
-    (`followed_known`), which leaves out what the reader could not read either way. Of the `num_unchanged` ones: exact
-    match before and after.
+    `num_found` of these: answered anew (`followed`); the same of those that were right before too (`followed_known`),
+    which leaves out what the generator could not read either way. Of the `num_unchanged` ones: exact match before and
+    after.
     """
     changed = changed_questions(before.rows, after.rows)
     ids = {row["id"] for row in changed}
@@ -43,7 +43,7 @@ def swap(before: Measured, after: Measured) -> dict[str, float]:
 
 
 def update_table(updates: Mapping[str, Mapping[str, float]]) -> Table:
-    """One row per stage: `swap` of each."""
+    """Return one row per stage: `swap` of each."""
     columns = {
         "changed": "num_changed",
         "right before": "before",

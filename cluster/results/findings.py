@@ -1,4 +1,4 @@
-"""What stages measured, read back from their run directories."""
+"""Reads what stages measured back from their run directories."""
 
 import json
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from training.stage import EVALUATION_FILE
 
 @dataclass(frozen=True)
 class Measured:
-    """One stage's evaluation: means, and one row per question."""
+    """The evaluation of one stage: means, and one row per question."""
 
     name: str
     result: dict[str, Any]
@@ -23,21 +23,21 @@ class Measured:
         return self.result["metrics"]
 
     def column(self, name: str) -> dict[str, float]:
-        """A metric by question id; questions without it are left out."""
+        """Return a metric by question id; questions without it are left out."""
         return {row["id"]: float(row[name]) for row in self.rows if row.get(name) is not None}
 
 
 @dataclass
 class Findings:
-    """Everything measured in one experiment, in the order of its stages."""
+    """All measurements of one experiment, in the order of its stages."""
 
     stages: dict[str, Measured] = field(default_factory=dict)
-    updates: dict[str, tuple[Measured, Measured]] = field(default_factory=dict)  # stage: before and after the update
+    updates: dict[str, tuple[Measured, Measured]] = field(default_factory=dict)  # stage -> before and after the update
     seconds: float = 0.0
 
 
 def read_measured(name: str, run_dir: Path) -> Measured | None:
-    """What a stage left in its run directory; None where it was not evaluated."""
+    """Return the evaluation in a run directory; None if the stage was not evaluated."""
     path = run_dir / EVALUATION_FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What an experiment found: one table, `summary.json`, and the self-contained `report.html`."""
+"""Writes the results of an experiment: one table, `summary.json`, and the self-contained `report.html`."""
 
 import json
 import time
@@ -18,19 +18,20 @@ from training.reporting.report import Example, Table, print_table, run_report
 SUMMARY_FILE, REPORT_FILE = "summary.json", "report.html"
 HEADLINE = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")
 FURTHER = ("accuracy", "refusal_unanswerable", "refusal_answerable", "held_out/log_likelihood", "held_out/loss")
-ALIGNMENT = ("preference_accuracy", "preference_accuracy_per_token")  # where pairs were measured
+ALIGNMENT = ("preference_accuracy", "preference_accuracy_per_token")  # if pairs were measured
 CONTROLS = ("closed_book", "gold", "long", "fused", "marginal", "top1")
 NUM_EXAMPLES = 6
 
 
 def seconds_of(directory: Path) -> float:
-    """What an earlier summary says it took; 0 where there is none."""
+    """Return the seconds that an earlier summary states; 0 if there is none."""
     path = directory / SUMMARY_FILE
     return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0
 
 
 def summarise(findings: Findings) -> dict[str, Any]:
-    """The content of `summary.json`: each stage's means, controls, the update, paired differences of the last stage."""
+    """Return the content of `summary.json`: each stage's means, controls, the update, paired differences of the last
+    stage."""
     summary: dict[str, Any] = {}
     for name, measured in findings.stages.items():
         names = (*HEADLINE, *FURTHER, *ALIGNMENT)
@@ -57,7 +58,8 @@ def summarise(findings: Findings) -> dict[str, Any]:
 
 
 def paired(a: Measured, b: Measured) -> dict[str, dict[str, float]]:
-    """Difference a - b question by question, with its 95% interval, of each headline metric that both have."""
+    """Return the difference a - b question by question, with its 95% interval, of each headline metric that both
+    have."""
     found = {}
     for name in HEADLINE:
         left, right = a.column(name), b.column(name)
@@ -69,7 +71,7 @@ def paired(a: Measured, b: Measured) -> dict[str, dict[str, float]]:
 
 
 def result_table(findings: Findings, summary: Mapping[str, Any]) -> Table:
-    """One row per evaluated stage and control, and what the update did."""
+    """Return one row per evaluated stage and control, and the effect of the update."""
     rows: list[list[Any]] = []
     aligned = [key for key in ALIGNMENT if any(key in measured.metrics for measured in findings.stages.values())]
     for name, measured in findings.stages.items():
@@ -98,7 +100,7 @@ def result_table(findings: Findings, summary: Mapping[str, Any]) -> Table:
 
 
 def write_findings(findings: Findings, directory: Path, run_dirs: Mapping[str, Path]) -> dict[str, Any]:
-    """Write summary.json and report.html into `directory`; returns the summary. The table is printed."""
+    """Write summary.json and report.html into `directory`, print the table, and return the summary."""
     summary = summarise(findings)
     partial = directory / f".{SUMMARY_FILE}"
     partial.write_text(json.dumps(plain(summary), indent=1) + "\n", encoding="utf-8")
@@ -119,7 +121,7 @@ def write_findings(findings: Findings, directory: Path, run_dirs: Mapping[str, P
 
 
 def _examples(findings: Findings) -> list[Example]:
-    """The first questions, as each stage answered them."""
+    """Return the first questions with the answers of each stage."""
     if not findings.stages:
         return []
     last = list(findings.stages.values())[-1]

@@ -150,12 +150,12 @@ class LocalIndex:
         self.generations_committed += 1
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
     ) -> None:
         """What waits is built now. Raises TimeoutError when that is not new enough."""
         self.waited_for.append(weights_version)
         self.refresh()
-        told(self.num_passages)
+        report(self.num_passages)
         if self.weights_version < weights_version and not self._is_complete:
             raise TimeoutError(f"version {weights_version} after {timeout_s} s: {self.weights_version} serves")
 

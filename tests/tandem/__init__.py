@@ -1,1 +1,5 @@
-"""Tests of the package `tandem`."""
+"""Tests of the package `tandem`. What Ray reads is set before anything imports it, as the package does."""
+
+from cluster.machines import session
+
+session.set_environment()

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,6 @@ import tandem
 from cluster.config.experiment import to_yaml
 from cluster.config.moved import with_absolute_paths
 from cluster.config.settings import RunConfig
-from cluster.machines import session
 from cluster.machines.events import EventLog
 from cluster.prepare.recorded_stores import record_stores
 from cluster.prepare.stores import prepare_data
@@ -30,11 +30,10 @@ from training.training_settings import (
     TrainingConfig,
 )
 
-session.set_environment()  # Ray reads it when it is imported
 
-
-def train_tiny(directory: Path, corpus: CorpusConfig) -> Path:
-    """Train the stage `tiny/joint` for two steps below `directory`; returns its run folder."""
+def train_tiny(directory: Path, corpus: CorpusConfig, **sections: Any) -> Path:
+    """Train the stage `tiny/joint` for two steps below `directory`; returns its run folder. `sections` replace those of
+    its settings."""
     settings = tandem.Settings(
         run=RunConfig(name="tiny/joint", directory=str(directory)),
         corpus=corpus,
@@ -48,6 +47,7 @@ def train_tiny(directory: Path, corpus: CorpusConfig) -> Path:
         evaluation=EvaluationConfig(decoding=DecodingConfig(max_tokens=4)),
         monitor=MonitorConfig(console=False, wandb="off"),
     )
+    settings = replace(settings, **sections)
     root, folder = directory / "tiny", directory / "tiny" / "joint"
     prepared = prepare_data(settings, root, lambda _: None)
     folder.mkdir(parents=True)

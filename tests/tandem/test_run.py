@@ -20,7 +20,7 @@ QUESTION = "where was she born?"
 def test_a_second_question_uses_what_is_loaded(run: tandem.Run) -> None:
     with tandem.load(run.folder) as again:
         begin = time.process_time()
-        first = again.ask(QUESTION)
+        first = second = again.ask(QUESTION)
         seconds = [time.process_time() - begin]
         loaded = again._system()
         system, index = loaded.system, loaded._index

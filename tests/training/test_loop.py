@@ -23,7 +23,7 @@ from training.loop import (
     Window,
     index_metrics,
     learning_rates,
-    retriever_waits,
+    retriever_delay,
     step_metrics,
     train,
 )
@@ -150,12 +150,12 @@ class Run:
 
     def every(self, steps: int, precision: str = "float32") -> Callable[..., dict[str, float]]:
         """A refresh every so many steps."""
-        plan, still = (
+        plan, fixed_until = (
             RefreshPlan(every_steps=steps, precision=precision),
-            retriever_waits(self.stage.job.settings.training),
+            retriever_delay(self.stage.job.settings.training),
         )
         return Freshness(
-            plan, self.stage.engine, service=self.index, monitor=self.stage.monitor, still=still
+            plan, self.stage.engine, service=self.index, monitor=self.stage.monitor, fixed_until=fixed_until
         ).after_step
 
     def train(self, hooks: Hooks, source: Source | None = None) -> LoopState:

@@ -1,4 +1,4 @@
-"""Which answer each question trains on, and which questions are asked without what answers them."""
+"""The answers that questions train on, and the questions that are asked without the passages that answer them."""
 
 from collections.abc import Sequence
 

@@ -12,7 +12,7 @@ TASKS = ("span_corruption", "salient_span", "prefix_lm", "title_to_section")
 
 
 def pretrains(config: PretrainingConfig) -> bool:
-    """Whether the stage trains on examples cut from the corpus: some task has a weight."""
+    """Return whether the stage trains on examples cut from the corpus: some task has a weight."""
     return any(getattr(config, task) is not None for task in (*TASKS, *CONTRASTIVE))
 
 

@@ -1,7 +1,7 @@
 """Examples cut from the corpus while training: what a question store is to fine-tuning, with nothing materialised.
 
-Example `number` is a function of (seed, number) alone: the task, the passage and the cut are drawn from a generator of
-their own, so that the place in the stream is all that a checkpoint has to keep. Text becomes tokens with the same sides
+Example `number` is a function of (seed, number) alone: a generator seeded with both draws the task, the passage and the
+cut, so that the place in the stream is all that a checkpoint has to keep. Text becomes tokens with the same sides
 that tokenise questions. The passage that an example was cut from, and its near-duplicates, are never read for it.
 """
 
@@ -40,7 +40,7 @@ class CorpusExample:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleSides:
-    """How examples become tokens: the sides of questions, and how each tokeniser is told of a mask."""
+    """The rules by which examples become tokens: the sides of questions, and each tokeniser's mask."""
 
     retriever: TokenSide
     generator: TokenSide
@@ -194,7 +194,7 @@ def split_passages(groups: np.ndarray, held_out: float) -> tuple[np.ndarray, np.
 
 
 class FairSearch:
-    """Searches for examples: what is returned never holds an example's own passage or a near-duplicate of it.
+    """Searches for examples. The hits never hold the passage of an example or a near-duplicate of it.
 
     `margin` more passages are asked for than wanted. Where too few are left, the batch is searched again as deep as the
     largest group of its sources makes necessary, without another encoding of the questions.
@@ -209,7 +209,7 @@ class FairSearch:
         margin: int,
         search: Search | None = None,
     ) -> None:
-        """`search`: what finds the hits that are cleaned; None: the service's own."""
+        """`search` finds the hits that are cleaned; None: the service does, by vectors alone."""
         self.search = search or dense_search(service)
         self.service, self.questions, self.groups, self.margin = service, questions, groups, margin
         self.sizes = np.bincount(groups, minlength=len(groups))  # passages of a group, by its number
@@ -218,20 +218,20 @@ class FairSearch:
         self, numbers: np.ndarray, queries: np.ndarray, k: int, num_vectors: int = 0, again: bool = False
     ) -> "FairHits":
         """Start the search of examples `numbers` with float32 `queries` [batch, dim]; no vectors come along."""
-        own = self.group_of(self.questions.sources(numbers))
+        source_groups = self.group_of(self.questions.sources(numbers))
         depth = min(k + self.margin, self.service.num_passages)
         return FairHits(
             self,
             numbers,
-            own=own,
+            source_groups=source_groups,
             queries=queries,
             k=k,
             pending=self.search(numbers, queries, depth, again=again),
         )
 
     def group_of(self, numbers: np.ndarray) -> np.ndarray:
-        """The group of near-duplicates of each passage; a text that replaced another one is in that one's, a passage
-        that was added later in one of its own."""
+        """Return the group of near-duplicates of each passage. A text that replaced another one is in the group of that
+        one; a passage that was added later is alone in its group."""
         first = self.questions.store.origin(numbers)
         known = (first >= 0) & (first < len(self.groups))
         return np.where(known, self.groups[np.where(known, first, 0)], first)
@@ -245,12 +245,13 @@ class FairHits:
         search: FairSearch,
         numbers: np.ndarray,
         *,
-        own: np.ndarray,
+        source_groups: np.ndarray,
         queries: np.ndarray,
         k: int,
         pending: PendingHits,
     ) -> None:
-        self.search, self.numbers, self.own, self.queries, self.k = search, numbers, own, queries, k
+        self.search, self.numbers, self.source_groups = search, numbers, source_groups
+        self.queries, self.k = queries, k
         self.pending = pending
 
     def result(self) -> Hits:
@@ -258,7 +259,7 @@ class FairHits:
         hits = self.pending.result()
         fair = self._fair(hits)
         if (fair.sum(axis=1) < self.k).any():
-            deepest = self.k + int(self.search.sizes[self.own].max())
+            deepest = self.k + int(self.search.sizes[self.source_groups].max())
             depth = min(deepest, self.search.service.num_passages)
             if depth > hits.ids.shape[1]:
                 hits = self.search.search(self.numbers, self.queries, depth, again=True).result()
@@ -268,7 +269,7 @@ class FairHits:
         return replace(filled(without(chosen(hits, order), unfair), self.k), vectors=None)
 
     def _fair(self, hits: Hits) -> np.ndarray:
-        return (hits.ids >= 0) & (self.search.group_of(hits.ids) != self.own[:, None])
+        return (hits.ids >= 0) & (self.search.group_of(hits.ids) != self.source_groups[:, None])
 
 
 def _row(side: TokenSide, text: str) -> np.ndarray:

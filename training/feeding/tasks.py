@@ -6,7 +6,7 @@
     title_to_section  the title is the question, the first sentences are the answer
 
 A question may hold `MASK` characters. `render` writes them as each tokeniser can read them: T5's sentinels where it has
-them, its mask token, or a word. Nothing here knows tokens; how long a question may be is told in words.
+them, its mask token, or a word. Nothing here knows tokens; the length of a question is counted in words.
 """
 
 import re
@@ -56,10 +56,10 @@ class Example:
 
 @dataclass(frozen=True)
 class MaskWords:
-    """How one tokeniser is told of what is missing."""
+    """The words that show one tokeniser what is missing."""
 
     word: str = MASK_WORD
-    sentinels: tuple[str, ...] = ()  # of their own for the first, second, ... span; empty: `word` for all
+    sentinels: tuple[str, ...] = ()  # for the first, second, ... span; empty: `word` for all
 
     def question(self, example: Example) -> str:
         """The question as text. Several masks of one span are the same."""
@@ -70,7 +70,8 @@ class MaskWords:
         return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
 
     def answer(self, example: Example) -> str:
-        """What is missing: each span after its sentinel and a last one (T5), or the spans with `word` between."""
+        """Return what is missing: each span after its sentinel and a last one (T5), or the spans with `word`
+        between."""
         if MASK not in example.question or (len(example.spans) == 1 and not self.sentinels):
             return example.spans[0]
         if not self.sentinels:
@@ -171,7 +172,7 @@ def title_to_section(passage: Passage, words: int) -> Example | None:
 
 
 def sentences(text: str) -> Spans:
-    """Where sentences begin and end: at ., ! or ? before a space and a capital letter or a digit."""
+    """Return (start, stop) of the sentences, which end at ., ! or ? before a space and a capital letter or a digit."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     starts = [0, *ends]
     return [pair for pair in zip(starts, [*ends, len(text)], strict=True) if pair[0] < pair[1]]

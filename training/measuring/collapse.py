@@ -1,11 +1,10 @@
-"""Whether training makes retrieval worse than it was at the stage's start.
+"""Detection of a collapse: training makes retrieval worse than it was at the stage's start.
 
-A distillation objective follows its reader: a reader that cannot read yet teaches noise, and the retriever may end
-where every passage scores alike or one wrong passage takes all. Two signs are watched: recall of the brief evaluations
-(mean over the cut-offs measured) below that of the first one, and p(z|q) that became uniform or a single passage
-without more labelled passages among the K than at the start. A retriever that is sure and right has low entropy too:
-that is no collapse.
-"""
+A distillation objective follows its generator: a generator that cannot read yet teaches noise, and the retriever may
+end where every passage scores alike or one wrong passage takes all. Two signs are watched: recall of the brief
+evaluations (mean over the cut-offs measured) below that of the first one, and p(z|q) that became uniform or a single
+passage without more labelled passages among the K than at the start. A retriever that is sure and right has low entropy
+too: that is no collapse."""
 
 import math
 from dataclasses import dataclass, field
@@ -23,16 +22,17 @@ class Collapsed(ValueError):
 
 
 def remedy(objective: ObjectiveConfig, staleness: float, refresh_every: int) -> str:
-    """What to set against a collapse: sentences without a full stop at the end. `staleness`: of the hits, in steps."""
+    """Return advice against a collapse: sentences without a full stop at the end. `staleness` of the hits is in
+    steps."""
     advice = []
     if staleness > STALE * refresh_every > 0:
         late = f"The hits are of weights {staleness:.0f} steps old"
         advice.append(f"{late}: bound that (refresh.max_staleness_steps) or encode faster (refresh.num_workers)")
     if objective.name in ("pdist", "loop", "adist") and not objective.confidence:
-        advice.append("Let a question count by how sure the reader is (objective.confidence=true)")
+        advice.append("Let a question count by how sure the generator is (objective.confidence=true)")
     elif objective.name in ("reinforce", "grpo") and objective.advantage != "centered":
         advice.append("Let a question count by how much its rewards differ (objective.advantage=centered)")
-    advice.append("Warm up the reader (training.retriever_delay_steps), lower training.lr_retriever")
+    advice.append("Warm up the generator (training.retriever_delay_steps), lower training.lr_retriever")
     return ". ".join(advice)
 
 
@@ -55,8 +55,8 @@ class CollapseDetector:
     reported: set[str] = field(default_factory=set)
 
     def after_step(self, entropy: float, k: int, gold: float) -> str | None:
-        """What is wrong, at the end of a window of steps; None otherwise. `entropy`: mean of p(z|q) in nats over `k`
-        passages; `gold`: share of questions with a labelled passage among them (0 without labels)."""
+        """Return what is wrong at the end of a window of steps; None otherwise. `entropy`: mean of p(z|q) in nats over
+        `k` passages; `gold`: share of questions with a labelled passage among them (0 without labels)."""
         window = self.window
         window.steps += 1
         if k > 1 and math.isfinite(entropy):
@@ -83,7 +83,8 @@ class CollapseDetector:
         return None
 
     def after_evaluation(self, metrics: dict[str, float]) -> str | None:
-        """What is wrong with an evaluation's ranking; None otherwise, and for the first one, which is the start."""
+        """Return what is wrong with an evaluation's ranking; None otherwise, and for the first one, which is the
+        start."""
         measured = [value for name, value in metrics.items() if name.startswith("recall@") and math.isfinite(value)]
         if not measured:
             return None

@@ -1,4 +1,4 @@
-"""What an answer costs: prompt tokens, floating-point operations, and what has to be kept while writing.
+"""The costs of an answer: prompt tokens, floating-point operations, and bytes that are kept while it is written.
 
 Estimates from shapes and lengths, not measurements. One multiplication with its addition is two operations. A token
 costs 2 operations a weight (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1); attention
@@ -30,7 +30,7 @@ COSTS = ("prompt_tokens", "flops", "retrieval_flops", "kv_cache_bytes", "state_b
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one question."""
+    """The costs of one question."""
 
     prompt_tokens: int  # that the generator reads: of all its prompts, where it reads one passage at a time
     flops: float  # of the generator
@@ -54,8 +54,8 @@ class CostModel:
     def __call__(
         self, batch: RetrievalBatch, written: Sequence[Sequence[int]], fused: bool, retrieved: bool
     ) -> list[Cost]:
-        """Of each question of `batch`. `written` as `Decoded.tokens`: one answer a question if `fused`, else one a
-        passage. `retrieved`: its passages came from the index."""
+        """Return the costs of each question of `batch`. `written` as `Decoded.tokens`: one answer a question if
+        `fused`, else one a passage. `retrieved`: its passages came from the index."""
         prompts = prompt_lengths(batch.reader, fused)
         places = batch.reader.passage_mask.shape[1]
         searched = self._search(batch) if retrieved else [0.0] * len(prompts)

@@ -24,7 +24,7 @@ PREDICTIONS_FILE, PAIRS_FILE = "predictions.jsonl", "preferences.jsonl"
 
 
 class Measures:
-    """What is measured of one system; every method is collective."""
+    """Measures one system; every method is collective."""
 
     def __init__(self, parts: Parts, corpus: CorpusExamples | None) -> None:
         """Raises ValueError for prompts that do not fit the generator."""
@@ -37,12 +37,12 @@ class Measures:
 
     @property
     def any_while_training(self) -> bool:
-        """Whether `briefly` measures something."""
+        """True if `briefly` measures something."""
         return self.evaluator is not None or self.held_out is not None
 
     def watch(self, state: LoopState) -> CollapseDetector | None:
-        """Look out for a collapse from here on, where a retriever follows a reader; a warm start has an entropy of
-        another kind."""
+        """Look out for a collapse from here on, if the retriever learns from a generator; a warm start has an entropy
+        of another kind."""
         settings = self.parts.settings
         trains = bool(parameter_groups(self.parts.system)["retriever"])
         wanted = settings.training.on_collapse != "ignore" and not needs(settings.objective).in_batch
@@ -59,7 +59,8 @@ class Measures:
             self._report_collapse(step, sign)
 
     def briefly(self, step: int) -> None:
-        """During training: a fixed sample of the questions and pairs, and the held-out examples. Raises Collapsed."""
+        """Measure, during training, a fixed sample of the questions and pairs, and the held-out examples. Raises
+        Collapsed."""
         if self.held_out is not None:
             self._measure_held_out(self.held_out, step)
         if self.evaluator is None:
@@ -76,7 +77,8 @@ class Measures:
             self._report_collapse(step, self.collapse.after_evaluation(evaluation.metrics))
 
     def finally_(self, step: int) -> dict[str, Any]:
-        """At the end: all questions under every decoding, their costs, pairs, held-out examples; rows into files."""
+        """Measure, at the end, all questions under every decoding, their costs, pairs and held-out examples. Write rows
+        into files and return the rest."""
         result: dict[str, Any] = {"metrics": {}}
         settings = self.parts.settings
         if self.evaluator is not None:
@@ -157,7 +159,7 @@ class Measures:
         )
 
     def _measure_preferences(self, file: str = "", limit: int = 0) -> dict[str, float]:
-        """Log-likelihood accuracy on held-out pairs, where there are any; a row a pair into `file`."""
+        """Return log-likelihood accuracy on held-out pairs, if there are any; write a row for each pair into `file`."""
         if self.preferences is None:
             return {}
         measured, rows = self.preferences(limit, self.parts.job.seed)
@@ -168,7 +170,7 @@ class Measures:
         return measured
 
     def _measure_held_out(self, held_out: HeldOut, step: int) -> dict[str, float]:
-        """Measured and logged."""
+        """Measure, log and return the metrics of the held-out examples."""
         metrics, monitor = held_out(), self.parts.monitor
         measured = f"loss {metrics['loss']:.3f} a token, log-likelihood {metrics['log_likelihood']:.2f} an answer"
         monitor.message(f"step {step}: {held_out.number} held-out examples: {measured}")
@@ -176,7 +178,7 @@ class Measures:
         return metrics
 
     def _report_collapse(self, step: int, sign: str | None) -> None:
-        """Warn or stop."""
+        """Warn of a collapse or stop the run."""
         sign = self.parts.engine.broadcast_object(sign)
         if sign is None:
             return

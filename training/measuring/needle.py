@@ -1,4 +1,4 @@
-"""Needle in a haystack: does a generator find the labelled passage at a given depth of a prompt of given length?
+"""Needle in a haystack: tests whether a generator finds the labelled passage at a given depth of a long prompt.
 
 The haystack is the corpus itself: random other passages, the same ones at every depth, so that a cell of the sweep
 differs from its neighbour in nothing but the needle's place (Kamradt 2023 used essays; Liu et al. 2024, "Lost in the
@@ -39,7 +39,7 @@ def needle_sweep(evaluator: Evaluator, config: NeedleConfig) -> dict[str, Any]:
 
 
 def check_needle(evaluator: Evaluator, config: NeedleConfig) -> tuple[list[LongContext], dict[int, np.ndarray]]:
-    """What chooses the prompts of each length, and the labelled passages of each question of the sample. Raises
+    """Return what chooses the prompts of each length, and the labelled passages of each sampled question. Raises
     ValueError for a length that the generator does not take or a needle does not fit in, and for a split without
     labelled passages."""
     questions = evaluator.questions

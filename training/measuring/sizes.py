@@ -1,4 +1,4 @@
-"""How large the models are that settings describe, without their weights: from the configuration of a checkpoint, from
+"""Sizes of the models that settings describe, without their weights: from the configuration of a checkpoint, from
 `encoder.fresh` and `generator.fresh`, or from three numbers, "LAYERSxHIDDENxVOCABULARY".
 
 Modules are built on torch's meta device, which holds no numbers. A model that is only three numbers is a plain
@@ -41,7 +41,7 @@ class EncoderSize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReaderSize:
+class GeneratorSize:
     """A generator. `layers`: of encoder and decoder together."""
 
     parameters: int
@@ -85,21 +85,21 @@ def encoder_size(config: EncoderConfig, given: str = "") -> EncoderSize:
     )
 
 
-def reader_size(config: GeneratorConfig, vocabulary: int, given: str = "") -> ReaderSize:
+def generator_size(config: GeneratorConfig, vocabulary: int, given: str = "") -> GeneratorSize:
     """The generator that `config` describes, or that `given` says; a fresh one has `vocabulary` tokens. Raises
     ValueError, naming `plan.generator`, where the configuration of `generator.name` is not on this machine."""
     if given:
         layers, hidden, vocabulary = three_numbers("plan.generator", given)
-        return _plain_reader(
+        return _plain_generator(
             config.kind, layers, hidden=hidden, wide=4 * hidden, vocabulary=vocabulary, heads=max(1, hidden // 64)
         )
     fresh = config.fresh
     if config.kind == "copy":
         return _copy_reader(config, vocabulary)
     if config.name:
-        return _named_reader(config)
+        return _named_generator(config)
     layers = fresh.num_decoder_layers + (fresh.num_encoder_layers if config.kind == "fusion" else 0)
-    return _plain_reader(
+    return _plain_generator(
         config.kind, layers, hidden=fresh.hidden, wide=fresh.intermediate, vocabulary=vocabulary, heads=fresh.num_heads
     )
 
@@ -124,7 +124,7 @@ def _named_tower(config: EncoderConfig) -> TextEncoder:
     return TextEncoder(backbone, pooling, projections=projections)
 
 
-def _copy_reader(config: GeneratorConfig, vocabulary: int) -> ReaderSize:
+def _copy_reader(config: GeneratorConfig, vocabulary: int) -> GeneratorSize:
     source, layers = None, config.fresh.num_encoder_layers
     with torch.device("meta"):
         if config.name:
@@ -137,7 +137,7 @@ def _copy_reader(config: GeneratorConfig, vocabulary: int) -> ReaderSize:
         reader = CopyReader(config, vocabulary, start_id=0, end_id=1, pad_id=2, source=source)
     layers += config.fresh.num_decoder_layers
     heads = config.fresh.num_heads
-    return ReaderSize(
+    return GeneratorSize(
         parameters=_count(reader),
         layers=layers,
         hidden=reader.tokens.embedding_dim,
@@ -147,7 +147,7 @@ def _copy_reader(config: GeneratorConfig, vocabulary: int) -> ReaderSize:
     )
 
 
-def _named_reader(config: GeneratorConfig) -> ReaderSize:
+def _named_generator(config: GeneratorConfig) -> GeneratorSize:
     shape = _configuration("generator", config.name, config.trust_remote_code, "")
     auto: Any = AutoModelForSeq2SeqLM if config.kind == "fusion" else AutoModelForCausalLM
     with torch.device("meta"):
@@ -158,7 +158,7 @@ def _named_reader(config: GeneratorConfig) -> ReaderSize:
         layers += int(getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or layers)
     heads = int(getattr(text, "num_attention_heads", None) or 1)
     found = fusion_shape(model) if config.kind == "fusion" else causal_shape(model)
-    return ReaderSize(
+    return GeneratorSize(
         parameters=_count(model),
         layers=layers,
         hidden=text.hidden_size,
@@ -182,14 +182,14 @@ def _configuration(section: str, name: str, trust: bool, folder: str) -> Any:
         raise ValueError(f"{unknown} ({str(error).splitlines()[0]})") from error
 
 
-def _plain_reader(kind: str, layers: int, *, hidden: int, wide: int, vocabulary: int, heads: int) -> ReaderSize:
+def _plain_generator(kind: str, layers: int, *, hidden: int, wide: int, vocabulary: int, heads: int) -> GeneratorSize:
     """Attention of 4 h^2, a feed-forward of 2 h w; half of an encoder-decoder's layers decode, with one attention more
     each, whose keys and values are the memory's."""
     layer, square = 4 * hidden * hidden + 2 * hidden * wide, hidden * hidden
     output = vocabulary * hidden
     if kind == "causal":
         stack = Stack(weights=layers * layer, attention_layers=layers, attention_dim=hidden, kv_dim=hidden)
-        return ReaderSize(
+        return GeneratorSize(
             parameters=stack.weights + output,
             layers=layers,
             hidden=hidden,
@@ -210,7 +210,7 @@ def _plain_reader(kind: str, layers: int, *, hidden: int, wide: int, vocabulary:
         cross_products=2 * above * hidden,
     )
     parameters = layers * layer + 4 * above * square + output
-    return ReaderSize(
+    return GeneratorSize(
         parameters=parameters, layers=layers, hidden=hidden, heads=heads, vocabulary=vocabulary, shape=shape
     )
 

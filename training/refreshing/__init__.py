@@ -1,1 +1,1 @@
-"""When the index follows the encoder, and which passages first."""
+"""Decisions on when the index follows the encoder, and with which passages first."""

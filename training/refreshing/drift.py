@@ -1,4 +1,4 @@
-"""How far the encoders have moved away from the index that serves: measured on a fixed set of questions.
+"""Drift: the distance of the encoders from the index that serves, measured on a fixed set of questions.
 
 The probe's questions are searched with today's query encoder; the candidates (more than are read, see PROBE_FACTOR)
 are scored again by today's passage encoder. What lies beyond the candidates is not seen: the overlap is an upper bound
@@ -34,7 +34,7 @@ class Drift:
     weights_version: int  # of the generation that answered rank 0
 
     def metrics(self) -> dict[str, float]:
-        """By metric key, without what is not known."""
+        """Return the means by metric key; unknown ones are left out."""
         names = ("overlap", "rank_correlation", "passage_shift", "query_shift")
         return {f"drift/{name}": value for name in names if not np.isnan(value := getattr(self, name))}
 
@@ -77,8 +77,8 @@ class DriftProbe:
         self._now = _Vectors(queries, _by_number(hits.ids, vectors))
         stale = hits.vectors if hits.vectors is not None and hits.vectors.shape[1] == depth else None
         shifts = self._passage_shifts(stale, vectors, np.where(self._repeated[:, None], -1, hits.ids))
-        own = (dict(zip(self._mine.tolist(), columns, strict=True)), shifts, hits.weights_version)
-        everyone = self.fresh.engine.gather_objects(own)
+        measured_here = (dict(zip(self._mine.tolist(), columns, strict=True)), shifts, hits.weights_version)
+        everyone = self.fresh.engine.gather_objects(measured_here)
         by_number = {number: row for rows, _, _ in everyone for number, row in rows.items()}
         means = _mean(np.stack(list(by_number.values())))
         passage_shift = _mean(np.concatenate([found for _, found, _ in everyone])[:, None])[0]
@@ -91,7 +91,7 @@ class DriftProbe:
         )
 
     def remember(self) -> None:
-        """What `measure` has just seen is what the shifts are measured from: the weights were published."""
+        """Take the vectors that `measure` has just seen as the origin of the shifts: their weights were published."""
         self._published = self._now
 
     def _query_shift(self, queries: np.ndarray) -> np.ndarray:

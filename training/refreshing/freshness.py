@@ -30,18 +30,19 @@ class Freshness:
         monitor: Monitor,
         probe: DriftProbe | None = None,
         num_numbers: int = 0,
-        still: int = 0,
+        fixed_until: int = 0,
     ) -> None:
         """`probe`: None measures no drift. `num_numbers`: passage numbers given so far, of which a filter may let the
-        index return fewer (0: the index has them all). `still`: up to this step the encoders do not change, and nothing
-        is asked for."""
+        index return fewer (0: the index has them all). Up to step `fixed_until` the encoders do not change, and no
+        refresh is asked for."""
         self.plan, self.engine, self.service, self.monitor, self.probe = plan, engine, service, monitor, probe
-        self._num_numbers, self._still = num_numbers or service.num_passages, still
+        self._num_numbers, self._fixed_until = num_numbers or service.num_passages, fixed_until
         self.heat = Heat(self._num_numbers, engine) if plan.partial else None
         self._failures = 0  # of refreshes, when the newest one was asked for
 
     def begin(self, state: LoopState, saved: dict[str, Any] | None = None) -> None:
-        """An index serves and training begins, or goes on from a checkpoint that `saved` comes from. Collective."""
+        """Prepare for training, which begins or goes on from a checkpoint that `saved` comes from, once an index
+        serves. Collective."""
         if self.heat is not None:
             encoded_now = state.step if state.published == state.step else None
             if saved is not None:
@@ -54,13 +55,13 @@ class Freshness:
             self.probe.remember()
 
     def after_step(self, state: LoopState, fetched: Sequence[Fetched], timer: Timer) -> dict[str, float]:
-        """Look at the index where the plan says so, and ask for a refresh where it is time; what was measured.
-        `fetched`: this rank's micro-batches of the step. Collective."""
+        """Look at the index if the plan says so, and ask for a refresh if it is time. Return the measurements.
+        `fetched` are this rank's micro-batches of the step. Collective."""
         if self.heat is not None:
             for one in fetched:
                 if one.passages is not None:
                     self.heat.read(one.passages)
-        if state.step <= self._still or not (self.plan.is_due(state.step) or self.plan.is_checked(state.step)):
+        if state.step <= self._fixed_until or not (self.plan.is_due(state.step) or self.plan.is_checked(state.step)):
             return {}
         drift = None
         if self.probe is not None:

@@ -1,4 +1,4 @@
-"""Which passages a partial refresh encodes first: those that training reads most, and whose vectors are oldest.
+"""The order of a partial refresh: passages that training reads most and whose vectors are oldest come first.
 
 priority = (hits since the passage was encoded + the mean over all passages) x steps since then
 
@@ -64,7 +64,7 @@ class Heat:
         self._asked = (version, passages, self.hits[chosen].copy())
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs of this rank."""
+        """Return the part of this rank that a resume needs."""
         read = np.concatenate(self._read) if self._read else np.empty(0, np.int64)
         return {"read": read, "hits": self.hits, "encoded_at": self.encoded_at, "asked": self._asked}
 

@@ -1,4 +1,4 @@
-"""When the index is asked to follow the encoder, and how much of it: pure decisions from numbers.
+"""The policy of refreshes: pure decisions on when the index follows the encoder, and how much of it.
 
     every_steps   every `refresh.every_steps` steps, whatever the drift
     on_drift      when, at one of the checks every `refresh.check_every_steps` steps, the index's k best and the k best
@@ -34,21 +34,21 @@ class RefreshPlan:
     whole_every: int = 0
 
     def is_due(self, step: int) -> bool:
-        """Whether the clock asks for a refresh after optimiser step `step`."""
+        """Return whether the clock asks for a refresh after optimiser step `step`."""
         return self.policy != "on_drift" and self.every_steps > 0 and step % self.every_steps == 0
 
     def is_checked(self, step: int) -> bool:
-        """Whether drift may ask for a refresh after optimiser step `step`."""
+        """Return whether drift may ask for a refresh after optimiser step `step`."""
         return self.policy != "every_steps" and self.check_every_steps > 0 and step % self.check_every_steps == 0
 
     def is_whole(self, num_partial: int) -> bool:
-        """Whether the next refresh encodes all passages, after `num_partial` partial ones in a row."""
+        """Return whether the next refresh encodes all passages, after `num_partial` partial ones in a row."""
         return self.partial == 0 or (self.whole_every > 0 and num_partial >= self.whole_every - 1)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done about the index after a step, and why."""
+    """A decision about the index after a step, with its reason."""
 
     refresh: bool
     whole: bool
@@ -58,7 +58,7 @@ class Decision:
 def decide(
     plan: RefreshPlan, step: int, *, share: float, num_partial: int, overlap: float | None, under_way: bool
 ) -> Decision | None:
-    """What to do after optimiser step `step`; None where nobody asks for a refresh.
+    """Return the decision after optimiser step `step`; None if neither clock nor drift asks for a refresh.
 
     share: of the corpus, encoded by this stage's refreshes so far (2.5: two and a half times). num_partial: partial
     refreshes since the last whole one. overlap: of the probe, None where it was not measured. under_way: an earlier

@@ -32,7 +32,7 @@ STEP_METRIC = "trainer/step"
 
 
 class Monitor:
-    """Where a run's numbers and events go. Does nothing on ranks other than 0."""
+    """Takes a run's numbers and events. Does nothing on ranks other than 0."""
 
     def __init__(
         self,

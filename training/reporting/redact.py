@@ -36,7 +36,7 @@ def redact_text(text: str) -> str:
 
 
 def _is_secret(key: str, value: Any) -> bool:
-    """Whether `key` names a secret. `max_tokens: 64` is none: a plural with a number counts things."""
+    """Return whether `key` names a secret. `max_tokens: 64` is none: a plural with a number counts things."""
     words = [word.lower() for word in _WORDS.findall(key)]
     if any(word.endswith(_SECRET) for word in words):
         return value is not None

@@ -134,7 +134,7 @@ def curves_html(metrics: Mapping[str, Metrics]) -> str:
 
 
 def choose_plots(metrics: Mapping[str, Metrics]) -> list[Plot]:
-    """What is worth a plot, in the order of the report."""
+    """Return the metrics that are worth a plot, in the order of the report."""
     marks = {name: generation_steps(found) for name, found in metrics.items()}
     unit = (-0.02, 1.02)
 
@@ -176,7 +176,7 @@ def choose_plots(metrics: Mapping[str, Metrics]) -> list[Plot]:
 
 
 def is_evaluation(key: str, name: str) -> bool:
-    """Whether `key` is `eval/<split>/<name>`."""
+    """Return whether `key` is `eval/<split>/<name>`."""
     return key.startswith("eval/") and key.endswith(f"/{name}")
 
 

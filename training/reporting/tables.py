@@ -23,7 +23,7 @@ class Table:
 
 
 def cell_text(cell: Cell) -> str:
-    """What a reader sees of one cell."""
+    """Return the text of one cell."""
     if cell is None:
         return "-"
     if isinstance(cell, float):
@@ -67,6 +67,6 @@ def table_html(table: Table) -> str:
 
 
 def _numeric_columns(table: Table) -> list[bool]:
-    """Whether every cell of a column that holds something is a number."""
+    """Return, for each column, whether every cell that holds something is a number."""
     columns = [[row[i] for row in table.rows if row[i] is not None] for i in range(len(table.columns))]
     return [bool(column) and not any(isinstance(cell, str) for cell in column) for column in columns]

@@ -1,4 +1,4 @@
-"""Which W&B mode and which run a run directory has; needs no W&B."""
+"""The W&B mode and the W&B run of a run directory; needs no W&B."""
 
 import netrc
 import os
@@ -26,7 +26,7 @@ def wandb_mode(setting: str, environment: Mapping[str, str] = os.environ) -> str
 
 
 def has_key(environment: Mapping[str, str]) -> bool:
-    """Whether a W&B key is at hand, in the environment or in netrc; nobody is ever asked for one."""
+    """Return whether a W&B key is in the environment or in netrc; nobody is ever asked for one."""
     if environment.get("WANDB_API_KEY"):
         return True
     host = urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

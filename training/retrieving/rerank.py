@@ -1,4 +1,4 @@
-"""Which of the retrieved candidates are read: the k with the largest p(z|q), re-ranked without gradient.
+"""Re-ranking without gradient: of the retrieved candidates, those k with the largest p(z|q) are read.
 
 A cross-encoder costs too much for gradient on every candidate. It scores them all once, in evaluation mode; the best k
 go on, and only they are scored again, with gradient, in the step. Collective under ZeRO 3: every trainer calls equally
@@ -18,7 +18,7 @@ from training.models.model_inputs import RetrievalBatch
 
 
 class Select(Protocol):
-    """What puts hits into another order."""
+    """Puts hits into another order."""
 
     def __call__(self, numbers: np.ndarray, hits: Hits) -> Hits:
         """The hits of questions `numbers`, the best ones first."""
@@ -26,7 +26,7 @@ class Select(Protocol):
 
 
 class Reranking:
-    """A `Select` by the system's own scores, re-ranker included."""
+    """A `Select` by the scores of the system, re-ranker included."""
 
     def __init__(
         self, score: Callable[[RetrievalBatch], torch.Tensor], collator: Collator, candidates: int, batch_size: int

@@ -1,4 +1,4 @@
-"""What the training loop asks of an index: hits for query vectors now, and a newer index later.
+"""The interface of training to an index: hits for query vectors now, and a newer index later.
 
 The loop produces query vectors and encoder weights; the service (Ray actors in a run, a plain object in a test)
 answers searches and rebuilds itself. `submit` and `publish` return at once; the only calls that wait are
@@ -49,7 +49,7 @@ class IndexStatus:
         return self.weights_version if self.oldest_version is None else self.oldest_version
 
 
-class PendingWords(Protocol):
+class PendingLexical(Protocol):
     """A lexical search under way."""
 
     def result(self) -> LexicalHits:
@@ -62,7 +62,7 @@ class LexicalService(Protocol):
 
     def submit(
         self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
-    ) -> PendingWords:
+    ) -> PendingLexical:
         """Start a search of question texts for the best `n` passages of the corpus as `wanted` (None: as in the search
         before, or as it is), with the scores of the passages `of` int64 [batch, m]. Returns at once."""
         ...
@@ -77,7 +77,7 @@ class PendingHits(Protocol):
 
 
 class Search(Protocol):
-    """How a batch of questions is searched."""
+    """Searches a batch of questions."""
 
     def __call__(
         self, numbers: np.ndarray, queries: np.ndarray, k: int, num_vectors: int = 0, again: bool = False
@@ -92,12 +92,12 @@ class IndexService(Protocol):
 
     @property
     def num_passages(self) -> int:
-        """How many passages a search may find."""
+        """Number of passages that a search may find."""
         ...
 
     @property
     def lexical(self) -> LexicalService | None:
-        """The index of words, where `retrieval.hybrid` asks for one."""
+        """The lexical index, if `retrieval.hybrid` asks for one."""
         ...
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
@@ -106,8 +106,8 @@ class IndexService(Protocol):
         ...
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
-        """What `generation` has of passages `ids` int64 [...]. Raises GenerationGone, and TimeoutError as a search
-        does."""
+        """Return what `generation` has of passages `ids` int64 [...]. Raises GenerationGone, and TimeoutError as a
+        search does."""
         ...
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
@@ -116,9 +116,9 @@ class IndexService(Protocol):
         ...
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
     ) -> None:
-        """Wait until a generation of that version or a newer one serves; `told` hears how many passages were encoded
+        """Wait until a generation of that version or a newer one serves; `report` gets the number of passages encoded
         since. Raises TimeoutError after `timeout_s` without a further passage."""
         ...
 
@@ -132,24 +132,24 @@ class IndexService(Protocol):
 
 
 class DenseIndex(Protocol):
-    """What a search needs of an `IndexService`."""
+    """The part of an `IndexService` that a search needs."""
 
     @property
     def num_passages(self) -> int:
-        """As `IndexService.num_passages`."""
+        """Number of passages that a search may find."""
         ...
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
-        """As `IndexService.submit`."""
+        """Start a search as `IndexService.submit` does."""
         ...
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
-        """As `IndexService.indexed`."""
+        """Return what a generation has of passages, as `IndexService.indexed` does."""
         ...
 
 
 def dense_search(service: DenseIndex) -> Search:
-    """By vectors alone."""
+    """Return a search by vectors alone."""
     return lambda numbers, queries, k, num_vectors=0, again=False: service.submit(queries, k, num_vectors)
 
 
@@ -160,9 +160,9 @@ class Searched:
     number: int  # of the batch in the stream
     questions: np.ndarray  # int64 [batch]: question numbers
     hits: Hits
-    wait_s: float  # that training stood still for the search
-    rescore_s: float = 0.0  # that training stood still for scoring candidates again
-    rescore_overlap: float | None = None  # share of the index's k best that are still among the k best
+    wait_s: float  # Seconds that training waited for the search
+    rescore_s: float = 0.0  # Seconds that training waited for scoring candidates again
+    rescore_overlap: float | None = None  # Share of the index's k best that fresh scores leave among the k best
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cluster.planning.sizing import (
     trainer_bytes,
 )
 from indexing.indexing_settings import IndexConfig
-from training.measuring.sizes import encoder_size, reader_size
+from training.measuring.sizes import encoder_size, generator_size
 from training.training_settings import EncoderConfig, GeneratorConfig
 
 LAPTOP = Host(
@@ -36,7 +36,7 @@ H100 = Machines(
 def work(**changes: object) -> Work:
     """BERT-base and T5-base, 20 passages a question."""
     encoder = encoder_size(EncoderConfig(), "12x768x30522")
-    reader = reader_size(GeneratorConfig(kind="fusion"), 0, "24x768x32128")
+    reader = generator_size(GeneratorConfig(kind="fusion"), 0, "24x768x32128")
     base = Work(
         passages=10**6,
         tokens=100.0,
@@ -77,7 +77,7 @@ def work(**changes: object) -> Work:
 
 
 def test_a_thousand_passages_on_a_laptop_need_no_gpu() -> None:
-    tower, reader = encoder_size(EncoderConfig()), reader_size(GeneratorConfig(), 3000)
+    tower, reader = encoder_size(EncoderConfig()), generator_size(GeneratorConfig(), 3000)
     small = work(
         passages=1000,
         dim=tower.dim,

@@ -143,6 +143,8 @@ def test_where_only_adapters_train_the_reference_is_the_start_without_a_copy(
     config = ObjectiveConfig(name="dpo")
     for step in range(3):
         batch = reference(judged(system))
+        assert start.scores is not None
+        assert start.log_probs is not None
         torch.testing.assert_close(batch.reference_scores, start.scores.detach())
         torch.testing.assert_close(batch.reference_log_probs, start.log_probs.detach())
         loss, _ = compute(config, engine(System.candidates, batch))

@@ -196,7 +196,7 @@ def test_the_users_own_recogniser(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "my_spans", module)
     assert find_recognizer("my_spans:vowels")("tea") == [(1, 2), (2, 3)]
     assert find_recognizer("regex") is regex_spans
-    with pytest.raises(ValueError, match=r"pretraining.recognizer=my_spans:wrong: \(3, 2\) is no span"):
+    with pytest.raises(ValueError, match=r"pretraining.recognizer=my_spans:wrong: must return spans .*, not \(3, 2\)"):
         find_recognizer("my_spans:wrong")("text")
     for setting in ("my_spans:number", "my_spans:missing", "no_such_module:f", "spacy", "my_spans:", ":f"):
         with pytest.raises(ValueError, match=f"pretraining.recognizer={setting}: "):

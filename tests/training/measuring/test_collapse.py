@@ -28,14 +28,22 @@ def window(detector: CollapseDetector, share: float, gold: float, k: int = 4) ->
 @pytest.mark.parametrize(
     ("objective", "staleness", "first"),
     [
-        (ObjectiveConfig(name="pdist"), 10.0, "Let a question count by how sure the reader is (objective.confidence"),
-        (ObjectiveConfig(name="adist", confidence=True), 10.0, "Warm up the reader (training.retriever_delay_steps)"),
+        (
+            ObjectiveConfig(name="pdist"),
+            10.0,
+            "Let a question count by how sure the generator is (objective.confidence",
+        ),
+        (
+            ObjectiveConfig(name="adist", confidence=True),
+            10.0,
+            "Warm up the generator (training.retriever_delay_steps)",
+        ),
         (
             ObjectiveConfig(name="grpo"),
             10.0,
             "Let a question count by how much its rewards differ (objective.",
         ),
-        (ObjectiveConfig(name="reinforce", advantage="centered"), 10.0, "Warm up the reader"),
+        (ObjectiveConfig(name="reinforce", advantage="centered"), 10.0, "Warm up the generator"),
         (
             ObjectiveConfig(name="pdist"),
             31.0,

@@ -8,7 +8,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from training.measuring.costs import read_flops
-from training.measuring.sizes import encoder_size, reader_size, three_numbers
+from training.measuring.sizes import encoder_size, generator_size, three_numbers
 from training.models.arithmetic import encoder_stack, fusion_shape, shape_of
 from training.models.build import build_generator
 from training.models.generators.copy_reader import CopyReader
@@ -51,7 +51,7 @@ def test_three_numbers_are_near_the_models_that_they_mean() -> None:
             vocab_size=32128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12
         )
         real = T5ForConditionalGeneration(shape)
-    t5 = reader_size(GeneratorConfig(kind="fusion"), 0, "24x768x32128")
+    t5 = generator_size(GeneratorConfig(kind="fusion"), 0, "24x768x32128")
     assert t5.parameters == pytest.approx(numbers_of(real), rel=0.01)
     theirs, ours = fusion_shape(real), t5.shape
     assert ours.encoder is not None
@@ -64,21 +64,23 @@ def test_three_numbers_are_near_the_models_that_they_mean() -> None:
 
 def test_a_copy_reader_on_a_checkpoint() -> None:
     config = GeneratorConfig(name=MINILM, max_passage_tokens=300)
-    size, reader = reader_size(config, 1000), build_generator(config, load_tokenizer(MINILM))
+    size, reader = generator_size(config, 1000), build_generator(config, load_tokenizer(MINILM))
     assert isinstance(reader, CopyReader)
     assert (size.parameters, size.hidden, size.layers, size.vocabulary) == (numbers_of(reader), 384, 7, 30522)
     assert size.shape == shape_of(reader)
     words = build_encoder(EncoderConfig(name=MINILM)).backbone.get_input_embeddings()
     torch.testing.assert_close(reader.tokens.weight, words.weight)
     config.max_passage_tokens = 480
-    with pytest.raises(ValueError, match=r"generator\.max_question_tokens .* is 515; .* takes at most 512 tokens"):
+    with pytest.raises(
+        ValueError, match=r"generator\.max_passage_tokens=480: must be lower: .* 515 tokens, .* takes 512"
+    ):
         build_generator(config, load_tokenizer(MINILM))
 
 
 def test_fresh_readers_of_every_kind() -> None:
     for kind in ("copy", "fusion", "causal"):
         config = GeneratorConfig(kind=kind, fresh=FreshGeneratorConfig(num_decoder_layers=2))
-        size = reader_size(config, 1000)
+        size = generator_size(config, 1000)
         assert size.parameters > 1000 * 128
         assert size.layers == (2 if kind == "causal" else 4)
         assert size.flops(50, 4, 8, fused=True) > size.flops(50, 2, 8, fused=True) > 0

@@ -151,12 +151,12 @@ class PartsFirst(LocalIndex):
             super().publish(weights_version, weights, only)
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
     ) -> None:
         if self.whole is not None and self.weights_version < weights_version:
             super().publish(*self.whole)
             self.whole = None
-        super().wait_for_version(weights_version, timeout_s, told)
+        super().wait_for_version(weights_version, timeout_s, report)
 
 
 # ---------------------------------------------------------------- partial

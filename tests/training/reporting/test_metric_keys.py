@@ -30,7 +30,14 @@ def test_every_key_of_the_code_is_declared():
 
 
 def test_every_declared_key_of_a_step_is_in_the_code():
-    built = ("objective/", "optim/grad_norm_", "optim/lr_", "time/", "drift/", "eval/")  # put together from a name at run time
+    built = (
+        "objective/",
+        "optim/grad_norm_",
+        "optim/lr_",
+        "time/",
+        "drift/",
+        "eval/",
+    )  # put together from a name at run time
     assert {key for key in METRICS if "/" in key and not key.startswith(built)} <= keys_in_code()
 
 

@@ -121,7 +121,7 @@ class ToldService:
         raise AssertionError("the prefetcher publishes nothing")
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, told: Callable[[int], None] = lambda _: None
+        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
     ) -> None:
         raise AssertionError("the prefetcher waits for no version")
 
