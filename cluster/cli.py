@@ -141,11 +141,12 @@ def check_named_paths(verb: str, experiment: "Experiment") -> None:
         raise ValueError(f"{folder} has no complete checkpoint yet: train it first (tandem train)")
     if verb not in ("train", "prepare", "compare") or experiment.settings.cluster.dry_run:
         return
-    starts = {str(Path(own.run.directory) / own.run.name) for own in experiment.stages.values()}
+    starts = {str(Path(stage.run.directory) / stage.run.name) for stage in experiment.stages.values()}
     cells = experiment.matrix.cells if verb == "compare" and experiment.matrix is not None else {}
-    for name, own in {**experiment.stages, **{f"compare cell {cell}": own for cell, own in cells.items()}}.items():
+    named = {f"compare cell {cell}": stage for cell, stage in cells.items()}
+    for name, stage in {**experiment.stages, **named}.items():
         try:
-            check_paths(own, experiment.directory, {*starts, *experiment.stages})
+            check_paths(stage, experiment.directory, {*starts, *experiment.stages})
         except ValueError as error:
             where = "" if not name else f"{name}: " if name.startswith("compare cell ") else f"stage {name}: "
             raise ValueError(f"{where}{error}") from None

@@ -218,7 +218,7 @@ def _wait_for_machines(machine: Machine) -> bool:
 
     ray.init(logging_level=logging.WARNING, log_to_driver=False)
     try:
-        begin, said = time.monotonic(), 0.0
+        begin, last_message = time.monotonic(), 0.0
         while True:
             alive = sum(bool(node["Alive"]) for node in ray.nodes())
             waited = time.monotonic() - begin
@@ -228,8 +228,8 @@ def _wait_for_machines(machine: Machine) -> bool:
             if waited > machine.timeout_s:
                 _say(f"only {alive} of {machine.num_nodes} machines came in {machine.timeout_s:.0f} s")
                 return False
-            if waited - said >= 30:
-                said = waited
+            if waited - last_message >= 30:
+                last_message = waited
                 _say(f"{alive} of {machine.num_nodes} machines are here after {waited:.0f} s")
             time.sleep(1)
     finally:

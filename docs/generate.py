@@ -93,16 +93,20 @@ def metrics_page() -> str:
 # ---------------------------------------------------------------- the table of objectives.md
 
 
-class Recorder:
+class Recorder(ObjectiveConfig):
     """An objective's settings that remember which of them were read."""
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        self._config, self.read = config, set[str]()
+    read: set[str]
 
-    def __getattr__(self, name: str) -> object:
-        value = getattr(self._config, name)
-        self.read.add(name)
-        return value
+    def __init__(self, config: ObjectiveConfig) -> None:
+        object.__setattr__(self, "read", set())
+        super().__init__(**vars(config))
+        self.read.clear()
+
+    def __getattribute__(self, name: str) -> object:
+        if name in ObjectiveConfig.__dataclass_fields__:
+            object.__getattribute__(self, "read").add(name)
+        return object.__getattribute__(self, name)
 
 
 def objectives_table() -> str:
@@ -118,7 +122,7 @@ def objective_row(name: str) -> tuple[str, ...]:
     needed = needs(config)
     recorder = Recorder(config)
     leaves = random_likelihoods(needed, each=1 if samples_answers(config) else 3)
-    loss, _ = compute(recorder, leaves, lambda values: values)  # pyright: ignore[reportArgumentType]
+    loss, _ = compute(recorder, leaves, lambda values: values)
     loss.backward()
     values = (leaves.per_passage, leaves.fused, leaves.log_probs)
     to_generator = any(reaches(value) for value in values)

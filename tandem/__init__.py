@@ -10,7 +10,7 @@ Importing this package imports neither torch nor Ray; they are imported when the
 
 from importlib.metadata import version
 
-from cluster.commands.answers import Answer, Passage
+from cluster.commands.answer import Answer, Passage
 from cluster.config.settings import Settings
 from tandem.results import Difference, Results, Update
 from tandem.run import Corpus, Run, load, train

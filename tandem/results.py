@@ -44,7 +44,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What was measured on the evaluation questions.
+    """Measurements on the evaluation questions.
 
     Example
     -------

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast, overload
 
-from cluster.commands.answers import Answer, Passage
+from cluster.commands.answer import Answer, Passage
 from cluster.config.settings import Settings
 from tandem.results import Results, read_results
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.commands.answers import printed
+from cluster.commands.answer import printed
 from cluster.commands.loaded_run import LoadedRun
 from cluster.config.settings import Settings
 

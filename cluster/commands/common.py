@@ -1,4 +1,4 @@
-"""What every verb does on its way: prepare the data of a stage, place it, connect to Ray, find a checkpoint."""
+"""Shared steps of the verbs: prepare the data of a stage, place it, connect to Ray, find a checkpoint."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def run_folder(settings: Settings) -> Path:
-    """Where a stage's run lies."""
+    """Return the run folder of a stage."""
     return Path(settings.run.directory) / settings.run.name
 
 
@@ -37,18 +37,18 @@ def prepared_data(settings: Settings, root: Path, splits: list[str] | None = Non
 def _changes(settings: Settings) -> Path | None:
     """The folder with the changes of a stage's corpus: its own, or as far as it is known already that of the run that
     it starts from. `run_stage` looks again."""
-    own, start = run_folder(settings), Path(settings.run.init_from)
-    places = [own, own.parent / start, start, *list(start.parents)[1:2]] if settings.run.init_from else [own]
+    folder, start = run_folder(settings), Path(settings.run.init_from)
+    places = [folder, folder.parent / start, start, *list(start.parents)[1:2]] if settings.run.init_from else [folder]
     return next((place / "corpus" for place in places if (place / "corpus" / "versions").is_dir()), None)
 
 
 def num_passages(prepared: Prepared) -> int:
-    """Of a stage's store."""
+    """Return the number of passages in a stage's store."""
     return len(Store.open(prepared.passages, verify=False))
 
 
 def placement_of(settings: Settings) -> PlacementPlan:
-    """Which machine part does what. Raises ValueError where there is no room."""
+    """Return the placement of a stage on the machines. Raises ValueError where there is no room."""
     return plan(settings.cluster, settings.refresh, settings.index, nodes_of_cluster())
 
 

@@ -44,7 +44,7 @@ class Task:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """Return the folder of the run."""
         return run_folder(self.settings)
 
 
@@ -125,7 +125,7 @@ def _tasks_of_seed(experiment: Experiment, matrix: Matrix, data: dict[str, str],
 
 
 def is_done(task: Task) -> bool:
-    """Whether this very run was run to its end."""
+    """Return true if this very run was run to its end."""
     return _mark_of(task) == task.mark and is_finished(task.settings)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.commands.answers import Answer, Passage
+from cluster.commands.answer import Answer, Passage
 from cluster.commands.local_search import OneGeneration
 from cluster.config.settings import Settings
 from cluster.prepare.stores import prepare_data
@@ -44,7 +44,7 @@ KINDS = ("question", "passage")
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What was found for the first question, and how: best first."""
+    """Passages found for the first question, best first, and their places in each ranking."""
 
     hits: Hits  # of one question [1, k]
     dense: (

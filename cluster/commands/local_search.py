@@ -132,6 +132,6 @@ class OneGeneration:
         return Done(merge(found, k, allow_fewer=self.where is not None))
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
-        """What the shards have of passages."""
+        """Return the vectors and versions that the shards have of passages."""
         parts = [shard.indexed(ids.reshape(-1), generation, with_vectors) for shard in self.shards]
         return joined(parts, ids.size).at(np.arange(ids.size).reshape(ids.shape))

@@ -34,7 +34,7 @@ from indexing.declare import check_values, differences, refuse, suggestion
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the configuration asks for. `stages` maps names to complete settings, in order; a file without stages has
+    """Runs that a configuration asks for. `stages` maps names to complete settings, in order; a file without stages has
     one, named ""."""
 
     settings: Settings  # what all stages share
@@ -84,7 +84,7 @@ def load(paths: list[str], overrides: list[str]) -> Experiment:
         if key.startswith("compare."):
             _assign(files.compare, key.removeprefix("compare."), value, "compare.")
     settings = _resolve(files.base, "", changes, files)
-    stages = {n: _resolve(OmegaConf.merge(files.base, own), n, changes, files) for n, own in files.stages.items()}
+    stages = {n: _resolve(OmegaConf.merge(files.base, part), n, changes, files) for n, part in files.stages.items()}
     update, matrix = _to_object(files.update, "update."), _matrix(files, changes)
     experiment = Experiment(settings, stages or {"": settings}, update, matrix)
     _name_stages(stages)
@@ -110,9 +110,9 @@ def to_yaml(section: Settings | UpdateConfig | CompareConfig) -> str:
 def experiment_to_yaml(experiment: Experiment) -> str:
     """The whole experiment as YAML that `load` reads back, for the folder above the stages' own."""
     content: dict[str, Any] = asdict(experiment.settings)
-    stages = {name: asdict(own) for name, own in experiment.stages.items() if name}
-    for own in stages.values():
-        del own["run"]["name"], own["run"]["directory"]
+    stages = {name: asdict(part) for name, part in experiment.stages.items() if name}
+    for part in stages.values():
+        del part["run"]["name"], part["run"]["directory"]
     if stages:
         content |= {"stages": stages, "update": asdict(experiment.update)}
     return OmegaConf.to_yaml(content)
@@ -123,14 +123,14 @@ def changes_to_yaml(experiment: Experiment) -> str:
     and each cell's differences from them."""
     shared, stages, matrix = experiment.settings, experiment.stages, experiment.matrix
     content = differences(shared, Settings())
-    names = {str(Path(own.run.directory) / own.run.name): name for name, own in stages.items() if name}
+    names = {str(Path(part.run.directory) / part.run.name): name for name, part in stages.items() if name}
 
-    def changes(own: Settings, base: Settings) -> dict[str, Any]:
-        start = names.get(own.run.init_from, own.run.init_from)
-        return differences(replace(own, run=replace(base.run, init_from=start)), base)
+    def changes(part: Settings, base: Settings) -> dict[str, Any]:
+        start = names.get(part.run.init_from, part.run.init_from)
+        return differences(replace(part, run=replace(base.run, init_from=start)), base)
 
     if names:
-        content["stages"] = {name: changes(own, shared) for name, own in stages.items()}
+        content["stages"] = {name: changes(part, shared) for name, part in stages.items()}
     if experiment.update.as_of:
         update = experiment.update if names else replace(experiment.update, stages=[])
         content["update"] = differences(update, UpdateConfig())
@@ -165,25 +165,25 @@ def _read_file(file: Path, files: _Files, folder: Path | None = None) -> None:
             raise ValueError(f"{source}: stages.{name}: a stage's name is letters, digits, _ and -")
         if name in RUN_FOLDERS:
             raise ValueError(f"{source}: stages.{name}: a run keeps its {name} in a folder of that name; take another")
-        own = checked(stage, Settings, f"stages.{name}.", source)
-        for fixed in {"name", "directory"} & set(own.get("run", {})):
+        part = checked(stage, Settings, f"stages.{name}.", source)
+        for fixed in {"name", "directory"} & set(part.get("run", {})):
             raise ValueError(f"{source}: stages.{name}.run.{fixed}: set run.{fixed} once, for all stages")
-        _merge(_schema(), own, source, f"stages.{name}.")  # refuses wrong types, by file
-        files.stages[name] = cast(DictConfig, OmegaConf.merge(files.stages.get(name, {}), own))
+        _merge(_schema(), part, source, f"stages.{name}.")  # refuses wrong types, by file
+        files.stages[name] = cast(DictConfig, OmegaConf.merge(files.stages.get(name, {}), part))
 
 
 def _merge_compare(section: Any, source: str, files: _Files) -> None:
     """Merge a `compare` section over what the earlier files said."""
     given, cells, axes = read_matrix(section, source)
     files.compare = _merge(files.compare, given, source, "compare.")
-    for name, own in cells.items():
-        _merge(_schema(), own, source, f"compare.cells.{name}.")  # refuses wrong types, by file
-        files.cells[name] = cast(DictConfig, OmegaConf.merge(files.cells.get(name, {}), own))
+    for name, part in cells.items():
+        _merge(_schema(), part, source, f"compare.cells.{name}.")  # refuses wrong types, by file
+        files.cells[name] = cast(DictConfig, OmegaConf.merge(files.cells.get(name, {}), part))
     for axis, choices in axes.items():
         known = files.axes.setdefault(axis, {})
-        for name, own in choices.items():
-            _merge(_schema(), own, source, f"compare.axes.{axis}.{name}.")
-            known[name] = cast(DictConfig, OmegaConf.merge(known.get(name, {}), own))
+        for name, part in choices.items():
+            _merge(_schema(), part, source, f"compare.axes.{axis}.{name}.")
+            known[name] = cast(DictConfig, OmegaConf.merge(known.get(name, {}), part))
 
 
 def _matrix(files: _Files, changes: list[tuple[str, Any]]) -> Matrix | None:
@@ -197,8 +197,8 @@ def _matrix(files: _Files, changes: list[tuple[str, Any]]) -> Matrix | None:
     base = OmegaConf.merge(files.base, files.stages.get(config.base_stage, {}))
     base = _changed(base, config.base_stage, changes, stages)
     cells: dict[str, Settings] = {}
-    for name, own in owns.items():
-        cell: Settings = _to_object(cast(DictConfig, OmegaConf.merge(base, *own)), f"compare cell {name}: ")
+    for name, part in owns.items():
+        cell: Settings = _to_object(cast(DictConfig, OmegaConf.merge(base, *part)), f"compare cell {name}: ")
         check_start(name, cell.run.init_from, stages, config.base_stage)
         cell.run.name = f"{cell.run.name}/compare/{folder_of(name)}"
         cells[name] = cell
@@ -235,14 +235,14 @@ def _resolve(config: Any, stage: str, changes: list[tuple[str, Any]], files: _Fi
 def _changed(config: Any, stage: str, changes: list[tuple[str, Any]], stages: Sequence[str]) -> DictConfig:
     """A copy of `config` with the command line over it: plain overrides first, the stage's own last. One that starts
     from another of `stages` still does, whatever a plain run.init_from says: that is where the first ones start."""
-    config, own = config.copy(), f"stages.{stage}."
+    config, part = config.copy(), f"stages.{stage}."
     inner = OmegaConf.select(config, "run.init_from") in stages
     for key, value in changes:
         if not key.startswith(("stages.", "update.", "compare.")) and not (inner and key == "run.init_from"):
             _assign(config, key, value, "")
     for key, value in changes:
-        if key.startswith(own):
-            _assign(config, key.removeprefix(own), value, own)
+        if key.startswith(part):
+            _assign(config, key.removeprefix(part), value, part)
     return config
 
 

@@ -28,7 +28,7 @@ SAME_FOR_ALL = ("training.steps", "training.batch_size", "engine.gradient_accumu
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is run and compared. `cells`: complete settings by name, in order; `run.init_from` of each is the name of a
+    """Runs that are compared. `cells`: complete settings by name, in order; `run.init_from` of each is the name of a
     stage or a folder, `run.name` its folder below the experiment's."""
 
     base_stage: str
@@ -56,8 +56,8 @@ def read_matrix(section: Any, source: str) -> tuple[dict[str, Any], dict[str, An
 def _sections(section: Any, key: str, source: str) -> dict[str, Any]:
     """Settings by the names that they stand under."""
     found = {}
-    for name, own in _named(section, key, source).items():
-        found[name] = checked(own, Settings, f"{key}.{name}.", source)
+    for name, part in _named(section, key, source).items():
+        found[name] = checked(part, Settings, f"{key}.{name}.", source)
         check_own(found[name], f"{key}.{name}.", source)
     return found
 
@@ -70,26 +70,27 @@ def _named(section: Any, key: str, source: str) -> dict[str, Any]:
     return {str(name): below for name, below in section.items()}
 
 
-def check_own(own: Mapping[str, Any], prefix: str, source: str) -> None:
+def check_own(part: Mapping[str, Any], prefix: str, source: str) -> None:
     """Refuse what cells may not set: their place, and the budget, which is the same for all. Raises ValueError."""
-    for entry in own.get("run", {}):
+    for entry in part.get("run", {}):
         if entry != "init_from":
             raise ValueError(f"{source}: {prefix}run.{entry}: cells only set run.init_from; seeds are compare.seeds")
     for setting in SAME_FOR_ALL:
         section, _, name = setting.partition(".")
-        if name in own.get(section, {}):
+        if name in part.get(section, {}):
             raise ValueError(f"{source}: {prefix}{setting}: set it once, for all cells: they have the same budget")
 
 
 def combined(cells: Mapping[str, Any], axes: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """What each cell sets, by name: the named cells, then every combination of the axes. Raises ValueError for two
+    """Return the sections that each cell sets, by name: the named cells, then every combination of the axes. Raises
+    ValueError for two
     cells of one name or one folder."""
-    found: dict[str, list[Any]] = {name: [own] for name, own in cells.items()}
+    found: dict[str, list[Any]] = {name: [part] for name, part in cells.items()}
     for choices in itertools.product(*(axis.items() for axis in axes.values())) if axes else ():
         name = ", ".join(choice for choice, _ in choices)
         if name in found:
             raise ValueError(f"compare.cells.{name}: is a combination of compare.axes too; give it another name")
-        found[name] = [own for _, own in choices]
+        found[name] = [part for _, part in choices]
     folders: dict[str, str] = {}
     for name in found:
         other = folders.setdefault(folder_of(name), name)

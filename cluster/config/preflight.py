@@ -1,4 +1,4 @@
-"""What can be refused before anything is written, started or trained; each refusal is one ValueError."""
+"""Checks that refuse a run before anything is written, started or trained; each refusal is one ValueError."""
 
 from dataclasses import replace
 from pathlib import Path

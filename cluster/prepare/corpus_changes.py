@@ -46,7 +46,7 @@ USAGE = "tandem corpus add|update RUN file.jsonl, corpus delete RUN id ... (or -
 
 @dataclass
 class Command:
-    """What was asked for."""
+    """The command as it was given."""
 
     action: str
     run: str
@@ -145,7 +145,7 @@ def open_to_changes(corpus: Path, prepared: "Prepared", has_index: bool = True) 
 
 
 def is_running(corpus: Path) -> bool:
-    """Whether a job serves the run. Of one on another machine a sign of life is awaited."""
+    """Return true if a job serves the run. Of one on another machine a sign of life is awaited."""
     driver = _read(corpus / RUNNING_FILE)
     if not driver:
         return False

@@ -46,7 +46,7 @@ SECTIONS = {"retriever": "encoder", "generator": "generator", "reranker": "reran
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Where the data of a stage lies."""
+    """Folders with the data of a stage."""
 
     passages: Path
     questions: dict[str, Path]  # by split

@@ -409,7 +409,7 @@ class IndexClient:
         return self._published is not None and self._handed_in is None and self._taken_by != self._coordinator.place
 
     def _serves(self, status: CoordinatorStatus, weights_version: int) -> bool:
-        published = self._own(weights_version)
+        published = self._published_here(weights_version)
         if published is None:
             return status.weights_version >= weights_version
         restarted = status.publish_id == 0 and status.weights_version == weights_version
@@ -417,10 +417,10 @@ class IndexClient:
 
     def _gave_up(self, status: CoordinatorStatus, weights_version: int) -> bool:
         """Return True if the coordinator gave up what is awaited, and not an older publish of this client."""
-        published = self._own(weights_version)
+        published = self._published_here(weights_version)
         return bool(status.given_up) and (published is None or status.given_up_publish in (0, published.publish_id))
 
-    def _own(self, weights_version: int) -> Weights | None:
+    def _published_here(self, weights_version: int) -> Weights | None:
         """The newest publish of this client, where that is what is waited for."""
         published = self._published
         return published if published is not None and published.version == weights_version else None

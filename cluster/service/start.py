@@ -125,33 +125,15 @@ def start_index_service(
     initial = None if snapshot is None else (check_snapshot(snapshot, identity, log=log), str(Path(snapshot).resolve()))
 
     prefix = f"index-{uuid.uuid4().hex[:8]}"
-    address = IndexAddress(
-        namespace=namespace,
-        coordinator=f"{prefix}-coordinator",
-        shards=tuple(
-            f"{prefix}-shard-{number}" + (f"-replica-{replica}" if index.replicas > 1 else "")
-            for replica in range(index.replicas)
-            for number in range(index.num_shards)
-        ),
+    address = replace(
+        _address(namespace, index, prefix=prefix, lexical=lexical is not None),
         num_passages=log.num_living() if where is None else count_passing(store, where, corpus),
-        search_timeout_s=index.search_timeout_s,
         events_path=str(run_dir / "events.jsonl"),
-        replicas=index.replicas,
-        slowness=Slowness(index.slow_after_s, index.on_slow),
         where=where,
-        lexical="" if lexical is None else f"{prefix}-lexical",
     )
     handle = IndexServiceHandle(address, tuple(f"{prefix}-worker-{number}" for number in range(refresh.num_workers)))
-    worker = WorkerSettings(
-        store=str(Path(store).resolve()),
-        side=SIDE,
-        encoder=encoder,
-        tokenizer=str(Path(tokenizer).resolve()),
-        batch_tokens=refresh.batch_tokens,
-        precision=refresh.precision,
-        threads=refresh.threads,
-        device=placement.workers.device,
-        corpus=str(corpus),
+    worker = _worker_settings(
+        refresh, encoder, store=store, tokenizer=tokenizer, corpus=corpus, device=placement.workers.device
     )
     coordinator = CoordinatorSettings(
         namespace=namespace,
@@ -159,13 +141,7 @@ def start_index_service(
         workers=handle.workers,
         run_dir=str(run_dir),
         identity=identity,
-        refresh=RefreshSettings(
-            chunk_passages=refresh.chunk_passages,
-            max_failures=refresh.max_failures,
-            chunk_timeout_s=refresh.chunk_timeout_s,
-            search_timeout_s=index.search_timeout_s,
-            first_generation=_next_number(run_dir),
-        ),
+        refresh=_refresh_settings(refresh, index, run_dir),
         keep_generations=index.keep_generations,
         keep_protected=keep_protected,
         start_timeout_s=start_timeout_s,
@@ -189,6 +165,59 @@ def start_index_service(
         handle.stop()
         raise
     return handle
+
+
+def _address(namespace: str, index: IndexConfig, *, prefix: str, lexical: bool) -> IndexAddress:
+    """Return the names of the actors of a service whose corpus is not known yet."""
+    return IndexAddress(
+        namespace=namespace,
+        coordinator=f"{prefix}-coordinator",
+        shards=tuple(
+            f"{prefix}-shard-{number}" + (f"-replica-{replica}" if index.replicas > 1 else "")
+            for replica in range(index.replicas)
+            for number in range(index.num_shards)
+        ),
+        num_passages=0,
+        search_timeout_s=index.search_timeout_s,
+        events_path="",
+        replicas=index.replicas,
+        slowness=Slowness(index.slow_after_s, index.on_slow),
+        lexical=f"{prefix}-lexical" if lexical else "",
+    )
+
+
+def _worker_settings(
+    refresh: RefreshConfig,
+    encoder: EncoderConfig,
+    *,
+    store: str | Path,
+    tokenizer: str | Path,
+    corpus: Path,
+    device: str,
+) -> WorkerSettings:
+    """Return what a refresh worker is started with."""
+    return WorkerSettings(
+        store=str(Path(store).resolve()),
+        side=SIDE,
+        encoder=encoder,
+        tokenizer=str(Path(tokenizer).resolve()),
+        batch_tokens=refresh.batch_tokens,
+        precision=refresh.precision,
+        threads=refresh.threads,
+        device=device,
+        corpus=str(corpus),
+    )
+
+
+def _refresh_settings(refresh: RefreshConfig, index: IndexConfig, run_dir: Path) -> RefreshSettings:
+    """Return what the coordinator reads of the settings; generations are numbered on from those on disk."""
+    return RefreshSettings(
+        chunk_passages=refresh.chunk_passages,
+        max_failures=refresh.max_failures,
+        chunk_timeout_s=refresh.chunk_timeout_s,
+        search_timeout_s=index.search_timeout_s,
+        first_generation=_next_number(run_dir),
+    )
 
 
 def await_ready(

@@ -1,4 +1,4 @@
-"""What a stage takes over from the run that it starts from: the changes of its corpus, and its index, instead of
+"""A stage takes over from the run that it starts from: the changes of its corpus, and its index, instead of
 encoding the same passages again."""
 
 import json
@@ -25,34 +25,34 @@ def inherit_corpus(
     """The changes of this run's corpus. A run that has no checkpoint yet goes on with those of the run that it starts
     from, where that is over the same base; its own changes stay its own from then on. `sides`: how passages are
     tokenised in this run; what was added there is tokenised again where that run's tokenisers were others."""
-    own = ChangeLog(run_dir / "corpus", passages.fingerprint, len(passages))
-    folder = Path(init_from).parents[1] / "corpus" if init_from else own.folder
-    if folder.resolve() == own.folder.resolve() or newest_checkpoint(run_dir, lambda _: None) is not None:
-        return own
+    log = ChangeLog(run_dir / "corpus", passages.fingerprint, len(passages))
+    folder = Path(init_from).parents[1] / "corpus" if init_from else log.folder
+    if folder.resolve() == log.folder.resolve() or newest_checkpoint(run_dir, lambda _: None) is not None:
+        return log
     try:
         theirs = ChangeLog(folder, passages.fingerprint, len(passages))
     except ValueError:  # another corpus, of another date say
-        return own
-    shared = min(own.version, theirs.version)
-    if own.version == theirs.version or [c.checksum for c in own.changes] != [
+        return log
+    shared = min(log.version, theirs.version)
+    if log.version == theirs.version or [c.checksum for c in log.changes] != [
         c.checksum for c in theirs.changes[:shared]
     ]:
-        return own
-    with own.locked(LOCK_S):
-        for change in theirs.changes[own.version :]:
-            if change.num_added and not own.segment_path(change).exists():
-                partial = own.segment_path(change).with_name(f".{change.segment}.tmp")
+        return log
+    with log.locked(LOCK_S):
+        for change in theirs.changes[log.version :]:
+            if change.num_added and not log.segment_path(change).exists():
+                partial = log.segment_path(change).with_name(f".{change.segment}.tmp")
                 shutil.rmtree(partial, ignore_errors=True)
                 segment = Store.open(theirs.segment_path(change), verify=False)
                 if all(segment.sides.get(name) == written for name, written in passages.sides.items()):
                     shutil.copytree(segment.path, partial, copy_function=_link)
                 else:
                     write_store(partial, [segment.passage(row) for row in range(len(segment))], sides(), segment.extra)
-                partial.rename(own.segment_path(change))
-            own.path(change.version).parent.mkdir(parents=True, exist_ok=True)
-            write_file(own.path(change.version), [theirs.path(change.version).read_bytes()])
-            own.refresh()
-    return own
+                partial.rename(log.segment_path(change))
+            log.path(change.version).parent.mkdir(parents=True, exist_ok=True)
+            write_file(log.path(change.version), [theirs.path(change.version).read_bytes()])
+            log.refresh()
+    return log
 
 
 def inherit_index(

@@ -189,7 +189,7 @@ def _outcome(settings: Settings) -> dict[str, Any]:
 
 
 def make_job(settings: Settings, prepared: Prepared, init_from: str, run_dir: Path) -> StageJob:
-    """What the trainer processes are told."""
+    """Return the job that is sent to the trainer processes."""
     contrastive = needs(settings.objective).in_batch
     questions = settings.questions
     asked = None if contrastive else prepared.questions.get(questions.evaluate)  # none for an index alone

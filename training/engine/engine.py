@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What `Engine.step` did."""
+    """Outcome of one `Engine.step`."""
 
     at_boundary: bool  # False inside a gradient accumulation: nothing below was computed
     updated: bool  # False at a boundary: something was not finite, weights and optimiser state are as before
@@ -85,12 +85,12 @@ class Engine(Ranks):
 
     @property
     def at_boundary(self) -> bool:
-        """Whether the next `step` ends a gradient accumulation."""
+        """True if the next `step` ends a gradient accumulation."""
         return self._engine is not None and bool(self._engine.is_gradient_accumulation_boundary())
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Of the weights that compute: bfloat16 or float32."""
+        """Type of the weights that compute: bfloat16 or float32."""
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
     def __call__(

@@ -1,4 +1,4 @@
-"""What the engine needs before it exists: checked settings and DeepSpeed's configuration."""
+"""Setup of the engine before it exists: checked settings and DeepSpeed's configuration."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,7 +53,8 @@ def check_settings(config: EngineConfig) -> None:
 
 
 def concrete_precision(precision: str, module: nn.Module) -> str:
-    """What `auto` means for `module` on this machine: 16-bit products where the processor has them, on a CPU only for
+    """Return what `auto` means for `module` on this machine: 16-bit products where the processor has them, on a CPU
+    only for
     matrices of WIDE or more, because every product first converts its weights. On a Xeon with AMX, training steps of
     width 128 took 1.3 times as long as in fp32, of 256 1.1; those of a BERT of width 384 .67 times with 512 tokens
     and .4 with 4,096."""
@@ -65,7 +66,8 @@ def concrete_precision(precision: str, module: nn.Module) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the GPU, or without one the processor, has products of bf16; what has none emulates them, a CPU ten
+    """Return true if the GPU, or without one the processor, has products of bf16; what has none emulates them, a CPU
+    ten
     times slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -73,7 +75,7 @@ def multiplies_bf16() -> bool:
 
 
 def processor_multiplies_bf16() -> bool:
-    """Whether products of bf16 are instructions of the CPU (AVX512-BF16, AMX)."""
+    """Return true if products of bf16 are instructions of the CPU (AVX512-BF16, AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -37,7 +37,7 @@ class Ranks:
         self.all_reduce_sum([0.0])
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` is true on some rank."""
+        """Return true if `flag` is true on some rank."""
         return self.all_reduce_sum([float(flag)])[0] > 0
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:

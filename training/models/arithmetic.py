@@ -1,4 +1,4 @@
-"""What a model's arithmetic and memory depend on: numbers read once from its modules, none of its code.
+"""Numbers that decide a model's arithmetic and memory, read once from its modules, none of its code.
 
 Weights are counted where each token passes them: every matrix of a stack except embeddings and the output layer, of
 several experts as many as a token visits. Biases and norms are left out, as in Kaplan et al. 2020.

@@ -124,7 +124,7 @@ def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast)
 
 
 def parameter_groups(system: System) -> dict[str, Sequence[nn.Parameter]]:
-    """What trains, as the two groups with their own learning rate, norm and clip."""
+    """Return the weights that train, as the two groups with their own learning rate, norm and clip."""
     scorers = [system.retriever] + ([system.reranker] if system.reranker is not None else [])
     return {
         "retriever": [p for part in scorers for p in part.parameters() if p.requires_grad],

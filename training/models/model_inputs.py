@@ -1,4 +1,4 @@
-"""What one step of training reads: tensors of questions, passages and answers, as collators make them."""
+"""Inputs of one training step: tensors of questions, passages and answers, as collators make them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields

@@ -29,7 +29,7 @@ Scored = TypeVar("Scored", Tensor, tuple[Tensor, Tensor])
 
 @dataclass
 class Answers:
-    """What the system writes for a batch of questions."""
+    """Answers that the system writes for a batch of questions."""
 
     log_prior: Tensor  # float32 [batch, k]: log p(z|q), -inf at padded passages
     log_likelihood: Tensor  # float32 [batch]: log p(gold answer|q), marginal over the passages or fused
@@ -230,7 +230,8 @@ def gumbel_noise(scores: Tensor, num_draws: int) -> Tensor:
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Whether some part drops values in training: an `nn.Dropout`, or a probability that a module of transformers keeps
+    """Return true if some part drops values in training: an `nn.Dropout`, or a probability that a module of
+    transformers keeps
     under its own name (`attention_dropout`, `layerdrop`) and applies as a function."""
     for part in module.modules():
         if isinstance(part, nn.Dropout) and part.p > 0:

@@ -19,12 +19,12 @@ def check_objective(config: ObjectiveConfig) -> None:
 
 
 def samples_answers(config: ObjectiveConfig) -> bool:
-    """Whether the generator writes the answers that are trained on."""
+    """Return true if the generator writes the answers that are trained on."""
     return config.name == "grpo" or (config.name == "reinforce" and config.reward != LIKELIHOOD_REWARD)
 
 
 def needs_reference(config: ObjectiveConfig) -> bool:
-    """Whether the loss compares with the system at the start of the stage."""
+    """Return true if the loss compares with the system at the start of the stage."""
     return config.name in PREFERENCE or (samples_answers(config) and config.kl_weight > 0)
 
 

@@ -17,7 +17,7 @@ from training.training_settings import ObjectiveConfig
 
 
 def needs(config: ObjectiveConfig) -> Needs:
-    """What has to be computed for this objective. Raises ValueError for settings that are not allowed."""
+    """Return what has to be computed for this objective. Raises ValueError for settings that are not allowed."""
     check_objective(config)
     match config.name:
         # likelihood.py: gradient to the generator and to both encoders

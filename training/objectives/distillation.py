@@ -94,7 +94,7 @@ def loop(
     target_temperature: float = 1.0,
     confidence: bool = False,
 ) -> tuple[Tensor, Stats]:
-    """As `pdist` with g = -mean_t f^(-k)_t: the fused loss without passage k, larger the more it is missed."""
+    """Compute `pdist` with g = -mean_t f^(-k)_t: the fused loss without passage k, larger the more it is missed."""
     assert outputs.left_out is not None
     assert outputs.answer_mask is not None
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
@@ -119,7 +119,7 @@ def adist(
     target_temperature: float = 1.0,
     confidence: bool = False,
 ) -> tuple[Tensor, Stats]:
-    """As `pdist` with g = what the answer's tokens take from passage k by attention (`Likelihoods.attention`)."""
+    """Compute `pdist` with g = what the answer's tokens take from passage k by attention (`Likelihoods.attention`)."""
     assert outputs.attention is not None
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
     return _distil(

@@ -1,4 +1,4 @@
-"""What an objective sees, and the masked arithmetic that every objective shares.
+"""Inputs of an objective, and the masked arithmetic that every objective shares.
 
 Symbols: `s` score, `p` retrieval distribution, `l` per-passage token log-probability, `L` its sum over the answer, `f`
 fused token log-probability. Everything is computed in float32 (float64 where an input is float64), is finite for one
@@ -38,7 +38,7 @@ class Likelihoods:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What the trained module has to compute before `compute` can be called."""
+    """Outputs that the trained module has to compute before `compute` can be called."""
 
     per_passage: bool = False  # `Likelihoods.per_passage`
     per_passage_gradient: bool = False  # it carries gradient; otherwise score without gradient and with dropout off

@@ -30,7 +30,8 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass(kw_only=True)
 class Candidates(Likelihoods):
-    """What the policy and the reference say of `group` answers to each question, given the same K passages.
+    """Log-likelihoods that the policy and the reference give `group` answers to each question, given the same K
+    passages.
 
     preference objectives: every answer under every passage, `each` = k. Sampling objectives: every answer under the one
     passage that it was drawn with, `each` = 1.

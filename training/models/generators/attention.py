@@ -28,7 +28,8 @@ NO_PROBABILITIES = ("flash_attention_2",)  # implementations whose masks are no 
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Whether some layer of `model` attends: false for a state-space model, true for a hybrid. By the names of its
+    """Return true if some layer of `model` attends: false for a state-space model, true for a hybrid. By the names of
+    its
     parts, before anything is computed; `AttentionMass.per_key` refuses what only looks like attention."""
     return any("attention" in type(module).__name__.lower() for module in model.modules())
 
@@ -46,7 +47,7 @@ def check_attention(model: nn.Module, attention: str, objective: str) -> None:
 @contextmanager
 def rerouted(model: nn.Module, route: Route) -> Iterator[None]:
     """Inside, every attention of `model`'s layers goes through `route`; other models are left alone."""
-    own = {id(module) for module in model.modules()}
+    inside = {id(module) for module in model.modules()}
     table: Any = ALL_ATTENTION_FUNCTIONS
     find, outer = table.get_interface, vars(table).get("get_interface")
 
@@ -56,7 +57,7 @@ def rerouted(model: nn.Module, route: Route) -> Iterator[None]:
         def attend_rerouted(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
         ) -> tuple[Tensor, Tensor | None]:
-            if id(module) not in own:
+            if id(module) not in inside:
                 return attend(module, query, key, value, mask, **options)
             return route(attend, module, query, key, value, mask, options)
 
@@ -177,7 +178,7 @@ def fold(tensor: Tensor, times: int, tokens: int, rows: int) -> Tensor:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether a layer attends to what stands before it in its own sequence; in a decoder, the others are its
+    """Return true if a layer attends to what stands before it in its own sequence; in a decoder, the others are its
     cross-attention."""
     return bool(getattr(module, "is_causal", False))
 

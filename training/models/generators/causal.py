@@ -114,7 +114,7 @@ class CausalGenerator(Generator[CausalBatch, None]):
         return self._score(*prompts, targets=batch.answer_ids, target_mask=batch.answer_mask)
 
     def left_out_log_probs(self, reading: None, batch: CausalBatch) -> Tensor:
-        """As the base class says: one prompt for each passage, with all the others in it."""
+        """Do as the base class says: one prompt for each passage, with all the others in it."""
         k = batch.passage_mask.shape[1]
         repeated = (batch.joint_ids, batch.joint_mask, batch.joint_passage, batch.answer_ids, batch.answer_mask)
         ids, mask, passage, targets, target_mask = (tensor.repeat_interleave(k, dim=0) for tensor in repeated)
@@ -123,7 +123,8 @@ class CausalGenerator(Generator[CausalBatch, None]):
         return self._score(*prompts, targets=targets, target_mask=target_mask).unflatten(0, (-1, k))
 
     def fused_with_attention(self, reading: None, batch: CausalBatch) -> tuple[Tensor, Tensor]:
-        """As the base class says, by self-attention from the places that predict the answer to the passages' tokens."""
+        """Do as the base class says, by self-attention from the places that predict the answer to the passages'
+        tokens."""
         self.check_attention("adist")
         mass = torch.zeros(batch.joint_ids.shape, device=batch.joint_ids.device)
         log_probs = self._score(

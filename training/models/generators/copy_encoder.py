@@ -1,4 +1,4 @@
-"""What reads a question with one passage for the copy reader: random weights, or a pretrained encoder."""
+"""The encoder that reads a question with one passage for the copy reader: random weights, or a pretrained encoder."""
 
 from typing import Any
 

@@ -40,7 +40,7 @@ class CopyBatch(ReaderBatch):
 
 @dataclass(kw_only=True)
 class Memory:
-    """What the decoder attends to, with its projections, computed once."""
+    """States that the decoder attends to, with its projections, computed once."""
 
     keys: list[Tensor]  # per decoder layer, [rows, heads, source, head_dim]
     values: list[Tensor]
@@ -81,7 +81,7 @@ class Memory:
 
 @dataclass
 class Reading:
-    """What was read: every passage once."""
+    """Reading of a batch: every passage once."""
 
     states: Tensor  # [batch * k, source, hidden]
     fused: Memory | None = None  # left by a fused pass without bias, for those that leave a passage out

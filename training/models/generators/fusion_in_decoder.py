@@ -79,7 +79,7 @@ class Projected:
 
 @dataclass
 class Reading:
-    """What was read: every passage once, in groups of similar length."""
+    """Reading of a batch: every passage once, in groups of similar length."""
 
     groups: list[Group]
     projected: Projected | None = None  # left by a fused pass, for one without gradient over single passages
@@ -87,7 +87,7 @@ class Reading:
 
 @dataclass
 class Memory:
-    """What the decoder attends to."""
+    """States that the decoder attends to."""
 
     states: Tensor  # [rows, source, dim]
     mask: Tensor  # bool [rows, source]; float [rows, 1, 1, source] when biased
@@ -160,7 +160,7 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         return ordered.unflatten(0, (-1, k))
 
     def fused_log_probs(self, reading: Reading, batch: FusionBatch, passage_bias: Tensor | None = None) -> Tensor:
-        """As the base class says. In training, its projections of the passages are kept in `reading`: scoring single
+        """Do as the base class says. In training, its projections of the passages are kept in `reading`: scoring single
         passages without gradient then costs no more than its few answer tokens."""
         memory, starts = self._fuse(reading, batch, passage_bias)
         # Checkpointed layers take no cache, and would project again in the backward pass.

@@ -1,4 +1,4 @@
-"""What the system asks of a generator: read passages once, then score or write answers from them.
+"""The system asks a generator to read passages once, then score or write answers from them.
 
 A generator sees K passages per question in two ways: one passage at a time (`per_passage_log_probs`, axis order
 `batch, k, tokens`) and all of them fused (`fused_log_probs`, `batch, tokens`). Both start from the same `read`, so
@@ -59,7 +59,8 @@ class Generator(nn.Module, ABC, Generic[Batch, Reading]):
 
     @abstractmethod
     def read(self, batch: Batch) -> Reading:
-        """What is computed once per batch and shared by all scoring and writing (encoder states); may be None."""
+        """Return what is computed once per batch and shared by all scoring and writing (encoder states); may be
+        None."""
 
     @abstractmethod
     def per_passage_log_probs(self, reading: Reading, batch: Batch) -> Tensor:

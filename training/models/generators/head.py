@@ -35,7 +35,7 @@ class Head:
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def is_all_else(self) -> bool:
-        """Whether encoder, body and output embeddings have all weights of the model between them."""
+        """Return true if encoder, body and output embeddings have all weights of the model between them."""
         parts = [self.body, *([self.model.get_encoder()] if self.model.config.is_encoder_decoder else [])]
         known = {id(weight) for part in parts for weight in part.parameters()} | {id(weight) for weight in self.weights}
         return all(id(weight) in known for weight in self.model.parameters())
@@ -81,15 +81,15 @@ class Head:
     @contextmanager
     def _body_returns(self, states: Tensor) -> Iterator[None]:
         """Inside, the body gives `states` back, whatever it is called with."""
-        own = vars(self.body).get("forward")
+        bound = vars(self.body).get("forward")
         output = _Loose(last_hidden_state=cast(Any, states))
         self.body.forward = lambda *_, **__: output
         try:
             yield
         finally:
             del self.body.forward
-            if own is not None:
-                self.body.forward = own
+            if bound is not None:
+                self.body.forward = bound
 
 
 class _Loose(BaseModelOutputWithPastAndCrossAttentions):

@@ -1,4 +1,4 @@
-"""What is known of a generator from its configuration alone, before any weight is loaded."""
+"""Facts about a generator that its configuration alone gives, before any weight is loaded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ STATE_SPACE = ("mamba", "mamba2")  # of generator.fresh.family
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides whether an objective, or a number of passages, fits a generator."""
+    """Facts that decide whether an objective, or a number of passages, fits a generator."""
 
     attention: bool  # some layer attends; False for a pure state-space model
     context: int | None  # tokens of one sequence; None: no limit, or unknown
@@ -48,7 +48,8 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
 
 
 def has_attention(config: Any) -> bool:
-    """Whether a model of this transformers configuration has a layer that attends. Hybrids list the kind of each layer;
+    """Return true if a model of this transformers configuration has a layer that attends. Hybrids list the kind of each
+    layer;
     pure state-space models have no attention heads."""
     if config.is_encoder_decoder:
         return True

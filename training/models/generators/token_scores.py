@@ -1,4 +1,5 @@
-"""What pretrained generators share: answers as tensors, token log-probabilities, and writing with an exact score."""
+"""Shared parts of pretrained generators: answers as tensors, token log-probabilities, and writing with an exact
+score."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,1 +1,1 @@
-"""What several models share: adapters, checkpoints and weights."""
+"""Shared parts of several models: adapters, checkpoints and weights."""

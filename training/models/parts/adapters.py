@@ -74,12 +74,12 @@ def adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether some layer below `module` has an adapter."""
+    """Return true if some layer below `module` has an adapter."""
     return next(adapted(module), None) is not None
 
 
 def trains_adapters_only(module: nn.Module) -> bool:
-    """Whether every weight that trains is an adapter's, and there is one."""
+    """Return true if every weight that trains is an adapter's, and there is one."""
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     return bool(trained) and all(is_adapter(name) for name in trained)
 

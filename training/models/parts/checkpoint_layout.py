@@ -1,4 +1,5 @@
-"""What a sentence-transformers folder or hub name says of its encoder: pooling, projections, normalisation, limits.
+"""Facts that a sentence-transformers folder or hub name gives about its encoder: pooling, projections, normalisation,
+limits.
 
 Read without that library. Both layouts of its files are understood: the older (`pooling_mode_mean_tokens: true`,
 `max_seq_length` in sentence_bert_config.json) and the newer (`pooling_mode: "mean"`, limit in tokenizer_config.json).
@@ -38,7 +39,7 @@ class DenseLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How token states become a vector."""
+    """Pooling of token states to a vector."""
 
     pooling: tuple[str, ...]  # of POOLINGS; several are concatenated
     normalize: bool
@@ -117,7 +118,8 @@ def read_layout(name: str) -> Layout | None:
 
 
 def transformer_folder(name: str) -> str:
-    """Where a checkpoint keeps its transformer, below its root: "" but for older sentence-transformers folders."""
+    """Return the folder of a checkpoint's transformer, below its root: "" but for older sentence-transformers
+    folders."""
     modules = _read_json(name, "modules.json") or []
     return next((module["path"] for module in modules if module["type"].rsplit(".", 1)[-1] == "Transformer"), "")
 

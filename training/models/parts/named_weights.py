@@ -22,7 +22,7 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether this is a weight of a low-rank adapter (`training/models/parts/adapters.py`)."""
+    """Return true if this is a weight of a low-rank adapter (`training/models/parts/adapters.py`)."""
     return ".lora_A." in name or ".lora_B." in name
 
 

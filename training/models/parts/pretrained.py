@@ -46,7 +46,8 @@ def encoder_only(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """How many positions learned embeddings have room for (RoBERTa's and BART's start late); None for other kinds."""
+    """Return the number of positions that learned embeddings have room for (RoBERTa's and BART's start late); None for
+    other kinds."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_NAMES:
             padding = 0 if module.padding_idx is None else module.padding_idx + 1
@@ -55,7 +56,8 @@ def num_positions(model: nn.Module) -> int | None:
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether the weights are spread over ranks (ZeRO 3): every call is a collective, so no rank may stop early."""
+    """Return true if the weights are spread over ranks (ZeRO 3): every call is a collective, so no rank may stop
+    early."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

@@ -80,7 +80,7 @@ def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
 
 
 class NullScore(nn.Module):
-    """What reading no passage scores, learned, in the units of an inner product of vectors. A module that is called, so
+    """Learned score of reading no passage, in the units of an inner product of vectors. A module that is called, so
     that sharded weights are gathered; of shape [1], since DeepSpeed takes no parameter without an axis."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ LEXICAL_SPEED = 10.0  # Adam moves a parameter by the learning rate a step, what
 
 
 class LexicalWeight(nn.Module):
-    """What a lexical score of 1 adds to an inner product: softplus of a parameter, so never negative. A module that is
+    """Weight of a lexical score against an inner product: softplus of a parameter, so never negative. A module that is
     called, for the same reasons as `NullScore`."""
 
     def __init__(self, weight: float) -> None:
@@ -131,7 +131,7 @@ class Retriever(nn.Module):
 
     @property
     def shared(self) -> bool:
-        """Whether both towers are one."""
+        """True if both towers are one."""
         return self.query_encoder is self.passage_encoder
 
     @property
@@ -140,7 +140,7 @@ class Retriever(nn.Module):
 
     @property
     def passage_prefix(self) -> str:
-        """What the names of the passage tower's weights start with in `named_parameters()`."""
+        """Prefix of the names of the passage tower's weights in `named_parameters()`."""
         return "query_encoder." if self.shared else "passage_encoder."
 
     def encode_queries(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class Retriever(nn.Module):
         return self.null(scores) / self.temperature if self.null is not None else None
 
     def train(self, mode: bool = True) -> "Retriever":
-        """As usual, but a frozen tower stays in evaluation mode: its vectors are the index's, without dropout."""
+        """Set the mode, but a frozen tower stays in evaluation mode: its vectors are the index's, without dropout."""
         super().train(mode)
         for tower in (self.query_encoder, self.passage_encoder):
             if not any(parameter.requires_grad for parameter in tower.parameters()):
@@ -251,9 +251,9 @@ def load_passage_weights(encoder: TextEncoder, weights: Mapping[str, np.ndarray]
 
 def load_encoder_state(encoder: TextEncoder, state: Mapping[str, Tensor]) -> None:
     """Strict loading with a message for users instead of torch's."""
-    own = encoder.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    known = encoder.state_dict()
+    missing, unknown = sorted(known.keys() - state.keys()), sorted(state.keys() - known.keys())
+    shapes = [name for name in known.keys() & state.keys() if known[name].shape != state[name].shape]
     if missing or unknown or shapes:
         raise ValueError(
             f"these weights are not of this encoder: missing {missing[:3]}, unknown {unknown[:3]}, "
@@ -265,8 +265,8 @@ def load_encoder_state(encoder: TextEncoder, state: Mapping[str, Tensor]) -> Non
 def with_towers_of(config: EncoderConfig, weights: Iterable[str]) -> EncoderConfig:
     """`config` for a system that goes on with the weights of these names: it has two towers where they have. (A query
     tower that was trained alone is another one than that of the passages.)"""
-    own = any(name.startswith("retriever.passage_encoder.") for name in weights)
-    return replace(config, towers="separate") if own else config
+    known = any(name.startswith("retriever.passage_encoder.") for name in weights)
+    return replace(config, towers="separate") if known else config
 
 
 def _check(config: EncoderConfig) -> None:

@@ -37,7 +37,7 @@ class Reranker(nn.Module):
         self.has_segments = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
 
     def train(self, mode: bool = True) -> "Reranker":
-        """As usual, but a frozen re-ranker stays in evaluation mode: it scores without dropout."""
+        """Set the mode, but a frozen re-ranker stays in evaluation mode: it scores without dropout."""
         trains = any(parameter.requires_grad for parameter in self.parameters())
         super().train(mode and trains)
         return self
@@ -58,7 +58,8 @@ class Reranker(nn.Module):
 
 
 def build_reranker(config: RerankerConfig, encoder: EncoderConfig, vocab_size: int) -> Reranker | None:
-    """What `config` describes, None where it is off; a fresh one reads the retriever's tokens, `vocab_size` of them.
+    """Return the re-ranker that `config` describes, None where it is off; a fresh one reads the retriever's tokens,
+    `vocab_size` of them.
 
     Raises ValueError that names the setting when the checkpoint cannot be read, is no cross-encoder, or is too short.
     """
@@ -72,7 +73,7 @@ def build_reranker(config: RerankerConfig, encoder: EncoderConfig, vocab_size: i
 
 
 def has_own_tokens(config: RerankerConfig) -> bool:
-    """Whether the re-ranker reads tokens of its own; a fresh one reads the retriever's."""
+    """True if the re-ranker reads tokens of its own; a fresh one reads the retriever's."""
     return config.mode != "off" and bool(config.name)
 
 

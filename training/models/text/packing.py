@@ -10,7 +10,7 @@ MIN_GROUP_ROWS = 4  # smaller groups cost more in calls than they save in paddin
 
 
 def count_groups(num_rows: int, num_groups: int) -> int:
-    """How many groups are made: a function of the row count alone, so that ranks of equal batches make equally many
+    """Return the number of groups: a function of the row count alone, so that ranks of equal batches make equally many
     calls of a sharded module (each call is a collective under ZeRO 3)."""
     return max(1, min(num_groups, num_rows // MIN_GROUP_ROWS))
 

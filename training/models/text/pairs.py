@@ -28,7 +28,8 @@ class PairBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """How a tokeniser joins two texts. `side`: whose token rows are joined. Rows of the retriever's own side are whole
+    """Joins two texts as a tokeniser does. `side`: whose token rows are joined. Rows of the retriever's own side are
+    whole
     sequences already, and `strip` special tokens that begin a passage are left out; rows of a re-ranker's side are
     bare, and get `start`, `between` and `end`. `segments`: whether the passage is marked as the second segment."""
 

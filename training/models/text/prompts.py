@@ -1,4 +1,4 @@
-"""What a generator is told around passages and question: templates, system prompts, chats and options, as text.
+"""Text around passages and question that a generator reads: templates, system prompts, chats and options, as text.
 
 `training/models/text/token_rows.py` makes token rows of it.
 """
@@ -67,7 +67,7 @@ def prompt_segments(
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> bool:
-    """Whether prompts are turns of the tokeniser's own chat format."""
+    """True if prompts are turns of the tokeniser's own chat format."""
     return config.kind == "causal" and config.chat_template == "auto" and bool(tokenizer.chat_template)
 
 
@@ -80,7 +80,7 @@ def with_system_prompt(config: GeneratorConfig, earlier: Sequence[dict[str, str]
 
 @dataclass(frozen=True)
 class QuestionText:
-    """What each side reads of a question; the `render` of a question store.
+    """Return what each side reads of a question; the `render` of a question store.
 
     The retriever reads the question alone. The generator reads it with its options in `choice_template`, after its
     context: system prompt and earlier turns. A causal model's context is the whole beginning of its prompt, where that

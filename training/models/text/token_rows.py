@@ -1,4 +1,4 @@
-"""How text becomes the token rows of the store: one side for the retriever, one for the generator, made once.
+"""Text becomes the token rows of the store: one side for the retriever, one for the generator, made once.
 
 Rows of the retriever are complete (special tokens included). Rows of a generator are segments without special tokens,
 which the generator puts together; each segment is tokenised as it stands after the text that precedes it in the prompt.
