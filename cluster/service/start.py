@@ -115,11 +115,7 @@ def start_index_service(
     corpus = run_dir / "corpus" if corpus is None else Path(corpus).resolve()
     passages = Store.open(store, verify=False)
     log = ChangeLog(corpus, passages.fingerprint, len(passages))
-    identity = index_identity(passages, encoder, index)
-    if lexical is not None:
-        identity = replace(identity, lexical=Path(lexical).name)
-        if lexical_corpus(lexical) != passages.fingerprint:
-            raise ValueError(f"lexical index {lexical} was built from another corpus: it cannot serve this run")
+    identity = _identity_of(passages, encoder, index, lexical)
     ranges = identity.ranges
     check_config(index, min(stop - start for start, stop in ranges))
     initial = None if snapshot is None else (check_snapshot(snapshot, identity, log=log), str(Path(snapshot).resolve()))
@@ -153,18 +149,39 @@ def start_index_service(
         if lexical is not None:
             _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus), where), placement)
         _start(handle, ranges, index=index, worker=worker, coordinator=coordinator, placement=placement)
-        if wait:
-            wish = None if initial is None else initial[0]
-            handle = replace(
-                handle,
-                complete=await_ready(
-                    handle, placement, timeout_s=start_timeout_s, initial=wish, corpus_version=log.version
-                ),
-            )
+        return (
+            _ready(handle, placement, timeout_s=start_timeout_s, initial=initial, version=log.version)
+            if wait
+            else handle
+        )
     except BaseException:
         handle.stop()
         raise
-    return handle
+
+
+def _ready(
+    handle: IndexServiceHandle,
+    placement: PlacementPlan,
+    timeout_s: float,
+    initial: tuple[int, str] | None,
+    version: int,
+) -> IndexServiceHandle:
+    """Return the handle once all actors are up and, if there is an initial snapshot, its generation serves."""
+    generation = None if initial is None else initial[0]
+    complete = await_ready(handle, placement, timeout_s=timeout_s, initial=generation, corpus_version=version)
+    return replace(handle, complete=complete)
+
+
+def _identity_of(
+    passages: Store, encoder: EncoderConfig, index: IndexConfig, lexical: str | Path | None
+) -> IndexIdentity:
+    """Return the identity of the index that is started. Raises ValueError for a lexical index of another corpus."""
+    identity = index_identity(passages, encoder, index)
+    if lexical is None:
+        return identity
+    if lexical_corpus(lexical) != passages.fingerprint:
+        raise ValueError(f"lexical index {lexical} was built from another corpus: it cannot serve this run")
+    return replace(identity, lexical=Path(lexical).name)
 
 
 def _address(namespace: str, index: IndexConfig, *, prefix: str, lexical: bool) -> IndexAddress:
