@@ -149,27 +149,15 @@ def start_index_service(
         if lexical is not None:
             _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus), where), placement)
         _start(handle, ranges, index=index, worker=worker, coordinator=coordinator, placement=placement)
-        return (
-            _ready(handle, placement, timeout_s=start_timeout_s, initial=initial, version=log.version)
-            if wait
-            else handle
-        )
+        if wait:
+            wish = None if initial is None else initial[0]
+            timeout_s, version = start_timeout_s, log.version
+            complete = await_ready(handle, placement, timeout_s=timeout_s, initial=wish, corpus_version=version)
+            return replace(handle, complete=complete)
+        return handle
     except BaseException:
         handle.stop()
         raise
-
-
-def _ready(
-    handle: IndexServiceHandle,
-    placement: PlacementPlan,
-    timeout_s: float,
-    initial: tuple[int, str] | None,
-    version: int,
-) -> IndexServiceHandle:
-    """Return the handle once all actors are up and, if there is an initial snapshot, its generation serves."""
-    generation = None if initial is None else initial[0]
-    complete = await_ready(handle, placement, timeout_s=timeout_s, initial=generation, corpus_version=version)
-    return replace(handle, complete=complete)
 
 
 def _identity_of(
