@@ -12,10 +12,10 @@ PAIRS = lines([PAIR, HELD_OUT])
 
 ARGUMENTS = [
     ("objective.name=grpo objective.group_size=1", "objective.group_size=1: must be 2 or above"),
-    ("objective.name=grpo objective.reward=nice", "objective.reward='nice': allowed are likelihood, exact_match, f1"),
-    ("objective.name=grpo objective.reward=no/file.py:f", "objective.reward='no/file.py:f' cannot be loaded"),
-    ("objective.name=grpo objective.reward=math:fun", "objective.reward='math:fun': math has no function 'fun'"),
-    ("objective.name=grpo objective.reward=likelihood", "objective.reward='likelihood': allowed with"),
+    ("objective.name=grpo objective.reward=nice", "objective.reward=nice: must be exact_match, f1, grounded"),
+    ("objective.name=grpo objective.reward=no/file.py:f", "it cannot be loaded: FileNotFo"),
+    ("objective.name=grpo objective.reward=math:fun", "objective.reward=math:fun: must be a function: math has no 'fun'"),
+    ("objective.name=grpo objective.reward=likelihood", "with objective.name=grpo"),
     (
         "objective.name=grpo objective.kl_weight=0.1 alignment.reference=none",
         "alignment.reference=none: must be copy or offload with objective.name=grpo and kl_weight=0.1",
@@ -36,7 +36,7 @@ ARGUMENTS = [
 
 # The objective, the preference file, further settings, what the message says.
 FILES = [
-    ("dpo", None, "", "data': needed is a .jsonl[.gz] file or a folder with preferences.jsonl[.gz]"),
+    ("dpo", None, "", "data: must be a .jsonl[.gz] file or a folder with preferences.jsonl[.gz]"),
     ("dpo", PAIRS + b"{\n", "", "preferences.jsonl:3: not_json"),
     ("dpo", PAIRS + b'{"prompt": "\xff"}\n', "", "preferences.jsonl:3: broken_utf8"),
     (
@@ -47,7 +47,7 @@ FILES = [
     ),
     ("dpo", PAIRS + lines([{**PAIR, "rejected": " "}]), "", "preferences.jsonl:3: empty_text: rejected is empty"),
     ("dpo", PAIRS + lines([{**PAIR, "rejected": "item 1"}]), "", "preferences.jsonl:3: equal_answers"),
-    ("dpo", lines([{"prompt": "x", "answer": "y", "desirable": True}]), "", "holds judged answers"),
+    ("dpo", lines([{"prompt": "x", "answer": "y", "desirable": True}]), "", "this file has j"),
     ("dpo", lines([PAIR]), "", "has no preferences of split 'test'"),
     ("dpo", lines([HELD_OUT]), "", "has no preferences of split 'train'"),
     ("kto", PAIRS + lines([{**PAIR, "chosen": 3}]), "", "preferences.jsonl:3: missing_field: chosen is '3'"),
@@ -90,4 +90,4 @@ def test_bad_preferences(
 
 def test_the_quickstart_knows_no_preferences(refusal: Refusal) -> None:  # noqa: F811
     said = refusal("train", QUICKSTART, "corpus.world.num_people=20", "stages.joint.objective.name=dpo")
-    assert "needed is a .jsonl[.gz] file or a folder with preferences.jsonl[.gz]" in said
+    assert "must be a .jsonl[.gz] file or a folder with preferences.jsonl[.gz]" in said
