@@ -14,7 +14,10 @@ ARGUMENTS = [
     ("objective.name=grpo objective.group_size=1", "objective.group_size=1: must be 2 or above"),
     ("objective.name=grpo objective.reward=nice", "objective.reward=nice: must be exact_match, f1, grounded"),
     ("objective.name=grpo objective.reward=no/file.py:f", "it cannot be loaded: FileNotFo"),
-    ("objective.name=grpo objective.reward=math:fun", "objective.reward=math:fun: must be a function: math has no 'fun'"),
+    (
+        "objective.name=grpo objective.reward=math:fun",
+        "objective.reward=math:fun: must be a function: math has no 'fun'",
+    ),
     ("objective.name=grpo objective.reward=likelihood", "with objective.name=grpo"),
     (
         "objective.name=grpo objective.kl_weight=0.1 alignment.reference=none",
