@@ -91,8 +91,9 @@ def run_stage(
                 except TornSnapshot as torn:  # the checkpoint's weights make the index anew
                     events("snapshot_refused", why=str(torn))
                     print(f"{torn}; the index is encoded again", flush=True)
+                    snapshot = None
                     service = _start_index(
-                        settings, prepared, placement=placement, run_dir=run_dir, namespace=namespace, snapshot=None
+                        settings, prepared, placement=placement, run_dir=run_dir, namespace=namespace, snapshot=snapshot
                     )
                 job.index_from_snapshot = snapshot is not None and service.complete
             with _started(service, placement, settings.cluster.start_timeout_s):

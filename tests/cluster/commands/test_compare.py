@@ -99,7 +99,7 @@ def test_files_without_a_compare_section_have_no_matrix(write, tmp_path: Path) -
         ("compare: {cell: {}}", "unknown setting compare.cell. Did you mean compare.cells?"),
         (
             "compare: {cells: {a: {training: {stepz: 1}}}}",
-            "Did you mean compare.cells.a.training.steps?",
+            "Did you mean training.steps?",
         ),
         ("compare: {cells: {a: {retrieval: {k: x}}}}", "compare.cells.a.retrieval.k: value 'x' must be a whole number"),
         ("compare: {cells: [a]}", "compare.cells=['a']: must hold settings by name"),
@@ -286,7 +286,7 @@ def test_an_interruption_leaves_the_comparison_of_what_there_is(write, tmp_path:
 def test_mistakes_of_a_cell_are_seen_before_anything_runs(write, tmp_path: Path) -> None:
     for own, expected in (
         ("encoder: {name: /no/such/folder}", "compare cell a: encoder.name=/no/such/folder: must be a folder"),
-        ("retrieval: {k: 500}", "compare cell a: retrieval.k is 500"),
+        ("retrieval: {k: 500}", "compare cell a: retrieval.k=500: must be 1 to 120"),
         ("run: {init_from: no/such/run}", "compare cell a: run.init_from=no/such/run: must be a checkpoint"),
     ):
         text = f"compare: {{base_stage: joint, baseline: a, cells: {{a: {{{own}}}}}}}"

@@ -14,7 +14,7 @@ from cluster.machines import session
 
 DRIVER = """
 import json, os, subprocess, sys, time
-from cluster import session
+from cluster.machines import session
 
 connection = session.start_or_join("orphans", num_gpus=0)
 import ray

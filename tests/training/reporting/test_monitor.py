@@ -209,7 +209,7 @@ import io, sys, time
 from pathlib import Path
 import psutil
 from training.reporting.monitor import Monitor
-from training.settings import MonitorConfig
+from training.training_settings import MonitorConfig
 
 stream = io.StringIO()
 with Monitor(Path(sys.argv[1]), MonitorConfig(wandb="offline"), {}, total_steps=9, rank=0, stream=stream) as monitor:
@@ -241,7 +241,7 @@ def test_off_never_imports_wandb() -> None:
     code = (
         "import sys, pathlib, tempfile\n"
         "from training.reporting.monitor import Monitor\n"
-        "from training.settings import MonitorConfig\n"
+        "from training.training_settings import MonitorConfig\n"
         "monitor = Monitor(pathlib.Path(tempfile.mkdtemp()), MonitorConfig(wandb='off'), {}, 1, 0)\n"
         "monitor.log({'loss/total': 1.0}, 1)\n"
         "assert not {'wandb', 'torch', 'matplotlib'} & set(sys.modules)\n"
