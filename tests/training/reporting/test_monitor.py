@@ -212,7 +212,7 @@ from training.reporting.monitor import Monitor
 from training.training_settings import MonitorConfig
 
 stream = io.StringIO()
-with Monitor(Path(sys.argv[1]), MonitorConfig(wandb="offline"), {}, total_steps=9, rank=0, stream=stream) as monitor:
+with Monitor(Path(sys.argv[1]), MonitorConfig(wandb="offline"), run_config={}, total_steps=9, rank=0, stream=stream) as monitor:
     monitor.log({"loss/total": 1.0}, step=1)
     deadline = time.monotonic() + 30
     while "offline run in" not in stream.getvalue() and time.monotonic() < deadline:
@@ -242,7 +242,8 @@ def test_off_never_imports_wandb() -> None:
         "import sys, pathlib, tempfile\n"
         "from training.reporting.monitor import Monitor\n"
         "from training.training_settings import MonitorConfig\n"
-        "monitor = Monitor(pathlib.Path(tempfile.mkdtemp()), MonitorConfig(wandb='off'), {}, 1, 0)\n"
+        "folder = pathlib.Path(tempfile.mkdtemp())\n"
+        "monitor = Monitor(folder, MonitorConfig(wandb='off'), run_config={}, total_steps=1, rank=0)\n"
         "monitor.log({'loss/total': 1.0}, 1)\n"
         "assert not {'wandb', 'torch', 'matplotlib'} & set(sys.modules)\n"
     )
