@@ -212,7 +212,8 @@ from training.reporting.monitor import Monitor
 from training.training_settings import MonitorConfig
 
 stream = io.StringIO()
-with Monitor(Path(sys.argv[1]), MonitorConfig(wandb="offline"), run_config={}, total_steps=9, rank=0, stream=stream) as monitor:
+settings = MonitorConfig(wandb="offline")
+with Monitor(Path(sys.argv[1]), settings, run_config={}, total_steps=9, rank=0, stream=stream) as monitor:
     monitor.log({"loss/total": 1.0}, step=1)
     deadline = time.monotonic() + 30
     while "offline run in" not in stream.getvalue() and time.monotonic() < deadline:
