@@ -82,7 +82,7 @@ class GeneratorOnly(nn.Module):
 
     def likelihoods(self, batch: RetrievalBatch, scores: Tensor, per_passage: bool) -> Likelihoods:
         """`scores` [batch, k] are given; per-passage or fused log-probabilities with gradient."""
-        reading, reader = self.generator.read(batch.reader), batch.reader
+        reading, reader = self.generator.read(batch.generator_batch), batch.generator_batch
         outputs = Likelihoods(scores=scores, passage_mask=reader.passage_mask, answer_mask=reader.answer_mask)
         if per_passage:
             outputs.per_passage = self.generator.per_passage_log_probs(reading, reader)

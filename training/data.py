@@ -139,13 +139,13 @@ class Collator:
             generator_rows.append([next(for_generator) for _ in row] or [np.empty(0, dtype=np.int32)])
         if answers is None and with_answers:
             answers = [self.target(int(number)) for number in numbers]
-        reader = self.generator.collate(self.questions_for_generator.rows(numbers), generator_rows, answers)
+        generator_batch = self.generator.collate(self.questions_for_generator.rows(numbers), generator_rows, answers)
         known = None if vectors is None else torch.from_numpy(vectors[:, :k])
         shares = np.zeros((len(numbers), k), np.float32) if lexical is None else lexical[:, :k]
         return RetrievalBatch(
             *self.question_tensors(numbers),
             *pad_rows(retriever_rows, self.pad_id),
-            reader,
+            generator_batch,
             passage_vectors=known,
             lexical=torch.from_numpy(np.ascontiguousarray(shares)),
             pairs=self._pairs(numbers, passages if for_retriever else [()] * len(numbers), k),

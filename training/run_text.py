@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.corpus.stores.passages import TokenSide
 from indexing.indexing_settings import QuestionsConfig
-from training.models.retriever.reranker import has_own_tokens
-from training.models.text.pairs import Pairing, own_pairing, shared_pairing
+from training.models.retriever.reranker import has_tokenizer
+from training.models.text.pairs import Pairing, reranker_pairing, retriever_pairing
 from training.models.text.prompts import QuestionText
 from training.models.text.token_rows import (
     generator_answer_side,
@@ -54,7 +54,7 @@ class RunText:
     @staticmethod
     def load(settings: TextSettings, folder: Path) -> "RunText":
         """Read the tokenisers in `folder`: retriever/, generator/ and, if the re-ranker has another, reranker/."""
-        reranker = load_tokenizer(folder / "reranker") if has_own_tokens(settings.reranker) else None
+        reranker = load_tokenizer(folder / "reranker") if has_tokenizer(settings.reranker) else None
         return RunText(settings, load_tokenizer(folder / "retriever"), load_tokenizer(folder / "generator"), reranker)
 
     @property
@@ -97,7 +97,7 @@ class RunText:
         """Joins question and passage to the one sequence that a re-ranker reads; None without a re-ranker."""
         if self.settings.reranker.mode == "off":
             return None
-        return shared_pairing(self.retriever) if self.reranker is None else own_pairing(self.reranker)
+        return retriever_pairing(self.retriever) if self.reranker is None else reranker_pairing(self.reranker)
 
     @property
     def separator_id(self) -> int:

@@ -20,7 +20,7 @@ from training.feeding.rewards import load_reward
 from training.feeding.tasks import find_recognizer
 from training.measuring.user_metrics import load_metrics
 from training.models.generators.shape import check_context, read_shape
-from training.models.retriever.reranker import check_cross_encoder, has_own_tokens
+from training.models.retriever.reranker import check_cross_encoder, has_tokenizer
 from training.objectives.check import samples_answers
 from training.objectives.dispatch import needs
 from training.objectives.user_objective import load_objective
@@ -53,7 +53,7 @@ def check_models(settings: Settings) -> None:
     read), and passages that a generator has no context for."""
     check_model_folders(settings)
     reranker = settings.reranker
-    if has_own_tokens(reranker) and Path(reranker.name).is_dir():
+    if has_tokenizer(reranker) and Path(reranker.name).is_dir():
         check_cross_encoder(reranker)
     if settings.objective.function:
         load_objective(settings.objective.function)

@@ -33,7 +33,7 @@ from indexing.corpus.stores.questions import QuestionStore, write_questions
 from indexing.declare import looked_at, refuse
 from indexing.lexical.lexical import lexical_name, write_lexical
 from training.feeding.mixture import pretrains
-from training.models.retriever.reranker import has_own_tokens
+from training.models.retriever.reranker import has_tokenizer
 from training.models.text.tokenizers import build_tokenizer
 from training.objectives.dispatch import needs
 from training.run_text import RunText
@@ -117,7 +117,7 @@ def prepare_tokenizers(settings: Settings, root: Path, say: Say) -> RunText:
     if start is not None and not folder.exists():
         shutil.copytree(start, folder)
     encoder, generator, reranker = settings.encoder, settings.generator, settings.reranker
-    if has_own_tokens(reranker):
+    if has_tokenizer(reranker):
         _build_tokenizer(
             reranker.name,
             TokenizerConfig(),

@@ -174,30 +174,30 @@ def test_rows_of_a_batch_are_those_of_the_stores(world):
     numbers = np.array([5, 0])
     hits = [np.array([7, 100, 3]), np.array([42])]
     batch = collate(numbers, hits)
-    assert isinstance(batch.reader, CopyBatch)
-    assert batch.reader.passage_mask.tolist() == [[True, True, True], [True, False, False]]
+    assert isinstance(batch.generator_batch, CopyBatch)
+    assert batch.generator_batch.passage_mask.tolist() == [[True, True, True], [True, False, False]]
     store, questions = world.store(), world.question_store("train")
     for row, number in enumerate([7, 100, 3, 42]):
         tokens = batch.passage_ids[row][batch.passage_token_mask[row].bool()]
         assert tokens.tolist() == store.tokens("retriever").rows([number])[0].tolist()
-        source = batch.reader.source_ids[row][batch.reader.copy_mask[row]]
+        source = batch.generator_batch.source_ids[row][batch.generator_batch.copy_mask[row]]
         assert source.tolist()[:-1] == store.tokens("generator").rows([number])[0].tolist()
     for row, number in enumerate(numbers):
         tokens = batch.question_ids[row][batch.question_mask[row].bool()]
         assert tokens.tolist() == questions.tokens("retriever").rows([number])[0].tolist()
-        answer = batch.reader.answer_ids[row][batch.reader.answer_mask[row]].tolist()
+        answer = batch.generator_batch.answer_ids[row][batch.generator_batch.answer_mask[row]].tolist()
         assert answer[:-1] == questions.answer_tokens(number)[0].tolist()
         text = world.tokenizer.decode(answer, skip_special_tokens=True)
         assert text == questions.question(number).answers[0]
-    assert collate(numbers, hits, with_answers=False).reader.answer_ids.shape == (2, 0)
+    assert collate(numbers, hits, with_answers=False).generator_batch.answer_ids.shape == (2, 0)
 
 
 def test_without_passages_there_is_one_empty_one(world):
     empty = np.empty(0, dtype=np.int64)
     batch = collator(world)(np.array([1, 2]), [empty, empty])
-    assert isinstance(batch.reader, CopyBatch)
-    assert batch.reader.passage_mask.tolist() == [[True], [True]]
-    assert batch.reader.copy_mask.sum(dim=1).tolist() == [1, 1]  # its [SEP]
+    assert isinstance(batch.generator_batch, CopyBatch)
+    assert batch.generator_batch.passage_mask.tolist() == [[True], [True]]
+    assert batch.generator_batch.copy_mask.sum(dim=1).tolist() == [1, 1]  # its [SEP]
     assert batch.passage_ids.shape == (2, 1)
 
 

@@ -168,21 +168,21 @@ class SampledBatches:
         questions = np.repeat(asked.questions, group)
         question_rows = self.collator.questions_for_generator.rows(questions)
         rows = [[self._tokens(passage)] for passage in read]
-        reader = self.collator.generator.collate(question_rows, rows, None).to(self.engine.device)
-        written = self.engine(System.sample, reader, self.max_tokens, config.sampling_temperature)
+        inputs = self.collator.generator.collate(question_rows, rows, None).to(self.engine.device)
+        written = self.engine(System.sample, inputs, self.max_tokens, config.sampling_temperature)
         answers = [np.array(tokens, dtype=np.int64) for tokens in written.tokens]
         rewards = [self._judge(*sample) for sample in zip(questions, read, written.tokens, strict=True)]
-        reader = self.collator.generator.collate(question_rows, rows, answers)
+        inputs = self.collator.generator.collate(question_rows, rows, answers)
         # The end of an answer that was cut for length was not drawn: it is no part of the sample.
         cut = torch.tensor([len(answer) >= self.max_tokens for answer in answers])
-        last = reader.answer_mask & (reader.answer_mask.cumsum(1) == reader.answer_mask.sum(1, keepdim=True))
-        reader = replace(reader, answer_mask=reader.answer_mask & ~(last & cut[:, None]))
-        values: dict[str, Any] = _fields(asked) | {"reader": reader}
+        last = inputs.answer_mask & (inputs.answer_mask.cumsum(1) == inputs.answer_mask.sum(1, keepdim=True))
+        inputs = replace(inputs, answer_mask=inputs.answer_mask & ~(last & cut[:, None]))
+        values: dict[str, Any] = _fields(asked) | {"generator_batch": inputs}
         return CandidateBatch(
             **{entry.name: values[entry.name] for entry in fields(RetrievalBatch)},
-            passage_mask=asked.reader.passage_mask,
-            answer_ids=reader.answer_ids.unflatten(0, (-1, group)),
-            answer_mask=reader.answer_mask.unflatten(0, (-1, group)),
+            passage_mask=asked.generator_batch.passage_mask,
+            answer_ids=inputs.answer_ids.unflatten(0, (-1, group)),
+            answer_mask=inputs.answer_mask.unflatten(0, (-1, group)),
             num_trained=group,
             drawn=drawn,
             rewards=torch.tensor(rewards, dtype=torch.float32).unflatten(0, (-1, group)),
@@ -268,7 +268,7 @@ def with_candidates(
     ids, mask = answer_tensors(generator, groups)
     return CandidateBatch(
         **_fields(batch),
-        passage_mask=batch.reader.passage_mask,
+        passage_mask=batch.generator_batch.passage_mask,
         answer_ids=ids,
         answer_mask=mask,
         num_trained=num_trained,

@@ -20,7 +20,7 @@ from training.models.arithmetic import Shape, Stack, classifier_stack, encoder_s
 from training.models.generators.causal import CausalBatch
 from training.models.generators.copy_reader import CopyBatch
 from training.models.generators.fusion_in_decoder import FusionBatch
-from training.models.generators.generator import ReaderBatch
+from training.models.generators.generator import GeneratorBatch
 from training.models.model_inputs import RetrievalBatch
 from training.models.system import System
 
@@ -56,15 +56,15 @@ class CostModel:
     ) -> list[Cost]:
         """Return the costs of each question of `batch`. `written` as `Decoded.tokens`: one answer a question if
         `fused`, else one a passage. `retrieved`: its passages came from the index."""
-        prompts = prompt_lengths(batch.reader, fused)
-        places = batch.reader.passage_mask.shape[1]
+        prompts = prompt_lengths(batch.generator_batch, fused)
+        places = batch.generator_batch.passage_mask.shape[1]
         searched = self._search(batch) if retrieved else [0.0] * len(prompts)
         costs = []
         for question, lengths in enumerate(prompts):
             if fused:
                 answers = [len(written[question])]
             else:  # of the real passages, in the order of `lengths`
-                real = batch.reader.passage_mask[question].nonzero().flatten().tolist()
+                real = batch.generator_batch.passage_mask[question].nonzero().flatten().tolist()
                 answers = [len(written[question * places + place]) for place in real]
             cache, state = kept_bytes(self.shape, lengths, self.value_bytes)
             flops = answer_flops(self.shape, lengths, answers, fused)
@@ -82,7 +82,7 @@ class CostModel:
     def _search(self, batch: RetrievalBatch) -> list[float]:
         """Operations of retrieval for each question."""
         questions = batch.question_mask.sum(dim=1).tolist()
-        real = batch.reader.passage_mask
+        real = batch.generator_batch.passage_mask
         encoded = [0.0] * len(questions)
         if batch.passage_vectors is None:
             lengths = batch.passage_token_mask.sum(dim=1).view(real.shape) * real.to(batch.passage_token_mask.device)
@@ -96,7 +96,7 @@ class CostModel:
         return [read_flops(self.query, n) + products + more for n, more in zip(questions, encoded, strict=True)]
 
 
-def prompt_lengths(batch: ReaderBatch, fused: bool) -> list[list[int]]:
+def prompt_lengths(batch: GeneratorBatch, fused: bool) -> list[list[int]]:
     """Tokens of each sequence that is read for each question, real passages only: one prompt of a fused causal model,
     otherwise one sequence a passage."""
     real = batch.passage_mask

@@ -63,7 +63,7 @@ class HeldOut:
             part = numbers[start : start + self.config.batch_size]
             passages, lexical = self._passages(part)
             batch = self.collator(part, passages, lexical=lexical).to(self.engine.device)
-            values, tokens = self._log_likelihoods(batch), batch.reader.answer_mask.sum(dim=1).tolist()
+            values, tokens = self._log_likelihoods(batch), batch.generator_batch.answer_mask.sum(dim=1).tolist()
             tasks = [self.questions.example(int(number)).task for number in part]
             rows += zip(part.tolist(), tasks, values, tokens, strict=True)
         return rows

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.models.generators.generator import Decoded, Generator, ReaderBatch
+from training.models.generators.generator import Decoded, Generator, GeneratorBatch
 from training.models.model_inputs import CandidateBatch
 from training.objectives.preference import Candidates
 
@@ -19,16 +19,16 @@ from training.objectives.preference import Candidates
 def score_answers(generator: Generator, scores: Tensor, batch: CandidateBatch) -> Candidates:
     """Log-probabilities of all answers, beside the passages' `scores` [batch, k] and what the batch knows of the
     reference."""
-    reading = generator.read(batch.reader)
+    reading = generator.read(batch.generator_batch)
     if batch.drawn is not None:
-        drawn = generator.per_passage_log_probs(reading, batch.reader)  # [batch * group, 1, tokens]
+        drawn = generator.per_passage_log_probs(reading, batch.generator_batch)  # [batch * group, 1, tokens]
         log_probs = drawn.unflatten(0, batch.answer_ids.shape[:2])
     else:
         each = []
         for number, answer in enumerate(zip(batch.answer_ids.unbind(1), batch.answer_mask.unbind(1), strict=True)):
-            reader = replace(batch.reader, answer_ids=answer[0], answer_mask=answer[1])
+            inputs = replace(batch.generator_batch, answer_ids=answer[0], answer_mask=answer[1])
             with torch.set_grad_enabled(torch.is_grad_enabled() and number < batch.num_trained):
-                each.append(generator.per_passage_log_probs(reading, reader))
+                each.append(generator.per_passage_log_probs(reading, inputs))
         log_probs = torch.stack(each, dim=1)
     return Candidates(
         scores=scores,
@@ -45,10 +45,10 @@ def score_answers(generator: Generator, scores: Tensor, batch: CandidateBatch) -
 
 
 @torch.no_grad()
-def sample(generator: Generator, reader: ReaderBatch, max_tokens: int, temperature: float) -> Decoded:
-    """One sampled answer for each passage of `reader`."""
+def sample(generator: Generator, batch: GeneratorBatch, max_tokens: int, temperature: float) -> Decoded:
+    """One sampled answer for each passage of `batch`."""
     return generator.write(
-        generator.read(reader), reader, fused=False, max_tokens=max_tokens, num_beams=1, temperature=temperature
+        generator.read(batch), batch, fused=False, max_tokens=max_tokens, num_beams=1, temperature=temperature
     )
 
 

@@ -159,22 +159,22 @@ def fusion_shape(model: PreTrainedModel) -> Shape:
     )
 
 
-def _copy_shape(reader: CopyReader) -> Shape:
+def _copy_shape(generator: CopyReader) -> Shape:
     """The pointer is one more attention over the memory: its keys are kept, and each written token is multiplied with
     each of them."""
-    hidden, size = reader.tokens.embedding_dim, reader.config.fresh
-    if isinstance(reader.encoder, PretrainedSource):
-        backbone = reader.encoder.backbone
+    hidden, size = generator.tokens.embedding_dim, generator.config.fresh
+    if isinstance(generator.encoder, PretrainedSource):
+        backbone = generator.encoder.backbone
         encoder = _stack(backbone, backbone.config, backbone, is_decoder=False)
     else:
         encoder = Stack(
-            weights=count_weights(reader.encoder),
+            weights=count_weights(generator.encoder),
             attention_layers=size.num_encoder_layers,
             attention_dim=hidden,
             kv_dim=hidden,
         )
     memory = hidden * hidden * (2 * size.num_decoder_layers + 1)
-    writing = count_weights(reader.decoder) + count_weights(reader.copy_query) + count_weights(reader.gates)
+    writing = count_weights(generator.decoder) + count_weights(generator.copy_query) + count_weights(generator.gates)
     return Shape(
         decoder=Stack(
             weights=writing - 2 * size.num_decoder_layers * hidden * hidden,
@@ -182,7 +182,7 @@ def _copy_shape(reader: CopyReader) -> Shape:
             attention_dim=hidden,
             kv_dim=hidden,
         ),
-        output=reader.vocabulary * hidden,
+        output=generator.vocabulary * hidden,
         encoder=encoder,
         memory_weights=memory,
         memory_kept=hidden * (2 * size.num_decoder_layers + 1),

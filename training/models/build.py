@@ -43,14 +43,14 @@ def build_system(
     torch.manual_seed(seed)
     retriever = build_retriever(encoder, train, len(tokenizers[0]))
     torch.manual_seed(seed + 1)
-    reader = build_generator(generator, tokenizers[1])
+    language_model = build_generator(generator, tokenizers[1])
     if objective is not None:
-        _fit_objective(objective, retriever, reader, train)
+        _fit_objective(objective, retriever, language_model, train)
     trains = train in ("both", "query_only", "generator_only")
-    reader.requires_grad_(trains)
+    language_model.requires_grad_(trains)
     if generator.lora.rank and trains:
-        assert isinstance(reader.model, PreTrainedModel)
-        add_adapters(reader.model, generator.lora, "generator.lora")
+        assert isinstance(language_model.model, PreTrainedModel)
+        add_adapters(language_model.model, generator.lora, "generator.lora")
     if objective is not None and needs(objective).in_batch:  # searches nothing: there is no hit to score
         retrieval = reranker = None
     if retrieval is not None and retrieval.hybrid == "learned":
@@ -62,16 +62,16 @@ def build_system(
         judge.requires_grad_(train in TRAINS_RETRIEVER)
         if judge.replaces:
             retriever.requires_grad_(False)
-    return System(retriever, reader, judge)
+    return System(retriever, language_model, judge)
 
 
-def _fit_objective(objective: ObjectiveConfig, retriever: Retriever, reader: Generator, train: str) -> None:
+def _fit_objective(objective: ObjectiveConfig, retriever: Retriever, generator: Generator, train: str) -> None:
     """Add what `objective` alone learns; refuse a generator that cannot serve it."""
     if objective.name == "realm" and objective.null_score == "learned":
         retriever.null = NullScore()
         set_trainable(retriever, train)
     if needs(objective).attention:
-        reader.check_attention(objective.name)
+        generator.check_attention(objective.name)
 
 
 def fit_weights(

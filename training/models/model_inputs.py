@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.models.generators.generator import ReaderBatch
+from training.models.generators.generator import GeneratorBatch
 from training.models.text.pairs import PairBatch
 
 
@@ -40,7 +40,7 @@ class RetrievalBatch:
     question_mask: Tensor  # bool
     passage_ids: Tensor  # int64 [batch * k, tokens]; no rows where the vectors are known
     passage_token_mask: Tensor  # bool
-    reader: ReaderBatch
+    generator_batch: GeneratorBatch
     # float32 [batch, k, dim]: of a passage encoder that does not change
     passage_vectors: Tensor | None = field(default=None, kw_only=True)
     # float32 [batch, k]: normalised lexical scores, where the retriever weighs them
@@ -55,8 +55,8 @@ class RetrievalBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens that encoders, re-ranker and reader see."""
-        answers = int(self.reader.answer_mask.sum())
+        """Real tokens that encoders, re-ranker and generator see."""
+        answers = int(self.generator_batch.answer_mask.sum())
         pairs = 0 if self.pairs is None else int(self.pairs.mask.sum())
         contrast = 0 if self.contrast is None else self.contrast.num_tokens
         return int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum()) + answers + pairs + contrast
@@ -64,8 +64,8 @@ class RetrievalBatch:
 
 @dataclass(kw_only=True)
 class CandidateBatch(RetrievalBatch):
-    """Questions with K passages and `group` answers each. `reader` holds `batch` questions with K passages, or, for
-    samples, `batch * group` questions with the passage and the answer of each sample."""
+    """Questions with K passages and `group` answers each. `generator_batch` holds `batch` questions with K passages;
+    for samples it holds `batch * group` questions with the passage and the answer of each sample."""
 
     passage_mask: Tensor  # bool [batch, k]
     answer_ids: Tensor  # int64 [batch, group, tokens]; answers end with end-of-sequence
@@ -80,7 +80,7 @@ class CandidateBatch(RetrievalBatch):
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens that the two encoders and the reader see."""
+        """Real tokens that the two encoders and the generator see."""
         encoders = int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum())
         return encoders + int(self.answer_mask.sum())
 
@@ -97,7 +97,7 @@ def moved(batch: Any, device: torch.device | str) -> Any:
     """A dataclass of tensors with each of them, and the batches in it, on `device`."""
     values = {entry.name: getattr(batch, entry.name) for entry in fields(batch)}
     for name, value in values.items():
-        if isinstance(value, (ReaderBatch, PairBatch, ContrastBatch)):
+        if isinstance(value, (GeneratorBatch, PairBatch, ContrastBatch)):
             values[name] = value.to(device)
         elif isinstance(value, Tensor):
             values[name] = value.to(device, non_blocking=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.models.answer_candidates import sample, score_answers
-from training.models.generators.generator import Decoded, Generator, ReaderBatch
+from training.models.generators.generator import Decoded, Generator, GeneratorBatch
 from training.models.model_inputs import CandidateBatch, ContrastBatch, RetrievalBatch
 from training.models.parts.modes import evaluating
 from training.models.retriever.encoder import Retriever
@@ -76,7 +76,7 @@ class System(nn.Module):
         assert self.retriever.lexical is not None
         return self.retriever.lexical(torch.ones(1, device=self.retriever.lexical.raw.device))
 
-    def sample(self, batch: ReaderBatch, max_tokens: int, temperature: float) -> Decoded:
+    def sample(self, batch: GeneratorBatch, max_tokens: int, temperature: float) -> Decoded:
         """Return one sampled answer for each passage of `batch`."""
         return sample(self.generator, batch, max_tokens, temperature)
 
@@ -106,33 +106,34 @@ class System(nn.Module):
     @torch.no_grad()
     def prior(self, batch: RetrievalBatch, temperature: float) -> Tensor:
         """log p(z|q), float32 [batch, k]; -inf at padded passages."""
-        return retrieval_log_probs(self.scores(batch), batch.reader.passage_mask, temperature)
+        return retrieval_log_probs(self.scores(batch), batch.generator_batch.passage_mask, temperature)
 
     def likelihoods(self, batch: RetrievalBatch, needs: Needs, temperature: float) -> Likelihoods:
-        """Scores and the log-probabilities that the objective needs; the reader encodes every passage once."""
+        """Scores and the log-probabilities that the objective needs; the generator encodes every passage once."""
         scores = self.scores(batch)
-        reading = self.generator.read(batch.reader)
+        inputs = batch.generator_batch
+        reading = self.generator.read(inputs)
         per_passage = fused = attention = left_out = null = null_score = None
         if needs.attention:
-            fused, attention = self._fused_with_attention(reading, batch.reader)
+            fused, attention = self._fused_with_attention(reading, inputs)
         elif needs.fused:
-            bias = retrieval_log_probs(scores, batch.reader.passage_mask, temperature) if needs.score_bias else None
-            fused = self.generator.fused_log_probs(reading, batch.reader, bias)
+            bias = retrieval_log_probs(scores, inputs.passage_mask, temperature) if needs.score_bias else None
+            fused = self.generator.fused_log_probs(reading, inputs, bias)
         if needs.per_passage and needs.per_passage_gradient:
-            per_passage = self.generator.per_passage_log_probs(reading, batch.reader)
+            per_passage = self.generator.per_passage_log_probs(reading, inputs)
         elif needs.per_passage:  # after the fused pass, whose projections of the passages it may use again
-            per_passage = self._detached(self.generator.per_passage_log_probs, reading, batch.reader)
+            per_passage = self._detached(self.generator.per_passage_log_probs, reading, inputs)
         if needs.left_out:
-            left_out = self._detached(self.generator.left_out_log_probs, reading, batch.reader)
+            left_out = self._detached(self.generator.left_out_log_probs, reading, inputs)
         if needs.null:
-            null = self.generator.null_log_probs(reading, batch.reader)
+            null = self.generator.null_log_probs(reading, inputs)
             null_score = self.retriever.null_scores(scores)
         return Likelihoods(
             scores=scores,
             per_passage=per_passage,
             fused=fused,
-            answer_mask=batch.reader.answer_mask,
-            passage_mask=batch.reader.passage_mask,
+            answer_mask=inputs.answer_mask,
+            passage_mask=inputs.passage_mask,
             left_out=left_out,
             attention=attention,
             null=null,
@@ -143,14 +144,14 @@ class System(nn.Module):
         )
 
     @torch.no_grad()
-    def _detached(self, score: Callable[[Any, Any], Scored], reading: object, batch: ReaderBatch) -> Scored:
+    def _detached(self, score: Callable[[Any, Any], Scored], reading: object, batch: GeneratorBatch) -> Scored:
         """A distillation target: dropout off; the passages are encoded again only if dropout touched their encoding."""
         if not (self.generator.training and has_dropout(self.generator)):
             return score(reading, batch)
         with evaluating(self.generator):
             return score(self.generator.read(batch), batch)
 
-    def _fused_with_attention(self, reading: object, batch: ReaderBatch) -> tuple[Tensor, Tensor]:
+    def _fused_with_attention(self, reading: object, batch: GeneratorBatch) -> tuple[Tensor, Tensor]:
         """One pass for both; where dropout would touch the attention, another one without it."""
         if not (self.generator.training and has_dropout(self.generator)):
             return self.generator.fused_with_attention(reading, batch)
@@ -171,21 +172,21 @@ class System(nn.Module):
 
     @torch.no_grad()
     def answer(self, batch: RetrievalBatch, decoding: DecodingConfig, temperature: float, score_bias: bool) -> Answers:
-        """Write answers. `score_bias`: the fused reader was trained with log p(z|q) in its attention."""
-        prior = retrieval_log_probs(self.scores(batch), batch.reader.passage_mask, temperature)
-        reading = self.generator.read(batch.reader)
+        """Write answers. `score_bias`: the fused generator was trained with log p(z|q) in its attention."""
+        prior = retrieval_log_probs(self.scores(batch), batch.generator_batch.passage_mask, temperature)
+        reading = self.generator.read(batch.generator_batch)
         fused = decoding.mode == "fused"
         bias = prior if fused and score_bias else None
-        if batch.reader.answer_ids.shape[1] == 0:
+        if batch.generator_batch.answer_ids.shape[1] == 0:
             log_likelihood = torch.zeros(prior.shape[0])
         elif fused:
-            log_likelihood = self.generator.fused_log_probs(reading, batch.reader, bias).sum(dim=1)
+            log_likelihood = self.generator.fused_log_probs(reading, batch.generator_batch, bias).sum(dim=1)
         else:
-            per_passage = self.generator.per_passage_log_probs(reading, batch.reader).sum(dim=2)
-            log_likelihood = mixture_log_probs(prior, per_passage, batch.reader.passage_mask)
+            per_passage = self.generator.per_passage_log_probs(reading, batch.generator_batch).sum(dim=2)
+            log_likelihood = mixture_log_probs(prior, per_passage, batch.generator_batch.passage_mask)
         decoded = self.generator.write(
             reading,
-            batch.reader,
+            batch.generator_batch,
             fused=fused,
             max_tokens=decoding.max_tokens,
             num_beams=decoding.num_beams,
@@ -206,20 +207,20 @@ class System(nn.Module):
         """float32 [batch, len(answers)]: log-probability of each of several answers to every question, given as
         ids and mask [batch, tokens] with end-of-sequence; the passages are read once. `mode`: marginal | fused | top1.
         """
-        prior = retrieval_log_probs(self.scores(batch), batch.reader.passage_mask, temperature)
+        prior = retrieval_log_probs(self.scores(batch), batch.generator_batch.passage_mask, temperature)
         bias = prior if mode == "fused" and score_bias else None
         if mode == "top1":
             best = torch.zeros_like(prior, dtype=torch.bool).scatter(1, prior.argmax(dim=1, keepdim=True), True)
             prior = torch.zeros_like(prior).masked_fill(~best, float("-inf"))
-        reading = self.generator.read(batch.reader)
+        reading = self.generator.read(batch.generator_batch)
         columns: list[Tensor] = []
         for ids, mask in answers:
-            reader = replace(batch.reader, answer_ids=ids, answer_mask=mask)
+            inputs = replace(batch.generator_batch, answer_ids=ids, answer_mask=mask)
             if mode == "fused":
-                columns.append(self.generator.fused_log_probs(reading, reader, bias).sum(dim=1))
+                columns.append(self.generator.fused_log_probs(reading, inputs, bias).sum(dim=1))
             else:
-                totals = self.generator.per_passage_log_probs(reading, reader).sum(dim=2)
-                columns.append(mixture_log_probs(prior, totals, reader.passage_mask))
+                totals = self.generator.per_passage_log_probs(reading, inputs).sum(dim=2)
+                columns.append(mixture_log_probs(prior, totals, inputs.passage_mask))
         return torch.stack(columns, dim=1)
 
 

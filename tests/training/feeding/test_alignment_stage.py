@@ -138,7 +138,7 @@ def test_margins_are_differences_of_rag_sequence_losses(world, tmp_path, start, 
                 [answer],
             )
             with torch.no_grad():
-                outputs = system.likelihoods(replace(plain, reader=reader), needs(objective), 1.0)
+                outputs = system.likelihoods(replace(plain, generator_batch=reader), needs(objective), 1.0)
             log_likelihoods.append(-compute(objective, outputs)[0].item())
         assert row["preference_margin"] == pytest.approx(log_likelihoods[0] - log_likelihoods[1], abs=1e-4)
         assert row["preference_accuracy"] == float(log_likelihoods[0] > log_likelihoods[1])

@@ -41,7 +41,7 @@ def collator_of(world: TinyWorld, kind: str) -> Collator:
 def prompt_tokens(collator: Collator, question: int, passages: np.ndarray) -> int:
     """What the generator itself makes of it."""
     batch = collator(np.array([question]), [passages], with_answers=False, for_retriever=False)
-    return sum(prompt_lengths(batch.reader, fused=True)[0])
+    return sum(prompt_lengths(batch.generator_batch, fused=True)[0])
 
 
 # ---------------------------------------------------------------- assembly
@@ -187,7 +187,7 @@ def test_long_answers_are_written_from_the_long_prompt(make_stage: Callable[...,
         batch = evaluator.collator(np.array([number]), [passages])
         with torch.no_grad():
             generator = stage.system.generator
-            scores = generator.fused_log_probs(generator.read(batch.reader), batch.reader)
+            scores = generator.fused_log_probs(generator.read(batch.generator_batch), batch.generator_batch)
         assert row["log_likelihood"] == pytest.approx(float(scores.sum()), rel=1e-4)
         assert row["exact_match"] == exact_match(row["prediction"], row["answers"])
 

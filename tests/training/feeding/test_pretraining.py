@@ -272,7 +272,7 @@ def test_where_nothing_else_is_left_fewer_are_read(world, tmp_path):
     assert np.isneginf(hits.scores[:, 2:]).all()
     collator = Collator(store, questions, system.generator, 0)
     batch = collator(numbers, [row[row >= 0] for row in hits.ids])
-    assert batch.reader.passage_mask.tolist() == [[True, True]] * 3
+    assert batch.generator_batch.passage_mask.tolist() == [[True, True]] * 3
 
 
 # ---------------------------------------------------------------- whole stages
@@ -486,7 +486,7 @@ def test_generators_of_every_kind_collate_examples(world):
         questions = corpus_questions(world, generator=config)
         collator = Collator(world.store(), questions, build_generator(config, world.tokenizer), 0)
         batch = collator(np.arange(5), [np.array([1, 2])] * 5)
-        lengths = batch.reader.answer_mask.sum(dim=1).tolist()
+        lengths = batch.generator_batch.answer_mask.sum(dim=1).tolist()
         assert lengths == [len(questions.example(n).answer_tokens) + 1 for n in range(5)]
 
 

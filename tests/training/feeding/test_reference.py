@@ -44,7 +44,7 @@ def test_answers_of_a_group_are_scored_as_alone(tokenizer: PreTrainedTokenizerFa
     assert batch.answer_mask.sum(-1).tolist() == [[2, 3], [4, 2]]  # end-of-sequence included
     outputs = system.candidates(batch)
     assert outputs.log_probs is not None
-    reader = batch.reader
+    reader = batch.generator_batch
     for number in (0, 1):
         reader.answer_ids, reader.answer_mask = batch.answer_ids[:, number], batch.answer_mask[:, number]
         alone = system.generator.per_passage_log_probs(system.generator.read(reader), reader)
@@ -161,14 +161,14 @@ def test_samples_have_the_likelihood_that_scoring_gives(tokenizer: PreTrainedTok
     torch.manual_seed(0)
     system = make(tokenizer, kind).eval()
     batch = collate(system.generator)
-    written = sample(system.generator, batch.reader, 4, 1.0)
-    assert len(written.tokens) == batch.reader.passage_mask.numel()
+    written = sample(system.generator, batch.generator_batch, 4, 1.0)
+    assert len(written.tokens) == batch.generator_batch.passage_mask.numel()
     assert len({tuple(tokens) for tokens in written.tokens}) > 1
     for place in (0, 1, 2):  # the first question's passages
         tokens = written.tokens[place]
         ids, mask = answer_tensors(system.generator, [[np.array(tokens, dtype=np.int64)]] * 2)
         mask = mask[:, 0] & (torch.arange(mask.shape[-1]) < 4)  # an answer cut for length has no end
-        reader = batch.reader
+        reader = batch.generator_batch
         reader.answer_ids, reader.answer_mask = ids[:, 0], mask
         scored = system.generator.per_passage_log_probs(system.generator.read(reader), reader)[0, place].sum()
         assert written.log_probs[place].item() == pytest.approx(scored.item(), abs=2e-4)

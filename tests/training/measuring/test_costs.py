@@ -279,7 +279,7 @@ def test_retrieval_is_counted_apart(world: TinyWorld) -> None:
     with_search = costs(batch, written, fused=False, retrieved=True)
     without = costs(batch, written, fused=False, retrieved=False)
     assert [cost.flops for cost in with_search] == [cost.flops for cost in without]
-    lengths = prompt_lengths(batch.reader, fused=False)
+    lengths = prompt_lengths(batch.generator_batch, fused=False)
     assert [len(row) for row in lengths] == [2, 1]
     assert [cost.prompt_tokens for cost in without] == [sum(row) for row in lengths]
     for cost, row, answers in zip(without, lengths, ([2, 1], [3]), strict=True):

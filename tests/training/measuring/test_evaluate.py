@@ -121,7 +121,7 @@ def test_the_log_likelihood_is_what_training_maximises(make_stage, mode, objecti
         batch = evaluator_of(stage).collator(np.array([number]), [row["hits"]])
         with torch.no_grad():
             outputs = stage.system.likelihoods(batch, needs(objective), objective.temperature)
-        tokens = int(batch.reader.answer_mask.sum())
+        tokens = int(batch.generator_batch.answer_mask.sum())
         loss, _ = compute(objective, outputs)
         total = float(loss) * (tokens if objective.name == "fused" else 1)
         assert row["log_likelihood"] == pytest.approx(-total, rel=1e-4)
@@ -188,11 +188,11 @@ def test_the_gold_control_reads_the_labelled_passage(make_stage):
         gold = collator.questions.gold_rows(int(number))[:1]
         batch = collator(np.array([number]), [gold])
         with torch.no_grad():
-            reading = stage.system.generator.read(batch.reader)
+            reading = stage.system.generator.read(batch.generator_batch)
             decoded: Decoded = stage.system.generator.write(
-                reading, batch.reader, fused=False, max_tokens=6, num_beams=1
+                reading, batch.generator_batch, fused=False, max_tokens=6, num_beams=1
             )
-            scores = stage.system.generator.per_passage_log_probs(reading, batch.reader)
+            scores = stage.system.generator.per_passage_log_probs(reading, batch.generator_batch)
         assert row["gold/log_likelihood"] == pytest.approx(float(scores.sum()), rel=1e-4)
         assert row["gold/prediction"].lower() == stage.parts.text.to_text(decoded.tokens[0]).lower()
 

@@ -71,7 +71,7 @@ def test_a_distillation_target_is_scored_without_dropout(
     assert found.per_passage is not None
     assert expected.per_passage is not None
     assert not found.per_passage.requires_grad
-    real = batch.reader.passage_mask
+    real = batch.generator_batch.passage_mask
     torch.testing.assert_close(found.per_passage[real], expected.per_passage[real])
     assert found.fused is not None
     assert expected.fused is not None

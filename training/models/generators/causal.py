@@ -21,7 +21,7 @@ from indexing.declare import refuse
 from training.models.generators import token_scores
 from training.models.generators.attention import AttentionMass, check_attention, rerouted
 from training.models.generators.fresh_causal import fresh_causal
-from training.models.generators.generator import Decoded, Generator, ReaderBatch
+from training.models.generators.generator import Decoded, Generator, GeneratorBatch
 from training.models.generators.head import find_head
 from training.models.generators.shape import context_of
 from training.models.parts.pretrained import check_vocabulary, choose_attention, is_sharded, load_pretrained
@@ -33,7 +33,7 @@ from training.training_settings import GeneratorConfig
 
 
 @dataclass
-class CausalBatch(ReaderBatch):
+class CausalBatch(GeneratorBatch):
     """Prompts without answers, padded on the right."""
 
     single_ids: Tensor  # int64 [batch * k, prompt]: one passage each

@@ -20,7 +20,7 @@ from training.training_settings import FreshGeneratorConfig, GeneratorConfig
 
 
 class FreshSource(nn.Module):
-    """Positions, segments and pre-norm layers over the reader's own token embeddings."""
+    """Positions, segments and pre-norm layers over the token embeddings of the generator."""
 
     def __init__(self, size: FreshGeneratorConfig, max_source: int) -> None:
         super().__init__()

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from training.models.generators.copy_encoder import FreshSource, PretrainedSource, load_source
 from training.models.generators.copy_layers import MASKED, Layer, Seen, TiedEmbedding, initialise, mask_bias
 from training.models.generators.decode import beam_search, sample
-from training.models.generators.generator import Decoded, Generator, ReaderBatch
+from training.models.generators.generator import Decoded, Generator, GeneratorBatch
 from training.models.text.packing import by_length, pad_rows
 from training.training_settings import GeneratorConfig
 
 
 @dataclass
-class CopyBatch(ReaderBatch):
+class CopyBatch(GeneratorBatch):
     """`[CLS] question [SEP] passage [SEP]` per passage."""
 
     source_ids: Tensor  # int64 [batch * k, source]

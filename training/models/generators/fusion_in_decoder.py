@@ -34,7 +34,7 @@ from training.models.generators.attention import (
     fold_queries,
     rerouted,
 )
-from training.models.generators.generator import Decoded, Generator, ReaderBatch
+from training.models.generators.generator import Decoded, Generator, GeneratorBatch
 from training.models.generators.head import find_head
 from training.models.parts.pretrained import (
     check_vocabulary,
@@ -50,7 +50,7 @@ from training.training_settings import GeneratorConfig
 
 
 @dataclass
-class FusionBatch(ReaderBatch):
+class FusionBatch(GeneratorBatch):
     """`question passage` per passage, in the encoder's tokens."""
 
     source_ids: Tensor  # int64 [batch * k, source]
@@ -107,7 +107,7 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         self.decoder_start_id = int(self.model.config.decoder_start_token_id)
         start, end = surrounding_tokens(tokenizer)
         self.start = np.array(start, dtype=np.int64)
-        self.between = np.array(() if config.name else end, dtype=np.int64)  # pretrained readers have "title:" for it
+        self.between = np.array(() if config.name else end, dtype=np.int64)  # pretrained ones have "title:" for it
         self.end = np.array(end, dtype=np.int64)
         self._check_positions()
         self.model.generation_config = token_scores.generation_settings(

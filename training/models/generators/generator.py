@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 @dataclass
-class ReaderBatch:
+class GeneratorBatch:
     """Tensors that a generator made from token rows; subclasses add their own. Answers end with end-of-sequence."""
 
     answer_ids: Tensor  # int64 [batch, tokens], padded with 0; tokens may be 0 when only writing
@@ -38,7 +38,7 @@ class Decoded:
     log_probs: Tensor  # float32 [len(tokens)]
 
 
-Batch = TypeVar("Batch", bound=ReaderBatch)
+Batch = TypeVar("Batch", bound=GeneratorBatch)
 Reading = TypeVar("Reading")
 
 

@@ -72,7 +72,7 @@ def build_reranker(config: RerankerConfig, encoder: EncoderConfig, vocab_size: i
     return Reranker(model, config.mode == "replace", config.length_groups)
 
 
-def has_own_tokens(config: RerankerConfig) -> bool:
+def has_tokenizer(config: RerankerConfig) -> bool:
     """True if the re-ranker reads tokens of its own; a fresh one reads the retriever's."""
     return config.mode != "off" and bool(config.name)
 

@@ -54,12 +54,12 @@ class Pairing:
         return PairBatch(*pad_rows(rows, self.pad_id), torch.tensor(first))
 
 
-def shared_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
+def retriever_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
     """Pairs of the retriever's rows: `[CLS] question [SEP]` and `title [SEP] text [SEP]`."""
     return Pairing(side="retriever", pad_id=pad_id(tokenizer), strip=len(surrounding_tokens(tokenizer)[0]))
 
 
-def own_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
+def reranker_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
     """Pairs of a re-ranker's rows, with the special tokens that its tokeniser puts around two texts."""
     backend = plain_backend(tokenizer)
     bare = backend.encode("x", add_special_tokens=False).ids

@@ -19,7 +19,7 @@ from training.models.text.tokenizers import fingerprint, plain_backend
 from training.training_settings import EncoderConfig, GeneratorConfig
 
 Pairs = Sequence[tuple[str, str]]
-FUSION_QUESTION = "question: {question}"  # of pretrained readers, as in fusion-in-decoder (Izacard & Grave 2021)
+FUSION_QUESTION = "question: {question}"  # of pretrained generators, as in fusion-in-decoder (Izacard & Grave 2021)
 FUSION_PASSAGE = "title: {title} context: {text}"
 
 
@@ -157,8 +157,9 @@ def retriever_question_side(tokenizer: PreTrainedTokenizerFast, config: EncoderC
 def generator_passage_side(
     tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig, max_title_tokens: int
 ) -> TokenSide:
-    """A passage segment without special tokens, cut at `generator.max_passage_tokens`; `max_title_tokens` cuts the
-    title of fresh readers. A causal model's ends with {text}: the model adds what `passage_template` has after it."""
+    """Return the side of a passage segment without special tokens, cut at `generator.max_passage_tokens`. The title of
+    a fresh generator is cut at `max_title_tokens`. A causal model's segment ends with {text}: the model adds the rest
+    of `passage_template`."""
     if config.kind == "causal":
         literals, fields = passage_template(config)
         head = "".join(f"{literal}{{{name}}}" for literal, name in zip(literals, fields, strict=False))

@@ -20,7 +20,7 @@ from training.data import Collator
 from training.models.build import build_system, built_parts, fit_weights, parameter_groups
 from training.models.retriever.reranker import Reranker, build_reranker
 from training.models.system import System
-from training.models.text.pairs import own_pairing, shared_pairing
+from training.models.text.pairs import reranker_pairing, retriever_pairing
 from training.models.text.token_rows import (
     generator_answer_side,
     generator_passage_side,
@@ -69,7 +69,7 @@ def make(world: TinyWorld, config: RerankerConfig = CONFIG, train: str = "both",
 
 def collator_of(world: TinyWorld, system: System) -> Collator:
     collator = Collator(world.store(), world.question_store("test"), system.generator, 0)
-    collator.pairing = shared_pairing(world.tokenizer)
+    collator.pairing = retriever_pairing(world.tokenizer)
     return collator
 
 
@@ -83,7 +83,7 @@ def hits_of(number: int = 4, seed: int = 0) -> list[np.ndarray]:
 
 def test_shared_pairs_are_what_the_tokeniser_makes(world: TinyWorld) -> None:
     """`[CLS] question [SEP] title [SEP] text [SEP]` of the store's own rows."""
-    pairing = shared_pairing(world.tokenizer)
+    pairing = retriever_pairing(world.tokenizer)
     question = world.question_store("test").tokens("retriever").rows([0])
     passages = world.store().tokens("retriever").rows([5, 7])
     pairs = pairing(question, [passages], 3)
@@ -113,7 +113,7 @@ def test_own_pairs_are_what_the_tokeniser_makes(world: TinyWorld, tmp_path: Path
     if kind == "roberta":
         tokenizer = roberta_like(tokenizer, tmp_path)
     tokenizer.model_input_names = NAMES
-    pairing, side = own_pairing(tokenizer), reranker_side(tokenizer, 12)
+    pairing, side = reranker_pairing(tokenizer), reranker_side(tokenizer, 12)
     texts = ("where was it born?", "Title", "a text of some words that is longer than the limit allows")
     question = side.tokenize([("", texts[0])])[0]
     passage = side.tokenize([(texts[1], texts[2])])[0]
@@ -199,7 +199,7 @@ def test_a_checkpoint_scores_as_transformers_does(world: TinyWorld, cross_encode
     assert reranker is not None
     reranker.eval()
     collator = Collator(own.store(), own.question_store("test"), system.generator, 0)
-    collator.pairing = own_pairing(load_tokenizer(cross_encoder))
+    collator.pairing = reranker_pairing(load_tokenizer(cross_encoder))
     passages = hits_of()
     batch = collator(NUMBERS, passages)
     assert batch.pairs is not None
