@@ -1,7 +1,7 @@
-"""Several answers to each question, scored by the system that trains and by its reference in the same way.
+"""Score several answers to each question; the system that trains and its reference do it in the same way.
 
-Preferences: every answer is scored under each of the K passages, which are read once. Samples: every answer is scored
-under the one passage that it was drawn with, so that the cost does not grow with K times the size of the group.
+For preferences, every answer is scored under each of the K passages, which are read once. For samples, every answer is
+scored under the one passage that it was drawn with, so that the cost does not grow with K times the size of the group.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.models.generators.generator import Decoded, Generator, GeneratorBatch
+from training.models.generators.generator import Generator
 from training.models.model_inputs import CandidateBatch
 from training.objectives.preference import Candidates
 
 
 def score_answers(generator: Generator, scores: Tensor, batch: CandidateBatch) -> Candidates:
-    """Log-probabilities of all answers, beside the passages' `scores` [batch, k] and what the batch knows of the
-    reference."""
+    """Return the log-probabilities of all answers, with the passages' `scores` [batch, k] and the reference's scores
+    and log-probabilities that the batch holds."""
     reading = generator.read(batch.generator_batch)
     if batch.drawn is not None:
         drawn = generator.per_passage_log_probs(reading, batch.generator_batch)  # [batch * group, 1, tokens]
@@ -44,16 +44,8 @@ def score_answers(generator: Generator, scores: Tensor, batch: CandidateBatch) -
     )
 
 
-@torch.no_grad()
-def sample(generator: Generator, batch: GeneratorBatch, max_tokens: int, temperature: float) -> Decoded:
-    """One sampled answer for each passage of `batch`."""
-    return generator.write(
-        generator.read(batch), batch, fused=False, max_tokens=max_tokens, num_beams=1, temperature=temperature
-    )
-
-
 def answer_tensors(generator: Generator, groups: Sequence[Sequence[np.ndarray]]) -> tuple[Tensor, Tensor]:
-    """Token rows [batch][group] to ids int64 [batch, group, tokens] and mask, as this generator ends and cuts them."""
+    """Return token rows [batch][group] as ids int64 [batch, group, tokens] and mask, ended and cut by `generator`."""
     rows = [row for group in groups for row in group]
     nothing = np.empty(0, dtype=np.int64)
     collated = generator.collate([nothing] * len(rows), [[nothing]] * len(rows), rows)

@@ -1,9 +1,10 @@
-"""Numbers that decide a model's arithmetic and memory, read once from its modules, none of its code.
+"""Read the numbers that decide a model's arithmetic and memory from its modules.
 
-Weights are counted where each token passes them: every matrix of a stack except embeddings and the output layer, of
-several experts as many as a token visits. Biases and norms are left out, as in Kaplan et al. 2020.
+Every matrix of a stack counts except embeddings and the output layer; of several experts, those that a token visits
+count. Biases and norms are left out, as in Kaplan et al. 2020.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,30 +26,30 @@ CROSS_KEYS = ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "
 class Stack:
     """Layers that tokens pass one after another: an encoder, a decoder, a causal model."""
 
-    weights: int  # in matrices that each token is multiplied with
+    weights: int  # number in the matrices that each token is multiplied with
     attention_layers: int = 0
-    attention_dim: int = 0  # query heads times their size
-    kv_dim: int = 0  # key heads times their size
-    state_layers: int = 0  # state-space layers
-    state_scanned: int = 0  # numbers of one such layer's state that each token updates
-    state_kept: int = 0  # numbers that one such layer carries on, with its convolution's window
+    attention_dim: int = 0  # number of query heads times their size
+    kv_dim: int = 0  # number of key heads times their size
+    state_layers: int = 0  # number of state-space layers
+    state_scanned: int = 0  # number of values of one such layer's state that each token updates
+    state_kept: int = 0  # number of values that one such layer keeps, with its convolution's window
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A generator. `encoder` None: causal, the prompt runs through `decoder`; otherwise the decoder attends to a memory
-    of encoded tokens."""
+    """Sizes of a generator. Without `encoder` it is causal, and the prompt runs through `decoder`; otherwise the
+    decoder attends to a memory of encoded tokens."""
 
     decoder: Stack
-    output: int  # weights of the output layer
+    output: int  # number of weights of the output layer
     encoder: Stack | None = None
-    memory_weights: int = 0  # that each token of the memory is multiplied with before the decoder attends to it
-    memory_kept: int = 0  # numbers that the decoder keeps of each token of the memory
-    cross_products: int = 0  # multiplications of one written token with one token of the memory
+    memory_weights: int = 0  # number of weights that a token of the memory is multiplied with, once
+    memory_kept: int = 0  # number of values that the decoder keeps of each token of the memory
+    cross_products: int = 0  # number of multiplications of one written token with one token of the memory
 
 
 def shape_of(generator: Generator) -> Shape:
-    """The shape of a generator of any kind."""
+    """Return the shape of a generator of any kind."""
     match generator:
         case CopyReader():
             return _copy_shape(generator)
@@ -60,18 +61,18 @@ def shape_of(generator: Generator) -> Shape:
 
 
 def encoder_stack(encoder: TextEncoder) -> Stack:
-    """One tower of the retriever; its projections see one vector a text and are left out."""
+    """Return the stack of one tower; its projections see one vector a text and are left out."""
     return _stack(encoder.backbone, encoder.backbone.config, encoder.backbone)
 
 
 def classifier_stack(model: PreTrainedModel) -> Stack:
-    """A cross-encoder; its head sees one vector a pair and is left out."""
+    """Return the stack of a cross-encoder; its head sees one vector a pair and is left out."""
     return _stack(model.base_model, model.config, model)
 
 
 def count_weights(module: nn.Module, left_out: tuple[nn.Parameter, ...] = (), active_experts: float = 1.0) -> int:
-    """Numbers in the matrices of `module`, embeddings and `left_out` excepted; shared ones count once. Of matrices that
-    hold several experts (three axes), `active_experts` is the share that a token visits. Right for sharded weights."""
+    """Count the numbers in the matrices of `module`, embeddings and `left_out` excepted; shared matrices count once. Of
+    a matrix of several experts (three axes), a token visits the share `active_experts`. Sharded weights count whole."""
     skipped = {id(parameter) for parameter in left_out}
     for part in module.modules():
         if isinstance(part, nn.Embedding):
@@ -81,15 +82,12 @@ def count_weights(module: nn.Module, left_out: tuple[nn.Parameter, ...] = (), ac
         size = _size(parameter)
         if id(parameter) in skipped or len(size) < 2 or name.endswith("A_log"):
             continue
-        count = 1
-        for side in size:
-            count *= side
-        total += count * (active_experts if "experts" in name and len(size) == 3 else 1.0)
+        total += math.prod(size) * (active_experts if "experts" in name and len(size) == 3 else 1.0)
     return round(total)
 
 
 def _stack(module: nn.Module, config: Any, model: PreTrainedModel, is_decoder: bool = True) -> Stack:
-    """A stack of transformers' own kind. `model` knows the output layer, which is not part of the stack."""
+    """Return the stack of a module of transformers, without the output layer of `model`."""
     output = model.get_output_embeddings()
     left_out = (output.weight,) if output is not None and isinstance(output.weight, nn.Parameter) else ()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -122,30 +120,30 @@ def _heads_and_layers(config: Any, is_decoder: bool) -> tuple[int, int]:
 
 
 def _with_states(stack: Stack, module: nn.Module) -> Stack:
-    """`stack` with what its state-space layers (Mamba, Mamba-2) keep; all have the same size."""
+    """Add the sizes of state-space layers (Mamba, Mamba-2) to `stack`; all have the same size."""
     mixers: list[Any] = [part for part in module.modules() if hasattr(part, "A_log") and hasattr(part, "conv1d")]
     if not mixers:
         return stack
     mixer = mixers[0]
     decay = _size(mixer.A_log)
-    # Mamba: a decay for each number of the state; Mamba-2: one a head, whose state is head size times state size.
+    # Mamba has a decay for each number of the state, Mamba-2 one a head, whose state is head size times state size.
     scanned = decay[0] * decay[1] if len(decay) == 2 else mixer.num_heads * mixer.head_dim * mixer.ssm_state_size
     channels, _, window = _size(mixer.conv1d.weight)
     return replace(stack, state_layers=len(mixers), state_scanned=scanned, state_kept=scanned + channels * window)
 
 
 def causal_shape(model: PreTrainedModel) -> Shape:
-    """Attention, state-space or hybrid."""
+    """Return the shape of a causal model: attention, state-space or hybrid."""
     return Shape(decoder=_stack(model, model.config.get_text_config(), model), output=_output_weights(model))
 
 
 def fusion_shape(model: PreTrainedModel) -> Shape:
-    """Any encoder-decoder of transformers."""
+    """Return the shape of an encoder-decoder of transformers."""
     config: Any = model.config
     encoder = _stack(model.get_encoder(), config, model, is_decoder=False)
     decoder = _stack(model.get_decoder(), config, model)
     memory = sum(
-        _size(parameter)[0] * _size(parameter)[1]
+        math.prod(_size(parameter))
         for name, parameter in model.get_decoder().named_parameters()
         if name.endswith("weight") and any(key in name for key in CROSS_KEYS)
     )
@@ -160,34 +158,28 @@ def fusion_shape(model: PreTrainedModel) -> Shape:
 
 
 def _copy_shape(generator: CopyReader) -> Shape:
-    """The pointer is one more attention over the memory: its keys are kept, and each written token is multiplied with
-    each of them."""
+    """Count the pointer as one more attention over the memory: its keys are kept, and each written token is multiplied
+    with each of them."""
     hidden, size = generator.tokens.embedding_dim, generator.config.fresh
+    writing = sum(count_weights(part) for part in (generator.decoder, generator.copy_query, generator.gates))
+    crossing = 2 * size.num_decoder_layers * hidden  # keys and values of one token of the memory
     if isinstance(generator.encoder, PretrainedSource):
         backbone = generator.encoder.backbone
         encoder = _stack(backbone, backbone.config, backbone, is_decoder=False)
     else:
-        encoder = Stack(
-            weights=count_weights(generator.encoder),
-            attention_layers=size.num_encoder_layers,
-            attention_dim=hidden,
-            kv_dim=hidden,
-        )
-    memory = hidden * hidden * (2 * size.num_decoder_layers + 1)
-    writing = count_weights(generator.decoder) + count_weights(generator.copy_query) + count_weights(generator.gates)
+        encoder = _plain_stack(count_weights(generator.encoder), size.num_encoder_layers, hidden)
     return Shape(
-        decoder=Stack(
-            weights=writing - 2 * size.num_decoder_layers * hidden * hidden,
-            attention_layers=size.num_decoder_layers,
-            attention_dim=hidden,
-            kv_dim=hidden,
-        ),
+        decoder=_plain_stack(writing - crossing * hidden, size.num_decoder_layers, hidden),
         output=generator.vocabulary * hidden,
         encoder=encoder,
-        memory_weights=memory,
-        memory_kept=hidden * (2 * size.num_decoder_layers + 1),
-        cross_products=hidden * (2 * size.num_decoder_layers + 1),
+        memory_weights=hidden * (crossing + hidden),
+        memory_kept=crossing + hidden,
+        cross_products=crossing + hidden,
     )
+
+
+def _plain_stack(weights: int, layers: int, hidden: int) -> Stack:
+    return Stack(weights=weights, attention_layers=layers, attention_dim=hidden, kv_dim=hidden)
 
 
 def _output_weights(model: PreTrainedModel) -> int:
@@ -197,5 +189,5 @@ def _output_weights(model: PreTrainedModel) -> int:
 
 
 def _size(parameter: Tensor) -> tuple[int, ...]:
-    """Its whole size, also where ZeRO 3 keeps a part of it here."""
+    """Return the size of the whole parameter, of which ZeRO 3 keeps only a part here."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

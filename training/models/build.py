@@ -1,4 +1,4 @@
-"""From settings to the system that trains: the one place that chooses among kinds of generators."""
+"""Build the system that trains from its settings; only here is a kind of generator chosen."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ from training.models.text.tokenizers import end_id, pad_id, start_id
 from training.objectives.dispatch import needs
 from training.training_settings import EncoderConfig, GeneratorConfig, ObjectiveConfig, RerankerConfig, RetrievalConfig
 
-NULL_SCORE = "retriever.null.score"  # its name in a state dict
+NULL_SCORE = "retriever.null.score"  # name in a state dict
 LEXICAL_WEIGHT = "retriever.lexical.raw"
 RERANKER = "reranker."
 TRAINS_RETRIEVER = ("both", "query_only", "retriever_only")
@@ -33,12 +33,12 @@ def build_system(
     retrieval: RetrievalConfig | None = None,
     reranker: RerankerConfig | None = None,
 ) -> System:
-    """The system with `requires_grad` set for `train`; fresh weights depend on `seed` alone, not on what ran before.
+    """Return the system with `requires_grad` set for `train`; fresh weights depend on `seed` alone.
 
-    `tokenizers` are the retriever's and the generator's. `objective`: what it will be trained with, for what only that
-    needs. With `lora.rank`, what trains are adapters, and what does not train has none. `retrieval`: for a learned
-    lexical weight. A `reranker` trains where the retriever does; one that replaces the retriever's score trains in its
-    place. Raises ValueError that names the setting.
+    `tokenizers` are the retriever's and the generator's. `objective` may add weights that it alone learns, `retrieval`
+    a learned lexical weight. With `lora.rank`, only adapters train, and a part that does not train has none. A
+    `reranker` trains where the retriever does; one that replaces the retriever's score trains in its place. Raises
+    ValueError that names the setting.
     """
     torch.manual_seed(seed)
     retriever = build_retriever(encoder, train, len(tokenizers[0]))
@@ -77,9 +77,9 @@ def _fit_objective(objective: ObjectiveConfig, retriever: Retriever, generator: 
 def fit_weights(
     state: Mapping[str, Tensor], system: System, built: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Weights of a system that was trained with other parts, for `system`: a score of reading no passage, a lexical
-    weight or a re-ranker that is not known here is left out, one that is not in `state` starts as it was built.
-    `built`: what `built_parts` gave before an engine took the system; None where none has."""
+    """Return the weights `state` of a system that had other parts, fitted to `system`: a null score, a lexical weight
+    or a re-ranker that `system` lacks is left out; one that `state` lacks starts as it was built. `built` is the result
+    of `built_parts` before an engine took the system, None if no engine has."""
     optional = (NULL_SCORE, LEXICAL_WEIGHT)
     fitted = {name: tensor for name, tensor in state.items() if name not in optional and not name.startswith(RERANKER)}
     retriever, reranker = system.retriever, system.reranker
@@ -94,14 +94,14 @@ def fit_weights(
 
 
 def built_parts(system: System) -> dict[str, Tensor]:
-    """Copies of the weights of a re-ranker, as they are now; empty without one."""
+    """Return copies of the re-ranker's weights; an empty dictionary without one."""
     if system.reranker is None:
         return {}
     return {name: tensor.detach().clone() for name, tensor in system.state_dict().items() if name.startswith(RERANKER)}
 
 
 def build_generator(config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> Generator:
-    """The generator of `config.kind`. Raises ValueError for another kind."""
+    """Return the generator of `config.kind`. Raises ValueError for a checkpoint that does not fit."""
     match config.kind:
         case "copy":
             start = start_id(tokenizer)

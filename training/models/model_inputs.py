@@ -1,4 +1,4 @@
-"""Inputs of one training step: tensors of questions, passages and answers, as collators make them."""
+"""Batches that collators make for one training step: tensors of questions, passages and answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -23,12 +23,12 @@ class ContrastBatch:
     passage_numbers: Tensor  # int64 [batch]: equal numbers are one passage, never a negative of itself
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         return moved(self, device)
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens that the encoders see."""
+        """Return the number of real tokens that the encoders see."""
         return int(self.query_mask.sum()) + int(self.passage_token_mask.sum())
 
 
@@ -41,21 +41,21 @@ class RetrievalBatch:
     passage_ids: Tensor  # int64 [batch * k, tokens]; no rows where the vectors are known
     passage_token_mask: Tensor  # bool
     generator_batch: GeneratorBatch
-    # float32 [batch, k, dim]: of a passage encoder that does not change
+    # float32 [batch, k, dim]: vectors of a passage encoder that does not change
     passage_vectors: Tensor | None = field(default=None, kw_only=True)
     # float32 [batch, k]: normalised lexical scores, where the retriever weighs them
     lexical: Tensor | None = field(default=None, kw_only=True)
     pairs: PairBatch | None = field(default=None, kw_only=True)  # batch * k rows, where a re-ranker reads them
-    contrast: ContrastBatch | None = field(default=None, kw_only=True)  # of a mixture with a contrastive task
-    contrast_share: float = field(default=0.0, kw_only=True)  # of the loss
+    contrast: ContrastBatch | None = field(default=None, kw_only=True)  # pairs of a contrastive task in the mixture
+    contrast_share: float = field(default=0.0, kw_only=True)  # share of the loss
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on `device`."""
+        """Return the same batch on `device`."""
         return moved(self, device)
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens that encoders, re-ranker and generator see."""
+        """Return the number of real tokens that encoders, re-ranker and generator see."""
         answers = int(self.generator_batch.answer_mask.sum())
         pairs = 0 if self.pairs is None else int(self.pairs.mask.sum())
         contrast = 0 if self.contrast is None else self.contrast.num_tokens
@@ -80,7 +80,7 @@ class CandidateBatch(RetrievalBatch):
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens that the two encoders and the generator see."""
+        """Return the number of real tokens that encoders and generator see."""
         encoders = int(self.question_mask.sum()) + 2 * int(self.passage_token_mask.sum())
         return encoders + int(self.answer_mask.sum())
 
@@ -94,7 +94,7 @@ class AskedBatch(RetrievalBatch):
 
 
 def moved(batch: Any, device: torch.device | str) -> Any:
-    """A dataclass of tensors with each of them, and the batches in it, on `device`."""
+    """Return the dataclass `batch` with its tensors and the batches in it on `device`."""
     values = {entry.name: getattr(batch, entry.name) for entry in fields(batch)}
     for name, value in values.items():
         if isinstance(value, (GeneratorBatch, PairBatch, ContrastBatch)):

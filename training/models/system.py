@@ -1,4 +1,4 @@
-"""The trained module: retriever and generator under one roof, so that one engine and one backward serve both.
+"""The trained module holds retriever and generator, so that one engine and one backward pass serve both.
 
 An engine calls a method of the system as `engine(System.likelihoods, batch, ...)`. The call passes through
 `System.forward`, so that the hooks of the engine gather sharded weights whichever part runs.
@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from training.models.answer_candidates import sample, score_answers
+from training.models.answer_candidates import score_answers
 from training.models.generators.generator import Decoded, Generator, GeneratorBatch
 from training.models.model_inputs import CandidateBatch, ContrastBatch, RetrievalBatch
 from training.models.parts.modes import evaluating
@@ -31,8 +32,8 @@ Scored = TypeVar("Scored", Tensor, tuple[Tensor, Tensor])
 class Answers:
     """Answers that the system writes for a batch of questions."""
 
-    log_prior: Tensor  # float32 [batch, k]: log p(z|q), -inf at padded passages
-    log_likelihood: Tensor  # float32 [batch]: log p(gold answer|q), marginal over the passages or fused
+    log_prior: Float[Tensor, "batch k"]  # log p(z|q), -inf at padded passages
+    log_likelihood: Float[Tensor, " batch"]  # log p(gold answer|q), marginal over the passages or fused
     decoded: Decoded  # batch answers if fused, else batch * k
 
 
@@ -63,34 +64,42 @@ class System(nn.Module):
                 return self.candidates(batch)
         return self.likelihoods(batch, needs, temperature)
 
-    def encode_questions(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_questions(
+        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch dim"]:
         """Return the vectors [batch, dim] of questions, given as ids int64 and mask bool, both [batch, tokens]."""
         return self.retriever.encode_queries(ids, mask)
 
-    def encode_passages(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def encode_passages(
+        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch dim"]:
         """Return the vectors [batch, dim] of passages, given as ids int64 and mask bool, both [batch, tokens]."""
         return self.retriever.encode_passages(ids, mask)
 
-    def lexical_weight(self) -> Tensor:
+    def lexical_weight(self) -> Float[Tensor, "1"]:
         """Return what a lexical score of 1 adds to an inner product, float32 [1]. The retriever must have a weight."""
         assert self.retriever.lexical is not None
         return self.retriever.lexical(torch.ones(1, device=self.retriever.lexical.raw.device))
 
+    @torch.no_grad()
     def sample(self, batch: GeneratorBatch, max_tokens: int, temperature: float) -> Decoded:
         """Return one sampled answer for each passage of `batch`."""
-        return sample(self.generator, batch, max_tokens, temperature)
+        reading = self.generator.read(batch)
+        return self.generator.write(
+            reading, batch, fused=False, max_tokens=max_tokens, num_beams=1, temperature=temperature
+        )
 
-    def scores(self, batch: RetrievalBatch) -> Tensor:
-        """float32 [batch, k]: inner products of fresh vectors, with the weighted lexical scores where there are any,
-        over the temperature; and the re-ranker's score of each pair beside them, or in their place. Vectors of the
-        index are fresh where the passage encoder does not change."""
+    def scores(self, batch: RetrievalBatch) -> Float[Tensor, "batch k"]:
+        """Return the passages' scores, float32 [batch, k]: inner products of fresh vectors plus weighted lexical
+        scores, over the temperature. The re-ranker's score is added to them or replaces them. If the passage encoder
+        does not change, the vectors of the index are fresh."""
         if self.reranker is None:
             return self._retriever_scores(batch)
         assert batch.pairs is not None, "a batch without pairs for a system with a re-ranker"
         reranked = self.reranker(batch.pairs).unflatten(0, (len(batch.question_ids), -1))
         return reranked if self.reranker.replaces else self._retriever_scores(batch) + reranked
 
-    def _retriever_scores(self, batch: RetrievalBatch) -> Tensor:
+    def _retriever_scores(self, batch: RetrievalBatch) -> Float[Tensor, "batch k"]:
         queries = self.retriever.encode_queries(batch.question_ids, batch.question_mask)
         if batch.passage_vectors is not None:
             passages = batch.passage_vectors
@@ -100,16 +109,16 @@ class System(nn.Module):
         return self.retriever.fused(self.retriever.scores(queries, passages), batch.lexical)
 
     def candidates(self, batch: CandidateBatch) -> Candidates:
-        """Scores of fresh encoders and log-probabilities of all answers of each question."""
+        """Return the scores of fresh encoders and the log-probabilities of all answers of each question."""
         return score_answers(self.generator, self.scores(batch), batch)
 
     @torch.no_grad()
-    def prior(self, batch: RetrievalBatch, temperature: float) -> Tensor:
-        """log p(z|q), float32 [batch, k]; -inf at padded passages."""
+    def prior(self, batch: RetrievalBatch, temperature: float) -> Float[Tensor, "batch k"]:
+        """Return log p(z|q), float32 [batch, k]; -inf at padded passages."""
         return retrieval_log_probs(self.scores(batch), batch.generator_batch.passage_mask, temperature)
 
     def likelihoods(self, batch: RetrievalBatch, needs: Needs, temperature: float) -> Likelihoods:
-        """Scores and the log-probabilities that the objective needs; the generator encodes every passage once."""
+        """Return scores and the log-probabilities that the objective needs; every passage is encoded once."""
         scores = self.scores(batch)
         inputs = batch.generator_batch
         reading = self.generator.read(inputs)
@@ -145,21 +154,21 @@ class System(nn.Module):
 
     @torch.no_grad()
     def _detached(self, score: Callable[[Any, Any], Scored], reading: object, batch: GeneratorBatch) -> Scored:
-        """A distillation target: dropout off; the passages are encoded again only if dropout touched their encoding."""
+        """Compute a distillation target without dropout; passages are encoded again only if dropout touched them."""
         if not (self.generator.training and has_dropout(self.generator)):
             return score(reading, batch)
         with evaluating(self.generator):
             return score(self.generator.read(batch), batch)
 
     def _fused_with_attention(self, reading: object, batch: GeneratorBatch) -> tuple[Tensor, Tensor]:
-        """One pass for both; where dropout would touch the attention, another one without it."""
+        """Compute both in one pass, or the attention in a second pass without dropout if there is dropout."""
         if not (self.generator.training and has_dropout(self.generator)):
             return self.generator.fused_with_attention(reading, batch)
         _, attention = self._detached(self.generator.fused_with_attention, reading, batch)
         return self.generator.fused_log_probs(reading, batch), attention
 
     def contrast(self, batch: ContrastBatch) -> Likelihoods:
-        """Scores of the spans against the passages of the whole batch, of every trainer's batch."""
+        """Score the spans against the passages of all trainers' batches."""
         queries = self.retriever.encode_queries(batch.query_ids, batch.query_mask)
         passages = self.retriever.encode_passages(batch.passage_ids, batch.passage_token_mask)
         return in_batch(
@@ -172,7 +181,7 @@ class System(nn.Module):
 
     @torch.no_grad()
     def answer(self, batch: RetrievalBatch, decoding: DecodingConfig, temperature: float, score_bias: bool) -> Answers:
-        """Write answers. `score_bias`: the fused generator was trained with log p(z|q) in its attention."""
+        """Write answers. With `score_bias`, log p(z|q) biases the attention of a fused generator, as in training."""
         prior = retrieval_log_probs(self.scores(batch), batch.generator_batch.passage_mask, temperature)
         reading = self.generator.read(batch.generator_batch)
         fused = decoding.mode == "fused"
@@ -203,10 +212,10 @@ class System(nn.Module):
         mode: str,
         temperature: float,
         score_bias: bool,
-    ) -> Tensor:
-        """float32 [batch, len(answers)]: log-probability of each of several answers to every question, given as
-        ids and mask [batch, tokens] with end-of-sequence; the passages are read once. `mode`: marginal | fused | top1.
-        """
+    ) -> Float[Tensor, "batch answers"]:
+        """Return the log-probabilities float32 [batch, len(answers)] of several answers to every question. Each answer
+        is ids and mask [batch, tokens] with end-of-sequence; the passages are read once. `mode` is marginal, fused or
+        top1."""
         prior = retrieval_log_probs(self.scores(batch), batch.generator_batch.passage_mask, temperature)
         bias = prior if mode == "fused" and score_bias else None
         if mode == "top1":
@@ -224,16 +233,15 @@ class System(nn.Module):
         return torch.stack(columns, dim=1)
 
 
-def gumbel_noise(scores: Tensor, num_draws: int) -> Tensor:
-    """Standard Gumbel noise, float32 [batch, num_draws, k], for scores [batch, k]; from torch's random state."""
+def gumbel_noise(scores: Float[Tensor, "batch k"], num_draws: int) -> Float[Tensor, "batch {num_draws} k"]:
+    """Draw standard Gumbel noise, float32 [batch, num_draws, k], for scores [batch, k]."""
     uniform = torch.rand(scores.shape[0], num_draws, scores.shape[1], device=scores.device)
     return -(-uniform.clamp_min(1e-20).log()).log()
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Return true if some part drops values in training: an `nn.Dropout`, or a probability that a module of
-    transformers keeps
-    under its own name (`attention_dropout`, `layerdrop`) and applies as a function."""
+    """Return true if some part drops values in training: an `nn.Dropout`, or a module of transformers with a positive
+    attribute such as `attention_dropout` or `layerdrop`."""
     for part in module.modules():
         if isinstance(part, nn.Dropout) and part.p > 0:
             return True

@@ -13,7 +13,7 @@ from tests.training.models.test_system import ENCODER, FRESH, collate, make
 from training.engine.engine import Engine
 from training.feeding.alignment import with_candidates
 from training.feeding.reference import Reference, build_reference, initial_copy
-from training.models.answer_candidates import answer_tensors, sample
+from training.models.answer_candidates import answer_tensors
 from training.models.build import build_system, parameter_groups
 from training.models.generators.decode import sample as sample_tokens
 from training.models.model_inputs import CandidateBatch
@@ -161,7 +161,7 @@ def test_samples_have_the_likelihood_that_scoring_gives(tokenizer: PreTrainedTok
     torch.manual_seed(0)
     system = make(tokenizer, kind).eval()
     batch = collate(system.generator)
-    written = sample(system.generator, batch.generator_batch, 4, 1.0)
+    written = system.sample(batch.generator_batch, 4, 1.0)
     assert len(written.tokens) == batch.generator_batch.passage_mask.numel()
     assert len({tuple(tokens) for tokens in written.tokens}) > 1
     for place in (0, 1, 2):  # the first question's passages

@@ -1,10 +1,9 @@
-"""Looking into the attention of transformers' models, and bending it, without changing their code.
+"""Read and change the attention of transformers' models without changing their code.
 
 Models of transformers fetch the function that attends (eager, SDPA, ...) from one table at every call. `rerouted` puts
-a function of ours between a model and that function: it gets queries, keys and values as they are multiplied, after
-rotation and caching, so that it works for every architecture and every kernel. Two uses: what a query takes from each
-key (`AttentionMass`, also where the kernel gives no probabilities), and many queries over one copy of keys and values
-(`fold_queries`).
+another function between a model and that one. It gets queries, keys and values as they are multiplied, after rotation
+and caching, so that it works for every architecture and every kernel. `AttentionMass` measures what a query takes from
+each key, even if the kernel gives no probabilities; `fold_queries` runs many queries over one copy of keys and values.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,14 +27,13 @@ NO_PROBABILITIES = ("flash_attention_2",)  # implementations whose masks are no 
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Return true if some layer of `model` attends: false for a state-space model, true for a hybrid. By the names of
-    its
-    parts, before anything is computed; `AttentionMass.per_key` refuses what only looks like attention."""
+    """Return true if some layer of `model` attends: false for a state-space model, true for a hybrid. The names of its
+    parts decide; `AttentionMass.per_key` refuses what only looks like attention."""
     return any("attention" in type(module).__name__.lower() for module in model.modules())
 
 
 def check_attention(model: nn.Module, attention: str, objective: str) -> None:
-    """Raises ValueError where `objective` needs what a generator's tokens attend to and `model` cannot tell."""
+    """Raise ValueError if `model` cannot tell what its tokens attend to, which `objective` needs."""
     if not has_attention(model):
         allowed = f"must be another one, such as pdist or loop: {type(model).__name__} (a state-space model) has no"
         raise refuse("objective.name", objective, f"{allowed} attention that could be read")
@@ -46,7 +44,7 @@ def check_attention(model: nn.Module, attention: str, objective: str) -> None:
 
 @contextmanager
 def rerouted(model: nn.Module, route: Route) -> Iterator[None]:
-    """Inside, every attention of `model`'s layers goes through `route`; other models are left alone."""
+    """Send every attention of `model` through `route` inside the block; other models are left alone."""
     inside = {id(module) for module in model.modules()}
     table: Any = ALL_ATTENTION_FUNCTIONS
     find, outer = table.get_interface, vars(table).get("get_interface")
@@ -74,11 +72,11 @@ def rerouted(model: nn.Module, route: Route) -> Iterator[None]:
 
 
 class AttentionMass:
-    """A route that only looks: attention probability times the norm of the value vector, averaged over heads, summed
-    over layers and over chosen queries, for each key; without gradient.
+    """A route that measures for each key, without gradient, the attention probability times the norm of the value
+    vector, averaged over heads, summed over layers and chosen queries.
 
-    places int64 [rows, n]: which queries; counted bool [rows, n]: which of them count. cross: only attention to an
-    encoder's states, else all attention.
+    `places` int64 [rows, n] are the chosen queries, of which `counted` bool [rows, n] count. With `cross`, only
+    attention to the states of an encoder is measured, otherwise all attention.
     """
 
     def __init__(self, places: Tensor, counted: Tensor, cross: bool) -> None:
@@ -106,14 +104,14 @@ class AttentionMass:
         return output, weights
 
     def per_key(self) -> Tensor:
-        """float32 [rows, keys]. Raises ValueError where no layer attended."""
+        """Return the sums, float32 [rows, keys]. Raises ValueError if no layer attended."""
         if self._total is None:
             allowed = "must be another one, such as pdist or loop: no layer of this generator attends in a way that can"
             raise refuse("objective.name", "adist", f"{allowed} be read")
         return self._total
 
     def _add(self, weights: Tensor, value: Tensor) -> None:
-        """weights [rows, heads, n, keys]; value [rows, key heads, keys, head_dim]."""
+        """Add the mass of one layer: weights [rows, heads, n, keys], value [rows, key heads, keys, head_dim]."""
         counted = self.counted[:, None, None, :].to(weights.dtype)
         taken = (counted @ weights).squeeze(2)  # [rows, heads, keys]
         norms = torch.linalg.vector_norm(value.float(), dim=-1)
@@ -124,7 +122,7 @@ class AttentionMass:
     def _weights(
         self, module: nn.Module, query: Tensor, *, key: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> Tensor:
-        """Probabilities of the chosen queries, for a kernel that keeps its own to itself."""
+        """Compute the probabilities of the chosen queries, for a kernel that does not return them."""
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         chosen = _pick(query, self.places)
@@ -132,7 +130,7 @@ class AttentionMass:
         logits = (chosen @ keys.transpose(-1, -2)).float() * scaling
         if options.get("position_bias") is not None:
             logits = logits + _pick(options["position_bias"], self.places)
-        if mask is None and is_causal(module):  # the kernel makes it itself
+        if mask is None and is_causal(module):  # the kernel makes the mask itself
             later = torch.arange(key.shape[2], device=key.device) > self.places[:, None, :, None]
             return logits.masked_fill(later, torch.finfo(logits.dtype).min).softmax(dim=-1)
         if mask is None:
@@ -144,8 +142,8 @@ class AttentionMass:
 
 
 def fold_queries(times: int) -> Route:
-    """A route for rows that come `times` in a row for each row of an encoder's states: their queries stand side by side
-    over one copy of its keys and values, which would be repeated otherwise."""
+    """Return a route for rows that come `times` in a row for each row of an encoder's states: their queries stand side
+    by side over one copy of its keys and values, which would be repeated otherwise."""
 
     def route(
         attend: Attend,
@@ -169,8 +167,8 @@ def fold_queries(times: int) -> Route:
 
 
 def fold(tensor: Tensor, times: int, tokens: int, rows: int) -> Tensor:
-    """[rows, heads, tokens, n] to [rows / times, heads, times * tokens, n]; an axis of 1 stands for all rows or all
-    tokens."""
+    """Fold [rows, heads, tokens, n] to [rows / times, heads, times * tokens, n]; an axis of 1 stands for all rows or
+    all tokens."""
     tensor = tensor.expand(-1, -1, tokens, -1)
     if tensor.shape[0] != rows:
         return tensor.repeat(1, 1, times, 1)
@@ -178,13 +176,13 @@ def fold(tensor: Tensor, times: int, tokens: int, rows: int) -> Tensor:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Return true if a layer attends to what stands before it in its own sequence; in a decoder, the others are its
-    cross-attention."""
+    """Return true if a layer attends to earlier tokens of its sequence; the other layers of a decoder attend to the
+    states of an encoder."""
     return bool(getattr(module, "is_causal", False))
 
 
 def _pick(tensor: Tensor, places: Tensor) -> Tensor:
-    """Queries `places` [rows, n] of [rows, heads, queries, m]; axes of 1 stay."""
+    """Pick the queries `places` [rows, n] of [rows, heads, queries, m]; axes of 1 stay."""
     if tensor.shape[2] == 1:
         return tensor
     tensor = tensor.expand(len(places), -1, -1, -1)

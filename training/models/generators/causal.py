@@ -1,9 +1,9 @@
-"""Any causal language model as a generator: passages, question and answer in one prompt, left to right.
+"""Use any causal language model as a generator: passages, question and answer stand in one prompt, left to right.
 
-The prompt is put together from segments that were tokenised once (`training/models/text/token_rows.py`). One passage at
-a time means batch * k prompts of one passage each; fused means one prompt with all passages in the order given. Only
-answer tokens and end-of-sequence are scored. Padding is on the right for scoring, where nothing after a token can
-change it (which also holds for state-space models), and on the left for writing.
+The prompt is put together from segments that were tokenised once (`training/models/text/token_rows.py`). For one
+passage at a time there are batch * k prompts of one passage each; fused, one prompt has all passages in the order
+given. Only answer tokens and end-of-sequence are scored. Padding is on the right for scoring, where nothing after a
+token can change it (which also holds for state-space models), and on the left for writing.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -34,13 +35,13 @@ from training.training_settings import GeneratorConfig
 
 @dataclass
 class CausalBatch(GeneratorBatch):
-    """Prompts without answers, padded on the right."""
+    """Holds prompts without answers, padded on the right."""
 
-    single_ids: Tensor  # int64 [batch * k, prompt]: one passage each
+    single_ids: Tensor  # int64 [batch * k, prompt]: prompts of one passage
     single_mask: Tensor  # bool [batch * k, prompt]
-    joint_ids: Tensor  # int64 [batch, prompt]: all passages
+    joint_ids: Tensor  # int64 [batch, prompt]: prompts of all passages
     joint_mask: Tensor  # bool [batch, prompt]
-    joint_passage: Tensor  # int64 [batch, prompt]: which of the k a token is of, as the template renders it; -1: none
+    joint_passage: Tensor  # int64 [batch, prompt]: number of the passage that a token renders; -1: none
 
 
 class CausalGenerator(Generator[CausalBatch, None]):
@@ -55,7 +56,7 @@ class CausalGenerator(Generator[CausalBatch, None]):
         check_vocabulary(self.model, len(tokenizer))
         self.end_id, self.pad_id = end_id(tokenizer), pad_id(tokenizer)
         literals, self.fields = prompt_segments(tokenizer, config)
-        # Spaces before a question or an answer belong to its first token: see sides.InContext.
+        # Spaces before a question or an answer belong to its first token: see `token_rows.InContext`.
         following = [*self.fields, "answer"]
         texts = [
             text if name == "passages" else text.rstrip(" ") for text, name in zip(literals, following, strict=True)
@@ -63,7 +64,7 @@ class CausalGenerator(Generator[CausalBatch, None]):
         self.literals = [np.array(ids, dtype=np.int64) for ids in plain_ids(tokenizer, texts)]
         self.start = np.array(surrounding_tokens(tokenizer)[0], dtype=np.int64)
         if len(self.start) and self.literals[0][: len(self.start)].tolist() == self.start.tolist():
-            self.start = self.start[:0]  # a chat template has written it
+            self.start = self.start[:0]  # the chat template writes it
         suffix = passage_template(config)[0][-1]
         self.after_passage = np.array(plain_ids(tokenizer, [suffix])[0], dtype=np.int64)
         self.context = context_of(self.model.config)
@@ -82,39 +83,33 @@ class CausalGenerator(Generator[CausalBatch, None]):
         answers: Sequence[np.ndarray] | None,
     ) -> CausalBatch:
         filled, passage_mask = token_scores.collate_passages(passages)
-        single = [self._prompt(q, [row]) for q, rows in zip(questions, filled, strict=True) for row in rows]
+        single = [self._prompt(q, [row])[0] for q, rows in zip(questions, filled, strict=True) for row in rows]
         joint = [self._prompt(question, rows) for question, rows in zip(questions, passages, strict=True)]
-        spans = [self._spans(question, rows) for question, rows in zip(questions, passages, strict=True)]
         answer_ids, answer_mask = token_scores.collate_answers(answers, len(questions), self.end_id)
-        joint_ids, joint_mask = pad_rows(joint, self.pad_id)
-        return CausalBatch(
-            answer_ids,
-            answer_mask,
-            passage_mask,
-            *pad_rows(single, self.pad_id),
-            joint_ids,
-            joint_mask,
-            pad_rows(spans, -1)[0],
-        )
+        prompts = (*pad_rows(single, self.pad_id), *pad_rows([ids for ids, _ in joint], self.pad_id))
+        joint_passage = pad_rows([numbers for _, numbers in joint], -1)[0]
+        return CausalBatch(answer_ids, answer_mask, passage_mask, *prompts, joint_passage)
 
     def read(self, batch: CausalBatch) -> None:
-        """Nothing: a prompt is read together with its answer."""
+        """Return None: a prompt is read together with its answer."""
 
-    def per_passage_log_probs(self, reading: None, batch: CausalBatch) -> Tensor:
+    def per_passage_log_probs(self, reading: None, batch: CausalBatch) -> Float[Tensor, "batch k tokens"]:
         k = batch.passage_mask.shape[1]
         answers = (batch.answer_ids.repeat_interleave(k, dim=0), batch.answer_mask.repeat_interleave(k, dim=0))
         return self._score(batch.single_ids, batch.single_mask, *answers).unflatten(0, (-1, k))
 
-    def fused_log_probs(self, reading: None, batch: CausalBatch, passage_bias: Tensor | None = None) -> Tensor:
+    def fused_log_probs(
+        self, reading: None, batch: CausalBatch, passage_bias: Float[Tensor, "batch k"] | None = None
+    ) -> Float[Tensor, "batch tokens"]:
         _refuse_bias(passage_bias)
         return self._score(batch.joint_ids, batch.joint_mask, targets=batch.answer_ids, target_mask=batch.answer_mask)
 
-    def null_log_probs(self, reading: None, batch: CausalBatch) -> Tensor:
+    def null_log_probs(self, reading: None, batch: CausalBatch) -> Float[Tensor, "batch tokens"]:
         prompts = without_tokens(batch.joint_ids, batch.joint_mask, batch.joint_passage >= 0)
         return self._score(*prompts, targets=batch.answer_ids, target_mask=batch.answer_mask)
 
-    def left_out_log_probs(self, reading: None, batch: CausalBatch) -> Tensor:
-        """Do as the base class says: one prompt for each passage, with all the others in it."""
+    def left_out_log_probs(self, reading: None, batch: CausalBatch) -> Float[Tensor, "batch k tokens"]:
+        """Do as the base class says, with one prompt for each passage that has all the others in it."""
         k = batch.passage_mask.shape[1]
         repeated = (batch.joint_ids, batch.joint_mask, batch.joint_passage, batch.answer_ids, batch.answer_mask)
         ids, mask, passage, targets, target_mask = (tensor.repeat_interleave(k, dim=0) for tensor in repeated)
@@ -122,7 +117,9 @@ class CausalGenerator(Generator[CausalBatch, None]):
         prompts = without_tokens(ids, mask, passage == left_out)
         return self._score(*prompts, targets=targets, target_mask=target_mask).unflatten(0, (-1, k))
 
-    def fused_with_attention(self, reading: None, batch: CausalBatch) -> tuple[Tensor, Tensor]:
+    def fused_with_attention(
+        self, reading: None, batch: CausalBatch
+    ) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch k"]]:
         """Do as the base class says, by self-attention from the places that predict the answer to the passages'
         tokens."""
         self.check_attention("adist")
@@ -167,32 +164,22 @@ class CausalGenerator(Generator[CausalBatch, None]):
         tokens, targets, target_mask = token_scores.written_rows(generated[:, width:], self.end_id, max_tokens)
         return Decoded(tokens, self._score(ids, mask, targets=targets, target_mask=target_mask).sum(dim=1))
 
-    def _prompt(self, question: np.ndarray, passages: Sequence[np.ndarray]) -> np.ndarray:
-        """The template with its fields filled in; a passage without tokens (closed book, padding) leaves nothing."""
+    def _prompt(self, question: np.ndarray, passages: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Fill in the template; a passage without tokens (closed book, padding) leaves nothing. Returns ids, and for
+        each of them the number of its passage, -1 around the passages."""
         begin, question = split_context(question)
         literals = self.literals if begin is None else [begin, *self.literals[1:]]
-        parts = [self.start]
+        parts = [(self.start, -1)]
         for literal, name in zip(literals, [*self.fields, ""], strict=True):
-            parts.append(literal)
+            parts.append((literal, -1))
             if name == "question":
-                parts.append(question[: self.config.max_question_tokens])
-            elif name == "passages":
-                for row in passages:
-                    parts += [row[: self.config.max_passage_tokens], self.after_passage] if len(row) else []
-        return np.concatenate(parts).astype(np.int64)
-
-    def _spans(self, question: np.ndarray, passages: Sequence[np.ndarray]) -> np.ndarray:
-        """Beside `_prompt`: the number of the passage that each token is of, -1 for what is around them."""
-        parts = [np.full(len(self.start), -1)]
-        for literal, name in zip(self.literals, [*self.fields, ""], strict=True):
-            parts.append(np.full(len(literal), -1))
-            if name == "question":
-                parts.append(np.full(len(question[: self.config.max_question_tokens]), -1))
+                parts.append((question[: self.config.max_question_tokens], -1))
             elif name == "passages":
                 for number, row in enumerate(passages):
-                    length = len(row[: self.config.max_passage_tokens]) + len(self.after_passage)
-                    parts += [np.full(length, number)] if len(row) else []
-        return np.concatenate(parts).astype(np.int64)
+                    if len(row):
+                        parts += [(row[: self.config.max_passage_tokens], number), (self.after_passage, number)]
+        ids = np.concatenate([part for part, _ in parts]).astype(np.int64)
+        return ids, np.repeat([number for _, number in parts], [len(part) for part, _ in parts])
 
     def _score(
         self,
@@ -202,8 +189,8 @@ class CausalGenerator(Generator[CausalBatch, None]):
         target_mask: Tensor,
         mass: Tensor | None = None,
     ) -> Tensor:
-        """float32 [rows, tokens]: log-probabilities of `targets` right after each row's prompt. `mass` [rows, prompt]
-        takes what they take from each of its tokens by attention."""
+        """Return the log-probabilities float32 [rows, tokens] of `targets` right after each row's prompt. `mass` [rows,
+        prompt], if given, is filled with what they take from each token of the prompt by attention."""
         tokens = targets.shape[1]
         if tokens == 0:
             return torch.zeros(targets.shape, device=targets.device)
@@ -229,7 +216,7 @@ class CausalGenerator(Generator[CausalBatch, None]):
     def _target_log_probs(
         self, inputs: dict[str, Tensor], before: Tensor, targets: Tensor, target_mask: Tensor
     ) -> Tensor:
-        """float32 [rows, tokens]: log-probabilities of `targets`, each predicted at its place `before`."""
+        """Return the log-probabilities float32 [rows, tokens] of `targets`, each predicted at its place `before`."""
         if self.head is not None:
             states = self.head.states(**inputs)
             states = states.gather(1, before[..., None].expand(-1, -1, states.shape[-1]))
@@ -240,14 +227,14 @@ class CausalGenerator(Generator[CausalBatch, None]):
         return token_scores.token_log_probs(logits, targets, target_mask)
 
     def _logits(self, inputs: dict[str, Tensor], first: int) -> Tensor:
-        """Logits [rows, tokens - first, vocabulary] from place `first` on."""
+        """Return the logits [rows, tokens - first, vocabulary] from place `first` on."""
         model: Any = self.model
         options = {"logits_to_keep": inputs["input_ids"].shape[1] - first} if self.keeps_logits else {}
         logits = model(**inputs, use_cache=False, **options).logits
         return logits if self.keeps_logits else logits[:, first:]
 
     def _check_context(self, tokens: int) -> None:
-        """Raises ValueError before the model would run past its positions."""
+        """Raise ValueError if the model would run past its positions."""
         if self.context is not None and tokens > self.context:
             raise ValueError(
                 f"a prompt and its answer take {tokens} tokens, the generator's context is {self.context}: lower "
@@ -259,14 +246,14 @@ class CausalGenerator(Generator[CausalBatch, None]):
             AutoModelForCausalLM,
             self.config.name,
             "generator.name",
-            # On a GPU `auto` leaves it to transformers, which knows the models that have no sdpa.
+            # On a GPU, `auto` leaves the choice to transformers, which knows the models without sdpa.
             attn_implementation=None if (self.config.attention, self.attention) == ("auto", "sdpa") else self.attention,
             trust_remote_code=self.config.trust_remote_code,
         )
 
 
 def without_tokens(ids: Tensor, mask: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [rows, tokens] without the tokens of `dropped`, the rest closed up to the left: ids and mask."""
+    """Remove the tokens of `dropped` from rows [rows, tokens], close up to the left, and return ids and mask."""
     kept = mask & ~dropped
     order = (~kept).long().argsort(dim=1, stable=True)[:, : max(1, int(kept.sum(dim=1).max()))]
     return ids.gather(1, order), kept.gather(1, order)

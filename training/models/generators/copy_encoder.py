@@ -1,4 +1,4 @@
-"""The encoder that reads a question with one passage for the copy reader: random weights, or a pretrained encoder."""
+"""Encode a question with one passage for the copy reader, by random weights or by a pretrained encoder."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from training.training_settings import FreshGeneratorConfig, GeneratorConfig
 
 
 class FreshSource(nn.Module):
-    """Positions, segments and pre-norm layers over the token embeddings of the generator."""
+    """Encodes by positions, segments and pre-norm layers over the token embeddings of the generator."""
 
     def __init__(self, size: FreshGeneratorConfig, max_source: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class FreshSource(nn.Module):
         self.norm = nn.LayerNorm(size.hidden)
 
     def forward(self, embedded: Tensor, mask: Tensor, in_passage: Tensor) -> Tensor:
-        """States [rows, source, hidden] of tokens embedded so; mask and in_passage (0, 1) [rows, source]."""
+        """Return states [rows, source, hidden] of embedded tokens; mask and in_passage (0, 1) are [rows, source]."""
         positions = torch.arange(embedded.shape[1], device=embedded.device)
         x = embedded + self.segments(in_passage) + self.positions(positions)
         bias = mask_bias(mask)[:, None, None, :]
@@ -41,8 +41,8 @@ class FreshSource(nn.Module):
 
 
 class PretrainedSource(nn.Module):
-    """The encoder of a checkpoint (BERT, RoBERTa, a sentence-transformers folder). One that was trained on pairs is
-    told which of the two a token is of."""
+    """Encodes by a checkpoint (BERT, RoBERTa, a sentence-transformers folder). A model of pairs gets the segment of
+    each token."""
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
@@ -51,23 +51,23 @@ class PretrainedSource(nn.Module):
         self.pairs = getattr(backbone.config, "type_vocab_size", 0) > 1
 
     def forward(self, ids: Tensor, mask: Tensor, in_passage: Tensor) -> Tensor:
-        """States [rows, source, hidden]; all three [rows, source]."""
+        """Return states [rows, source, hidden] of ids, mask and in_passage (0, 1), each [rows, source]."""
         segments = {"token_type_ids": in_passage} if self.pairs else {}
         return self.backbone(input_ids=ids, attention_mask=mask.long(), **segments).last_hidden_state
 
     @torch.no_grad()
     def lend_embeddings(self, tokens: nn.Embedding) -> None:
-        """Start `tokens` as the checkpoint's word embeddings. Raises ValueError where the tokeniser has more."""
+        """Start `tokens` as the checkpoint's word embeddings. Raises ValueError if the tokeniser has more."""
         check_vocabulary(self.backbone, tokens.num_embeddings)
         words: Any = self.backbone.get_input_embeddings()
         tokens.weight.copy_(words.weight[: tokens.num_embeddings])
 
 
 def check_encoder(generator: GeneratorConfig, config: PreTrainedConfig) -> None:
-    """Raises ValueError for a model of transformers that does not read in both directions, that has a decoder, or whose
+    """Raise ValueError for a model of transformers that does not read in both directions, that has a decoder, or whose
     width the fresh decoder cannot have."""
     kind = config.model_type
-    known = kind in CONFIG_MAPPING and type(config) is CONFIG_MAPPING[kind]  # its values() would import every model
+    known = kind in CONFIG_MAPPING and type(config) is CONFIG_MAPPING[kind]  # .values() would import every model
     if known and (config.is_encoder_decoder or type(config) not in MODEL_FOR_MASKED_LM_MAPPING):
         other = "fusion" if config.is_encoder_decoder else "causal"
         allowed = f"must be an encoder like BERT with generator.kind=copy; a {kind} model takes generator.kind={other}"
@@ -78,8 +78,8 @@ def check_encoder(generator: GeneratorConfig, config: PreTrainedConfig) -> None:
 
 
 def load_source(config: GeneratorConfig, max_source: int) -> PretrainedSource:
-    """The encoder of `generator.name`, with the dropout of `generator.fresh`. Raises ValueError for another kind of
-    model, one that cannot be read, and one that takes fewer than `max_source` tokens."""
+    """Return the encoder of `generator.name`, with the dropout of `generator.fresh`. Raises ValueError for another kind
+    of model, one that cannot be read, and one that takes fewer than `max_source` tokens."""
     backbone = load_pretrained(
         AutoModel,
         config.name,

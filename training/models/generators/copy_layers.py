@@ -1,4 +1,4 @@
-"""Layers of the copy reader: plain matrix products, weights that are gathered by being called."""
+"""Build the copy reader of layers that use plain matrix products, and whose weights are gathered by being called."""
 
 import math
 
@@ -12,14 +12,14 @@ MASKED = -1e9  # finite, so that a row of padding stays finite
 
 
 class Seen:
-    """Takes what each layer's queries take from the memory. No list: DeepSpeed hands modules copies of those."""
+    """Records what each layer's queries take from the memory. DeepSpeed would hand modules a copy of a bare list."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
 
 
 class Attention(nn.Module):
-    """Multi-head attention by plain matrix products: on a CPU the fused kernel's backward with a mask is slower."""
+    """Attends with several heads by matrix products: on a CPU the fused kernel's backward with a mask is slower."""
 
     def __init__(self, hidden: int, num_heads: int) -> None:
         super().__init__()
@@ -32,17 +32,17 @@ class Attention(nn.Module):
         self.output = nn.Linear(hidden, hidden)
 
     def split(self, x: Tensor) -> Tensor:
-        """[rows, tokens, hidden] to [rows, heads, tokens, head_dim]."""
+        """Split [rows, tokens, hidden] into [rows, heads, tokens, head_dim]."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of `x`."""
+        """Return keys and values of `x`."""
         return self.split(self.key(x)), self.split(self.value(x))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor, seen: Seen | None = None) -> Tensor:
-        """`bias` is added to the logits and broadcasts to [rows, heads, queries, keys]. `seen` takes what each query
-        takes from each key, [rows, queries, keys] without gradient: probability times norm of the value, mean over
-        heads."""
+        """Attend with `bias` added to the logits, which broadcasts to [rows, heads, queries, keys]. `seen` records what
+        each query takes from each key, [rows, queries, keys] without gradient: probability times norm of the value,
+        mean over heads."""
         queries = self.split(self.query(x))
         logits = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
         weights = (logits + bias.to(logits.dtype)).softmax(dim=-1)
@@ -53,7 +53,7 @@ class Attention(nn.Module):
 
 
 class TiedEmbedding(nn.Embedding):
-    """Token embeddings that are the output layer too; called for both, so that sharded weights are gathered."""
+    """Embeds tokens and is the output layer too; called for both, so that sharded weights are gathered."""
 
     def forward(self, input: Tensor, as_output: bool = False) -> Tensor:
         """Embed ids, or map states [..., hidden] to logits [..., vocabulary]."""
@@ -61,7 +61,7 @@ class TiedEmbedding(nn.Embedding):
 
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer; a decoder's attends to the memory between self-attention and feed-forward."""
+    """A pre-norm transformer layer; in a decoder, it attends to the memory between self-attention and feed-forward."""
 
     def __init__(self, hidden: int, num_heads: int, intermediate: int, dropout: float, cross: bool) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Layer(nn.Module):
         memory: tuple[Tensor, Tensor, Tensor] | None = None,
         seen: Seen | None = None,
     ) -> Tensor:
-        """`memory`: keys, values and bias of what is attended to; `seen` takes what is taken from it."""
+        """Transform `x`. `memory` is keys, values and bias of the memory; `seen` records what is taken from it."""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention(normed, *self.attention.project(normed), bias))
         if memory is not None and self.cross_attention is not None and self.cross_norm is not None:
@@ -88,18 +88,18 @@ class Layer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the memory's states."""
+        """Return keys and values of the memory's states."""
         assert self.cross_attention is not None
         return self.cross_attention.project(states)
 
 
 def mask_bias(mask: Tensor) -> Tensor:
-    """0 where `mask`, a large negative number elsewhere."""
+    """Return 0 inside `mask` and a large negative number outside, float32 of its shape."""
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, MASKED)
 
 
 def initialise(module: nn.Module) -> None:
-    """Normal(0, 0.02)-like weights: tied embeddings of this size do not start by predicting their own input."""
+    """Initialise embeddings by Normal(0, 0.02), so that tied ones do not predict their input, and linear layers."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Linear):

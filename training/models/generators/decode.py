@@ -1,4 +1,4 @@
-"""Writing answers: beam search over a next-token function, and the three ways to join passages into one answer."""
+"""Write answers by beam search or sampling, and join the answers of several passages into one."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,16 +20,16 @@ def beam_search(
     device: torch.device | str,
     run_to_end: bool = False,
 ) -> Decoded:
-    """The best sequence of each row under a sum of log-probabilities, end-of-sequence included; no length penalty.
+    """Return the best sequence of each row under a sum of log-probabilities, end-of-sequence included, unpenalised.
 
     `next_log_probs` maps prefixes int64 [num_rows * num_beams, length] (beams of a row side by side, start token first)
     to float32 [num_rows * num_beams, vocabulary]. With one beam this is greedy search. A sequence that reaches
-    `max_tokens` without an end is taken as it stands. `run_to_end`: no early stop, so that ranks that share sharded
-    weights call the model equally often.
+    `max_tokens` without an end is taken as it stands. With `run_to_end` nothing stops early, so that ranks that share
+    sharded weights call the model equally often.
     """
     prefix = torch.full((num_rows * num_beams, 1), start_id, dtype=torch.int64, device=device)
     scores = torch.full((num_rows, num_beams), float("-inf"), device=device)
-    scores[:, 0] = 0.0  # all beams start equal: only the first may be extended
+    scores[:, 0] = 0.0  # all beams start equal, so only the first may be extended
     ended = torch.zeros(num_rows, num_beams, dtype=torch.bool, device=device)
     for length in range(max_tokens + 1):
         log_probs = next_log_probs(prefix).view(num_rows, num_beams, -1)
@@ -62,8 +62,8 @@ def sample(
     device: torch.device | str,
     run_to_end: bool = False,
 ) -> Decoded:
-    """One sequence a row, each token drawn from `softmax(log_probs / temperature)` by torch's random state; arguments
-    and result as `beam_search` has them, `log_probs` at temperature 1."""
+    """Draw one sequence a row, each token from `softmax(log_probs / temperature)` by torch's random state. Arguments
+    and result are those of `beam_search`; the log-probabilities are at temperature 1."""
     prefix = torch.full((num_rows, 1), start_id, dtype=torch.int64, device=device)
     scores = torch.zeros(num_rows, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -88,7 +88,7 @@ def _until(tokens: list[int], end_id: int) -> list[int]:
 
 
 def marginal_answers(texts: Sequence[str], log_probs: Tensor, log_prior: Tensor) -> list[str]:
-    """One answer per question: the candidate with the largest sum of p(z|q) p(a|q,z) over the passages that wrote it.
+    """Choose for each question the answer with the largest sum of p(z|q) p(a|q,z) over the passages that wrote it.
 
     `texts` and `log_probs` [batch * k] are the answers of each passage, question by question; `log_prior` [batch, k]
     is log p(z|q), -inf at padded passages. Strings that differ in case or spaces only are one answer, spelled as the
@@ -110,16 +110,16 @@ def marginal_answers(texts: Sequence[str], log_probs: Tensor, log_prior: Tensor)
 
 
 def top1_answers(texts: Sequence[str], log_prior: Tensor) -> list[str]:
-    """One answer per question: what the passage with the largest p(z|q) says. Shapes as `marginal_answers`."""
+    """Choose for each question the answer of the passage with the largest p(z|q); shapes as in `marginal_answers`."""
     k = log_prior.shape[1]
     return [texts[b * k + int(z)] for b, z in enumerate(log_prior.argmax(dim=1).tolist())]
 
 
 def restore_spelling(text: str, sources: Sequence[str]) -> str:
-    """`text` as the first source that contains it spells it, in whole words; unchanged where none does.
+    """Spell `text` as the first source that contains it in whole words; return it unchanged if none does.
 
-    Tokenisers that fold case and drop spaces ("8u504+1" becomes 8 u 504 + 1) cannot tell how an answer was written;
-    the passage that it was read from can.
+    Tokenisers that fold case and drop spaces ("8u504+1" becomes 8 u 504 + 1) lose the spelling of an answer; the
+    passage that it was read from has it.
     """
     wanted = _bare(text)
     if not wanted:
@@ -127,7 +127,7 @@ def restore_spelling(text: str, sources: Sequence[str]) -> str:
     for source in sources:
         positions = [i for i, character in enumerate(source) if not character.isspace()]
         folded = [source[i].lower() for i in positions]
-        if any(len(character) != 1 for character in folded):  # a letter whose lower case is two: positions would shift
+        if any(len(character) != 1 for character in folded):  # lower case of two letters would shift them
             folded = [character[0] for character in folded]
         bare, start = "".join(folded), -1
         while (start := bare.find(wanted, start + 1)) >= 0:
@@ -142,5 +142,5 @@ def _bare(text: str) -> str:
 
 
 def _is_edge(text: str, position: int) -> bool:
-    """Whether no word runs across `position`."""
+    """Return true if no word runs across `position`."""
     return not (0 < position < len(text) and text[position - 1].isalnum() and text[position].isalnum())

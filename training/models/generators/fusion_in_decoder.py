@@ -1,4 +1,4 @@
-"""Fusion-in-decoder over any encoder-decoder (Izacard and Grave 2021, arXiv:2007.01282).
+"""Read passages by fusion-in-decoder with any encoder-decoder (Izacard and Grave 2021, arXiv:2007.01282).
 
 Each passage is encoded alone with its question; the decoder reads one passage (`per_passage_log_probs`) or the valid
 tokens of all of them as one memory (`fused_log_probs`), from the same encoder states. A bias per passage, usually
@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -51,7 +52,7 @@ from training.training_settings import GeneratorConfig
 
 @dataclass
 class FusionBatch(GeneratorBatch):
-    """`question passage` per passage, in the encoder's tokens."""
+    """Holds `question passage` for each passage, in the encoder's tokens."""
 
     source_ids: Tensor  # int64 [batch * k, source]
     source_mask: Tensor  # bool [batch * k, source]
@@ -61,41 +62,41 @@ class FusionBatch(GeneratorBatch):
 
 @dataclass
 class Group:
-    """Encoder states of passages of similar length."""
+    """Holds the encoder states of passages of similar length."""
 
-    rows: Tensor  # int64 [n]: numbers in batch * k
+    rows: Tensor  # int64 [n]: row numbers in batch * k
     states: Tensor  # [n, source, dim]
     mask: Tensor  # bool [n, source]
 
 
 @dataclass
 class Projected:
-    """The decoder's keys and values of a fused memory, without gradient."""
+    """Holds the decoder's keys and values of a fused memory, without gradient."""
 
     layers: list[tuple[Tensor, Tensor]]  # per decoder layer, each [batch, heads, memory, head_dim]
-    starts: Tensor  # int64 [batch, k]: where in its question's memory each passage begins
+    starts: Tensor  # int64 [batch, k]: first token of each passage in its question's memory
     memory: "Memory"
 
 
 @dataclass
 class Reading:
-    """Reading of a batch: every passage once, in groups of similar length."""
+    """Holds the encoder states of a batch, every passage encoded once, in groups of similar length."""
 
     groups: list[Group]
-    projected: Projected | None = None  # left by a fused pass, for one without gradient over single passages
+    projected: Projected | None = None  # projections of a fused pass, for a pass without gradient
 
 
 @dataclass
 class Memory:
-    """States that the decoder attends to."""
+    """Holds the states that the decoder attends to."""
 
     states: Tensor  # [rows, source, dim]
     mask: Tensor  # bool [rows, source]; float [rows, 1, 1, source] when biased
-    passage: Tensor | None = None  # int64 [rows, source]: which of the k a token is of; k where there is no token
+    passage: Tensor | None = None  # int64 [rows, source]: passage of each token; k for padding
 
 
 class FusionGenerator(Generator[FusionBatch, Reading]):
-    """Any encoder-decoder of transformers, or a fresh T5."""
+    """Generates with any encoder-decoder of transformers, or a fresh T5."""
 
     def __init__(self, config: GeneratorConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         return FusionBatch(answer_ids, answer_mask, passage_mask, source_ids, source_mask, null_ids, null_mask)
 
     def read(self, batch: FusionBatch) -> Reading:
-        """Encoder states of every passage, encoded once, in groups of similar length."""
+        """Encode every passage once, in groups of similar length."""
         groups: list[Group] = []
         for rows, length in length_groups(batch.source_mask, self.config.length_groups):
             mask = batch.source_mask[rows, :length]
@@ -147,7 +148,7 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         encoder: Any = self.model.get_encoder()
         return encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
-    def per_passage_log_probs(self, reading: Reading, batch: FusionBatch) -> Tensor:
+    def per_passage_log_probs(self, reading: Reading, batch: FusionBatch) -> Float[Tensor, "batch k tokens"]:
         k = batch.passage_mask.shape[1]
         projected = None if torch.is_grad_enabled() else reading.projected
         outputs: list[Tensor] = []
@@ -159,9 +160,11 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         ordered = restore_order(outputs, [(group.rows, 0) for group in reading.groups])
         return ordered.unflatten(0, (-1, k))
 
-    def fused_log_probs(self, reading: Reading, batch: FusionBatch, passage_bias: Tensor | None = None) -> Tensor:
-        """Do as the base class says. In training, its projections of the passages are kept in `reading`: scoring single
-        passages without gradient then costs no more than its few answer tokens."""
+    def fused_log_probs(
+        self, reading: Reading, batch: FusionBatch, passage_bias: Float[Tensor, "batch k"] | None = None
+    ) -> Float[Tensor, "batch tokens"]:
+        """Do as the base class says. In training, `reading` keeps the projections of the passages, so that scoring
+        single passages without gradient costs no more than the few answer tokens."""
         memory, starts = self._fuse(reading, batch, passage_bias)
         # Checkpointed layers take no cache, and would project again in the backward pass.
         keep = torch.is_grad_enabled() and not self.config.gradient_checkpointing
@@ -174,11 +177,11 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
             reading.projected = Projected(projections, starts, detached)
         return log_probs
 
-    def null_log_probs(self, reading: Reading, batch: FusionBatch) -> Tensor:
+    def null_log_probs(self, reading: Reading, batch: FusionBatch) -> Float[Tensor, "batch tokens"]:
         memory = Memory(self._encode(batch.null_ids, batch.null_mask), batch.null_mask)
         return self._score(memory, batch.answer_ids, batch.answer_mask)
 
-    def left_out_log_probs(self, reading: Reading, batch: FusionBatch) -> Tensor:
+    def left_out_log_probs(self, reading: Reading, batch: FusionBatch) -> Float[Tensor, "batch k tokens"]:
         if self.attention in NO_PROBABILITIES:
             allowed = "must be auto, eager or sdpa with objective.name=loop, which leaves passages out"
             raise refuse("generator.attention", self.attention, allowed)
@@ -197,7 +200,9 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         alone = (batch.passage_mask.sum(dim=1) <= 1)[:, None, None]
         return torch.where(alone, self.null_log_probs(reading, batch)[:, None], log_probs)
 
-    def fused_with_attention(self, reading: Reading, batch: FusionBatch) -> tuple[Tensor, Tensor]:
+    def fused_with_attention(
+        self, reading: Reading, batch: FusionBatch
+    ) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch k"]]:
         self.check_attention("adist")
         num_questions, k = batch.passage_mask.shape
         places = torch.arange(batch.answer_mask.shape[1], device=batch.answer_mask.device).expand(num_questions, -1)
@@ -232,7 +237,9 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
                 attention_mask=torch.ones(memory.states.shape[:2], dtype=torch.int64, device=memory.states.device),
                 max_new_tokens=max_tokens + 1,
                 num_beams=num_beams,
-                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),  # its own counts encoder layers
+                past_key_values=EncoderDecoderCache(
+                    DynamicCache(), DynamicCache()
+                ),  # the default counts encoder layers
                 synced_gpus=is_sharded(self.model),
                 **token_scores.sampling(temperature),
             )
@@ -241,7 +248,7 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
 
     @contextmanager
     def _cross_attention(self, mask: Tensor) -> Iterator[None]:
-        """Inside, the decoder attends through `mask`, which `generate` would refuse where it is a biased one."""
+        """Make the decoder attend through `mask` inside the block; `generate` would refuse a biased one."""
 
         def replace_mask(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             assert "encoder_attention_mask" in kwargs
@@ -255,8 +262,8 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
             hook.remove()
 
     def _score(self, memory: Memory, targets: Tensor, mask: Tensor, cache: EncoderDecoderCache | None = None) -> Tensor:
-        """float32 [rows, tokens]: log-probabilities of `targets`, teacher-forced. `cache` holds the decoder's keys and
-        values of `memory`, or takes them if it is empty."""
+        """Return the log-probabilities float32 [rows, tokens] of `targets`, teacher-forced. `cache` holds the decoder's
+        keys and values of `memory`; an empty one is filled with them."""
         if targets.shape[1] == 0:
             return torch.zeros(targets.shape, device=targets.device)
         start = targets.new_full((len(targets), 1), self.decoder_start_id)
@@ -279,8 +286,8 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         return token_scores.token_log_probs(logits, targets, mask)
 
     def _fuse(self, reading: Reading, batch: FusionBatch, passage_bias: Tensor | None) -> tuple[Memory, Tensor]:
-        """One row of memory per question: the valid tokens of its passages side by side, without padding between; and
-        where each passage begins in it, int64 [batch, k]."""
+        """Return one row of memory per question, the valid tokens of its passages side by side without padding between,
+        and the place at which each passage begins in it, int64 [batch, k]."""
         groups = reading.groups
         lengths = torch.cat([group.mask.sum(dim=1) for group in groups])
         order = torch.argsort(torch.cat([group.rows for group in groups]))
@@ -290,7 +297,7 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         position = torch.arange(max(1, int(ends[:, -1].max())), device=ends.device).expand(len(ends), -1)
         passage = torch.searchsorted(ends, position.contiguous(), right=True).clamp(max=ends.shape[1] - 1)
         used = position < ends[:, -1:]
-        valid = used | ((ends[:, -1:] == 0) & (position == 0))  # no passage at all: finite, never used
+        valid = used | ((ends[:, -1:] == 0) & (position == 0))  # no passage: finite, and never used
         begins = ends - lengths
         source = starts.gather(1, passage) + position - begins.gather(1, passage)
         tokens = torch.cat([group.states[group.mask] for group in groups])
@@ -300,13 +307,13 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
             return Memory(states, valid, passage_or_none), begins
         if self.attention == "flash_attention_2":
             raise refuse("generator.attention", self.attention, "must be eager or sdpa: it takes a score bias")
-        # A padded passage has bias -inf and no token here: zero keeps its gradient finite.
+        # A padded passage has bias -inf and no token here; zero keeps its gradient finite.
         bias = passage_bias.masked_fill(~batch.passage_mask, 0.0).gather(1, passage).to(states.dtype)
         bias = bias.masked_fill(~valid, torch.finfo(states.dtype).min)
         return Memory(states, bias[:, None, None, :], passage_or_none), begins
 
     def _unpack(self, groups: list[Group]) -> Memory:
-        """One padded row of memory per passage, for writing."""
+        """Return one padded row of memory per passage, for writing."""
         width = max(group.mask.shape[1] for group in groups)
         order = [(group.rows, 0) for group in groups]
         states, masks = [], []
@@ -326,16 +333,14 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         )
 
     def _fresh(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-        """A T5 of `generator.fresh`'s size with random weights."""
+        """Return a T5 of `generator.fresh`'s size with random weights."""
         fresh = self.config.fresh
         if fresh.hidden % fresh.num_heads:
             allowed = f"must be a multiple of num_heads={fresh.num_heads}"
             raise refuse("generator.fresh.hidden", fresh.hidden, allowed)
         start = start_id(tokenizer)
-        options: dict[str, Any] = {
-            "attn_implementation": self.attention,
-            "decoder_start_token_id": pad_id(tokenizer) if start is None else start,
-        }
+        options: dict[str, Any] = {"attn_implementation": self.attention}
+        options["decoder_start_token_id"] = pad_id(tokenizer) if start is None else start
         shape = T5Config(
             vocab_size=len(tokenizer),
             d_model=fresh.hidden,
@@ -352,7 +357,7 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
         return T5ForConditionalGeneration(shape)
 
     def _check_positions(self) -> None:
-        """Raises ValueError where learned positions are fewer than question and passage may take."""
+        """Raise ValueError if learned positions are fewer than question and passage may take."""
         special = len(self.start) + len(self.between) + len(self.end)
         longest = self.config.max_question_tokens + self.config.max_passage_tokens + special
         limit = num_positions(self.model)
@@ -364,13 +369,13 @@ class FusionGenerator(Generator[FusionBatch, Reading]):
 
 
 class CrossCache(DynamicCache):
-    """Keys and values of a memory, taken as they come: what does not grow needs none of the copies that a cache of
-    transformers makes."""
+    """Keeps keys and values of a memory as they come: a memory does not grow, so it needs none of the copies that a
+    cache of transformers makes."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Remember those of decoder layer `layer_idx`."""
+        """Keep those of decoder layer `layer_idx`."""
         while len(self.layers) <= layer_idx:
             self.layers.append(DynamicLayer())
         layer: Any = self.layers[layer_idx]
@@ -380,8 +385,8 @@ class CrossCache(DynamicCache):
 
 
 def _cache_of_group(projected: Projected, group: Group, k: int) -> EncoderDecoderCache:
-    """Keys and values of single passages, cut out of those of the fused memory. What stands at a row's padding, and in
-    the row of a padded passage, is arbitrary."""
+    """Cut keys and values of single passages out of those of the fused memory. The values at a row's padding, and in
+    the row of a padded passage, are arbitrary."""
     layers: list[tuple[Tensor, Tensor]] = []
     tokens = torch.arange(group.mask.shape[1], device=group.mask.device)
     questions = (group.rows // k)[:, None]
@@ -393,7 +398,7 @@ def _cache_of_group(projected: Projected, group: Group, k: int) -> EncoderDecode
 
 
 def _cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> EncoderDecoderCache:
-    """Keys and values of every decoder layer's cross-attention, as transformers wants them."""
+    """Put keys and values of every decoder layer's cross-attention into a cache of transformers."""
     cross = CrossCache()
     for number, (keys, values) in enumerate(layers):
         cross.update(keys, values, number)

@@ -1,4 +1,4 @@
-"""The system asks a generator to read passages once, then score or write answers from them.
+"""A generator reads passages once, and then scores or writes answers from them.
 
 A generator sees K passages per question in two ways: one passage at a time (`per_passage_log_probs`, axis order
 `batch, k, tokens`) and all of them fused (`fused_log_probs`, `batch, tokens`). Both start from the same `read`, so
@@ -12,19 +12,20 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
 @dataclass
 class GeneratorBatch:
-    """Tensors that a generator made from token rows; subclasses add their own. Answers end with end-of-sequence."""
+    """Holds tensors that a generator made from token rows; each kind adds more. Answers end with end-of-sequence."""
 
-    answer_ids: Tensor  # int64 [batch, tokens], padded with 0; tokens may be 0 when only writing
-    answer_mask: Tensor  # bool [batch, tokens]
-    passage_mask: Tensor  # bool [batch, k]: False for a padded passage
+    answer_ids: Int[Tensor, "batch tokens"]  # padded with 0; tokens may be 0 if answers are only written
+    answer_mask: Bool[Tensor, "batch tokens"]
+    passage_mask: Bool[Tensor, "batch k"]  # False for a padded passage
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch with every tensor on `device`."""
+        """Return the same batch with every tensor on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in values.items()}
         return type(self)(**moved)
@@ -32,10 +33,10 @@ class GeneratorBatch:
 
 @dataclass
 class Decoded:
-    """Written answers: `tokens[i]` without special tokens, and the log-probability of the whole answer."""
+    """Holds written answers: `tokens[i]` without special tokens, and the log-probability of the whole answer."""
 
     tokens: list[list[int]]
-    log_probs: Tensor  # float32 [len(tokens)]
+    log_probs: Float[Tensor, " answers"]  # one for each of `tokens`
 
 
 Batch = TypeVar("Batch", bound=GeneratorBatch)
@@ -54,8 +55,8 @@ class Generator(nn.Module, ABC, Generic[Batch, Reading]):
         passages: Sequence[Sequence[np.ndarray]],
         answers: Sequence[np.ndarray] | None,
     ) -> Batch:
-        """Token rows to CPU tensors: question rows [batch], passage rows [batch][k] (a row may be empty: closed book;
-        shorter lists than the longest are padded and masked), answer rows [batch] without end-of-sequence."""
+        """Make CPU tensors of question rows [batch], passage rows [batch][k] (a row may be empty: closed book; shorter
+        lists than the longest are padded and masked), and answer rows [batch] without end-of-sequence."""
 
     @abstractmethod
     def read(self, batch: Batch) -> Reading:
@@ -63,34 +64,38 @@ class Generator(nn.Module, ABC, Generic[Batch, Reading]):
         None."""
 
     @abstractmethod
-    def per_passage_log_probs(self, reading: Reading, batch: Batch) -> Tensor:
-        """float32 [batch, k, tokens]: log P(y_t | y_<t, q, z_k), 0 at padding."""
+    def per_passage_log_probs(self, reading: Reading, batch: Batch) -> Float[Tensor, "batch k tokens"]:
+        """Return log P(y_t | y_<t, q, z_k), float32 [batch, k, tokens], 0 at padding."""
 
     @abstractmethod
-    def fused_log_probs(self, reading: Reading, batch: Batch, passage_bias: Tensor | None = None) -> Tensor:
-        """float32 [batch, tokens]: log P(y_t | y_<t, q, z_1..K), 0 at padding. `passage_bias` [batch, k], usually
-        log p(z|q), is added to the attention logits of each passage's tokens, with gradient. Raises ValueError where
-        the architecture cannot take a bias."""
+    def fused_log_probs(
+        self, reading: Reading, batch: Batch, passage_bias: Float[Tensor, "batch k"] | None = None
+    ) -> Float[Tensor, "batch tokens"]:
+        """Return log P(y_t | y_<t, q, z_1..K), float32 [batch, tokens], 0 at padding. `passage_bias` [batch, k],
+        usually log p(z|q), is added to the attention logits of each passage's tokens, with gradient. Raises ValueError
+        if the architecture cannot take a bias."""
 
     @abstractmethod
-    def null_log_probs(self, reading: Reading, batch: Batch) -> Tensor:
-        """float32 [batch, tokens]: log P(y_t | y_<t, q), read closed book, as one empty passage; 0 at padding."""
+    def null_log_probs(self, reading: Reading, batch: Batch) -> Float[Tensor, "batch tokens"]:
+        """Return log P(y_t | y_<t, q) of one empty passage (closed book), float32 [batch, tokens]; 0 at padding."""
 
     @abstractmethod
-    def left_out_log_probs(self, reading: Reading, batch: Batch) -> Tensor:
-        """float32 [batch, k, tokens]: `fused_log_probs` as if passage k were not there, 0 at padding; closed book for a
-        question of one passage. After a fused pass over the same `reading` it may use its projections again, without
-        gradient. What stands at a padded passage is arbitrary and finite. Raises ValueError where the kernel of the
-        attention cannot leave tokens out."""
+    def left_out_log_probs(self, reading: Reading, batch: Batch) -> Float[Tensor, "batch k tokens"]:
+        """Return `fused_log_probs` without passage k, float32 [batch, k, tokens], 0 at padding; closed book for a
+        question of one passage. Without gradient, it may reuse the projections of a fused pass over the same `reading`.
+        The values of a padded passage are arbitrary and finite. Raises ValueError if the attention kernel cannot leave
+        tokens out."""
 
     @abstractmethod
-    def fused_with_attention(self, reading: Reading, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`fused_log_probs`, and what the answer's tokens take from each passage, float32 [batch, k] without gradient:
-        attention probability times the norm of the value vector, averaged over heads, summed over layers, answer
-        tokens and the passage's tokens; 0 for a padded passage. Raises ValueError where nothing attends."""
+    def fused_with_attention(
+        self, reading: Reading, batch: Batch
+    ) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch k"]]:
+        """Return `fused_log_probs`, and the attention that the answer pays to each passage, float32 [batch, k] without
+        gradient: probability times the norm of the value vector, averaged over heads, summed over layers, answer
+        tokens and the passage's tokens; 0 for a padded passage. Raises ValueError if nothing attends."""
 
     def check_attention(self, objective: str) -> None:
-        """Raises ValueError, naming `objective`, where `fused_with_attention` cannot work."""
+        """Raise ValueError, naming `objective`, if `fused_with_attention` cannot work."""
 
     @abstractmethod
     def write(
@@ -104,6 +109,6 @@ class Generator(nn.Module, ABC, Generic[Batch, Reading]):
         passage_bias: Tensor | None = None,
         temperature: float = 0.0,
     ) -> Decoded:
-        """Greedy (num_beams 1) or beam search; with a `temperature` above 0 tokens are drawn, one beam. fused: one
-        answer per question, `batch` of them; otherwise one per passage, `batch * k`, question by question. log_probs
-        are unnormalised sums over the written tokens and end-of-sequence, at temperature 1."""
+        """Write answers by greedy search (num_beams 1) or beam search; with a `temperature` above 0 and one beam,
+        tokens are drawn. If `fused`, there is one answer per question; otherwise one per passage, `batch * k`, question
+        by question. log_probs are unnormalised sums over the written tokens and end-of-sequence, at temperature 1."""

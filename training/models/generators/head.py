@@ -1,4 +1,4 @@
-"""From a language model's last hidden states to log-probabilities of given tokens, a part of the tokens at a time.
+"""Compute log-probabilities of given tokens from a language model's last hidden states, a part of the tokens at a time.
 
 Logits over a vocabulary of 32,000 to 256,000 are the largest tensor of a step. Here they exist for `chunk_tokens`
 tokens at once: each part is computed without keeping it and again in the backward pass, so that neither pass holds a
@@ -20,11 +20,11 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPa
 from training.models.generators import token_scores
 from training.models.parts.recompute import recomputed
 
-WHOLE_ELEMENTS = 2**25  # tokens x vocabulary up to here (128 MiB in float32) are computed at once: nothing is repeated
+WHOLE_ELEMENTS = 2**25  # tokens x vocabulary up to here (128 MiB in float32) are computed once, without repetition
 
 
 class Head:
-    """`model` cut in two: its body (decoder or backbone), and what it does with the body's last hidden states."""
+    """Cuts `model` in two: its body (decoder or backbone), and the head that makes logits of the last hidden states."""
 
     def __init__(self, model: PreTrainedModel, chunk_tokens: int) -> None:
         self.model, self.chunk_tokens = model, chunk_tokens
@@ -35,18 +35,18 @@ class Head:
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def is_all_else(self) -> bool:
-        """Return true if encoder, body and output embeddings have all weights of the model between them."""
+        """Return true if encoder, body and output embeddings together have all weights of the model."""
         parts = [self.body, *([self.model.get_encoder()] if self.model.config.is_encoder_decoder else [])]
         known = {id(weight) for part in parts for weight in part.parameters()} | {id(weight) for weight in self.weights}
         return all(id(weight) in known for weight in self.model.parameters())
 
     def states(self, **inputs: Any) -> Tensor:
-        """[rows, tokens, dim]: the body's last hidden states of `inputs`."""
+        """Return the body's last hidden states of `inputs`, [rows, tokens, dim]."""
         return self.body(**inputs, use_cache=False).last_hidden_state
 
     def log_probs(self, states: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """float32 [rows, tokens]: log-probabilities of `targets` given `states` [rows, tokens, dim]; 0 where not
-        `mask`. Collective under ZeRO 3, where ranks may have different numbers of tokens."""
+        """Return the log-probabilities float32 [rows, tokens] of `targets` given `states` [rows, tokens, dim]; 0
+        outside `mask`. The call is collective under ZeRO 3; ranks may have different numbers of tokens."""
         num_chunks = self._num_chunks(targets)
         if num_chunks == 1:
             return token_scores.token_log_probs(self.logits(states), targets, mask)
@@ -55,7 +55,7 @@ class Head:
         return torch.cat([recomputed(self._chunk, chunk, self.weights) for chunk in chunks]).view(targets.shape)
 
     def logits(self, states: Tensor) -> Tensor:
-        """[rows, tokens, vocabulary] of `states`, as the model makes them."""
+        """Return the model's logits [rows, tokens, vocabulary] of `states`."""
         model: Any = self.model
         with self._body_returns(states):
             if self.model.config.is_encoder_decoder:
@@ -68,7 +68,7 @@ class Head:
         return token_scores.token_log_probs(self.logits(states[None]), targets[None], mask[None])[0]
 
     def _num_chunks(self, targets: Tensor) -> int:
-        """1 where everything is small. Under ZeRO 3 the most that any rank needs: a chunk is a collective."""
+        """Return 1 if everything is small, and under ZeRO 3, where a chunk is a collective, the most of any rank."""
         tokens = targets.numel()
         small = tokens * self.vocabulary <= WHOLE_ELEMENTS
         needed = 1 if small else math.ceil(tokens / self.chunk_tokens)
@@ -80,7 +80,7 @@ class Head:
 
     @contextmanager
     def _body_returns(self, states: Tensor) -> Iterator[None]:
-        """Inside, the body gives `states` back, whatever it is called with."""
+        """Make the body return `states` inside the block, whatever it is called with."""
         bound = vars(self.body).get("forward")
         output = _Loose(last_hidden_state=cast(Any, states))
         self.body.forward = lambda *_, **__: output
@@ -93,7 +93,7 @@ class Head:
 
 
 class _Loose(BaseModelOutputWithPastAndCrossAttentions):
-    """An output of which models may ask what they like: what is not there is None."""
+    """An output of a body in which every missing field is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -103,8 +103,8 @@ class _Loose(BaseModelOutputWithPastAndCrossAttentions):
 
 @torch.no_grad()
 def find_head(model: PreTrainedModel, chunk_tokens: int) -> Head | None:
-    """The head of `model`, proven on three tokens to give the logits of the whole model; None where `chunk_tokens` is
-    0 or the head cannot be told from the rest (then all logits are made at once)."""
+    """Return the head of `model`, if it gives the logits of the whole model on three tokens; None if `chunk_tokens` is
+    0 or the head cannot be separated (then all logits are made at once)."""
     if chunk_tokens == 0:
         return None
     ids = torch.arange(3, device=model.device)[None]
@@ -122,7 +122,7 @@ def find_head(model: PreTrainedModel, chunk_tokens: int) -> Head | None:
             whole = call(input_ids=ids, use_cache=False).logits
             states = head.states(input_ids=ids)
         found = head.logits(states)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # a model that is put together otherwise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # the model has another structure
         return None
     finally:
         model.train(was_training)

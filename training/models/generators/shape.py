@@ -1,4 +1,4 @@
-"""Facts about a generator that its configuration alone gives, before any weight is loaded."""
+"""Read facts about a generator from its configuration, before any weight is loaded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +11,14 @@ STATE_SPACE = ("mamba", "mamba2")  # of generator.fresh.family
 
 @dataclass(frozen=True)
 class Shape:
-    """Facts that decide whether an objective, or a number of passages, fits a generator."""
+    """Holds the facts that decide whether an objective, or a number of passages, fits a generator."""
 
-    attention: bool  # some layer attends; False for a pure state-space model
-    context: int | None  # tokens of one sequence; None: no limit, or unknown
+    attention: bool  # True if some layer attends; False for a pure state-space model
+    context: int | None  # number of tokens of one sequence; None: no limit, or unknown
 
 
 def read_shape(generator: GeneratorConfig) -> Shape | None:
-    """The shape of the generator that `generator` describes; None where its configuration is not on this machine."""
+    """Return the shape of the generator that `generator` describes; None if its configuration is not on disk."""
     if generator.kind in ("copy", "fusion") and not generator.name:
         return Shape(attention=True, context=None)
     if not generator.name:
@@ -38,7 +38,7 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
         config = AutoConfig.from_pretrained(
             generator.name, subfolder=folder, trust_remote_code=generator.trust_remote_code
         )
-    except (OSError, ValueError, ImportError):  # said again, and better, when the model is loaded
+    except (OSError, ValueError, ImportError):  # loading the model raises it again, with a better message
         return None
     if generator.kind == "copy":
         from training.models.generators.copy_encoder import check_encoder
@@ -49,8 +49,7 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
 
 def has_attention(config: Any) -> bool:
     """Return true if a model of this transformers configuration has a layer that attends. Hybrids list the kind of each
-    layer;
-    pure state-space models have no attention heads."""
+    layer; pure state-space models have no attention heads."""
     if config.is_encoder_decoder:
         return True
     text = config.get_text_config()
@@ -61,16 +60,16 @@ def has_attention(config: Any) -> bool:
 
 
 def context_of(config: Any) -> int | None:
-    """Tokens that one sequence may have; None where positions are relative, or there are none."""
+    """Return the number of tokens that a sequence may have; None if positions are relative, or there are none."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit and has_attention(config) else None
 
 
 def check_context(generator: GeneratorConfig, k: int, fused: bool) -> None:
-    """Raises ValueError when question, passages and answer at their longest do not fit the generator's context.
+    """Raise ValueError if question, passages and answer at their longest do not fit the generator's context.
 
-    `fused`: all `k` passages stand in one prompt (a causal model's fused pass); otherwise one passage at a time. What a
-    template adds comes on top, and is seen when prompts are made.
+    If `fused`, all `k` passages stand in one prompt of a causal model; otherwise one passage at a time. The tokens of
+    the template are not counted here, but when prompts are made.
     """
     shape = read_shape(generator)
     if shape is None or shape.context is None:

@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) through `peft`: y = W x + alpha / rank * B A x, with A and
-B trained and W fixed. B starts at zero, so that an adapter changes nothing until it is trained.
+"""Train low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) through `peft`: y = W x + alpha / rank * B A x,
+where A and B are trained and W is fixed. B starts at zero, so that an adapter changes nothing until it is trained.
 
-Outside of the trainer there are no adapters: `merged` adds alpha / rank * B A to W in whatever is published, saved or
-exported, under the names of the model as it was. Weights that are loaded go into W, and B starts at zero again; so
-"adapters disabled" is always the system at the start of its stage.
+There are no adapters outside of the trainer: weights that are published, saved or exported are `merged`, that is,
+alpha / rank * B A is added to W. Weights that are loaded go into W, and B starts at zero again. So with its adapters
+disabled, a system computes as at the start of its stage.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ ADAPTER = "default"
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, setting: str) -> None:
-    """Freeze `model` and put trainable adapters on its linear layers. Raises ValueError naming `setting` when none of
+    """Freeze `model` and put trainable adapters on its linear layers. Raises ValueError naming `setting` if none of
     `target_modules` is a layer that can have one."""
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -41,8 +41,8 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, setting: str) -> No
 
 
 def target_names(model: PreTrainedModel, targets: list[str], setting: str) -> list[str]:
-    """Full names of the layers that get an adapter. `["auto"]`: every linear layer that computes by being called,
-    without the output head. Kernels of state-space layers read the weights of all but `in_proj` directly."""
+    """Return the full names of the layers that get an adapter. `["auto"]` selects every linear layer that computes by
+    being called, but no output head. Kernels of state-space layers read the weights of all but `in_proj` directly."""
     head = model.get_output_embeddings()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     mixers = {name for name, module in model.named_modules() if hasattr(module, "conv1d")}
@@ -54,20 +54,15 @@ def target_names(model: PreTrainedModel, targets: list[str], setting: str) -> li
     possible = [name for name in layers if fits(name)]
     if targets == ["auto"]:
         return possible
-    ends = tuple(targets)
-    wrong = [end for end in ends if not any(_ends(name, end) for name in possible)]
+    wrong = [end for end in targets if not any(f".{name}".endswith(f".{end}") for name in possible)]
     if wrong:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in possible}))
         raise refuse(f"{setting}.target_modules", wrong[0], f"must be auto, or some of {known}")
-    return [name for name in possible if any(_ends(name, end) for end in ends)]
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
+    return [name for name in possible if any(f".{name}".endswith(f".{end}") for end in targets)]
 
 
 def adapted(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and layer of everything below `module` that has an adapter; a layer of shared towers under all its names."""
+    """Yield name and layer of every layer below `module` with an adapter; shared layers come under all their names."""
     for name, layer in module.named_modules(remove_duplicate=False):
         if hasattr(layer, "base_layer") and hasattr(layer, "lora_A"):
             yield name, layer
@@ -79,17 +74,16 @@ def has_adapters(module: nn.Module) -> bool:
 
 
 def trains_adapters_only(module: nn.Module) -> bool:
-    """Return true if every weight that trains is an adapter's, and there is one."""
+    """Return true if some weights train, and all of them are those of adapters."""
     trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     return bool(trained) and all(is_adapter(name) for name in trained)
 
 
 @contextmanager
 def adapters_disabled(module: nn.Module) -> Iterator[None]:
-    """Inside, every layer below `module` computes without its adapter: the system as it was when its stage started.
-    What requires a gradient stays as it is."""
+    """Compute without adapters inside the block, as the system did when its stage started. `requires_grad` stays."""
     layers = list({id(layer): layer for _, layer in adapted(module)}.values())
-    # peft's own switch also sets requires_grad, of adapters that another part of the system does not train, too.
+    # The switch of peft sets requires_grad as well, of adapters that are not trained, too.
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
@@ -102,8 +96,8 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` (whole weights of `module`, shared ones under any of their names) as that of the model without adapters,
-    each adapter added to its layer's weight."""
+    """Return `state`, the whole weights of `module`, as that of a model without adapters: each adapter is added to the
+    weight of its layer. Shared weights may stand under any of their names."""
     result = dict(state)
     for name, layer in adapted(module):
         if f"{name}.base_layer.weight" not in result:

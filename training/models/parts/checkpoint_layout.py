@@ -1,7 +1,6 @@
-"""Facts that a sentence-transformers folder or hub name gives about its encoder: pooling, projections, normalisation,
-limits.
+"""Read pooling, projections, normalisation and limits of an encoder from a sentence-transformers folder or hub name.
 
-Read without that library. Both layouts of its files are understood: the older (`pooling_mode_mean_tokens: true`,
+The library is not needed. Both layouts of its files are read: the older (`pooling_mode_mean_tokens: true`,
 `max_seq_length` in sentence_bert_config.json) and the newer (`pooling_mode: "mean"`, limit in tokenizer_config.json).
 """
 
@@ -28,7 +27,7 @@ _OLDER_POOLINGS = {  # in the order in which that library concatenates them
 
 @dataclass(frozen=True, kw_only=True)
 class DenseLayout:
-    """A projection after the pooling: sizes, activation (a torch.nn class name) and the file of its weights."""
+    """Describes a projection after the pooling: sizes, activation (a torch.nn class name) and the file of weights."""
 
     in_features: int
     out_features: int
@@ -39,19 +38,19 @@ class DenseLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Pooling of token states to a vector."""
+    """Describes how token states become a vector."""
 
     pooling: tuple[str, ...]  # of POOLINGS; several are concatenated
     normalize: bool
     dense: list[DenseLayout] = field(default_factory=list)
-    max_tokens: int | None = None  # what the checkpoint was made for
-    transformer_folder: str = ""  # of the transformer's own files, below the root
-    query_prompt: str = ""  # put before every question, before every passage
+    max_tokens: int | None = None  # number of tokens that the checkpoint was made for
+    transformer_folder: str = ""  # folder of the transformer's files, below the root
+    query_prompt: str = ""  # text before every question; likewise the next one before every passage
     passage_prompt: str = ""
 
 
 def find_file(name: str, file: str) -> Path | None:
-    """The local path of `file` in a folder or a hub repository; None where it does not exist or cannot be reached."""
+    """Return the local path of `file` in a folder or hub repository; None if it is missing or cannot be reached."""
     folder = Path(name)
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
@@ -66,13 +65,13 @@ def find_file(name: str, file: str) -> Path | None:
 
 
 def find_config(name: str, folder: str = "") -> Path | None:
-    """The local path of the transformers configuration of a checkpoint whose transformer lies in `folder`."""
+    """Return the local path of the configuration of a checkpoint whose transformer lies in `folder`, or None."""
     return find_file(name, f"{folder}/config.json" if folder else "config.json")
 
 
 def read_layout(name: str) -> Layout | None:
-    """The layout of a sentence-transformers checkpoint; None for one without modules.json. Raises ValueError for
-    modules and pooling modes that are not supported, naming `encoder.name`."""
+    """Return the layout of a sentence-transformers checkpoint; None for one without modules.json. Raises ValueError,
+    naming `encoder.name`, for modules and pooling modes that are not supported."""
     modules_path = find_file(name, "modules.json")
     if modules_path is None:
         return None
@@ -118,8 +117,7 @@ def read_layout(name: str) -> Layout | None:
 
 
 def transformer_folder(name: str) -> str:
-    """Return the folder of a checkpoint's transformer, below its root: "" but for older sentence-transformers
-    folders."""
+    """Return the folder of a checkpoint's transformer below its root; older sentence-transformers folders have one."""
     modules = _read_json(name, "modules.json") or []
     return next((module["path"] for module in modules if module["type"].rsplit(".", 1)[-1] == "Transformer"), "")
 
@@ -130,7 +128,7 @@ def _read_json(name: str, file: str) -> Any:
 
 
 def _read_pooling(name: str, config: dict[str, Any]) -> tuple[str, ...]:
-    """Pooling modes of 1_Pooling/config.json, older or newer."""
+    """Return the pooling modes of 1_Pooling/config.json, older or newer."""
     saved = config.get("pooling_mode")
     if saved is None:
         modes = [mode for key, mode in _OLDER_POOLINGS.items() if config.get(key)] or ["mean"]
@@ -147,7 +145,7 @@ def _read_pooling(name: str, config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _read_dense(name: str, path: str) -> DenseLayout:
-    """Sizes and activation of a Dense module. Only activations of torch.nn are built: a name in a file is no code."""
+    """Return sizes and activation of a Dense module. A file may name activations of torch.nn only, no other code."""
     config = _read_json(name, f"{path}/config.json")
     activation = config.get("activation_function") or "torch.nn.modules.linear.Identity"
     if not activation.startswith("torch.nn."):
@@ -167,7 +165,7 @@ def _read_dense(name: str, path: str) -> DenseLayout:
 
 
 def _read_max_tokens(name: str, folder: str) -> int | None:
-    """Older layout: max_seq_length; newer: model_max_length of the tokeniser. None where neither is a real limit."""
+    """Return max_seq_length (older layout) or the tokeniser's model_max_length (newer); None without a real limit."""
     prefix = f"{folder}/" if folder else ""
     limit = _read_json(name, f"{prefix}sentence_bert_config.json").get("max_seq_length")
     if limit is None:

@@ -1,4 +1,4 @@
-"""Training and evaluation mode of a module."""
+"""Switch a module between training and evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` drops nothing; afterwards it is in the mode that it was in."""
+    """Keep `module` in evaluation mode inside the block, and restore its mode afterwards."""
     was_training = module.training
     module.eval()
     try:

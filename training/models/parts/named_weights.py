@@ -1,4 +1,4 @@
-"""Weights of a module by name, where one tensor may have several names (shared towers, tied embeddings)."""
+"""List and load weights by name; one tensor may have several names (shared towers, tied embeddings)."""
 
 from collections.abc import Mapping
 
@@ -7,16 +7,14 @@ from torch import Tensor, nn
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each once, under the first of its names in `state_dict` order.
-
-    The values are the module's own tensors (under ZeRO 3: parameters whose data may lie elsewhere).
-    """
+    """Return parameters and persistent buffers, each once, under the first of its names in `state_dict` order. They are
+    no copies (under ZeRO 3: parameters whose data may lie elsewhere)."""
     return {names[0]: tensor for names, tensor in _tensors(module)}
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
-    """Every further name of a tensor, and the first name that `named_weights` lists it under; names as without
-    adapters."""
+    """Map every further name of a tensor to the first one, under which `named_weights` lists it; adapters are left
+    out of the names."""
     weights = [names for names, _ in _tensors(module) if not is_adapter(names[0])]
     return {plain_name(name): plain_name(names[0]) for names in weights for name in names[1:]}
 
@@ -27,17 +25,15 @@ def is_adapter(name: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """The name of a layer's own weight in the model without adapters."""
+    """Return the name that the weight of an adapted layer has in the model without adapters."""
     return name.replace(".base_layer.", ".")
 
 
 def match_weights(module: nn.Module, state: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
-    """The entries of `state` under the names of `named_weights`; a tied weight may stand under any of its names.
+    """Return the entries of `state` under the names of `named_weights`; a tied weight may stand under any of its names.
 
-    `state` knows no adapters: it goes below those of `module`, whose second factors become zero.
-
-    Raises ValueError naming the weights: shapes that differ, two values for one weight and, where `strict`, missing
-    or unknown names.
+    `state` has no adapters: its weights go below those of `module`, whose second factors become zero. Raises ValueError
+    naming the weights if shapes differ, one weight has two values or, if `strict`, names are missing or unknown.
     """
     matched, missing, known = {}, [], set()
     for names, tensor in _tensors(module):

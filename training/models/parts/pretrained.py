@@ -1,4 +1,4 @@
-"""Models of transformers, loaded the same way for encoder and generators, and what has to be known of them."""
+"""Load models of transformers in the same way for encoder and generators, and check their limits."""
 
 from typing import Any, cast
 
@@ -14,7 +14,8 @@ POSITION_NAMES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def choose_attention(setting: str, name: str) -> str:
-    """`auto` is eager on a CPU, where SDPA's backward with a padding mask is slow, and sdpa on a GPU."""
+    """Return the attention kernel: `auto` is eager on a CPU, where the backward pass of SDPA with a padding mask is
+    slow, and sdpa on a GPU."""
     if setting not in ATTENTIONS:
         raise refuse(name, setting, f"must be one of {', '.join(ATTENTIONS)}")
     if setting == "auto":
@@ -23,7 +24,7 @@ def choose_attention(setting: str, name: str) -> str:
 
 
 def load_pretrained(auto_class: Any, name: str, setting: str, **options: Any) -> PreTrainedModel:
-    """`from_pretrained` in float32, quietly. Raises ValueError that names `setting` when there is nothing to read."""
+    """Load `name` in float32, quietly. Raises ValueError that names `setting` if it cannot be loaded."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -36,7 +37,7 @@ def load_pretrained(auto_class: Any, name: str, setting: str, **options: Any) ->
 
 
 def encoder_only(model: PreTrainedModel) -> PreTrainedModel:
-    """The encoder of a loaded model, without the pooler, whose unused weights would be published, clipped and saved."""
+    """Return the encoder of a model without its pooler, whose unused weights would be published, clipped and saved."""
     if model.config.is_encoder_decoder:
         model = cast(PreTrainedModel, model.get_encoder())
     if getattr(model, "pooler", None) is not None:
@@ -46,8 +47,7 @@ def encoder_only(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def num_positions(model: nn.Module) -> int | None:
-    """Return the number of positions that learned embeddings have room for (RoBERTa's and BART's start late); None for
-    other kinds."""
+    """Return the number of positions of learned embeddings (RoBERTa's and BART's start late); None for other kinds."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITION_NAMES:
             padding = 0 if module.padding_idx is None else module.padding_idx + 1
@@ -56,13 +56,12 @@ def num_positions(model: nn.Module) -> int | None:
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Return true if the weights are spread over ranks (ZeRO 3): every call is a collective, so no rank may stop
-    early."""
+    """Return true if ZeRO 3 spreads the weights over ranks: every call is a collective; no rank stops early."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def check_vocabulary(model: PreTrainedModel, num_tokens: int) -> None:
-    """Raises ValueError when the tokeniser has more tokens than the model."""
+    """Raise ValueError if the tokeniser has more tokens than the model."""
     embeddings = model.get_input_embeddings()
     rows = int(getattr(embeddings, "num_embeddings", num_tokens))
     if num_tokens > rows:

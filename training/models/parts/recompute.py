@@ -1,9 +1,9 @@
-"""A part of the computation that keeps its inputs only, and is done again when its gradient is asked for.
+"""Compute a part without keeping its activations, and compute it again for its gradient.
 
-torch's own checkpointing does not go together with ZeRO 3 without re-entering (the weights that a repeated forward
-gathers are released before its backward) and, with re-entering, not with ZeRO 2 where several parts share weights (the
-gradient of a weight would be reduced once for each part). Here the weights are inputs of one autograd function: a part
-hands the gradients of its weights on as any operation does, and the engine sees each weight's sum once.
+The checkpointing of torch fails under ZeRO 3 without re-entering (the weights that a repeated forward gathers are
+released before its backward) and, with re-entering, under ZeRO 2 if several parts share weights (the gradient of a
+weight would be reduced once for each part). Here the weights are inputs of one autograd function: a part hands on the
+gradients of its weights as any operation does, and the engine sees each weight's sum once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +18,9 @@ Run = Callable[..., Tensor]
 
 
 def recomputed(run: Run, inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
-    """`run(*inputs)`, whose activations are not kept. `parameters`: all weights that `run` uses and that may train. The
-    repetition draws the same random numbers and computes in the same precision. Without gradient just `run`."""
+    """Return `run(*inputs)` without keeping activations. `parameters` are all weights that `run` uses and that may
+    train. The repetition draws the same random numbers and computes in the same precision. Without gradient, `run` is
+    just called."""
     if not torch.is_grad_enabled():
         return run(*inputs)
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -48,7 +49,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 class _Conditions:
-    """Random states and precision as they are now."""
+    """Remembers the random states and the precision of the moment."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -58,12 +59,12 @@ class _Conditions:
         self.dtype = torch.get_autocast_dtype(device.type)
 
     def precision(self) -> torch.autocast:
-        """Without autocast's cache: a weight's 16-bit copy made without gradient must not serve where there is one."""
+        """Set the precision without autocast's cache: a 16-bit copy made without gradient must not serve with one."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.autocast, cache_enabled=False)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, as they were; afterwards, as if nothing had been drawn."""
+        """Restore the states inside the block; afterwards all is as if nothing had been drawn."""
         devices = [self.device] if self.device_state is not None else []
         with torch.random.fork_rng(devices=devices), self.precision():
             torch.set_rng_state(self.state)

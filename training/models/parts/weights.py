@@ -1,4 +1,4 @@
-"""Weights as numpy arrays, which Ray shares between processes without copying; numpy has no bfloat16: uint16 views."""
+"""Turn weights into numpy arrays, which Ray shares between processes without copying; bfloat16 becomes uint16."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,8 @@ from training.training_settings import DTYPES
 
 
 def to_numpy(state: Mapping[str, Tensor], dtype: str = "float32") -> dict[str, np.ndarray]:
-    """Copies of `state` on the host: floating tensors as float32, or as bfloat16 viewed as uint16; others as they are.
-
-    Raises ValueError for another dtype.
-    """
+    """Copy `state` to the host: floating tensors as float32, or as bfloat16 viewed as uint16; others as they are.
+    Raises ValueError for another dtype."""
     if dtype not in DTYPES:
         raise ValueError(f"weights cannot be handed out as {dtype!r}; allowed: {', '.join(DTYPES)}")
     arrays: dict[str, np.ndarray] = {}
@@ -29,7 +27,7 @@ def to_numpy(state: Mapping[str, Tensor], dtype: str = "float32") -> dict[str, n
 
 
 def from_numpy(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """The inverse of `to_numpy`: float32 tensors (uint16 arrays are bfloat16), own memory, on the host."""
+    """Invert `to_numpy`: return float32 tensors (uint16 arrays are bfloat16) on the host, as copies."""
     state: dict[str, Tensor] = {}
     for name, array in arrays.items():
         copy = torch.from_numpy(np.array(array, copy=True))

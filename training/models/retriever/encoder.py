@@ -1,5 +1,5 @@
-"""Text to vector: one tower from a Hugging Face or sentence-transformers checkpoint or from random weights, and the
-retriever made of two (shared, separate, or with a frozen passage side)."""
+"""Turn text into vectors: a tower comes from a Hugging Face or sentence-transformers checkpoint or from random weights;
+two towers (shared, separate, or with a frozen passage side) make the retriever."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int, Shaped
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
@@ -24,7 +25,8 @@ from training.training_settings import EncoderConfig, FreshEncoderConfig, Traini
 
 
 class TextEncoder(nn.Module):
-    """A transformer, pooling over valid tokens, projections, L2 normalisation. Padding never changes a vector."""
+    """Encodes text by a transformer, pooling over valid tokens, projections and L2 normalisation. Padding never changes
+    a vector."""
 
     def __init__(
         self,
@@ -44,10 +46,10 @@ class TextEncoder(nn.Module):
         linear = [module for module in self.projections.modules() if isinstance(module, nn.Linear)]
         self.dim: int = linear[-1].out_features if linear else int(backbone.config.hidden_size) * len(pooling)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """float32 [n, dim] of token ids [n, t] and mask [n, t] (bool or integer, padding on the right).
+    def forward(self, ids: Int[Tensor, "n t"], mask: Shaped[Tensor, "n t"]) -> Float[Tensor, "n {self.dim}"]:
+        """Return vectors float32 [n, dim] of token ids [n, t] and mask [n, t] (bool or integer, padding on the right).
 
-        A row without any valid token gets the vector of its first position: finite, and to be masked by the caller.
+        A row without any valid token gets the vector of its first position, which is finite; the caller masks it.
         """
         return by_length(self._encode, ids, mask, self.length_groups)
 
@@ -62,8 +64,8 @@ class TextEncoder(nn.Module):
         return nn.functional.normalize(vectors, dim=-1) if self.normalize else vectors
 
 
-def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """One vector [n, dim] a row from `states` [n, t, dim] over the valid tokens of `mask` [n, t]; sums are float32."""
+def pool(states: Float[Tensor, "n t dim"], mask: Shaped[Tensor, "n t"], mode: str) -> Float[Tensor, "n dim"]:
+    """Pool `states` [n, t, dim] over the valid tokens of `mask` [n, t] to vectors [n, dim]; sums are float32."""
     match mode:
         case "mean":
             total = (states * mask.unsqueeze(-1).to(states.dtype)).sum(dim=1, dtype=torch.float32)
@@ -80,15 +82,15 @@ def pool(states: Tensor, mask: Tensor, mode: str) -> Tensor:
 
 
 class NullScore(nn.Module):
-    """Learned score of reading no passage, in the units of an inner product of vectors. A module that is called, so
-    that sharded weights are gathered; of shape [1], since DeepSpeed takes no parameter without an axis."""
+    """Holds the learned score of reading no passage, in the units of an inner product. It is a module that is called,
+    so that sharded weights are gathered; its shape is [1], since DeepSpeed takes no parameter without an axis."""
 
     def __init__(self) -> None:
         super().__init__()
         self.score = nn.Parameter(torch.zeros(1))
 
-    def forward(self, scores: Tensor) -> Tensor:
-        """float32 [batch] for scores [batch, k]."""
+    def forward(self, scores: Float[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
+        """Return the score for each row of scores [batch, k], float32 [batch]."""
         return self.score.to(torch.float32).expand(len(scores))
 
 
@@ -96,21 +98,21 @@ LEXICAL_SPEED = 10.0  # Adam moves a parameter by the learning rate a step, what
 
 
 class LexicalWeight(nn.Module):
-    """Weight of a lexical score against an inner product: softplus of a parameter, so never negative. A module that is
-    called, for the same reasons as `NullScore`."""
+    """Weighs a lexical score against an inner product by the softplus of a parameter, which is never negative. It is a
+    module that is called, for the same reasons as `NullScore`."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.start = math.log(math.expm1(max(weight, 1e-6))) / LEXICAL_SPEED
         self.raw = nn.Parameter(torch.tensor([self.start]))
 
-    def forward(self, lexical: Tensor) -> Tensor:
-        """float32, `lexical` scores of any shape times the weight."""
+    def forward(self, lexical: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return `lexical` scores of any shape times the weight, float32."""
         return lexical.to(torch.float32) * nn.functional.softplus(LEXICAL_SPEED * self.raw.to(torch.float32))
 
 
 class Retriever(nn.Module):
-    """Query tower and passage tower. Shared towers are one object; separate ones share nothing."""
+    """Holds the query tower and the passage tower. Shared towers are one object; separate ones share nothing."""
 
     def __init__(
         self,
@@ -125,13 +127,13 @@ class Retriever(nn.Module):
         self.query_encoder = query_encoder
         self.passage_encoder = passage_encoder
         self.temperature = temperature
-        self.null: NullScore | None = None  # only where an objective learns it
+        self.null: NullScore | None = None  # only if an objective learns it
         self.lexical: LexicalWeight | None = None  # only with retrieval.hybrid=learned
         self.gradient_cache_passages = gradient_cache_passages
 
     @property
     def shared(self) -> bool:
-        """True if both towers are one."""
+        """Return true if both towers are one."""
         return self.query_encoder is self.passage_encoder
 
     @property
@@ -140,44 +142,48 @@ class Retriever(nn.Module):
 
     @property
     def passage_prefix(self) -> str:
-        """Prefix of the names of the passage tower's weights in `named_parameters()`."""
+        """Return the prefix of the names of the passage tower's weights in `named_parameters()`."""
         return "query_encoder." if self.shared else "passage_encoder."
 
-    def encode_queries(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """float32 [batch, dim] of question tokens [batch, t]."""
+    def encode_queries(
+        self, ids: Int[Tensor, "batch t"], mask: Shaped[Tensor, "batch t"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Return the vectors float32 [n, dim] of question tokens [n, t]."""
         return self.query_encoder(ids, mask)
 
-    def encode_passages(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """float32 [n, dim] of passage tokens [n, t]. With `gradient_cache_passages`, all are encoded without a graph,
-        and so many at a time again with one, and the same dropout, when the gradient reaches their vectors (gradient
-        caching, Gao et al. 2021, arXiv:2101.06983): the same gradients, in the one backward pass that DeepSpeed needs.
-        """
+    def encode_passages(self, ids: Int[Tensor, "n t"], mask: Shaped[Tensor, "n t"]) -> Float[Tensor, "n dim"]:
+        """Return the vectors float32 [n, dim] of passage tokens [n, t]. With `gradient_cache_passages`, all are encoded
+        without a graph; when the gradient reaches their vectors, so many at a time are encoded again with a graph and
+        the same dropout (gradient caching, Gao et al. 2021, arXiv:2101.06983). The gradients are the same, in the one
+        backward pass that DeepSpeed needs."""
         chunk = self.gradient_cache_passages
         if not (chunk and torch.is_grad_enabled()):
             return self.passage_encoder(ids, mask)
-        order = torch.argsort(row_lengths(mask), stable=True)  # like lengths together: less padding in a part
+        order = torch.argsort(row_lengths(mask), stable=True)  # like lengths together leave less padding
         weights = list(self.passage_encoder.parameters())
         parts = [recomputed(self.passage_encoder, (ids[rows], mask[rows]), weights) for rows in order.split(chunk)]
         return torch.cat(parts)[torch.argsort(order)]
 
-    def scores(self, queries: Tensor, passages: Tensor) -> Tensor:
-        """float32 [batch, k]: inner products of queries [batch, dim] and passages [batch, k, dim], over temperature.
-
-        Products and sums are elementwise, which autocast leaves in float32.
-        """
+    def scores(
+        self, queries: Float[Tensor, "batch dim"], passages: Float[Tensor, "batch k dim"]
+    ) -> Float[Tensor, "batch k"]:
+        """Return the inner products of queries [batch, dim] and passages [batch, k, dim] over the temperature, float32
+        [batch, k]. Products and sums are elementwise, which autocast leaves in float32."""
         products = queries.to(torch.float32).unsqueeze(1) * passages.to(torch.float32)
         return products.sum(dim=-1) / self.temperature
 
-    def fused(self, scores: Tensor, lexical: Tensor | None) -> Tensor:
-        """`scores` [batch, k] and what normalised `lexical` ones [batch, k] add to them, over the same temperature."""
+    def fused(
+        self, scores: Float[Tensor, "batch k"], lexical: Float[Tensor, "batch k"] | None
+    ) -> Float[Tensor, "batch k"]:
+        """Add the weighted `lexical` scores [batch, k] to `scores` [batch, k], over the same temperature."""
         if self.lexical is None:
             return scores
         assert lexical is not None, "a batch without lexical scores for a retriever that weighs them"
         return scores + self.lexical(lexical) / self.temperature
 
-    def null_scores(self, scores: Tensor) -> Tensor | None:
-        """float32 [batch]: the learned score of reading no passage, over the temperature as `scores` [batch, k] beside
-        it; None where it is 0."""
+    def null_scores(self, scores: Float[Tensor, "batch k"]) -> Float[Tensor, " batch"] | None:
+        """Return the learned score of reading no passage beside each row of `scores` [batch, k], over the temperature,
+        float32 [batch]; None if it is 0."""
         return self.null(scores) / self.temperature if self.null is not None else None
 
     def train(self, mode: bool = True) -> "Retriever":
@@ -190,16 +196,23 @@ class Retriever(nn.Module):
 
 
 def build_encoder(config: EncoderConfig, vocab_size: int | None = None) -> TextEncoder:
-    """The tower that `config` describes; a fresh one needs the tokeniser's `vocab_size`.
+    """Return the tower that `config` describes; a fresh one needs the tokeniser's `vocab_size`.
 
-    Raises ValueError that names the setting when the checkpoint cannot be read, or is too short for the token limits.
+    Raises ValueError that names the setting if the checkpoint cannot be read, or is too short for the token limits.
     """
-    _check(config)
+    check_values(config, "encoder.")
+    limits = {
+        "encoder.max_question_tokens": config.max_question_tokens,
+        "encoder.max_passage_tokens": config.max_passage_tokens,
+    }
+    for setting, tokens in limits.items():
+        if tokens < 3:
+            raise refuse(setting, tokens, "must be at least 3")
     if config.name:
         encoder, limit = _checkpoint_encoder(config)
     else:
         encoder, limit = _fresh_encoder(config, vocab_size), None
-    for setting, tokens in _token_limits(config).items():
+    for setting, tokens in limits.items():
         if limit is not None and tokens > limit:
             raise refuse(setting, tokens, f"must be at most {limit}, which {config.name} takes")
     if config.gradient_checkpointing:
@@ -208,8 +221,8 @@ def build_encoder(config: EncoderConfig, vocab_size: int | None = None) -> TextE
 
 
 def build_retriever(config: EncoderConfig, train: str, vocab_size: int | None = None) -> Retriever:
-    """Both towers, with `requires_grad` set for `train`. query_only on shared towers: passages get a frozen copy.
-    With `encoder.lora`, a tower that trains has adapters, and only they train."""
+    """Return both towers with `requires_grad` set for `train`. With query_only, shared towers become a trained one and
+    its frozen copy for passages. With `encoder.lora`, a tower that trains has adapters, and only they train."""
     query_encoder = build_encoder(config, vocab_size)
     passage_encoder = copy.deepcopy(query_encoder) if config.num_towers(train) == 2 else query_encoder
     retriever = Retriever(query_encoder, passage_encoder, config.temperature, config.gradient_cache_passages)
@@ -224,23 +237,20 @@ def build_retriever(config: EncoderConfig, train: str, vocab_size: int | None = 
 
 def set_trainable(retriever: Retriever, train: str) -> None:
     """Set `requires_grad` of both towers: both and retriever_only train them, query_only the query side, the rest none.
-
-    Raises ValueError for another value, and for query_only on towers that are one object.
-    """
+    Raises ValueError for another value, and for query_only on towers that are one object."""
     check_values(TrainingConfig(train=train), "training.")
     if train == "query_only" and retriever.shared:
         allowed = "must be another one: without a passage tower of its own, build the retriever with query_only"
         raise refuse("training.train", train, allowed)
     retriever.passage_encoder.requires_grad_(train in ("both", "retriever_only"))
-    retriever.query_encoder.requires_grad_(train in ("both", "retriever_only", "query_only"))
-    for score in (retriever.null, retriever.lexical):
-        if score is not None:
-            score.requires_grad_(train in ("both", "retriever_only", "query_only"))
+    for part in (retriever.query_encoder, retriever.null, retriever.lexical):
+        if part is not None:
+            part.requires_grad_(train in ("both", "retriever_only", "query_only"))
     retriever.train(retriever.training)
 
 
 def passage_state(retriever: Retriever) -> dict[str, Tensor]:
-    """The passage tower's weights under the names of a `TextEncoder`, adapters merged: what is published."""
+    """Return the weights to publish: the passage tower's, under the names of a `TextEncoder`, adapters merged."""
     return merged(retriever.passage_encoder, retriever.passage_encoder.state_dict())
 
 
@@ -250,7 +260,7 @@ def load_passage_weights(encoder: TextEncoder, weights: Mapping[str, np.ndarray]
 
 
 def load_encoder_state(encoder: TextEncoder, state: Mapping[str, Tensor]) -> None:
-    """Strict loading with a message for users instead of torch's."""
+    """Load `state` into `encoder`. Raises ValueError naming weights that do not fit."""
     known = encoder.state_dict()
     missing, unknown = sorted(known.keys() - state.keys()), sorted(state.keys() - known.keys())
     shapes = [name for name in known.keys() & state.keys() if known[name].shape != state[name].shape]
@@ -263,29 +273,14 @@ def load_encoder_state(encoder: TextEncoder, state: Mapping[str, Tensor]) -> Non
 
 
 def with_towers_of(config: EncoderConfig, weights: Iterable[str]) -> EncoderConfig:
-    """`config` for a system that goes on with the weights of these names: it has two towers where they have. (A query
-    tower that was trained alone is another one than that of the passages.)"""
+    """Return `config` for a system that goes on with the weights of these names: with two towers if they have two, as
+    after a stage that trained the query tower alone."""
     known = any(name.startswith("retriever.passage_encoder.") for name in weights)
     return replace(config, towers="separate") if known else config
 
 
-def _check(config: EncoderConfig) -> None:
-    """One clear line for a wrong value."""
-    check_values(config, "encoder.")
-    for setting, value in _token_limits(config).items():
-        if value < 3:
-            raise refuse(setting, value, "must be at least 3")
-
-
-def _token_limits(config: EncoderConfig) -> dict[str, int]:
-    return {
-        "encoder.max_question_tokens": config.max_question_tokens,
-        "encoder.max_passage_tokens": config.max_passage_tokens,
-    }
-
-
 def bert_config(fresh: FreshEncoderConfig, vocab_size: int, num_positions: int, **options: Any) -> BertConfig:
-    """BERT of this size, for so many tokens; `options` are transformers' own."""
+    """Return the configuration of a BERT of this size for `num_positions` tokens; `options` go to transformers."""
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=fresh.hidden,
@@ -300,22 +295,23 @@ def bert_config(fresh: FreshEncoderConfig, vocab_size: int, num_positions: int, 
 
 
 def _fresh_encoder(config: EncoderConfig, vocab_size: int | None) -> TextEncoder:
-    """BERT of `encoder.fresh`'s size with random weights, without pooler."""
+    """Return a BERT of `encoder.fresh`'s size with random weights, without pooler."""
     if not vocab_size:
         raise refuse("encoder.name", "", "must be given without the tokeniser's vocabulary size")
     fresh = config.fresh
     if fresh.hidden % fresh.num_heads:
         raise refuse("encoder.fresh.hidden", fresh.hidden, f"must be a multiple of num_heads={fresh.num_heads}")
     attention = choose_attention(config.attention, "encoder.attention")
-    shape = bert_config(fresh, vocab_size, max(_token_limits(config).values()), attn_implementation=attention)
+    longest = max(config.max_question_tokens, config.max_passage_tokens)
+    shape = bert_config(fresh, vocab_size, longest, attn_implementation=attention)
     backbone = BertModel(shape, add_pooling_layer=False)
     pooling = ("mean",) if config.pooling == "auto" else (config.pooling,)
     return TextEncoder(backbone, pooling, normalize=_normalize(config, True), length_groups=config.length_groups)
 
 
 def _checkpoint_encoder(config: EncoderConfig) -> tuple[TextEncoder, int | None]:
-    """The encoder of `encoder.name`, and the number of tokens that it takes. A plain Hugging Face checkpoint says
-    nothing about pooling and normalisation: mean and true."""
+    """Return the encoder of `encoder.name` and the number of tokens that it takes. A plain Hugging Face checkpoint
+    names no pooling and no normalisation: they are mean and true."""
     layout = read_layout(config.name) or Layout(pooling=("mean",), normalize=True)
     backbone = load_pretrained(
         AutoModel,
@@ -344,7 +340,7 @@ def _normalize(config: EncoderConfig, otherwise: bool) -> bool:
 
 
 def _dense(layout: DenseLayout) -> nn.Module:
-    """A projection with its weights."""
+    """Build a projection and load its weights."""
     linear = nn.Linear(layout.in_features, layout.out_features, bias=layout.bias)
     if layout.weights.suffix == ".safetensors":
         state = load_file(str(layout.weights))

@@ -1,13 +1,14 @@
-"""A cross-encoder as part of p(z|q): it reads question and passage together, and its score gets the answer's gradient.
+"""Score question and passage together by a cross-encoder, as part of p(z|q), with the gradient of the answer.
 
-Where a bi-encoder must put everything about a passage into one vector before any question is known, a cross-encoder
-compares word with word (Nogueira & Cho 2019, arXiv:1901.04085); it cannot search a corpus, so it scores the hits of the
+A bi-encoder must put everything about a passage into one vector before any question is known. A cross-encoder compares
+word with word (Nogueira & Cho 2019, arXiv:1901.04085). It cannot search a corpus, so it scores the hits of the
 retriever. Its weights train in the retriever's group.
 """
 
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,14 +25,14 @@ from training.models.text.pairs import PairBatch
 from training.training_settings import EncoderConfig, RerankerConfig
 
 HEAD = "ForSequenceClassification"
-SPARE_TOKENS = 8  # special tokens of a pair, at most
+SPARE_TOKENS = 8  # number of special tokens of a pair, at most
 
 
 class Reranker(nn.Module):
-    """A sequence classifier of one label over pairs."""
+    """Scores pairs by a sequence classifier of one label."""
 
     def __init__(self, model: PreTrainedModel, replaces: bool, num_groups: int) -> None:
-        """`replaces`: its score alone is p(z|q), without the retriever's."""
+        """If it `replaces` the retriever's score, p(z|q) comes from its score alone."""
         super().__init__()
         self.model, self.replaces, self.num_groups = model, replaces, num_groups
         self.has_segments = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
@@ -42,8 +43,8 @@ class Reranker(nn.Module):
         super().train(mode and trains)
         return self
 
-    def forward(self, pairs: PairBatch) -> Tensor:
-        """float32 [pairs]: logits, in groups of like length. Padding never changes one."""
+    def forward(self, pairs: PairBatch) -> Float[Tensor, " pairs"]:
+        """Return the logits of all pairs, float32 [pairs], computed in groups of like length. Padding changes none."""
         groups = length_groups(pairs.mask, self.num_groups)
         scores: list[Tensor] = []
         for rows, length in groups:
@@ -58,11 +59,9 @@ class Reranker(nn.Module):
 
 
 def build_reranker(config: RerankerConfig, encoder: EncoderConfig, vocab_size: int) -> Reranker | None:
-    """Return the re-ranker that `config` describes, None where it is off; a fresh one reads the retriever's tokens,
-    `vocab_size` of them.
-
-    Raises ValueError that names the setting when the checkpoint cannot be read, is no cross-encoder, or is too short.
-    """
+    """Return the re-ranker that `config` describes, None if it is off; a fresh one reads the `vocab_size` tokens of the
+    retriever. Raises ValueError that names the setting if the checkpoint cannot be read, is no cross-encoder, or is too
+    short."""
     if config.mode == "off":
         return None
     attention = choose_attention(config.attention, "reranker.attention")
@@ -73,7 +72,7 @@ def build_reranker(config: RerankerConfig, encoder: EncoderConfig, vocab_size: i
 
 
 def has_tokenizer(config: RerankerConfig) -> bool:
-    """True if the re-ranker reads tokens of its own; a fresh one reads the retriever's."""
+    """Return true if the re-ranker has another tokeniser than the retriever, as every checkpoint has."""
     return config.mode != "off" and bool(config.name)
 
 
@@ -86,8 +85,8 @@ def check_cross_encoder(config: RerankerConfig) -> None:
         raise refuse("reranker.name", config.name, f"must be a model that can be loaded: {why}") from error
     kinds = list(found.architectures or [])
     if not any(kind.endswith(HEAD) for kind in kinds) or found.num_labels != 1:
-        this = f"this one is {', '.join(kinds) or 'of no named kind'} with {found.num_labels} labels"
-        allowed = f"must be a cross-encoder, a model ...{HEAD} with one label; {this}"
+        found_kind = f"this one is {', '.join(kinds) or 'of no named kind'} with {found.num_labels} labels"
+        allowed = f"must be a cross-encoder, a model ...{HEAD} with one label; {found_kind}"
         raise refuse("reranker.name", config.name, allowed)
 
 
@@ -109,7 +108,7 @@ def _checkpoint(config: RerankerConfig, attention: str) -> PreTrainedModel:
 
 
 def _fresh(config: RerankerConfig, encoder: EncoderConfig, vocab_size: int, attention: str) -> PreTrainedModel:
-    """BERT of `reranker.fresh`'s size with random weights; its first scores are near 0."""
+    """Return a BERT of `reranker.fresh`'s size with random weights; its first scores are near 0."""
     longest = encoder.max_question_tokens + encoder.max_passage_tokens
     shape = bert_config(config.fresh, vocab_size, longest, attn_implementation=attention, num_labels=1)
     return cast(PreTrainedModel, BertForSequenceClassification(shape))

@@ -1,4 +1,4 @@
-"""Rows of unequal length in few padded rectangles: sorted by length, in groups, each trimmed to its longest row."""
+"""Pack rows of unequal length into few padded rectangles, sorted by length and trimmed to the longest row of each."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ def count_groups(num_rows: int, num_groups: int) -> int:
 
 
 def row_lengths(mask: Tensor) -> Tensor:
-    """int64 [rows]: position after the last valid token of `mask` [rows, tokens]; 0 for a row without any."""
+    """Return the position after the last valid token of `mask` [rows, tokens], int64 [rows]; 0 for an empty row."""
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     if mask.shape[1] == 0:
         return torch.zeros(mask.shape[0], dtype=torch.int64, device=mask.device)
@@ -24,8 +24,8 @@ def row_lengths(mask: Tensor) -> Tensor:
 
 
 def length_groups(mask: Tensor, num_groups: int) -> list[tuple[Tensor, int]]:
-    """Groups of row numbers (int64, on the mask's device), shortest rows first, each with the length (at least 1) to
-    which its rows of `mask` [rows, tokens] can be trimmed. One group keeps the rows in order."""
+    """Return groups of row numbers (int64, on the mask's device), shortest rows first, each with the length (at least
+    1) to which its rows of `mask` [rows, tokens] can be trimmed. One group keeps the rows in order."""
     lengths = row_lengths(mask).cpu()
     groups = count_groups(len(lengths), num_groups)
     order = torch.argsort(lengths, stable=True) if groups > 1 else torch.arange(len(lengths))
@@ -34,7 +34,7 @@ def length_groups(mask: Tensor, num_groups: int) -> list[tuple[Tensor, int]]:
 
 
 def restore_order(outputs: Sequence[Tensor], groups: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """One tensor [rows, ...] in the original order from the outputs of all groups."""
+    """Join the outputs of all groups to one tensor [rows, ...] in the original order."""
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat(list(outputs))[torch.argsort(torch.cat([rows for rows, _ in groups]))]
@@ -59,7 +59,7 @@ def by_length(fn: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor,
 
 
 def pad_rows(rows: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ragged token rows to int64 ids [rows, longest], padded on the right with `pad_id`, and their bool mask."""
+    """Return ragged token rows as int64 ids [rows, longest], padded on the right with `pad_id`, and their bool mask."""
     width = max((len(row) for row in rows), default=0)
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=bool)

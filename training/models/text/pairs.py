@@ -1,4 +1,4 @@
-"""Question and passage as one sequence, put together from token rows: what a cross-encoder reads."""
+"""Join the token rows of question and passage to the one sequence that a cross-encoder reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +19,18 @@ class PairBatch:
 
     ids: Tensor  # int64 [pairs, tokens]
     mask: Tensor  # bool [pairs, tokens]
-    first: Tensor  # int64 [pairs]: tokens of the first segment; the others are the second one
+    first: Tensor  # int64 [pairs]: number of tokens of the first segment; the others are the second one
 
     def to(self, device: torch.device | str) -> "PairBatch":
-        """The same pairs on `device`."""
+        """Return the same pairs on `device`."""
         return PairBatch(*(t.to(device, non_blocking=True) for t in (self.ids, self.mask, self.first)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairing:
-    """Joins two texts as a tokeniser does. `side`: whose token rows are joined. Rows of the retriever's own side are
-    whole
-    sequences already, and `strip` special tokens that begin a passage are left out; rows of a re-ranker's side are
-    bare, and get `start`, `between` and `end`. `segments`: whether the passage is marked as the second segment."""
+    """Joins token rows of `side` as a tokeniser joins two texts. Rows of the retriever are whole sequences already, and
+    the `strip` special tokens that begin a passage are left out; rows of a re-ranker are bare, and get `start`,
+    `between` and `end`. With `segments`, the passage is marked as the second segment."""
 
     side: str
     pad_id: int
@@ -42,7 +41,7 @@ class Pairing:
     segments: bool = True
 
     def __call__(self, questions: Sequence[np.ndarray], passages: Sequence[Sequence[np.ndarray]], k: int) -> PairBatch:
-        """Question rows [batch] with up to `k` passage rows each; a missing passage is an empty one."""
+        """Join question rows [batch] with up to `k` passage rows each; a missing passage is an empty one."""
         nothing = np.empty(0, dtype=np.int32)
         rows: list[np.ndarray] = []
         first: list[int] = []
@@ -55,12 +54,12 @@ class Pairing:
 
 
 def retriever_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
-    """Pairs of the retriever's rows: `[CLS] question [SEP]` and `title [SEP] text [SEP]`."""
+    """Return the pairing of the retriever's rows: `[CLS] question [SEP]` and `title [SEP] text [SEP]`."""
     return Pairing(side="retriever", pad_id=pad_id(tokenizer), strip=len(surrounding_tokens(tokenizer)[0]))
 
 
 def reranker_pairing(tokenizer: PreTrainedTokenizerFast) -> Pairing:
-    """Pairs of a re-ranker's rows, with the special tokens that its tokeniser puts around two texts."""
+    """Return the pairing of a re-ranker's rows, with the special tokens that its tokeniser puts around two texts."""
     backend = plain_backend(tokenizer)
     bare = backend.encode("x", add_special_tokens=False).ids
     both = backend.encode("x", "x", add_special_tokens=True)

@@ -1,6 +1,6 @@
-"""Text around passages and question that a generator reads: templates, system prompts, chats and options, as text.
+"""Write the text around passages and question that a generator reads: templates, system prompts, chats and options.
 
-`training/models/text/token_rows.py` makes token rows of it.
+`training/models/text/token_rows.py` turns this text into token rows.
 """
 
 import re
@@ -16,17 +16,17 @@ from indexing.declare import refuse
 from training.models.text.tokenizers import plain_backend
 from training.training_settings import GeneratorConfig
 
-CONTEXT_END = -1  # in a row of a causal model's question: what is before it takes the place of the prompt's beginning
+CONTEXT_END = -1  # in a question row of a causal model; the tokens before it replace the beginning of the prompt
 _FIELDS = {"passages": "\ue000", "question": "\ue001"}  # stand for the fields while a chat template is filled in
 
 
 def prompt_template(config: GeneratorConfig) -> tuple[list[str], list[str]]:
-    """`generator.template` as literals and the fields between them. Raises ValueError when a field lacks."""
+    """Split `generator.template` into literals and the fields between them. Raises ValueError if a field is missing."""
     return split_template(config.template, "generator.template", ("passages", "question"), ("passages", "question"))
 
 
 def passage_template(config: GeneratorConfig) -> tuple[list[str], list[str]]:
-    """`generator.passage_template` likewise; {title} may be left out, {text} comes last."""
+    """Split `generator.passage_template` likewise; {title} may be left out, {text} comes last."""
     name = "generator.passage_template"
     literals, fields = split_template(config.passage_template, name, ("text",), ("title", "text"))
     if fields[-1] != "text":
@@ -37,8 +37,8 @@ def passage_template(config: GeneratorConfig) -> tuple[list[str], list[str]]:
 def split_template(
     template: str, setting: str, required: Sequence[str], allowed: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """`"a{x}b{y}c"` to `["a", "b", "c"], ["x", "y"]`. Raises ValueError naming `setting` when a field lacks, is unknown
-    or repeated."""
+    """Split `"a{x}b{y}c"` into `["a", "b", "c"], ["x", "y"]`. Raises ValueError naming `setting` if a field is missing,
+    unknown or repeated."""
     parts = re.split(r"\{(\w*)\}", template)
     literals, fields = parts[::2], parts[1::2]
     wrong = [name for name in required if name not in fields]
@@ -52,9 +52,9 @@ def split_template(
 def prompt_segments(
     tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig, earlier: Sequence[dict[str, str]] = ()
 ) -> tuple[list[str], list[str]]:
-    """A causal model's whole prompt as literals and the fields between them: `generator.template` after the system
-    prompt and the `earlier` messages of a chat; as the last turn of the tokeniser's chat template, where it has one and
-    `generator.chat_template` is auto. Only the first literal depends on `earlier`."""
+    """Return a causal model's whole prompt as literals and the fields between them: the system prompt, the `earlier`
+    messages of a chat, then `generator.template`. If the tokeniser has a chat template and `generator.chat_template` is
+    auto, these are turns of that template. Only the first literal depends on `earlier`."""
     literals, fields = prompt_template(config)
     messages = with_system_prompt(config, earlier)
     if not has_chat_template(tokenizer, config):
@@ -67,12 +67,12 @@ def prompt_segments(
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> bool:
-    """True if prompts are turns of the tokeniser's own chat format."""
+    """Return true if prompts are turns of the tokeniser's chat template."""
     return config.kind == "causal" and config.chat_template == "auto" and bool(tokenizer.chat_template)
 
 
 def with_system_prompt(config: GeneratorConfig, earlier: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """`earlier` messages after a system message: their own, or `generator.system_prompt` where there is one."""
+    """Return the `earlier` messages after a system message: the first of them, or `generator.system_prompt` if set."""
     if config.system_prompt and not (earlier and earlier[0]["role"] == "system"):
         return [{"role": "system", "content": config.system_prompt}, *earlier]
     return list(earlier)
@@ -80,12 +80,11 @@ def with_system_prompt(config: GeneratorConfig, earlier: Sequence[dict[str, str]
 
 @dataclass(frozen=True)
 class QuestionText:
-    """Return what each side reads of a question; the `render` of a question store.
+    """Returns the text of a question that each side reads; it is the `render` of a question store.
 
     The retriever reads the question alone. The generator reads it with its options in `choice_template`, after its
-    context: system prompt and earlier turns. A causal model's context is the whole beginning of its prompt, where that
-    differs from the usual one; of a chat that is too long for `generator.max_context_tokens` the oldest turns are left
-    out.
+    context: system prompt and earlier turns. The context of a causal model is the whole beginning of its prompt, if it
+    differs from the usual one. The oldest turns are left out of a chat that `generator.max_context_tokens` cannot hold.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -93,7 +92,7 @@ class QuestionText:
     choice_template: str = "{question}"
 
     def __call__(self, side: str, question: Question) -> tuple[str, str]:
-        """(context, text). Raises ValueError for a system prompt that is too long."""
+        """Return (context, text). Raises ValueError for a system prompt that is too long."""
         if side != "generator":
             return "", question.text
         return self._context(question), self._with_options(question)
@@ -102,9 +101,8 @@ class QuestionText:
         if not question.options:
             return question.text
         options = "; ".join(question.options)
-        return (
-            self.choice_template.replace("{question}", "\0").replace("{options}", options).replace("\0", question.text)
-        )
+        marked = self.choice_template.replace("{question}", "\0").replace("{options}", options)
+        return marked.replace("\0", question.text)
 
     def _context(self, question: Question) -> str:
         if self.config.kind != "causal":
@@ -128,21 +126,20 @@ class QuestionText:
 
 
 def split_context(question: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """A row of a causal model's question as the beginning of its prompt (None: the usual one) and the question."""
+    """Split a causal model's question row into the beginning of its prompt (None: the usual one) and the question."""
     ends = np.flatnonzero(question == CONTEXT_END)
     return (question[: ends[0]], question[ends[0] + 1 :]) if len(ends) else (None, question)
 
 
 def _line(message: dict[str, str]) -> str:
-    """A message as text; a system message has no speaker."""
-    return (
-        message["content"] if message["role"] == "system" else f"{message['role'].capitalize()}: {message['content']}"
-    )
+    """Write a message as text; a system message names no speaker."""
+    speaker = "" if message["role"] == "system" else f"{message['role'].capitalize()}: "
+    return speaker + message["content"]
 
 
 def _chat(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]], turn: str) -> str:
-    """The chat up to where the assistant answers `turn`. A template that knows no system role has that message in the
-    user's first turn."""
+    """Write the chat up to the place where the assistant answers `turn`. If the template knows no system role, the
+    system message begins the first turn of the user."""
     chat = [*messages, {"role": "user", "content": turn}]
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))

@@ -1,4 +1,4 @@
-"""Text becomes the token rows of the store: one side for the retriever, one for the generator, made once.
+"""Make the token rows of the store from text, once: one side for the retriever, one for the generator.
 
 Rows of the retriever are complete (special tokens included). Rows of a generator are segments without special tokens,
 which the generator puts together; each segment is tokenised as it stands after the text that precedes it in the prompt.
@@ -19,13 +19,13 @@ from training.models.text.tokenizers import fingerprint, plain_backend
 from training.training_settings import EncoderConfig, GeneratorConfig
 
 Pairs = Sequence[tuple[str, str]]
-FUSION_QUESTION = "question: {question}"  # of pretrained generators, as in fusion-in-decoder (Izacard & Grave 2021)
+FUSION_QUESTION = "question: {question}"  # as pretrained fusion-in-decoder models read it (Izacard & Grave 2021)
 FUSION_PASSAGE = "title: {title} context: {text}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """`start title between text end`, each tokenised alone; the title is cut first, then the whole."""
+    """Tokenises each part of `start title between text end` alone; the title is cut first, then the whole."""
 
     max_tokens: int
     max_title_tokens: int
@@ -46,7 +46,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Joined:
-    """`prompt title text` as one sequence with the tokeniser's own special tokens: what pretrained encoders expect."""
+    """Tokenises `prompt title text` as one sequence with special tokens, as pretrained encoders expect it."""
 
     max_tokens: int
     prompt: str = ""
@@ -58,7 +58,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class InContext:
-    """Tokens that a text has after `before`; spaces that end `before` go with the text."""
+    """Tokenises a text as it stands after `before`; spaces that end `before` go with the text."""
 
     max_tokens: int
     before: str
@@ -72,7 +72,7 @@ class InContext:
         texts = [space + self._render(title, text) for title, text in pairs]
         rows = _encode(backend, [stem + text for text in texts])
         for i, row in enumerate(rows):
-            joined = row[: len(known)] != known  # the text melts with what is before it
+            joined = row[: len(known)] != known  # the first token of the text covers the end of the stem
             rows[i] = backend.encode(texts[i], add_special_tokens=False).ids if joined else row[len(known) :]
         return [row[: self.max_tokens] for row in rows]
 
@@ -84,8 +84,8 @@ class InContext:
 
 @dataclass(frozen=True)
 class WithContext:
-    """A question after what is said before it, pairs (context, question). `marked`: the context is whole and ends with
-    `CONTEXT_END`; otherwise both share `max_tokens`, the question is kept and of the context the end."""
+    """Tokenises pairs (context, question). If `marked`, the context is whole and ends with `CONTEXT_END`; otherwise
+    both share `max_tokens`, and the beginning of the context is cut."""
 
     max_tokens: int
     question: Pieces | InContext
@@ -106,7 +106,7 @@ class WithContext:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """The callable of a `TokenSide`; can be pickled."""
+    """Makes the rows of a `TokenSide`; can be pickled."""
 
     backend: Tokenizer
     plan: Pieces | Joined | InContext | WithContext
@@ -116,42 +116,25 @@ class Tokenize:
 
 
 def retriever_passage_side(tokenizer: PreTrainedTokenizerFast, config: EncoderConfig) -> TokenSide:
-    """Fresh: `[CLS] title [SEP] text [SEP]`, title cut at `max_title_tokens`. Checkpoint: title and text as one
-    sequence, after the checkpoint's own passage prompt."""
+    """Return the side of passages. A fresh encoder reads `[CLS] title [SEP] text [SEP]`, the title cut at
+    `max_title_tokens`; a checkpoint reads its passage prompt, title and text as one sequence."""
+    limit, titles = config.max_passage_tokens, config.max_title_tokens
     if config.name:
         layout = read_layout(config.name)
-        return _side("retriever", tokenizer, Joined(config.max_passage_tokens, layout.passage_prompt if layout else ""))
+        return _side("retriever", tokenizer, Joined(limit, layout.passage_prompt if layout else ""))
     start, end = surrounding_tokens(tokenizer)
-    return _side(
-        "retriever",
-        tokenizer,
-        Pieces(
-            max_tokens=config.max_passage_tokens,
-            max_title_tokens=config.max_title_tokens,
-            start=start,
-            between=end,
-            end=end,
-        ),
-    )
+    plan = Pieces(max_tokens=limit, max_title_tokens=titles, start=start, between=end, end=end)
+    return _side("retriever", tokenizer, plan)
 
 
 def retriever_question_side(tokenizer: PreTrainedTokenizerFast, config: EncoderConfig) -> TokenSide:
-    """A question with special tokens, after the checkpoint's own query prompt. Questions are pairs ("", text)."""
+    """Return the side of questions with special tokens, after a checkpoint's query prompt; pairs are ("", text)."""
+    limit = config.max_question_tokens
     if config.name:
         layout = read_layout(config.name)
-        return _side("retriever", tokenizer, Joined(config.max_question_tokens, layout.query_prompt if layout else ""))
+        return _side("retriever", tokenizer, Joined(limit, layout.query_prompt if layout else ""))
     start, end = surrounding_tokens(tokenizer)
-    return _side(
-        "retriever",
-        tokenizer,
-        Pieces(
-            max_tokens=config.max_question_tokens,
-            max_title_tokens=config.max_question_tokens,
-            start=start,
-            between=(),
-            end=end,
-        ),
-    )
+    return _side("retriever", tokenizer, Pieces(max_tokens=limit, max_title_tokens=limit, start=start, end=end))
 
 
 def generator_passage_side(
@@ -168,14 +151,13 @@ def generator_passage_side(
     if config.kind == "fusion" and config.name:
         bare = FUSION_PASSAGE.partition("{title} ")[2]
         return _side("generator", tokenizer, InContext(config.max_passage_tokens, "x ", FUSION_PASSAGE, bare))
-    return _side(
-        "generator", tokenizer, Pieces(max_tokens=config.max_passage_tokens, max_title_tokens=max_title_tokens)
-    )
+    plan = Pieces(max_tokens=config.max_passage_tokens, max_title_tokens=max_title_tokens)
+    return _side("generator", tokenizer, plan)
 
 
 def generator_question_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> TokenSide:
-    """A question segment without special tokens, cut at `generator.max_question_tokens`; pairs (context, question) as
-    `QuestionText` makes them."""
+    """Return the side of a question segment without special tokens, cut at `generator.max_question_tokens`; pairs are
+    (context, question) of `QuestionText`."""
     limit = config.max_question_tokens
     if config.kind == "causal":
         literals, fields = prompt_segments(tokenizer, config)
@@ -185,13 +167,13 @@ def generator_question_side(tokenizer: PreTrainedTokenizerFast, config: Generato
         template = FUSION_QUESTION.replace("{question}", "{text}")
         plan = InContext(limit, "", template, template)
         return _side("generator", tokenizer, WithContext(limit, plan, marked=False))
-    return _side(
-        "generator", tokenizer, WithContext(limit, Pieces(max_tokens=limit, max_title_tokens=limit), marked=False)
-    )
+    pieces = Pieces(max_tokens=limit, max_title_tokens=limit)
+    return _side("generator", tokenizer, WithContext(limit, pieces, marked=False))
 
 
 def generator_answer_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> TokenSide:
-    """An answer without special tokens, cut at `generator.max_answer_tokens`; the generator adds end-of-sequence."""
+    """Return the side of an answer without special tokens, cut at `generator.max_answer_tokens`; the generator adds
+    end-of-sequence."""
     limit = config.max_answer_tokens
     if config.kind == "causal":
         last = prompt_segments(tokenizer, config)[0][-1]
@@ -201,12 +183,12 @@ def generator_answer_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorC
 
 
 def reranker_side(tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> TokenSide:
-    """Title and text, or a question, without special tokens: `training/models/text/pairs.py` joins them."""
+    """Return the side of title and text, or a question, without special tokens; a `Pairing` joins them."""
     return _side("reranker", tokenizer, InContext(max_tokens, "", "{title} {text}", "{text}"))
 
 
 def surrounding_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Special tokens that this tokeniser puts before and after one sequence."""
+    """Return the special tokens that this tokeniser puts before and after one sequence."""
     backend = plain_backend(tokenizer)
     bare = backend.encode("x", add_special_tokens=False).ids
     full = backend.encode("x", add_special_tokens=True).ids
@@ -217,12 +199,12 @@ def surrounding_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[int, .
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
+    """Return the token ids of each text, without special tokens."""
     return _encode(plain_backend(tokenizer), texts)
 
 
 def _side(name: str, tokenizer: PreTrainedTokenizerFast, plan: Pieces | Joined | InContext | WithContext) -> TokenSide:
-    """The fingerprint covers the tokeniser and everything that decides how it is used."""
+    """Return the side; its fingerprint covers the tokeniser and the plan by which it is used."""
     backend = plain_backend(tokenizer, plan.max_tokens if isinstance(plan, Joined) else 0)
     text = json.dumps([fingerprint(tokenizer), type(plan).__name__, asdict(plan)], sort_keys=True)
     return TokenSide(name, Tokenize(backend, plan), hashlib.sha256(text.encode()).hexdigest())

@@ -1,4 +1,4 @@
-"""Tokenisers: read from a checkpoint, or a WordPiece trained once on the corpus, saved, hashed, never trained again."""
+"""Read a tokeniser from a checkpoint, or train a WordPiece once on the corpus, save it with its hash, and reuse it."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from indexing.declare import refuse
 from training.training_settings import TokenizerConfig
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # their ids are 0 to 4
-RECORD = "tandem_tokenizer.json"  # beside tokenizer.json: what it was made from, and its fingerprint
+RECORD = "tandem_tokenizer.json"  # beside tokenizer.json: its source and its fingerprint
 
 
 def build_tokenizer(
@@ -29,11 +29,11 @@ def build_tokenizer(
     save_dir: str | Path,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """The tokeniser of `save_dir` where there is one; otherwise that of `name`, or (empty name) one trained on `texts`,
-    saved there.
+    """Return the tokeniser of `save_dir` if there is one; otherwise save there that of `name`, or (empty name) one that
+    is trained on `texts`.
 
     WordPiece training is not deterministic: the saved folder is what checkpoint and index are bound to. Raises
-    ValueError when the folder was made with other settings, was altered, or `name` has no fast tokeniser.
+    ValueError if the folder was made with other settings, was altered, or `name` has no fast tokeniser.
     """
     folder = Path(save_dir)
     source: dict[str, object] = {"name": name} if name else {"name": "", "settings": asdict(config)}
@@ -52,7 +52,7 @@ def build_tokenizer(
 
 
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """The fast tokeniser of a folder or a Hugging Face name. Raises ValueError where there is none."""
+    """Return the fast tokeniser of a folder or a Hugging Face name. Raises ValueError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=trust_remote_code, use_fast=True)
     except (OSError, ValueError) as error:
@@ -64,7 +64,7 @@ def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrai
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 (hex) of the serialised tokeniser and its special tokens; cutting and padding state do not count."""
+    """Return the sha256 (hex) of the serialised tokeniser and its special tokens, without cutting and padding state."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend.pop("truncation", None)
     backend.pop("padding", None)
@@ -74,7 +74,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerFast, max_tokens: int = 0) -> Tokenizer:
-    """An own copy of the Rust tokeniser, without padding, cutting (specials included) at `max_tokens` when positive."""
+    """Return a copy of the Rust tokeniser without padding; it cuts at a positive `max_tokens`, specials included."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
@@ -84,12 +84,12 @@ def plain_backend(tokenizer: PreTrainedTokenizerFast, max_tokens: int = 0) -> To
 
 
 def start_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The token that starts a sequence: beginning-of-sequence, else the class token, else none."""
+    """Return the token that starts a sequence: beginning-of-sequence, else the class token, else None."""
     return _first_number(tokenizer.bos_token_id, tokenizer.cls_token_id)
 
 
 def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that ends an answer: end-of-sequence, else the separator. Raises ValueError when there is neither."""
+    """Return the token that ends an answer: end-of-sequence, else the separator. Raises ValueError without both."""
     found = _first_number(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if found is None:
         raise ValueError("the generator's tokeniser has neither an end-of-sequence nor a separator token")
@@ -97,17 +97,14 @@ def end_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The padding token, or 0: padding is always masked."""
+    """Return the padding token, or 0: padding is always masked."""
     return _first_number(tokenizer.pad_token_id) or 0
 
 
 def train_wordpiece(config: TokenizerConfig, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """WordPiece of at most `config.vocabulary` tokens. Every ASCII letter and digit is in it, alone and as
+    """Train a WordPiece of at most `config.vocabulary` tokens. It has every ASCII letter and digit, alone and as
     continuation, and every ASCII punctuation mark, so that an unseen number or name is spelt, not unknown. Accents are
-    kept: answers are compared as they are written.
-
-    Raises ValueError when the vocabulary is too small for these.
-    """
+    kept: answers are compared as they are written. Raises ValueError if the vocabulary is too small for these."""
     letters = string.ascii_lowercase if config.lowercase else string.ascii_letters
     spelled = [prefix + character for prefix in ("", "##") for character in string.digits + letters]
     spelled += string.punctuation
@@ -148,8 +145,8 @@ def train_wordpiece(config: TokenizerConfig, texts: Iterable[str]) -> PreTrained
 
 
 def to_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
-    """Text of written tokens, without special tokens. WordPiece forgets where spaces were around punctuation: it is put
-    back together where it joins ("3 . 11 . 7" is "3.11.7", "2024 - 10 - 07" is "2024-10-07", "1 , 000" is "1,000")."""
+    """Return the text of written tokens, without special tokens. WordPiece forgets the spaces around punctuation, so it
+    is joined again where it joins words ("3 . 11 . 7" is "3.11.7", "2024 - 10 - 07" is "2024-10-07")."""
     text = str(tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)).strip()
     if not isinstance(tokenizer.backend_tokenizer.model, models.WordPiece):
         return text
@@ -167,7 +164,7 @@ def _first_number(*candidates: object) -> int | None:
 
 
 def _pipeline(model: models.Model, config: TokenizerConfig) -> Tokenizer:
-    """BERT's normaliser and word splitting around `model`; runs of digits are words of their own when asked."""
+    """Put BERT's normaliser and word splitting around `model`; `digits_whole` makes a run of digits one word."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase, strip_accents=False)
     splitters: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.BertPreTokenizer()]
@@ -179,7 +176,7 @@ def _pipeline(model: models.Model, config: TokenizerConfig) -> Tokenizer:
 
 
 def _checked(tokenizer: PreTrainedTokenizerFast, folder: Path, source: dict[str, object]) -> PreTrainedTokenizerFast:
-    """`tokenizer` as read from `folder`, refused when its record tells of other settings or other contents."""
+    """Return `tokenizer` of `folder`. Raises ValueError if its record has another source or another fingerprint."""
     record_path = folder / RECORD
     if not record_path.is_file():
         return tokenizer
