@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from training.models.generators.generator import GeneratorBatch
 from training.models.text.pairs import PairBatch
+
+Moved = TypeVar("Moved")
 
 
 @dataclass
@@ -22,7 +24,7 @@ class ContrastBatch:
     passage_token_mask: Tensor  # bool
     passage_numbers: Tensor  # int64 [batch]: equal numbers are one passage, never a negative of itself
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: Moved, device: torch.device | str) -> Moved:
         """Return the same batch on `device`."""
         return moved(self, device)
 
@@ -49,7 +51,7 @@ class RetrievalBatch:
     contrast: ContrastBatch | None = field(default=None, kw_only=True)  # pairs of a contrastive task in the mixture
     contrast_share: float = field(default=0.0, kw_only=True)  # share of the loss
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: Moved, device: torch.device | str) -> Moved:
         """Return the same batch on `device`."""
         return moved(self, device)
 

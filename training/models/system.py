@@ -6,7 +6,7 @@ An engine calls a method of the system as `engine(System.likelihoods, batch, ...
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,7 +48,7 @@ class System(nn.Module):
 
     def forward(
         self,
-        method: Callable[Concatenate[Self, Arguments], Result],
+        method: Callable[Concatenate["System", Arguments], Result],
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Result:

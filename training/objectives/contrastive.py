@@ -8,6 +8,7 @@ in their data only.
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, distributed
 
 from training.objectives.inputs import (
@@ -22,7 +23,7 @@ from training.objectives.inputs import (
 Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
-def info_nce(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, Stats]:
+def info_nce(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
     """-log softmax(scores / temperature)[positive], mean over questions. Candidates that `passage_mask` leaves out are
     neither positive nor negative; a question whose positive is left out costs nothing."""
     assert outputs.positives is not None
@@ -39,10 +40,10 @@ def info_nce(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, St
 
 
 def in_batch(
-    queries: Tensor,
-    passages: Tensor,
+    queries: Float[Tensor, "batch dim"],
+    passages: Float[Tensor, "rows dim"],
     *,
-    passage_numbers: Tensor,
+    passage_numbers: Int[Tensor, " rows"],
     temperature: float | Tensor,
     gather: Gather | None = None,
     num_questions: float | int | None = None,
@@ -65,7 +66,7 @@ def in_batch(
     return Likelihoods(scores=scores, passage_mask=fair, positives=positives, num_questions=num_questions)
 
 
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+def gather_rows(rows: Shaped[Tensor, " rows *shape"]) -> tuple[Shaped[Tensor, " gathered *shape"], int]:
     """Rows of all ranks in rank order, [world size * rows, ...], and where this rank's begin. Every rank calls it with
     the same shape. Gradient flows back to the rank that each row came from, summed over the ranks, so that losses
     averaged over ranks (as data parallelism does) have the gradient of the whole batch."""

@@ -3,6 +3,7 @@
 A new objective is a pure function in the file of its family and one case in each of the two.
 """
 
+from jaxtyping import Float
 from torch import Tensor
 
 from training.objectives.check import check_objective, samples_answers
@@ -50,7 +51,9 @@ def needs(config: ObjectiveConfig) -> Needs:
             raise AssertionError(f"check_objective let {config.name!r} through")
 
 
-def compute(config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_over_ranks) -> tuple[Tensor, Stats]:
+def compute(
+    config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_over_ranks
+) -> tuple[Float[Tensor, ""], Stats]:
     """The loss, a scalar times `config.scale`, and detached statistics (`loss/*` before the scale).
 
     The loss always depends on the scores, with gradient 0 where the objective gives none: a rank whose graph never

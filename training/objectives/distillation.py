@@ -13,6 +13,7 @@ that is, one vector for all passages. `confidence` weighs each question's diverg
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from training.objectives.inputs import (
@@ -31,7 +32,7 @@ from training.objectives.inputs import (
 
 def emdr2(
     outputs: Likelihoods, level: str = "sequence", weight: float = 1.0, temperature: float = 1.0
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """-mean_t f + weight * retriever loss; that is -logsumexp_k(log p_k + sg(L_k)) (`level` sequence) or
     -1/T sum_t logsumexp_k(log p_k + sg(l_kt)) (token)."""
     assert outputs.per_passage is not None
@@ -58,7 +59,7 @@ def pdist(
     temperature: float = 1.0,
     target_temperature: float = 1.0,
     confidence: bool = False,
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """-mean_t f + weight * KL(target || p) with target = sg(softmax_k(g / target_temperature)).
 
     g = L_k / T (`normalization` length) or L_k (none). `reduction` batch averages over questions; elements divides
@@ -93,7 +94,7 @@ def loop(
     temperature: float = 1.0,
     target_temperature: float = 1.0,
     confidence: bool = False,
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """Compute `pdist` with g = -mean_t f^(-k)_t: the fused loss without passage k, larger the more it is missed."""
     assert outputs.left_out is not None
     assert outputs.answer_mask is not None
@@ -118,7 +119,7 @@ def adist(
     temperature: float = 1.0,
     target_temperature: float = 1.0,
     confidence: bool = False,
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """Compute `pdist` with g = what the answer's tokens take from passage k by attention (`Likelihoods.attention`)."""
     assert outputs.attention is not None
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
@@ -142,7 +143,7 @@ def _distil(
     weight: float,
     target_temperature: float,
     confidence: bool,
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """-mean_t f + weight * KL(softmax_k(gains / target_temperature) || p); gains [batch, k] without gradient."""
     target = retrieval_log_probs(gains, outputs.passage_mask, target_temperature)
     divergence = kl_to_target(target, prior, outputs.passage_mask)
@@ -159,7 +160,7 @@ def _distil(
     return loss, stats | {"retrieval/target_entropy": entropy(target, outputs.passage_mask)}
 
 
-def certainty(target: Tensor, passage_mask: Tensor) -> Tensor:
+def certainty(target: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
     """1 - H(target) / log K [batch], from 0 (uniform over the K real passages, or one alone) to 1; target [batch, k]
     are log-probabilities."""
     real = passage_mask.sum(dim=-1)
@@ -167,13 +168,15 @@ def certainty(target: Tensor, passage_mask: Tensor) -> Tensor:
     return torch.where(real > 1, (1 - entropies(target, passage_mask) / most).clamp(0, 1), 0.0)
 
 
-def kl_to_target(target: Tensor, prior: Tensor, passage_mask: Tensor) -> Tensor:
+def kl_to_target(
+    target: Float[Tensor, "batch k"], prior: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"]
+) -> Float[Tensor, " batch"]:
     """KL(target || prior) [batch] of two log-distributions [batch, k] over the real passages."""
     # Padding is -inf in both, and -inf - -inf is NaN: masked before the product, so that its gradient is 0 too.
     return (target.exp() * (target - prior).masked_fill(~passage_mask, 0.0)).sum(dim=-1)
 
 
-def _total(retriever: Tensor, weight: float, prior: Tensor, outputs: Likelihoods) -> tuple[Tensor, Stats]:
+def _total(retriever: Tensor, weight: float, prior: Tensor, outputs: Likelihoods) -> tuple[Float[Tensor, ""], Stats]:
     """Generator loss plus weighted retriever loss, with the statistics that every objective of this family has."""
     assert outputs.fused is not None
     assert outputs.answer_mask is not None

@@ -52,7 +52,7 @@ class Needs:
     num_draws: int = 0  # `Likelihoods.noise` for so many draws
 
 
-def in_full_precision(values: Tensor) -> Tensor:
+def in_full_precision(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`values` in float32, or in float64 where they are float64 already."""
     return values if values.dtype == torch.float64 else values.float()
 
@@ -83,7 +83,9 @@ def mixture_log_probs(
     return torch.logsumexp(prior + in_full_precision(values).masked_fill(missing, 0.0), dim=1)
 
 
-def answer_tokens(values: Tensor, answer_mask: Tensor) -> Tensor:
+def answer_tokens(
+    values: Float[Tensor, "batch *k tokens"], answer_mask: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch *k tokens"]:
     """values [batch, tokens] or [batch, k, tokens] with 0 wherever answer_mask [batch, tokens] leaves out a token,
     whatever (even NaN) stands there: neither prompt nor padding enters a likelihood."""
     left_out = ~answer_mask if values.dim() == 2 else ~answer_mask.unsqueeze(1)
@@ -102,17 +104,17 @@ def mean_over_tokens(
     return answer_tokens(values, answer_mask).sum(dim=-1) / answer_lengths(answer_mask)
 
 
-def mean_over_questions(values: Tensor, num_questions: float | int | None) -> Tensor:
+def mean_over_questions(values: Float[Tensor, " batch"], num_questions: float | int | None) -> Float[Tensor, ""]:
     """Sum of values [batch] divided by num_questions (None: batch)."""
     return values.sum() / (values.shape[0] if num_questions is None else num_questions)
 
 
 @torch.no_grad()
-def entropy(log_probs: Tensor, passage_mask: Tensor) -> Tensor:
+def entropy(log_probs: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"]) -> Float[Tensor, ""]:
     """Mean entropy in nats of distributions [batch, k] over their real passages."""
     return entropies(log_probs, passage_mask).mean()
 
 
-def entropies(log_probs: Tensor, passage_mask: Tensor) -> Tensor:
+def entropies(log_probs: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
     """Entropy in nats, [batch], of each distribution [batch, k] over its real passages."""
     return -(log_probs.exp() * log_probs).masked_fill(~passage_mask, 0.0).sum(dim=-1)

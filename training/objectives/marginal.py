@@ -7,6 +7,7 @@ the fused likelihood lets relevance enter the attention as in Lewis et al. 2020,
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from training.objectives.inputs import (
@@ -21,7 +22,7 @@ from training.objectives.inputs import (
 )
 
 
-def rag_sequence(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, Stats]:
+def rag_sequence(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
     """-logsumexp_k(log p_k + L_k): one passage explains the whole answer."""
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
@@ -31,7 +32,7 @@ def rag_sequence(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor
     return _report(-mean_over_questions(marginal, outputs.num_questions), prior, outputs)
 
 
-def rag_token(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, Stats]:
+def rag_token(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
     """-sum_t logsumexp_k(log p_k + l_kt): each token may come from another passage."""
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
@@ -41,7 +42,7 @@ def rag_token(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, S
     return _report(-mean_over_questions(marginal.sum(dim=-1), outputs.num_questions), prior, outputs)
 
 
-def realm(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, Stats]:
+def realm(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
     """-1/T sum_t logsumexp_k(log p_k + l_kt) over the K passages and an empty one beside them: what needs no passage
     gives none of them credit. Retrieval utility is the marginal log-likelihood minus that under the empty passage,
     summed over the answer, mean over questions; the entropy is that of the real passages alone."""
@@ -65,7 +66,7 @@ def realm(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, Stats
     }
 
 
-def fused_likelihood(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Tensor, Stats]:
+def fused_likelihood(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
     """-mean_t f. The retriever learns only where the generator added log p(z|q), with gradient, to its attention
     (`Needs.score_bias`); otherwise this is the loss of the generator alone. `temperature` serves the statistics."""
     assert outputs.fused is not None
@@ -75,6 +76,6 @@ def fused_likelihood(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Te
     return _report(-mean_over_questions(means, outputs.num_questions), prior, outputs)
 
 
-def _report(loss: Tensor, prior: Tensor, outputs: Likelihoods) -> tuple[Tensor, Stats]:
+def _report(loss: Tensor, prior: Tensor, outputs: Likelihoods) -> tuple[Float[Tensor, ""], Stats]:
     """The loss with the statistics that every objective of this family has."""
     return loss, {"loss/generator": loss.detach(), "retrieval/entropy": entropy(prior, outputs.passage_mask)}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, distributed
 
 from training.objectives.inputs import (
@@ -54,7 +55,7 @@ def dpo(
     chosen_weight: float = 0.0,
     length_normalized: bool = False,
     temperature: float = 1.0,
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """-log sigmoid(beta * (r(chosen) - r(rejected))) - chosen_weight * log pi(chosen) / tokens; answer 0 of each
     question is the chosen one, 1 the rejected.
 
@@ -87,7 +88,7 @@ def kto(
     length_normalized: bool = False,
     temperature: float = 1.0,
     sum_over_ranks: Reduce | None = None,
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """lambda_D * (1 - sigmoid(beta * (r - z))) of a desirable answer, lambda_U * (1 - sigmoid(beta * (z - r))) of an
     undesirable one. Answer 0 of each question is the judged one, answer 1 belongs to another question: z = max(0, mean
     of r over these mismatched pairs), without gradient, over the ranks that `sum_over_ranks` adds up (None: this one).
@@ -114,7 +115,7 @@ def kto(
 
 def policy_and_reference(
     outputs: Candidates, length_normalized: bool, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Float[Tensor, "batch group"], Float[Tensor, "batch group"], Float[Tensor, "batch k"]]:
     """log pi [batch, group], log ref [batch, group] without gradient (0 without a reference), log p(z|q) [batch, k]."""
     assert outputs.log_probs is not None
     assert outputs.log_probs_mask is not None
@@ -137,14 +138,21 @@ def _answer_tokens(outputs: Candidates) -> Tensor:
     return outputs.log_probs_mask.sum(dim=-1).clamp(min=1)
 
 
-def marginal_log_probs(prior: Tensor, log_probs: Tensor, answer_mask: Tensor, passage_mask: Tensor) -> Tensor:
+def marginal_log_probs(
+    prior: Float[Tensor, "batch k"],
+    log_probs: Float[Tensor, "batch group k tokens"],
+    answer_mask: Bool[Tensor, "batch group tokens"],
+    passage_mask: Bool[Tensor, "batch k"],
+) -> Float[Tensor, "batch group"]:
     """log pi(y|q) = logsumexp_k(log p_k + sum_t l_kt) of every answer, [batch, group]; prior [batch, k], log_probs
     [batch, group, k, tokens], answer_mask bool [batch, group, tokens]. 0 for a row of nothing but padding."""
     totals = answer_totals(log_probs, answer_mask)
     return mixture_log_probs(prior, totals.transpose(1, 2), passage_mask)
 
 
-def answer_totals(log_probs: Tensor, answer_mask: Tensor) -> Tensor:
+def answer_totals(
+    log_probs: Float[Tensor, "batch group each tokens"], answer_mask: Bool[Tensor, "batch group tokens"]
+) -> Float[Tensor, "batch group each"]:
     """L [batch, group, each]: log_probs summed over the answer's own tokens, whatever (even NaN) stands at padding."""
     return in_full_precision(log_probs).masked_fill(~answer_mask.unsqueeze(2), 0.0).sum(dim=-1)
 

@@ -11,6 +11,7 @@ never enter it. Randomness comes in as Gumbel noise or as samples, so that the f
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from training.objectives.inputs import (
@@ -31,7 +32,7 @@ MAX_GAIN = 10.0  # how much a passage that was not drawn may weigh against the m
 
 def stochastic_rag(
     outputs: Likelihoods, num_selected: int = 2, relaxation: float = 1.0, temperature: float = 1.0
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """-log(1/n sum_z m_z exp(L_z)) with m the n = `num_selected` passages of largest log p + noise (fewer where
     there are fewer): forward the hard selection, backward the soft one.
 
@@ -58,7 +59,9 @@ def stochastic_rag(
     return loss, {"loss/generator": loss.detach(), "retrieval/entropy": entropy(prior, mask)}
 
 
-def gumbel_top_k(logits: Tensor, passage_mask: Tensor, num_selected: int, relaxation: float) -> tuple[Tensor, Tensor]:
+def gumbel_top_k(
+    logits: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"], num_selected: int, relaxation: float
+) -> tuple[Bool[Tensor, "batch k"], Float[Tensor, "batch k"]]:
     """Hard selection, bool [batch, k], and the sum of the draws' soft ones, [batch, k], 0 at padding.
 
     logits [batch, k] already perturbed, -inf at padding. A row with fewer real passages has fewer draws.
@@ -78,7 +81,7 @@ def gumbel_top_k(logits: Tensor, passage_mask: Tensor, num_selected: int, relaxa
 
 def reinforce_passages(
     outputs: Likelihoods, advantage: str = "normalized", temperature: float = 1.0
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """REINFORCE over passages alone, rewarded by the gold answer's mean token log-probability: passages are drawn with
     replacement from p(z|q), `-mean_g(A_g log p(z_g))` trains the retriever, and `-log mean_g exp(L_{z_g})` the
     generator: the marginal likelihood of the answer, its mixture estimated from the draws."""
@@ -106,7 +109,7 @@ def reinforce_passages(
 
 def reinforce(
     outputs: Candidates, kl_weight: float = 0.0, advantage: str = "normalized", temperature: float = 1.0
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """-mean_g(A_g log pi(z_g, y_g|q)) plus `kl_weight` times the divergence from the reference."""
     log_prob, prior = sample_log_probs(outputs, temperature)
     assert outputs.rewards is not None
@@ -121,7 +124,7 @@ def grpo(
     kl_weight: float = 0.0,
     advantage: str = "normalized",
     temperature: float = 1.0,
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """-mean_g min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) plus `kl_weight` times the divergence from the reference;
     ratio = pi / pi_old of a sample, passage and answer together."""
     log_prob, prior = sample_log_probs(outputs, temperature)
@@ -135,7 +138,7 @@ def grpo(
     return loss, stats | {"alignment/clipped": clipped}
 
 
-def advantages(rewards: Tensor, advantage: str = "normalized") -> Tensor:
+def advantages(rewards: Float[Tensor, "batch group"], advantage: str = "normalized") -> Float[Tensor, "batch group"]:
     """(R - mean) / (std + 1e-6) in each group of rewards [batch, group], std being the group's own (divided by its
     size), or R - mean (`advantage` centered), in which a group whose rewards hardly differ counts hardly (Liu et al.
     2025, "Understanding R1-Zero-Like Training", section 3.2). Exactly 0 in a group of equal rewards, which rounding of
@@ -151,7 +154,9 @@ def advantages(rewards: Tensor, advantage: str = "normalized") -> Tensor:
             raise AssertionError(f"check_objective let advantage={advantage!r} through")
 
 
-def sample_log_probs(outputs: Candidates, temperature: float, of_reference: bool = False) -> tuple[Tensor, Tensor]:
+def sample_log_probs(
+    outputs: Candidates, temperature: float, of_reference: bool = False
+) -> tuple[Float[Tensor, "batch group"], Float[Tensor, "batch k"]]:
     """log p(z|q) + log P(y|q, z) of each sample, [batch, group], and log p(z|q) [batch, k], of policy or reference. A
     sample of a padded passage is 0 without gradient."""
     scores = outputs.reference_scores if of_reference else outputs.scores
@@ -167,7 +172,9 @@ def sample_log_probs(outputs: Candidates, temperature: float, of_reference: bool
     return passages + answers.masked_fill(padded, 0.0), prior
 
 
-def divergence(log_prob: Tensor, reference: Tensor) -> Tensor:
+def divergence(
+    log_prob: Float[Tensor, "batch group"], reference: Float[Tensor, "batch group"]
+) -> Float[Tensor, "batch group"]:
     """The k3 estimate of KL(pi || ref) at each sample, `exp(x) - x - 1` with x = log ref - log pi (Shao et al. 2024,
     equation 4); x is bounded, so that one sample far from the reference cannot overflow."""
     x = (reference - log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -176,7 +183,7 @@ def divergence(log_prob: Tensor, reference: Tensor) -> Tensor:
 
 def _sampled(
     gain: Tensor, log_prob: Tensor, *, prior: Tensor, outputs: Candidates, kl_weight: float, temperature: float
-) -> tuple[Tensor, Stats]:
+) -> tuple[Float[Tensor, ""], Stats]:
     """The loss of a gain [batch, group] with the statistics that both objectives have."""
     assert outputs.rewards is not None
     loss = -mean_over_questions(gain.mean(dim=-1), outputs.num_questions)

@@ -8,12 +8,14 @@ that an encoder-decoder encodes each passage once whatever the objective needs.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+Moved = TypeVar("Moved", bound="GeneratorBatch")
 
 
 @dataclass
@@ -24,7 +26,7 @@ class GeneratorBatch:
     answer_mask: Bool[Tensor, "batch tokens"]
     passage_mask: Bool[Tensor, "batch k"]  # False for a padded passage
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: Moved, device: torch.device | str) -> Moved:
         """Return the same batch with every tensor on `device`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for name, v in values.items()}
