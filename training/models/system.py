@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from training.models.answer_candidates import score_answers
@@ -65,15 +65,15 @@ class System(nn.Module):
         return self.likelihoods(batch, needs, temperature)
 
     def encode_questions(
-        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+        self, ids: Int[Tensor, "batch tokens"], mask: Shaped[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch dim"]:
-        """Return the vectors [batch, dim] of questions, given as ids int64 and mask bool, both [batch, tokens]."""
+        """Return the vectors [batch, dim] of questions, given as int64 ids and mask (bool or integer) [batch, t]."""
         return self.retriever.encode_queries(ids, mask)
 
     def encode_passages(
-        self, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "batch tokens"]
+        self, ids: Int[Tensor, "batch tokens"], mask: Shaped[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch dim"]:
-        """Return the vectors [batch, dim] of passages, given as ids int64 and mask bool, both [batch, tokens]."""
+        """Return the vectors [batch, dim] of passages, given as int64 ids and mask (bool or integer) [batch, t]."""
         return self.retriever.encode_passages(ids, mask)
 
     def lexical_weight(self) -> Float[Tensor, "1"]:

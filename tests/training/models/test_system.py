@@ -1,4 +1,4 @@
-"""The trained module: what one forward computes once, and what dropout may not touch."""
+"""The trained module computes shared parts once, and dropout touches no distillation target."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from training.models.build import build_system
 from training.models.generators.generator import Generator
+from training.models.generators.token_scores import token_log_probs
 from training.models.model_inputs import RetrievalBatch
 from training.models.system import System, has_dropout
 from training.models.text.packing import pad_rows
@@ -108,3 +110,10 @@ def test_dropout_is_found_wherever_it_is_kept() -> None:
     assert not has_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0), Functional(0.0)))
     assert has_dropout(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.1))))
     assert has_dropout(nn.Sequential(Functional(0.1)))
+
+
+def test_a_wrong_shape_is_refused() -> None:
+    logits, targets, mask = torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3).bool()
+    assert token_log_probs(logits, targets, mask).shape == (2, 3)
+    with pytest.raises(TypeCheckError, match="targets"):
+        token_log_probs(logits, targets[:, :2], mask)
