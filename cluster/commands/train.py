@@ -1,7 +1,6 @@
 """The verbs: what `train`, `prepare`, `index`, `evaluate`, `compare` and `ask` do with an experiment."""
 
 import os
-import shutil
 import time
 from contextlib import nullcontext
 
@@ -20,9 +19,10 @@ from cluster.commands.measure import at_date, build_index, measure
 from cluster.config.experiment import Experiment
 from cluster.config.preflight import check_models, check_same_run
 from cluster.config.settings import Settings
+from cluster.machines.run_lock import check_free, clear, holding
 from cluster.planning.check_fit import check_fit
 from cluster.planning.placement import nodes_of_cluster
-from cluster.prepare.recorded_stores import root_of_stores
+from cluster.prepare.recorded_stores import check_same_data, root_of_stores
 from cluster.prepare.stores import Prepared
 from cluster.results.findings import Findings, read_measured
 from cluster.results.summary import seconds_of, write_findings
@@ -30,15 +30,23 @@ from cluster.stage.run_stage import is_finished, run_stage
 
 
 def train(experiment: Experiment) -> int:
-    """Every stage in order, then the update; finished stages are not run again. Writes the summary and the report."""
-    root, stages = experiment.directory, experiment.stages
+    """Every stage in order, then the update; finished stages are not run again. Writes the summary and the report.
+    Raises ValueError for a run folder that another job works in."""
     if experiment.settings.cluster.dry_run:
         return dry_run(experiment)
     _check(experiment)
-    if experiment.settings.run.overwrite and root.exists():
-        shutil.rmtree(root)
+    with holding(experiment.directory):
+        return _train(experiment)
+
+
+def _train(experiment: Experiment) -> int:
+    root, stages = experiment.directory, experiment.stages
+    if experiment.settings.run.overwrite:
+        clear(root)
     begin = time.monotonic()
     prepared = {name: prepared_data(settings, root) for name, settings in stages.items()}
+    for name, settings in stages.items():
+        check_same_data(run_folder(settings), prepared[name])
     if _is_finished(experiment):
         say(f"{root}: finished before, not run again")
         _report(experiment, seconds_of(root))
@@ -90,8 +98,10 @@ def evaluate(experiment: Experiment) -> int:
 
 
 def compare(experiment: Experiment) -> int:
-    """Run the matrix of the file's `compare` section; 1 when a cell failed."""
-    return run_matrix(experiment)
+    """Run the matrix of the file's `compare` section; 1 when a cell failed. Raises ValueError for a folder that another
+    job works in."""
+    with holding(experiment.directory / "compare"):
+        return run_matrix(experiment)
 
 
 def ask(experiment: Experiment, questions: list[str]) -> int:
@@ -121,6 +131,7 @@ def _check(experiment: Experiment) -> None:
     earlier: set[str] = set()
     for name, settings in experiment.stages.items():
         try:
+            check_free(run_folder(settings))
             check_models(settings)
             if not settings.run.overwrite:
                 check_same_run(settings)

@@ -7,8 +7,12 @@ have absolute paths there; what they name is looked for beside the run first.
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from indexing.corpus.snapshot import write_file
+from indexing.corpus.snapshot import MANIFEST, write_file
+
+if TYPE_CHECKING:
+    from cluster.prepare.stores import Prepared
 
 BASE_FILE = "base.json"
 
@@ -35,6 +39,28 @@ def recorded_stores(folder: Path) -> tuple[Path, Path] | None:
     if not named[0].is_absolute():
         near.insert(0, (Path(os.path.normpath(corpus / named[0])), Path(os.path.normpath(corpus / named[1]))))
     return next((places for places in (*near, named) if all(place.is_dir() for place in places)), None)
+
+
+def check_same_data(folder: Path, prepared: "Prepared") -> None:
+    """Refuse to go on in the run folder `folder`, or to take it for finished, with other passages or questions than it
+    was started with. Raises ValueError that names what has changed."""
+    found = recorded_stores(folder)
+    if found is None or found[0].resolve() == prepared.passages.resolve():
+        return
+    stores = {"passages": (found[0], prepared.passages)}
+    stores |= {f"questions {split}": (found[0].parent / path.name, path) for split, path in prepared.questions.items()}
+    changed = [name for name, (before, now) in stores.items() if before.is_dir() and not _are_alike(before, now)]
+    if changed:
+        raise ValueError(
+            f"{folder} was started with other data ({', '.join(changed)} have changed since): take another run.name, "
+            "or set run.overwrite=true"
+        )
+
+
+def _are_alike(before: Path, now: Path) -> bool:
+    """Return true if two stores have the same files, by size and checksum."""
+    files = [json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"] for path in (before, now)]
+    return files[0] == files[1]
 
 
 def root_of_stores(folder: Path) -> Path:
