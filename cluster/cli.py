@@ -1,13 +1,13 @@
 """The command line. Answers help and mistakes before anything heavy is imported; the work of a
 verb starts in `cluster/commands`.
 
-Exit codes: 0 done, 1 failed, 2 a mistake in the command or the configuration, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 a mistake in the command or the configuration, 130 stopped by Ctrl-C, 143 by another
+signal.
 """
 
 import contextlib
 import os
 import re
-import signal
 import sys
 import tempfile
 import traceback
@@ -18,16 +18,22 @@ from typing import TYPE_CHECKING
 
 from cluster.config.setting_names import describe_settings, find_settings
 from cluster.config.verbs import DEFAULT_VERB, VERBS, overview, verb_help
+from cluster.machines import stopping
+from cluster.machines.output import make_lasting
 
 if TYPE_CHECKING:
     from cluster.config.experiment import Experiment
+
+
+NOTHING_SAVED = "the same command goes on from the last checkpoint, if there is one"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. Writes "done" to the file that TANDEM_DONE_FILE names after success,
     for launchers whose own exit code says nothing."""
     if arguments is None:
-        signal.signal(signal.SIGTERM, _terminated)
+        stopping.install()
+        make_lasting()
         arguments = sys.argv[1:]
     code = _command(arguments)
     done_file = os.environ.get("TANDEM_DONE_FILE")
@@ -99,6 +105,7 @@ def _work(verb: str, rest: list[str]) -> int:
             check_named_paths(verb, experiment)
     except ValueError as error:
         return _mistake(str(error))
+    stopping.set_limit(list(experiment.stages.values())[-1].cluster.stop_timeout_s)
     if verb == "show":
         return _print(changed(experiment) if flagged else show(experiment))
     if verb == "plan":
@@ -201,8 +208,12 @@ def guarded(work: Callable[[], int | None], directory: Path | None) -> int:
     `directory`, or where that does not exist to a temporary file."""
     try:
         return work() or 0
-    except KeyboardInterrupt:
-        print("tandem: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    except stopping.Interrupted as signal:
+        where = f"saved {signal.saved}; the same command goes on there" if signal.saved else NOTHING_SAVED
+        print(f"tandem: stopped by {signal}: {where}", file=sys.stderr)
+        return signal.exit_code
+    except KeyboardInterrupt:  # of a caller that left the signals alone
+        print(f"tandem: interrupted: {NOTHING_SAVED}", file=sys.stderr)
         return 130
     except Exception as error:
         cause = getattr(error, "cause", None)  # Ray wraps what a remote call raised, and makes it many lines long
@@ -213,11 +224,6 @@ def guarded(work: Callable[[], int | None], directory: Path | None) -> int:
         sentence = next((line for line in str(shown).splitlines() if line.strip()), "no message")
         print(f"tandem: failed: {type(shown).__name__}: {sentence.strip()} (traceback: {log})", file=sys.stderr)
         return 1
-
-
-def _terminated(number: int, frame: object) -> None:
-    """SIGTERM ends the work as Ctrl-C does: what was started is stopped on the way out."""
-    raise KeyboardInterrupt
 
 
 def _write_traceback(error: Exception, directory: Path | None) -> Path:
@@ -233,8 +239,7 @@ def _write_traceback(error: Exception, directory: Path | None) -> Path:
 
 
 def _print(text: str) -> int:
-    with contextlib.suppress(BrokenPipeError):
-        print(text, flush=True)
+    print(text, flush=True)
     return 0
 
 

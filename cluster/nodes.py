@@ -19,16 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from cluster import cli
-from cluster.machines import session
+from cluster.machines import session, stopping
 
 STARTED = "Ray runtime started"  # the line that `ray start` prints when this machine has joined
-STOP_TIMEOUT_S = 30.0
-HEAD_GONE_S = 20.0
+STOP_RAY_S = 10.0  # that the Ray of this machine may take to end, after the command did
+HEAD_GONE_S = 20.0  # that the head's port stays closed until it counts as gone: a busy machine may refuse a connection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +73,11 @@ def from_environment(environment: dict[str, str]) -> Machine:
 def main(arguments: list[str]) -> int:
     """Take the part of this machine and return its exit code."""
     try:
-        cli.read_experiment(arguments[1:])  # a mistake is answered before machines wait for each other
+        experiment = cli.read_experiment(arguments[1:])  # a mistake is answered before machines wait for each other
         machine = from_environment(dict(os.environ))
     except ValueError as error:
         return _say(str(error), 2)
-    signal.signal(signal.SIGTERM, _terminated)
+    stopping.install(list(experiment.stages.values())[-1].cluster.stop_timeout_s + STOP_RAY_S)
     if machine.rank == 0:
         return _head(machine, arguments)
     return _follower(machine)
@@ -99,8 +100,8 @@ def _head(machine: Machine, arguments: list[str]) -> int:
         if not _wait_for_machines(machine):
             return 1
         return _run_command(arguments)
-    except KeyboardInterrupt:
-        return 130
+    except stopping.Interrupted as signal_:
+        return signal_.exit_code
     finally:
         if ray_node is not None:
             _stop(ray_node)
@@ -109,15 +110,16 @@ def _head(machine: Machine, arguments: list[str]) -> int:
 
 
 def _run_command(arguments: list[str]) -> int:
-    """Run the command line as a child process; an interruption is passed on, and the child gets time to end by
-    itself."""
-    command = subprocess.Popen([sys.executable, "-P", "-m", "cluster.cli", *arguments])
+    """Run the command line as a child process; a signal is passed on, and the child gets time to save and end."""
+    line = [sys.executable, "-P", "-m", "cluster.cli", *arguments]
+    # In a session of its own: Ctrl-C of a terminal reaches it once, from here.
+    command = subprocess.Popen(line, start_new_session=True, preexec_fn=stopping.end_with_parent)
     try:
         return command.wait()
-    except KeyboardInterrupt:
-        command.terminate()
+    except stopping.Interrupted as signal_:
+        command.send_signal(signal_.number)
         try:
-            command.wait(STOP_TIMEOUT_S)
+            command.wait(stopping.left_s() - STOP_RAY_S)  # its own bound is cluster.stop_timeout_s
         except subprocess.TimeoutExpired:
             command.kill()
         raise
@@ -141,8 +143,11 @@ def _follower(machine: Machine) -> int:
         _say(f"machine {machine.rank} joined {machine.head}:{machine.port}")
         _wait_until_gone(machine, ray_node)
         return _say(f"machine {machine.rank}: the head has gone", 0)
-    except KeyboardInterrupt:
-        return 130
+    except stopping.Interrupted as signal_:
+        if ray_node is not None:  # a scheduler stops all machines at once; the head saves with the help of this one
+            with suppress(stopping.Interrupted):
+                _wait_until_gone(machine, ray_node, after_s=3.0)
+        return signal_.exit_code
     finally:
         if ray_node is not None:
             _stop(ray_node)
@@ -199,7 +204,15 @@ def _log_file() -> IO[bytes]:
 def _ray_start(options: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start `ray start --block` in a process group of its own, so that Ctrl-C reaches the command before Ray goes."""
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    with stopping.sparing_children():
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=stopping.end_with_parent,
+        )
 
 
 def _wait_until_started(ray_node: subprocess.Popen[bytes], log: IO[bytes], timeout_s: float) -> bool:
@@ -216,7 +229,8 @@ def _wait_for_machines(machine: Machine) -> bool:
     """Wait until all machines are part of the cluster, and log every 30 s how many are."""
     import ray
 
-    ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    with stopping.sparing_children():  # Ray puts a handler of its own in the place of ours
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
     try:
         begin, last_message = time.monotonic(), 0.0
         while True:
@@ -234,14 +248,13 @@ def _wait_for_machines(machine: Machine) -> bool:
             time.sleep(1)
     finally:
         ray.shutdown()
-        signal.signal(signal.SIGTERM, _terminated)  # Ray put its handler there
 
 
-def _wait_until_gone(machine: Machine, ray_node: subprocess.Popen[bytes]) -> None:
-    """Wait until this machine's Ray ends, or the head's port was closed for HEAD_GONE_S (Ray itself takes 60 s)."""
+def _wait_until_gone(machine: Machine, ray_node: subprocess.Popen[bytes], after_s: float = HEAD_GONE_S) -> None:
+    """Wait until this machine's Ray ends, or the head's port was closed for `after_s` (Ray itself takes 60 s)."""
     last_seen = time.monotonic()
-    while ray_node.poll() is None and time.monotonic() - last_seen < HEAD_GONE_S:
-        time.sleep(2)
+    while ray_node.poll() is None and time.monotonic() - last_seen < after_s:
+        time.sleep(1)
         if _answers(machine.head, machine.port):
             last_seen = time.monotonic()
 
@@ -252,13 +265,9 @@ def _stop(ray_node: subprocess.Popen[bytes]) -> None:
         return
     ray_node.terminate()
     try:
-        ray_node.wait(STOP_TIMEOUT_S)
+        ray_node.wait(STOP_RAY_S)
     except subprocess.TimeoutExpired:
         os.killpg(ray_node.pid, signal.SIGKILL)
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _say(sentence: str, code: int = 0) -> int:

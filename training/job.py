@@ -1,6 +1,7 @@
 """The description of a stage that is sent to a trainer process, and the objects that the process builds from it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from training.retrieving.hybrid import HybridSearch, Refusion
 from training.retrieving.rerank import Reranking
 from training.retrieving.retrieve import IndexService
 from training.run_text import RunText
+from training.stopping import Stopped
 from training.training_settings import (
     AlignmentConfig,
     CheckpointConfig,
@@ -93,11 +95,14 @@ class Parts:
         engine: Engine,
         service: IndexService | None,
         monitor: Monitor,
+        stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`stop_asked` says, without waiting, whether this process knows that the stage is to stop."""
         self.job, self.settings, self.store = job, job.settings, store
         self.system, self.text = system, text
         self.engine, self.service, self.monitor = engine, service, monitor
         self.run_dir = Path(job.run_dir)
+        self.stop_asked = stop_asked
         self._last_progress = 0.0
 
     @property
@@ -160,3 +165,13 @@ class Parts:
         if time.monotonic() - self._last_progress > PROGRESS_EVERY_S:
             self._last_progress = time.monotonic()
             self.monitor.message(text)
+
+    def stop_point(self) -> None:
+        """Raise Stopped, on every rank, if any rank knows that the stage is to stop. Collective."""
+        if self.engine.any_rank(self.stop_asked()):
+            raise Stopped
+
+    def after_batch(self, text: str) -> None:
+        """Print progress as `progress` does, at a stop point. Collective."""
+        self.progress(text)
+        self.stop_point()

@@ -57,6 +57,7 @@ class LoopState:
     """The position of the loop; saved whole with every checkpoint."""
 
     step: int = 0  # Number of optimiser steps done
+    evaluated: int = -1  # Step of the newest evaluation during training; -1: there was none
     published: int = -1  # Newest weights version that was handed out
     published_whole: int = -1  # Newest weights version that all passages were to be encoded with
     refreshed_share: float = 0.0  # Share of the corpus that this stage's refreshes were asked to encode, summed
@@ -82,6 +83,8 @@ class Hooks:
     max_staleness_steps: int = 0
     passages_fixed: bool = False  # the passage encoder does not train: hits are never stale
     wait_timeout_s: float = 600.0
+    stop_point: Callable[[], None] | None = None  # raises Stopped between two steps; collective
+    stop_asked: Callable[[], bool] = lambda: False  # ends a wait early; a stop point follows
     numbers: Callable[[], dict[str, float]] | None = None  # more metrics of a logged step; called on every rank
     watch: Callable[[dict[str, float]], None] | None = None  # sees the metrics of every step; may end the run
 
@@ -119,12 +122,12 @@ def train(
 ) -> LoopState:
     """Run optimiser steps `state.step + 1 .. config.steps`; the caller evaluates and saves after the last one. Raises
     FloatingPointError when updates are not finite `config.stop_after_nonfinite` times in a row, TimeoutError when a
-    bounded wait ends."""
+    bounded wait ends, Stopped between two steps, after which `state` is as good as after any step."""
     needed = needs(objective)
     engine.module.train()
     timer, window, resumed_at, begin = Timer(), Window(), state.step, 0.0
     while state.step < config.steps:
-        # Between steps: evaluate, save.
+        # Between steps: stop, evaluate, save.
         if not window.fetched:
             _between_steps(state, hooks, timer=timer, resumed_at=resumed_at)
             begin = time.perf_counter()
@@ -189,12 +192,17 @@ def publish(
 
 
 def _between_steps(state: LoopState, hooks: Hooks, *, timer: Timer, resumed_at: int) -> None:
-    """Evaluate and save if it is time; what was done at step `resumed_at` before an interruption is not done again."""
-    if state.step == resumed_at > 0:
-        return
-    if hooks.evaluate is not None and hooks.evaluate_every and state.step % hooks.evaluate_every == 0:
+    """Stop if that was asked for; evaluate and save if it is time. What was done at the step `resumed_at` before an
+    interruption is not done again."""
+    if hooks.stop_point is not None:
+        hooks.stop_point()
+    evaluates = hooks.evaluate_every and state.step % hooks.evaluate_every == 0
+    if hooks.evaluate is not None and evaluates and state.evaluated < state.step:
         with timer.measure("evaluate"):
             hooks.evaluate(state.step)
+        state.evaluated = state.step
+    if state.step == resumed_at > 0:
+        return
     if hooks.save is not None and hooks.save_every and state.step and state.step % hooks.save_every == 0:
         with timer.measure("save"):
             hooks.save(state)
@@ -223,9 +231,9 @@ def _wait_if_stale(
         return
     monitor.message(f"step {state.step}: waits for an index of step {oldest} or newer (refresh.max_staleness_steps)")
     state.blocked_steps += 1
-    service.wait_for_version(oldest, hooks.wait_timeout_s)
+    service.wait_for_version(oldest, hooks.wait_timeout_s, stop=hooks.stop_asked)
     if service.status().oldest < oldest:  # what came was a partial refresh
-        service.wait_for_version(state.published_whole, hooks.wait_timeout_s)
+        service.wait_for_version(state.published_whole, hooks.wait_timeout_s, stop=hooks.stop_asked)
 
 
 def step_times(timer: Timer, begin: float) -> dict[str, float]:

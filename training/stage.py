@@ -6,6 +6,7 @@ hands in the index service, so that the same code runs under Ray and, in tests, 
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,15 +37,25 @@ from training.reporting.jsonl import plain
 from training.reporting.monitor import Monitor
 from training.retrieving.retrieve import IndexService
 from training.run_text import RunText
+from training.stopping import Stopped
 
 EVALUATION_FILE = "evaluation.json"
+PENDING = "pending"  # a snapshot that is being written
+SAVE_ROUND_S = 5.0  # of waiting for a snapshot, after which all ranks look whether to go on
 
 
 class Stage:
     """The objects of one trainer process."""
 
-    def __init__(self, job: StageJob, service: IndexService | None, stream: TextIO | None = None) -> None:
-        """Build models, engine and monitor. Collective."""
+    def __init__(
+        self,
+        job: StageJob,
+        service: IndexService | None,
+        stream: TextIO | None = None,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Build models, engine and monitor. Collective. `stop_asked` says, without waiting, whether the stage is to
+        stop; it may become true on one rank before the others."""
         torch.set_num_threads(job.threads)
         self.job, self.settings, self.service, self.run_dir = job, job.settings, service, Path(job.run_dir)
         settings = job.settings
@@ -84,6 +95,7 @@ class Stage:
             engine=self.engine,
             service=service,
             monitor=self.monitor,
+            stop_asked=stop_asked,
         )
         self.corpus = CorpusExamples(self.parts) if pretrains(settings.pretraining) else None
         self.measures = Measures(self.parts, self.corpus)
@@ -92,31 +104,41 @@ class Stage:
     # ---------------------------------------------------------------- the stage, in order
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step, measure and save. Return the measurements. Raises what the loop raises."""
-        job, settings = self.job, self.settings
+        """Train to the last step, measure and save. Return the measurements. Raises what the loop raises, and Stopped
+        after a checkpoint if the stage was asked to stop."""
         with self.monitor:
-            loader_state = self.restore()
-            self.reference = self.make_reference(resumes=loader_state is not None)
-            self.serve_index(fresh=not job.index_from_snapshot)
-            if settings.training.steps > self.state.step:
-                self.source = self.make_source(loader_state)
-                self.freshness = self.make_freshness(loader_state)
-                begin = time.monotonic()
-                train(
-                    settings.training,
-                    settings.objective,
-                    engine=self.engine,
-                    source=self.source,
-                    service=self.service,
-                    monitor=self.monitor,
-                    state=self.state,
-                    hooks=self.hooks(),
-                )
-                self.monitor.message(f"trained to step {self.state.step} in {time.monotonic() - begin:.0f} s")
-            if self.parts.retriever_trains and self.state.step:
-                self.serve_index(fresh=self.state.published_whole != self.state.step)
-            result = self.finish()
-        return result
+            try:
+                return self._run()
+            except Stopped:
+                if self.source is not None:
+                    self.save(self.state)
+                    self.monitor.message(f"stopped at step {self.state.step}, which is saved")
+                self.monitor.event("stopped", step=self.state.step)
+                raise
+
+    def _run(self) -> dict[str, Any]:
+        job, settings = self.job, self.settings
+        loader_state = self.restore()
+        self.reference = self.make_reference(resumes=loader_state is not None)
+        self.serve_index(fresh=not job.index_from_snapshot)
+        if settings.training.steps > self.state.step:
+            self.source = self.make_source(loader_state)
+            self.freshness = self.make_freshness(loader_state)
+            begin = time.monotonic()
+            train(
+                settings.training,
+                settings.objective,
+                engine=self.engine,
+                source=self.source,
+                service=self.service,
+                monitor=self.monitor,
+                state=self.state,
+                hooks=self.hooks(),
+            )
+            self.monitor.message(f"trained to step {self.state.step} in {time.monotonic() - begin:.0f} s")
+        if self.parts.retriever_trains and self.state.step:
+            self.serve_index(fresh=self.state.published_whole != self.state.step)
+        return self.finish()
 
     def restore(self) -> dict[str, Any] | None:
         """Load the newest complete checkpoint of this run, else the weights of `init_from`; else the models stay as
@@ -127,7 +149,8 @@ class Stage:
         if found is not None and settings.training.train != "none":
             state, rank_state = load_checkpoint(Path(found), self.engine)
             # This index service knows of no weights yet.
-            self.state = LoopState(**state["loop"] | {"published": -1, "published_whole": -1})
+            evaluated = {"evaluated": state["loop"]["step"]}  # earlier versions do not say, but had it done
+            self.state = LoopState(**evaluated | state["loop"] | {"published": -1, "published_whole": -1})
             set_rng_state(rank_state["rng"])
             self.monitor.message(f"resumes from {found} at step {self.state.step}")
             self.monitor.event("resumed", checkpoint=found, step=self.state.step)
@@ -166,7 +189,9 @@ class Stage:
                 left_s = max(0, len(self.store) - encoded) / rate
                 self.parts.progress(f"index: {encoded}/{len(self.store)} passages, {rate:.0f}/s, {left_s:.0f} s left")
 
-        self.service.wait_for_version(max(0, self.state.published), self.job.wait_timeout_s, report)
+        version, stop = max(0, self.state.published), self.parts.stop_asked
+        self.service.wait_for_version(version, self.job.wait_timeout_s, report, stop=stop)
+        self.parts.stop_point()
         waited = f"step {self.state.step}, {time.monotonic() - begin:.1f} s"
         self.monitor.message(f"index of {self.service.num_passages} passages serves ({waited})")
 
@@ -206,6 +231,8 @@ class Stage:
             max_staleness_steps=settings.refresh.max_staleness_steps if trains else 0,
             passages_fixed=not trains,
             wait_timeout_s=job.wait_timeout_s,
+            stop_point=self.parts.stop_point,
+            stop_asked=self.parts.stop_asked,
             numbers=self._numbers if self.parts.has_lexical_weight else None,
             watch=(lambda metrics: self.measures.after_step(self.state.step, metrics)) if watched else None,
         )
@@ -218,10 +245,9 @@ class Stage:
         result |= self.measures.finally_(self.state.step)
         if self.service is not None:
             result["generations_committed"] = self.service.status().generations_committed
+        self._await_index_on_disk()
         if self.source is not None:
             self.save(self.state)
-        else:
-            self._save_index()
         if self.engine.rank == 0:
             self.monitor.summary(result["metrics"])
             partial = self.run_dir / f".{EVALUATION_FILE}"
@@ -233,9 +259,9 @@ class Stage:
     # ---------------------------------------------------------------- parts
 
     def save(self, state: LoopState) -> None:
-        """Write a checkpoint, and save the index generation in use. Collective."""
+        """Write a checkpoint, which names the newest index generation on disk and waits for none. Collective."""
         assert self.source is not None
-        generation, current = self._save_index()
+        generation, current = self._index_on_disk()
         save_checkpoint(
             self.run_dir,
             state.step,
@@ -259,21 +285,48 @@ class Stage:
     def _numbers(self) -> dict[str, float]:
         return {"retrieval/lexical_weight": self.parts.lexical_weight()}
 
-    def _save_index(self) -> tuple[int, bool]:
-        """Save the index. Return the number of the generation on disk, and whether the present passage encoder made it;
-        -1 if there is none. A full disk costs the snapshot, not the run."""
+    def _index_on_disk(self) -> tuple[int, bool]:
+        """Return the number of the newest generation on disk, which is kept, and whether the present passage encoder
+        made it; -1 if there is none. Rank 0 knows; it waits for no snapshot, which other ranks could not bound."""
         if self.service is None or not self.settings.checkpoint.index or self.engine.rank:
             return -1, False
         status = self.service.status()
-        generation = status.generation
-        try:
-            self.service.save_generation(generation, self.job.wait_timeout_s)
-        except (OSError, TimeoutError) as error:
-            self.monitor.message(f"index generation {generation} was not saved, a resume will encode again: {error}")
-            self.monitor.event("index_save_failed", generation=generation, message=str(error))
-            return -1, False
-        current = not self.parts.retriever_trains or status.oldest == self.state.step
+        generation = self.service.keep_newest()
+        if generation != status.generation:
+            self.monitor.event("checkpoint_names_older_index", generation=generation, serving=status.generation)
+        trains, newest = self.parts.retriever_trains, generation == status.generation
+        current = generation >= 0 and (not trains or (newest and status.oldest == self.state.step))
         return generation, current and self.settings.refresh.precision == "float32"
+
+    def _await_index_on_disk(self) -> None:
+        """Wait until the serving generation is on disk. All ranks wait in rounds, so that none stands in a collective
+        for as long as a large index takes. A full disk costs the snapshot, not the run. Collective."""
+        if self.service is None or not self.settings.checkpoint.index:
+            return
+        generation, begin = self.service.status().generation, time.monotonic()
+        while True:
+            failure = self.engine.broadcast_object(self._save_failure(generation) if self.engine.rank == 0 else None)
+            if failure is None:
+                return
+            waited_s = time.monotonic() - begin
+            late = self.engine.any_rank(waited_s > self.job.wait_timeout_s)
+            if failure != PENDING or late:
+                why = f"it is not there after {waited_s:.0f} s" if failure == PENDING else failure
+                self.monitor.message(f"index generation {generation} was not saved, a resume will encode again: {why}")
+                self.monitor.event("index_save_failed", generation=generation, message=why)
+                return
+            self.parts.after_batch(f"index generation {generation} is being written: {waited_s:.0f} s")
+
+    def _save_failure(self, generation: int) -> str | None:
+        """Return None if the generation is on disk, PENDING if it is being written, else why it cannot be."""
+        assert self.service is not None
+        try:
+            self.service.save_generation(generation, SAVE_ROUND_S)
+        except TimeoutError:
+            return PENDING
+        except OSError as error:
+            return str(error)
+        return None
 
     def _newest(self) -> str | None:
         found = newest_checkpoint(self.run_dir, self.monitor.message)

@@ -101,6 +101,8 @@ class ClusterConfig:
         unit="restarts")
     start_timeout_s: float = setting(300.0, "Seconds that the processes of the index may take to start.", unit="s",
         above=0)
+    stop_timeout_s: float = setting(30.0, "Seconds that a stopped run (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1) may take to "
+        "save and end. It is ended at once afterwards.", unit="s", above=0)
     check_fit: str = setting("refuse", "Reaction to a launch whose memory, as `plan` counts it, the machines do not "
         "have.", choices=("refuse", "warn", "off"))
     memory_margin: float = setting(0.1, "Share of every memory that `plan` and the check before a launch leave free.",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.machines.allocator import keeping_freed_memory
+from cluster.machines.stopping import sparing_children
 
 NAMESPACE = "tandem"
 MIN_LOGICAL_CPUS = 4  # a Ray CPU is a ticket: trainer, controller and tests must fit on a machine with two cores
@@ -85,21 +86,22 @@ def start_or_join(
     if ray.is_initialized():
         raise RuntimeError("this process is connected to Ray already")
     logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
-    if address:
-        context: Any = ray.init(namespace=namespace, logging_level=logging.WARNING, log_to_driver=log_to_driver)
-    else:
-        context = _start_patiently(
-            address="local",
-            namespace=namespace,
-            num_cpus=logical_cpus(),
-            num_gpus=num_gpus,
-            object_store_memory=object_store_bytes,
-            include_dashboard=os.environ.get("TANDEM_DASHBOARD") == "1",  # ten processes, half a minute of two cores
-            dashboard_host="127.0.0.1",
-            logging_level=logging.WARNING,
-            log_to_driver=log_to_driver,
-            _node_ip_address="127.0.0.1",
-        )
+    with sparing_children():  # Ray puts a handler of its own in the place of ours
+        if address:
+            context: Any = ray.init(namespace=namespace, logging_level=logging.WARNING, log_to_driver=log_to_driver)
+        else:
+            context = _start_patiently(
+                address="local",
+                namespace=namespace,
+                num_cpus=logical_cpus(),
+                num_gpus=num_gpus,
+                object_store_memory=object_store_bytes,
+                include_dashboard=os.environ.get("TANDEM_DASHBOARD") == "1",  # ten processes, half a minute of CPU
+                dashboard_host="127.0.0.1",
+                logging_level=logging.WARNING,
+                log_to_driver=log_to_driver,
+                _node_ip_address="127.0.0.1",
+            )
     info = context.address_info
     return Session(namespace, info["gcs_address"], not address, str(Path(info["session_dir"]) / "logs"))
 

@@ -195,6 +195,18 @@ class RefreshCoordinator:
                 figures=figures,
             )
 
+    def keep_newest(self) -> int:
+        """Protect the newest generation on disk, which a checkpoint is about to name. Returns its number, -1 if there
+        is none; the serving one is wanted on disk, too."""
+        snapshots, serving = self.snapshots, self.serving.now
+        if serving is not None and snapshots.failure(serving.generation) is None:
+            snapshots.want(serving, asked=True)
+        newest = snapshots.newest(0)
+        if newest is None:
+            return -1
+        snapshots.protect(newest.generation)
+        return newest.generation
+
     def save_generation(self, generation: int) -> str | None:
         """The directory of a generation that is on disk, which is protected from now on; None while it is written.
 

@@ -314,6 +314,9 @@ class CoordinatorActor:
     def encode_again(self, numbers: np.ndarray, weights: Weights, adopt: bool = False) -> int:
         return self._coordinator.encode_again(numbers, weights, adopt)
 
+    def keep_newest(self) -> int:
+        return self._coordinator.keep_newest() if self._started else -1
+
     def save_generation(self, generation: int) -> str | None:
         return self._coordinator.save_generation(generation) if self._started else None
 

@@ -260,9 +260,15 @@ class IndexClient:
             self._hand_in()
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
+        self,
+        weights_version: int,
+        timeout_s: float,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Wait until a generation of that version or a newer one serves, and search it from now on.
+        """Wait until a generation of that version or a newer one serves, and search it from now on. The wait ends early
+        if `stop` returns true.
 
         A version that this client published itself is awaited as that very publish. `report` hears how many passages
         were encoded since. Raises TimeoutError after `timeout_s` without a further passage, and RuntimeError when its
@@ -282,6 +288,8 @@ class IndexClient:
                 return
             if status is not None and self._gave_up(status, weights_version) and not self._forgotten():
                 raise RuntimeError(f"no index of version {weights_version}: {status.given_up}")
+            if stop():
+                return
         raise TimeoutError(
             f"no index of version {weights_version} after {timeout_s:g} s without progress; version "
             f"{self._status.weights_version} serves (-1: none); see {self.address.events_path}"
@@ -302,6 +310,14 @@ class IndexClient:
                 encoded = status.passages_encoded
                 attempts.extend()
         raise TimeoutError(f"version {corpus_version} of the corpus is not served after {timeout_s:g} s")
+
+    def keep_newest(self) -> int:
+        """Return the number of the newest generation on disk, which is protected from now on; -1 if there is none, or
+        if the coordinator does not answer within a few seconds."""
+        try:
+            return int(get(self._coordinator.submit("keep_newest"), ASK_S))
+        except RayError:  # silent or restarting
+            return -1
 
     def save_generation(self, generation: int, timeout_s: float) -> str:
         """Make sure that `generation` is on disk, and protected; returns its directory.

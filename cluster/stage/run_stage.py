@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -28,12 +28,15 @@ from cluster.config.moved import with_absolute_paths
 from cluster.config.preflight import check_where, uses_index, with_absolute_models
 from cluster.config.settings import Settings
 from cluster.machines.events import EventLog
+from cluster.machines.run_lock import holding
+from cluster.machines.stopping import Interrupted
 from cluster.planning.check_fit import check_fit
 from cluster.planning.placement import PlacementPlan
 from cluster.prepare.corpus_changes import open_to_changes, passage_sides
 from cluster.prepare.stores import Prepared
 from cluster.service.start import IndexServiceHandle, await_ready, index_identity, start_index_service
 from cluster.stage.inherit import inherit_corpus, inherit_index
+from cluster.stage.stop_request import make_desk, run_until_stopped, watch
 from indexing.corpus.snapshot import TornSnapshot, is_complete
 from indexing.corpus.stores.filters import parse_filter
 from indexing.corpus.stores.passages import Store
@@ -48,6 +51,7 @@ from training.stage import EVALUATION_FILE
 from training.training_settings import PREFERENCE
 
 if TYPE_CHECKING:
+    from ray.actor import ActorHandle
     from ray.train import TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -70,20 +74,35 @@ def run_stage(
     run_dir = Path(settings.run.directory) / settings.run.name
     job = make_job(settings, prepared, init_from, run_dir)
     check_fit(replace(settings, encoder=job.settings.encoder), placement, len(passages))
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with holding(run_dir):
+        _run_held(job, settings, prepared, passages=passages, placement=placement, namespace=namespace)
+
+
+def _run_held(
+    job: StageJob,
+    settings: Settings,
+    prepared: Prepared,
+    *,
+    passages: Store,
+    placement: PlacementPlan,
+    namespace: str,
+) -> None:
+    """Run the stage in a folder that this process holds."""
+    run_dir = Path(job.run_dir)
     (run_dir / "config.yaml").write_text(to_yaml(with_absolute_paths(settings)), encoding="utf-8")
-    log = inherit_corpus(init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
+    log = inherit_corpus(job.init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
     check_where(settings, prepared.passages, log.folder)
     events = EventLog(run_dir / "events.jsonl")
     events("stage_started", step=_resumed_step(run_dir))
     service = None
-    with open_to_changes(log.folder, prepared, uses_index(settings)), _console(run_dir / CONSOLE):
+    serving = open_to_changes(log.folder, prepared, uses_index(settings))
+    with serving, _console(run_dir / CONSOLE):
         try:
             if uses_index(settings):
                 snapshot = snapshot_to_resume(run_dir)
                 if snapshot is None and newest_checkpoint(run_dir, lambda _: None) is None:
                     identity = index_identity(passages, settings.encoder, settings.index)
-                    snapshot = inherit_index(settings, init_from, run_dir=run_dir, identity=identity, log=log)
+                    snapshot = inherit_index(settings, job.init_from, run_dir=run_dir, identity=identity, log=log)
                 try:
                     service = _start_index(
                         settings, prepared, placement=placement, run_dir=run_dir, namespace=namespace, snapshot=snapshot
@@ -97,7 +116,12 @@ def run_stage(
                     )
                 job.index_from_snapshot = snapshot is not None and service.complete
             with _started(service, placement, settings.cluster.start_timeout_s):
-                _fit(job, service, settings, placement)
+                desk = make_desk()
+                run_until_stopped(lambda: _fit(job, service, desk, settings=settings, placement=placement), desk)
+        except Interrupted as signal:
+            signal.saved = newest_checkpoint(run_dir, lambda _: None)
+            events("stage_stopped", signal=str(signal), step=_resumed_step(run_dir))
+            raise
         finally:
             if service is not None:
                 service.stop()
@@ -241,7 +265,14 @@ def _resumed_step(run_dir: Path) -> int:
     return int(newest.name.rpartition("-")[2]) if newest is not None else 0
 
 
-def _fit(job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan) -> None:
+def _fit(
+    job: StageJob,
+    service: IndexServiceHandle | None,
+    desk: "ActorHandle",
+    *,
+    settings: Settings,
+    placement: PlacementPlan,
+) -> None:
     """Ray Train, again while cluster.max_failures allows; each attempt resumes from the newest checkpoint. What another
     attempt would meet again is raised at once."""
     from ray.exceptions import RayActorError, WorkerCrashedError
@@ -250,7 +281,7 @@ def _fit(job: StageJob, service: IndexServiceHandle | None, settings: Settings, 
     events = EventLog(Path(job.run_dir) / "events.jsonl")
     for attempt in range(settings.cluster.max_failures + 1):
         try:
-            _trainer(job, service, settings, placement).fit()
+            _trainer(job, service, desk, settings=settings, placement=placement).fit()
             return
         except (RayActorError, WorkerCrashedError) as error:  # the controller itself; its trainers ended with it
             kind, what, cause = "controller_lost", "the controller of the trainers was lost", error
@@ -266,7 +297,12 @@ def _fit(job: StageJob, service: IndexServiceHandle | None, settings: Settings, 
 
 
 def _trainer(
-    job: StageJob, service: IndexServiceHandle | None, settings: Settings, placement: PlacementPlan
+    job: StageJob,
+    service: IndexServiceHandle | None,
+    desk: "ActorHandle",
+    *,
+    settings: Settings,
+    placement: PlacementPlan,
 ) -> "TorchTrainer":
     """One attempt, not started yet."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -276,7 +312,8 @@ def _trainer(
     resources = {"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {})
     return TorchTrainer(
         _train_loop,
-        train_loop_config={"told": pickle.dumps((job, service))},  # bytes: the controller need not import torch
+        # The job as bytes: the controller need not import torch.
+        train_loop_config={"job": pickle.dumps((job, service)), "desk": desk},
         scaling_config=ScalingConfig(num_workers=seat.number, use_gpu=seat.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",
@@ -301,9 +338,10 @@ def _train_loop(config: dict[str, Any]) -> None:
     import torch
 
     from training.stage import Stage
+    from training.stopping import Stopped
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    job, service = pickle.loads(config["told"])
+    job, service = pickle.loads(config["job"])
     context = ray.train.get_context()
     if torch.cuda.is_available():
         torch.cuda.set_device(context.get_local_rank())
@@ -312,7 +350,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     stream: TextIO | None = None
     if context.get_world_rank() == 0:
         stream = open(Path(job.run_dir) / CONSOLE, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-    Stage(job, client, stream).run()
+    with suppress(Stopped):  # the driver, which asked for it, knows
+        Stage(job, client, stream, watch(config["desk"])).run()
 
 
 @contextmanager

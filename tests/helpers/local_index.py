@@ -150,7 +150,12 @@ class LocalIndex:
         self.generations_committed += 1
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
+        self,
+        weights_version: int,
+        timeout_s: float,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """What waits is built now. Raises TimeoutError when that is not new enough."""
         self.waited_for.append(weights_version)
@@ -158,6 +163,11 @@ class LocalIndex:
         report(self.num_passages)
         if self.weights_version < weights_version and not self._is_complete:
             raise TimeoutError(f"version {weights_version} after {timeout_s} s: {self.weights_version} serves")
+
+    def keep_newest(self) -> int:
+        """Write the serving generation, which is then the newest on disk."""
+        self.save_generation(self.generation, 0.0)
+        return self.generation
 
     def save_generation(self, generation: int, timeout_s: float) -> str:
         """Write every shard of `generation`."""

@@ -38,7 +38,7 @@ class Ranks:
 
     def any_rank(self, flag: bool) -> bool:
         """Return true if `flag` is true on some rank."""
-        return self.all_reduce_sum([float(flag)])[0] > 0
+        return flag if self.world_size == 1 else self.all_reduce_sum([float(flag)])[0] > 0
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sums over ranks, in float64."""

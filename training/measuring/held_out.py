@@ -1,7 +1,7 @@
 """Pretraining measured on examples that were cut from passages held out of training."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -31,10 +31,11 @@ class HeldOut:
         objective: ObjectiveConfig,
         number: int,
         select: Reranking | None = None,
+        progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`search`: None reads no passages. `number` of examples, in the whole. `select` puts what was found in another
         order."""
-        self.select = select
+        self.select, self.progress = select, progress
         assert isinstance(collator.questions, CorpusQuestions)
         self.questions = collator.questions
         self.engine, self.collator, self.search = engine, collator, search
@@ -66,6 +67,7 @@ class HeldOut:
             values, tokens = self._log_likelihoods(batch), batch.generator_batch.answer_mask.sum(dim=1).tolist()
             tasks = [self.questions.example(int(number)).task for number in part]
             rows += zip(part.tolist(), tasks, values, tokens, strict=True)
+            self.progress(f"evaluate held-out examples: {len(rows)}/{share}")
         return rows
 
     def _passages(self, numbers: np.ndarray) -> tuple[Sequence[np.ndarray], np.ndarray | None]:

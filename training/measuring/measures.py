@@ -113,7 +113,7 @@ class Measures:
             retrieval=settings.retrieval,
             objective=settings.objective,
             generator=settings.generator,
-            progress=parts.progress,
+            progress=parts.after_batch,
             passages_fixed=parts.index_is_fresh,
             refusal=settings.questions.refusal,
             search=parts.hybrid_search(questions),
@@ -140,6 +140,7 @@ class Measures:
             objective=settings.objective,
             number=number,
             select=select,
+            progress=parts.after_batch,
         )
 
     def _make_preferences(self) -> PreferenceEvaluator:
@@ -153,7 +154,7 @@ class Measures:
             retrieval=settings.retrieval,
             batch_size=settings.evaluation.batch_size,
             temperature=settings.objective.temperature,
-            progress=parts.progress,
+            progress=parts.after_batch,
             search=parts.hybrid_search(pairs),
             select=parts.selection(collator),
         )

@@ -116,10 +116,20 @@ class IndexService(Protocol):
         ...
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
+        self,
+        weights_version: int,
+        timeout_s: float,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Wait until a generation of that version or a newer one serves; `report` gets the number of passages encoded
-        since. Raises TimeoutError after `timeout_s` without a further passage."""
+        """Wait until a generation of that version or a newer one serves, or `stop` returns true; `report` gets the
+        number of passages encoded since. Raises TimeoutError after `timeout_s` without a further passage."""
+        ...
+
+    def keep_newest(self) -> int:
+        """Return the number of the newest generation on disk, which is kept for a checkpoint that names it; -1 if there
+        is none, or if the service does not answer at once."""
         ...
 
     def save_generation(self, generation: int, timeout_s: float) -> str:

@@ -151,7 +151,12 @@ class PartsFirst(LocalIndex):
             super().publish(weights_version, weights, only)
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
+        self,
+        weights_version: int,
+        timeout_s: float,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         if self.whole is not None and self.weights_version < weights_version:
             super().publish(*self.whole)

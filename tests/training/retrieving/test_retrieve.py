@@ -121,9 +121,17 @@ class ToldService:
         raise AssertionError("the prefetcher publishes nothing")
 
     def wait_for_version(
-        self, weights_version: int, timeout_s: float, report: Callable[[int], None] = lambda _: None
+        self,
+        weights_version: int,
+        timeout_s: float,
+        report: Callable[[int], None] = lambda _: None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         raise AssertionError("the prefetcher waits for no version")
+
+    def keep_newest(self) -> int:
+        raise AssertionError("the prefetcher saves nothing")
 
     def save_generation(self, generation: int, timeout_s: float) -> str:
         raise AssertionError("the prefetcher saves nothing")
