@@ -12,6 +12,7 @@ from indexing.corpus.stores.passages import Store
 from indexing.indexing_settings import QuestionsConfig
 from training.data import Collator, Questions
 from training.engine.engine import Engine
+from training.example_settings import AlignmentConfig, PretrainingConfig
 from training.models.model_inputs import RetrievalBatch
 from training.models.parts.modes import evaluating
 from training.models.system import System
@@ -23,7 +24,6 @@ from training.retrieving.retrieve import IndexService
 from training.run_text import RunText
 from training.stopping import Stopped
 from training.training_settings import (
-    AlignmentConfig,
     CheckpointConfig,
     EncoderConfig,
     EngineConfig,
@@ -31,7 +31,6 @@ from training.training_settings import (
     GeneratorConfig,
     MonitorConfig,
     ObjectiveConfig,
-    PretrainingConfig,
     RerankerConfig,
     RetrievalConfig,
     TrainingConfig,

@@ -11,8 +11,9 @@ from cluster.results.findings import Findings, read_measured
 from cluster.results.summary import write_findings
 from cluster.stage.run_stage import is_finished, run_stage
 from indexing.declare import refuse
+from training.example_settings import PretrainingConfig
 from training.objectives.dispatch import needs
-from training.training_settings import NeedleConfig, ObjectiveConfig, PretrainingConfig
+from training.training_settings import NeedleConfig, ObjectiveConfig
 
 AFTER = "after_update"
 
@@ -55,7 +56,8 @@ def measure(experiment: Experiment, name: str) -> None:
     after = read_measured(AFTER, run_folder(stages[AFTER])) if as_of else None
     if after is not None:
         findings.updates["evaluate"] = (measured, after)
-    write_findings(findings, run_folder(asked), {key: run_folder(stage) for key, stage in stages.items()})
+    run_dirs = {key: run_folder(stage) for key, stage in stages.items()}
+    write_findings(findings, run_folder(asked), run_dirs, num_examples=settings.evaluation.examples)
 
 
 def build_index(experiment: Experiment, name: str) -> None:

@@ -194,7 +194,8 @@ def _report(experiment: Experiment, seconds: float) -> None:
         after = read_measured(name, run_folder(_updated(experiment, name)))
         if after is not None:
             findings.updates[name] = (findings.stages[name or "run"], after)
-    write_findings(findings, experiment.directory, run_dirs)
+    num_examples = experiment.stages[_last(experiment)].evaluation.examples
+    write_findings(findings, experiment.directory, run_dirs, num_examples=num_examples)
 
 
 def _last(experiment: Experiment) -> str:

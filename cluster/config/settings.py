@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from indexing.declare import POINT_VALUES, is_point, section, setting
 from indexing.indexing_settings import CorpusConfig, IndexConfig, LexicalConfig, PreferencesConfig, QuestionsConfig
+from training.example_settings import AlignmentConfig, PretrainingConfig
 from training.refreshing.policy import POLICIES
 from training.training_settings import (
     DTYPES,
-    AlignmentConfig,
     CheckpointConfig,
     EncoderConfig,
     EngineConfig,
@@ -16,7 +16,6 @@ from training.training_settings import (
     GeneratorConfig,
     MonitorConfig,
     ObjectiveConfig,
-    PretrainingConfig,
     RerankerConfig,
     RetrievalConfig,
     TrainingConfig,

@@ -20,7 +20,6 @@ HEADLINE = ("recall@1", "recall@5", "recall@20", "exact_match", "f1")
 FURTHER = ("accuracy", "refusal_unanswerable", "refusal_answerable", "held_out/log_likelihood", "held_out/loss")
 ALIGNMENT = ("preference_accuracy", "preference_accuracy_per_token")  # if pairs were measured
 CONTROLS = ("closed_book", "gold", "long", "fused", "marginal", "top1")
-NUM_EXAMPLES = 6
 
 
 def seconds_of(directory: Path) -> float:
@@ -99,8 +98,11 @@ def result_table(findings: Findings, summary: Mapping[str, Any]) -> Table:
     return Table("Held-out questions", ["stage", *HEADLINE, *aligned], rows, notes)
 
 
-def write_findings(findings: Findings, directory: Path, run_dirs: Mapping[str, Path]) -> dict[str, Any]:
-    """Write summary.json and report.html into `directory`, print the table, and return the summary."""
+def write_findings(
+    findings: Findings, directory: Path, run_dirs: Mapping[str, Path], *, num_examples: int
+) -> dict[str, Any]:
+    """Write summary.json and report.html into `directory`, print the table, and return the summary. The report shows
+    `num_examples` questions with their answers (`evaluation.examples`)."""
     summary = summarise(findings)
     partial = directory / f".{SUMMARY_FILE}"
     partial.write_text(json.dumps(plain(summary), indent=1) + "\n", encoding="utf-8")
@@ -112,21 +114,20 @@ def write_findings(findings: Findings, directory: Path, run_dirs: Mapping[str, P
     if contexts is not None:
         tables.append(contexts)
     needles = needle_sections(findings.stages)
-    run_report(
-        run_dirs, tables, examples=_examples(findings), out=directory / REPORT_FILE, title=directory.name, more=needles
-    )
+    examples, out = _examples(findings, num_examples), directory / REPORT_FILE
+    run_report(run_dirs, tables, examples=examples, out=out, title=directory.name, more=needles)
     print("\n\n".join(print_table(table) for table in tables))
     print(f"{directory / SUMMARY_FILE}  {directory / REPORT_FILE}  ({time.strftime('%H:%M:%S')})")
     return summary
 
 
-def _examples(findings: Findings) -> list[Example]:
-    """Return the first questions with the answers of each stage."""
+def _examples(findings: Findings, number: int) -> list[Example]:
+    """Return the first questions, at most `number`, with the answers of each stage."""
     if not findings.stages:
         return []
     last = list(findings.stages.values())[-1]
     examples = []
-    for row in last.rows[:NUM_EXAMPLES]:
+    for row in last.rows[:number]:
         answers = {
             name: str(other["prediction"])
             for name, measured in findings.stages.items()

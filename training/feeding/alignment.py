@@ -17,6 +17,7 @@ from indexing.corpus.stores.passages import Store
 from indexing.corpus.stores.questions import QuestionStore
 from training.data import Collator
 from training.engine.engine import Engine
+from training.example_settings import AlignmentConfig
 from training.feeding.reference import Reference
 from training.feeding.rewards import load_reward, measure
 from training.loop import Fetched, Source
@@ -28,7 +29,7 @@ from training.models.parts.modes import evaluating
 from training.models.system import System
 from training.objectives.check import samples_answers
 from training.objectives.sampling import sample_log_probs
-from training.training_settings import AlignmentConfig, ObjectiveConfig
+from training.training_settings import ObjectiveConfig
 
 MISMATCH_TRIES = 20  # draws until another question's answer is found
 

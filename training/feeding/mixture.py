@@ -6,7 +6,8 @@ mean of both, weighted by their shares, so that every trainer's graph is the sam
 """
 
 from indexing.declare import refuse
-from training.training_settings import CONTRASTIVE, PretrainingConfig
+from training.example_settings import PretrainingConfig
+from training.training_settings import CONTRASTIVE
 
 TASKS = ("span_corruption", "salient_span", "prefix_lm", "title_to_section")
 

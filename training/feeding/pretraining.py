@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from indexing.corpus.stores.passages import Store, TokenSide
 from indexing.hits import Hits, chosen, filled, without
+from training.example_settings import PretrainingConfig
 from training.feeding.mixture import answered
 from training.feeding.tasks import MASK_WORD, MaskWords, find_recognizer, make_example
 from training.retrieving.retrieve import IndexService, PendingHits, Search, dense_search
 from training.run_text import RunText
-from training.training_settings import PretrainingConfig
 
 ATTEMPTS = 200  # passages that may lack what a task needs before it is refused
 CACHED = 4096  # examples: more than are searched ahead

@@ -17,8 +17,8 @@ import numpy as np
 
 from indexing.corpus.files.corpus import Passage
 from indexing.declare import refuse
+from training.example_settings import PretrainingConfig
 from training.plug_ins import load_function
-from training.training_settings import PretrainingConfig
 
 MASK = "\ufffc"  # where something was taken out of a question
 MASK_WORD = "_"  # of a tokeniser that has no mask token

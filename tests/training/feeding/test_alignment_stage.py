@@ -17,17 +17,12 @@ from tests.helpers.tiny_world import TinyWorld, with_changes
 from tests.training.test_stage import Failure, failing, final_weights, part, rows_by_step, run_stage, same
 from training.checkpoint import load_weights, newest_checkpoint
 from training.data import Collator
+from training.example_settings import AlignmentConfig
 from training.job import StageJob
 from training.objectives.dispatch import compute, needs
 from training.refreshing.policy import RefreshPlan
 from training.stage import Stage
-from training.training_settings import (
-    AlignmentConfig,
-    CheckpointConfig,
-    ObjectiveConfig,
-    RetrievalConfig,
-    TrainingConfig,
-)
+from training.training_settings import CheckpointConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 
 DPO = ObjectiveConfig(name="dpo")
 VARIETY = "tests.helpers.preference_files:variety"

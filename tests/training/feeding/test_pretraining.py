@@ -18,6 +18,7 @@ from tests.helpers.local_index import LocalIndex
 from tests.helpers.tiny_world import TinyWorld, with_changes
 from training.checkpoint import load_weights, newest_checkpoint
 from training.data import Collator, Stream
+from training.example_settings import PretrainingConfig
 from training.feeding.batches import RetrievedBatches
 from training.feeding.mixture import TASKS
 from training.feeding.pretraining import TRAINING, CorpusQuestions, FairSearch, example_sides, split_passages
@@ -39,7 +40,6 @@ from training.training_settings import (
     EvaluationConfig,
     GeneratorConfig,
     ObjectiveConfig,
-    PretrainingConfig,
     RetrievalConfig,
     TrainingConfig,
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from indexing.corpus.files.corpus import Passage
+from training.example_settings import PretrainingConfig
 from training.feeding.mixture import TASKS, mixture, pretrains
 from training.feeding.tasks import (
     MASK,
@@ -22,7 +23,6 @@ from training.feeding.tasks import (
     span_corruption,
     title_to_section,
 )
-from training.training_settings import PretrainingConfig
 
 TEXT = (
     "Ada Lovelace was born on 10 December 1815 in London. She wrote the first program for the Analytical Engine, "
