@@ -1,13 +1,13 @@
 """Drift: the distance of the encoders from the index that serves, measured on a fixed set of questions.
 
 The probe's questions are searched with today's query encoder; the candidates (more than are read, see PROBE_FACTOR)
-are scored again by today's passage encoder. What lies beyond the candidates is not seen: the overlap is an upper bound
-of what a ranking of the whole corpus would show, and equal to it once the candidates are all passages.
+are scored again by today's passage encoder. Nothing beyond the candidates is seen: the overlap is an upper bound of that
+of a ranking of the whole corpus, and equal to it once the candidates are all passages.
 
     drift/overlap           share of the index's k best that are among the k best by fresh scores
     drift/rank_correlation  Spearman's rho of both orders, over the candidates of a question
-    drift/passage_shift     mean 1 - cosine of a candidate's indexed and fresh vectors; where the kind of index keeps
-                            no vectors: of those at the newest publish and now, where it is a candidate again
+    drift/passage_shift     mean 1 - cosine of a candidate's indexed and fresh vectors; if the kind of index keeps no
+                            vectors, of its vectors at the newest publish and now, if it is a candidate again
     drift/query_shift       mean 1 - cosine of a question's vectors at the newest publish and now
 
 Every method is collective; each rank probes its share, and all ranks have the same result.
@@ -20,7 +20,7 @@ import numpy as np
 from training.retrieving.rescore import FreshVectors, candidate_vectors, overlap_of, pair_scores
 from training.retrieving.retrieve import IndexService
 
-PROBE_FACTOR = 4  # candidates are so many times k, or retrieval.rescore times where that is more
+PROBE_FACTOR = 4  # Number of candidates for each k; retrieval.rescore if that is larger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class _Vectors:
-    """This rank's, by the encoders of one moment."""
+    """Vectors of this rank's questions and of their candidates, by the encoders of one moment."""
 
     questions: np.ndarray  # float32 [questions of this rank, dim]
     passages: dict[int, np.ndarray]
@@ -51,7 +51,8 @@ class DriftProbe:
     """Probes an index with the same questions each time."""
 
     def __init__(self, fresh: FreshVectors, service: IndexService, *, numbers: np.ndarray, k: int, depth: int) -> None:
-        """`numbers` of the questions, the same on every rank; `depth` candidates for each, k of them read."""
+        """Take the question `numbers`, the same on every rank, and search `depth` candidates for each, k of which are
+        read."""
         self.fresh, self.service, self.numbers, self.k, self.depth = fresh, service, numbers, k, depth
         engine = fresh.engine
         share = -(-len(numbers) // engine.world_size)
@@ -100,7 +101,7 @@ class DriftProbe:
         return shift(self._published.questions, queries)
 
     def _passage_shifts(self, stale: np.ndarray | None, vectors: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """float64 [any]: of each candidate where its former vector is known."""
+        """Return the shift of each candidate whose former vector is known; float64 [any]."""
         if stale is not None:
             return shift(stale, vectors)[ids >= 0]
         former = self._published.passages if self._published is not None else {}
@@ -112,15 +113,15 @@ class DriftProbe:
 
 
 def shift(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """float64 [...]: 1 - cosine of vectors [..., dim]; 0 where both are one direction, at most 2."""
+    """Return 1 - cosine of vectors [..., dim] as float64 [...]: 0 for equal directions, at most 2."""
     before, after = before.astype(np.float64), after.astype(np.float64)
     norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
     return 1 - (before * after).sum(axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
 
 
 def spearman(first: np.ndarray, second: np.ndarray, known: np.ndarray) -> float:
-    """Spearman's rank correlation of two score lines [n] where `known`, equal scores sharing their mean rank; NaN where
-    a line has fewer than two different scores."""
+    """Return Spearman's rank correlation of two rows of scores [n] where `known` is true. Equal scores share their mean
+    rank; NaN if a row has fewer than two different scores."""
     if known.sum() < 2:
         return float("nan")
     a, b = (_ranks(line[known]) for line in (first, second))
@@ -135,7 +136,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _mean(columns: np.ndarray) -> list[float]:
-    """Mean of each column [rows, columns] over the rows that have it; NaN where none has."""
+    """Return the mean of each column [rows, columns] over the rows that have it; NaN if none has."""
     there = ~np.isnan(columns)
     totals = np.where(there, columns, 0.0).sum(axis=0)
     return [float(t / n) if n else float("nan") for t, n in zip(totals, there.sum(axis=0), strict=True)]

@@ -32,13 +32,13 @@ class Freshness:
         num_numbers: int = 0,
         fixed_until: int = 0,
     ) -> None:
-        """`probe`: None measures no drift. `num_numbers`: passage numbers given so far, of which a filter may let the
-        index return fewer (0: the index has them all). Up to step `fixed_until` the encoders do not change, and no
-        refresh is asked for."""
+        """`probe` None measures no drift. `num_numbers` is the number of passage numbers given so far, of which a
+        filter may let the index return fewer (0: the index has them all). Up to step `fixed_until` the encoders do not
+        change, and no refresh is asked for."""
         self.plan, self.engine, self.service, self.monitor, self.probe = plan, engine, service, monitor, probe
         self._num_numbers, self._fixed_until = num_numbers or service.num_passages, fixed_until
         self.heat = Heat(self._num_numbers, engine) if plan.partial else None
-        self._failures = 0  # of refreshes, when the newest one was asked for
+        self._failures = 0  # Number of failed refreshes when the newest one was asked for
 
     def begin(self, state: LoopState, saved: dict[str, Any] | None = None) -> None:
         """Prepare for training, which begins or goes on from a checkpoint that `saved` comes from, once an index
@@ -78,14 +78,14 @@ class Freshness:
         return metrics | {"index/refreshed_share": state.refreshed_share}
 
     def state(self) -> dict[str, Any] | None:
-        """This rank's part of a checkpoint, beside what `LoopState` has."""
+        """Return this rank's part of a checkpoint, beside that in `LoopState`."""
         return self.heat.state() if self.heat is not None else None
 
     # ---------------------------------------------------------------- inside
 
     def _decide(self, state: LoopState, drift: Drift | None) -> Decision | None:
         status = self.service.status()
-        # A refresh that has failed meanwhile may never come: newer weights are then as good as another attempt.
+        # A failed refresh may never be repeated; newer weights then serve as well as another attempt.
         under_way = status.weights_version < state.published and status.failures == self._failures
         overlap = drift.overlap if drift is not None else None
         return decide(

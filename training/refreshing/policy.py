@@ -22,7 +22,7 @@ POLICIES = ("every_steps", "on_drift", "both")
 class RefreshPlan:
     """The settings of section `refresh` that the trainer reads."""
 
-    every_steps: int = 0  # 0: never by the clock
+    every_steps: int = 0  # Number of steps from one refresh to the next; 0: none by the clock
     precision: str = "float32"
     max_staleness_steps: int = 0  # 0: training never waits for a refresh
     policy: str = "every_steps"
@@ -60,9 +60,9 @@ def decide(
 ) -> Decision | None:
     """Return the decision after optimiser step `step`; None if neither clock nor drift asks for a refresh.
 
-    share: of the corpus, encoded by this stage's refreshes so far (2.5: two and a half times). num_partial: partial
-    refreshes since the last whole one. overlap: of the probe, None where it was not measured. under_way: an earlier
-    refresh has not been committed yet.
+    `share` of the corpus was encoded by this stage's refreshes so far (2.5: two and a half times). `num_partial` is the
+    number of partial refreshes since the last whole one. `overlap` is that of the probe, None if it was not measured.
+    `under_way` says that an earlier refresh has not been committed yet.
     """
     whole = plan.is_whole(num_partial)
     if plan.is_due(step):

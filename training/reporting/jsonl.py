@@ -12,7 +12,7 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """`value` as strict JSON can hold it: NaN and infinities become None, unknown objects their text."""
+    """Return `value` as strict JSON can hold it: NaN and infinities become None, unknown objects their text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
@@ -53,7 +53,7 @@ def drop_torn_line(path: Path) -> int:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of `path`, without the lines that are no JSON object; nothing if the file is absent."""
+    """Yield the objects of `path`; lines that are no JSON object are skipped, and an absent file has none."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -38,7 +38,7 @@ class Timer:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def pop(self) -> dict[str, float]:
-        """Seconds of every part since the last pop, by name."""
+        """Return the seconds of every part since the last pop, by name."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
@@ -49,7 +49,8 @@ class Timer:
 
 
 def memory_metrics() -> dict[str, float]:
-    """Resident memory of this process, and the peak of what torch allocated on its GPU where there is one, in GiB."""
+    """Return the resident memory of this process and, if torch uses a GPU, the peak of what it allocated there, in
+    GiB."""
     metrics = {"perf/memory_rss_gib": _resident_bytes() / GIB}
     torch = sys.modules.get("torch")  # never imported from here: a process without torch holds no GPU memory
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -26,8 +26,8 @@ from training.training_settings import MonitorConfig
 
 __all__ = ["Monitor", "Timer", "memory_metrics"]
 
-FINISH_TIMEOUT_S = 30.0
-QUEUE_ROWS = 10_000  # rows that may wait for W&B before new ones are left out
+FINISH_TIMEOUT_S = 30.0  # Seconds for W&B to upload what is left; longer would hold up the next stage
+QUEUE_ROWS = 10_000  # Number of rows that may wait for W&B before new ones are left out
 STEP_METRIC = "trainer/step"
 
 
@@ -122,7 +122,7 @@ class Monitor:
         self.finish(exit_code=0 if kind is None else 1)
 
     def _append(self, path: Path, row: Mapping[str, Any]) -> None:
-        """A disk that takes no more costs the line and one message, not the run."""
+        """Append a row to a file. A full disk costs the line and one message, not the run."""
         try:
             append_line(path, row)
         except OSError as error:
@@ -137,7 +137,7 @@ class Monitor:
 
 
 class WandbThread:
-    """The W&B run, in a thread that alone talks to it."""
+    """The W&B run. A thread of its own talks to it, and nothing else does."""
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class WandbThread:
     def _handle(self, kind: str, payload: Any) -> None:
         match kind:
             case "log":
-                # An offline run that is resumed does not know how many rows it had: its first row says so.
+                # A resumed offline run does not know how many rows it had: its first row carries the number.
                 self._run.log(payload, step=self._first_row, commit=True)
                 self._first_row = None
             case "summary":
@@ -273,7 +273,7 @@ class WandbThread:
             self._module.teardown(exit_code=1)  # so that it does not complain again when Python exits
 
     def _fail(self, text: str) -> None:
-        """Say the first thing that went wrong; the rest follows from it."""
+        """Report the first failure; later ones follow from it."""
         if not self._failed:
             self._failed = True
             self._report(text, True)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 COLOURS = ("#2f7ed8", "#e07b24", "#2a9d62", "#c23b75", "#7d62c9", "#8a7a2e")
-INK = "#010203"  # drawn in this colour, then replaced by the text colour of the page
-NUM_MEAN = 15  # values that a running mean spans
+INK = "#010203"  # a colour that stands for the page's text colour until the SVG is written
+NUM_MEAN = 15  # Number of values that a running mean spans
 
 
 @dataclass(kw_only=True)
@@ -22,19 +22,19 @@ class Plot:
     title: str
     curves: Mapping[str, Curve]
     marks: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    smooth: bool = False  # draw the running mean, and the values pale behind it
+    smooth: bool = False  # draws the running mean, and the values pale behind it
     bounds: tuple[float, float] | None = None  # of the values' axis
     steps: bool = False  # a value holds until the next one
 
 
 @dataclass
 class Points:
-    """One row per name: a point for each series, with its spread as a bar."""
+    """A chart of one row for each name, with a point for each series and its spread as a bar."""
 
     title: str
     names: Sequence[str]
-    series: Mapping[str, Sequence[tuple[float, float] | None]]  # mean and spread of each name, None: not measured
-    marked: str = ""  # name whose points are drawn on as dotted lines
+    series: Mapping[str, Sequence[tuple[float, float] | None]]  # mean and spread for each name; None: not measured
+    marked: str = ""  # name whose means are drawn as dotted lines through all rows
 
 
 @dataclass(kw_only=True)
@@ -50,17 +50,17 @@ class HeatMap:
 
 
 def plot_svg(plot: Plot, colours: Mapping[str, str]) -> str:
-    """The plot as one `<svg>` element without references to anything outside."""
+    """Return the plot as one `<svg>` element that refers to nothing outside of it."""
     return _svg(plot.title, lambda: figure(plot, colours))
 
 
 def points_svg(points: Points) -> str:
-    """The points as one `<svg>` element."""
+    """Return the points as one `<svg>` element."""
     return _svg(points.title, lambda: _points_figure(points))
 
 
 def heat_svg(heat: HeatMap) -> str:
-    """The heat map as one `<svg>` element, each cell with its number."""
+    """Return the heat map as one `<svg>` element, each cell with its number."""
     return _svg(heat.title, lambda: _heat_figure(heat))
 
 
@@ -82,7 +82,7 @@ def _svg(title: str, draw: Callable[[], "Figure"]) -> str:
 
 
 def figure(plot: Plot, colours: Mapping[str, str]) -> "Figure":
-    """The plot as a matplotlib figure that no window and no global state knows."""
+    """Return the plot as a matplotlib figure without a window; pyplot does not know it."""
     result, axes = _frame(5.2, 3.0, plot.title)
     for run, (steps, values) in plot.curves.items():
         draw_style = "steps-post" if plot.steps else "default"
@@ -105,7 +105,7 @@ def figure(plot: Plot, colours: Mapping[str, str]) -> "Figure":
 
 
 def _frame(width: float, height: float, title: str) -> tuple["Figure", Any]:
-    """An empty figure of so many inches and its axes."""
+    """Return an empty figure of the given size in inches, and its axes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -143,7 +143,7 @@ def _points_figure(points: Points) -> "Figure":
 
 def _heat_figure(heat: HeatMap) -> "Figure":
     result, axes = _frame(1.6 + 0.7 * len(heat.columns), 1.2 + 0.4 * len(heat.rows), heat.title)
-    # Cells are drawn as vectors: an image would be a reference out of the page's text.
+    # Cells are drawn as vectors: an image would be a reference to something outside of the page.
     axes.pcolormesh(heat.values, cmap="viridis", vmin=0.0, vmax=1.0, edgecolors="face")
     for row, values in enumerate(heat.values):
         for column, value in enumerate(values):
@@ -158,7 +158,7 @@ def _heat_figure(heat: HeatMap) -> "Figure":
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean of each value and those before it, at most NUM_MEAN in all."""
+    """Return the mean of each value and those before it, at most NUM_MEAN in all."""
     means, total = [], 0.0
     for position, value in enumerate(values):
         total += value - (values[position - NUM_MEAN] if position >= NUM_MEAN else 0.0)

@@ -1,13 +1,13 @@
-"""The console's view of a run: at most one line a step, with the time left."""
+"""Turns metrics into the console's lines: at most one for a step, with the time left."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-INTERVAL_S = 5.0  # between two lines where nobody watches
-TERMINAL_INTERVAL_S = 1.0
-WINDOW = 30  # logged steps that the remaining time is estimated from
+INTERVAL_S = 5.0  # Seconds between two lines of a log file, which stays short enough to read
+TERMINAL_INTERVAL_S = 1.0  # Seconds between two lines on a terminal, where somebody watches
+WINDOW = 30  # Number of logged steps that the remaining time is estimated from
 EVALUATION_KEYS = ("recall@1", "recall@5", "recall@20", "exact_match", "f1", "preference_accuracy")
 
 
@@ -23,7 +23,7 @@ class Progress:
         self._recall: float | None = None
 
     def line(self, metrics: Mapping[str, float], step: int) -> str | None:
-        """The line for these metrics, or None when it is too early for one."""
+        """Return the line for these metrics, or None if it is too early for one."""
         evaluation = self._evaluation_line(metrics, step)
         if not any(not key.startswith("eval/") for key in metrics):
             return evaluation
@@ -36,7 +36,7 @@ class Progress:
         return self._step_line(metrics, step)
 
     def seconds_left(self, step: int) -> float | None:
-        """Estimate from the last steps; None before two steps are known."""
+        """Return an estimate of the seconds left, from the last steps; None before two steps are known."""
         if not self._times:
             return None
         (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
@@ -78,13 +78,13 @@ class Progress:
 
 
 def share(value: float) -> str:
-    """A number between 0 and 1 in two digits, without the leading zero: `.83`."""
+    """Return a number between 0 and 1 with two digits and without the leading zero: `.83`."""
     text = f"{value:.2f}"
     return text[1:] if text.startswith("0.") else text
 
 
 def duration(seconds: float) -> str:
-    """`45s`, `1m20s`, `2h05m`."""
+    """Return the time as `45s`, `1m20s` or `2h05m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -18,7 +18,7 @@ _IN_TEXT = (
 
 
 def redact(value: Any) -> Any:
-    """A copy of `value`, dataclasses as dictionaries, with the values of secret keys replaced at any depth."""
+    """Return a copy of `value`, dataclasses as dictionaries, with the values of secret keys replaced at any depth."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -29,7 +29,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_text(text: str) -> str:
-    """`text` without credentials in URLs, `...key=VALUE` assignments and tokens of well-known shape."""
+    """Return `text` without credentials in URLs, `...key=VALUE` assignments and tokens of well-known shape."""
     for pattern, replacement in _IN_TEXT:
         text = pattern.sub(replacement, text)
     return text

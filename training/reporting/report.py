@@ -1,4 +1,4 @@
-"""`report.html`: what a run, or several side by side, learned, in one file that needs no other."""
+"""Writes `report.html`: the results of one run, or of several side by side, in one file that needs no other."""
 
 import html
 import json
@@ -18,7 +18,7 @@ __all__ = ["Example", "ReadPassage", "Section", "Table", "print_table", "read_me
 
 Metrics = dict[str, tuple[list[int], list[float]]]
 
-MAX_EVENTS = 200  # of one run, in its table
+MAX_EVENTS = 200  # Number of events of a run that its table shows, half of them from either end
 STYLE = """
 :root { color-scheme: light dark; }
 body { background: Canvas; color: CanvasText; font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
@@ -35,7 +35,7 @@ details { margin: .4rem 0; } summary { cursor: pointer; }
 
 @dataclass
 class Section:
-    """One heading and what stands below it; `body` is HTML, escaped by whoever wrote it."""
+    """A heading and the HTML below it; whoever makes `body` escapes it."""
 
     title: str
     body: str
@@ -43,7 +43,7 @@ class Section:
 
 @dataclass
 class ReadPassage:
-    """A passage as a system saw it."""
+    """A passage that a generator read."""
 
     title: str
     text: str
@@ -53,7 +53,7 @@ class ReadPassage:
 
 @dataclass
 class Example:
-    """One question, what each run answered, and the passages that one of them read."""
+    """A question, the answer of each run, and the passages that one of them read."""
 
     question: str
     gold: list[str]
@@ -85,7 +85,8 @@ def run_report(
     title: str = "Tandem",
     more: Sequence[Section] = (),
 ) -> None:
-    """Report of one or several runs, by name: tables, `more`, curves over steps, examples, events and configuration."""
+    """Write the report of one or several runs, by name: tables, `more`, curves over steps, examples, events and
+    configuration."""
     metrics = {name: read_metrics(folder / "metrics.jsonl") for name, folder in run_dirs.items()}
     sections = [Section("Results", "\n".join(table_html(table) for table in tables))] if tables else []
     sections += more
@@ -103,10 +104,10 @@ def run_report(
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Every metric of `metrics.jsonl` as (steps, values), by key; absent and not finite values are left out.
+    """Return every metric of `metrics.jsonl` as (steps, values), by key; absent and not finite values are left out.
 
-    A step smaller than the one before it means that the run was resumed: what the earlier attempt had logged from that
-    step on is dropped.
+    A step smaller than the one before it means that the run was resumed. The lines that the earlier attempt logged from
+    that step on are dropped.
     """
     rows: list[dict[str, Any]] = []
     for row in read_rows(path):
@@ -126,7 +127,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def curves_html(metrics: Mapping[str, Metrics]) -> str:
-    """The plots of all runs, overlaid; a plot that no run has numbers for is left out."""
+    """Return the plots of all runs, overlaid; a plot that no run has numbers for is left out."""
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(metrics)}
     svgs = [plot_svg(plot, colours) for plot in choose_plots(metrics) if plot.curves]
     note = "<p class=note>Dotted lines: steps at which a new index generation began to answer.</p>"
@@ -181,13 +182,14 @@ def is_evaluation(key: str, name: str) -> bool:
 
 
 def generation_steps(metrics: Metrics) -> list[float]:
-    """Steps whose hits came from a newer index generation than those of the step before."""
+    """Return the steps whose hits came from a newer index generation than those of the step before."""
     steps, generations = metrics.get("index/generation", ([], []))
     return [float(steps[i]) for i in range(1, len(steps)) if generations[i] > generations[i - 1]]
 
 
 def event_table(name: str, path: Path) -> Table:
-    """The events of one run with the seconds since the first, at most MAX_EVENTS from either end."""
+    """Return the events of one run with the seconds since the first, at most MAX_EVENTS, half of them from either
+    end."""
     rows = [row for row in read_rows(path) if isinstance(row.get("time"), int | float)]
     half = MAX_EVENTS // 2
     shown = rows if len(rows) <= MAX_EVENTS else [*rows[:half], *rows[-half:]]
@@ -203,7 +205,7 @@ def event_table(name: str, path: Path) -> Table:
 
 
 def example_html(example: Example) -> str:
-    """One decoded question."""
+    """Return one decoded question as HTML."""
     right = {name: "yes" if exact_match(answer, example.gold) else "no" for name, answer in example.answers.items()}
     table = Table("", ["run", "answer", "right"], [[*item, right[item[0]]] for item in example.answers.items()])
     passages = "".join(
@@ -218,7 +220,7 @@ def example_html(example: Example) -> str:
 
 
 def config_html(name: str, path: Path) -> str:
-    """The resolved configuration of one run without secrets; nothing if it has none."""
+    """Return the resolved configuration of one run without secrets; empty if the run has none."""
     if not path.exists():
         return ""
     import yaml

@@ -1,4 +1,4 @@
-"""One table, for the console and for the report."""
+"""Tables for the console and for the report."""
 
 import html
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def cell_text(cell: Cell) -> str:
 
 
 def print_table(table: Table) -> str:
-    """The table as aligned text: words to the left, numbers to the right."""
+    """Return the table as aligned text: words to the left, numbers to the right."""
     texts = [[cell_text(cell) for cell in row] for row in table.rows]
     widths = [max(len(text) for text in column) for column in zip(table.columns, *texts, strict=True)]
     numeric = _numeric_columns(table)
@@ -49,7 +49,7 @@ def print_table(table: Table) -> str:
 
 
 def table_html(table: Table) -> str:
-    """The table as escaped HTML."""
+    """Return the table as escaped HTML."""
     numeric = _numeric_columns(table)
 
     def row(tag: str, cells: Sequence[str]) -> str:

@@ -37,7 +37,8 @@ def has_key(environment: Mapping[str, str]) -> bool:
 
 
 def run_identifier(run_dir: Path) -> str:
-    """The W&B identifier of this run directory: drawn once, then kept, so that a resume continues the same run."""
+    """Return the W&B identifier of this run directory. It is drawn once and kept, so that a resume continues the same
+    run."""
     path = run_dir / "wandb" / "run-id.txt"
     if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
         return known
