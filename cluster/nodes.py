@@ -247,7 +247,8 @@ def _wait_for_machines(machine: Machine) -> bool:
                 _say(f"{alive} of {machine.num_nodes} machines are here after {waited:.0f} s")
             time.sleep(1)
     finally:
-        ray.shutdown()
+        with stopping.sparing_children():
+            ray.shutdown()
 
 
 def _wait_until_gone(machine: Machine, ray_node: subprocess.Popen[bytes], after_s: float = HEAD_GONE_S) -> None:

@@ -49,7 +49,8 @@ class Session:
         import ray
 
         if ray.is_initialized():
-            ray.shutdown()
+            with sparing_children():
+                ray.shutdown()
 
 
 def set_environment() -> None:

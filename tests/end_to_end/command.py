@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -16,23 +16,26 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.1
 LOOK_S = 2.0  # between looks at all processes of the machine
+NOTHING: Mapping[str, str] = {}
 
 
 class Command:
     """`tandem ARGUMENTS` under way. As a context manager, nothing of it outlives the block."""
 
-    def __init__(self, *arguments: str, log: Path) -> None:
-        """`log` gets what it prints."""
+    def __init__(
+        self, *arguments: str, log: Path, module: str = "cluster.cli", environment: Mapping[str, str] = NOTHING
+    ) -> None:
+        """`log` gets what it prints; `environment` is added to the variables."""
         self.log, self.began = log, time.monotonic()
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("TANDEM_", "RAY_"))}
         self._mark = variables["STARTED_BY_TEST"] = uuid.uuid4().hex  # every process that it starts inherits it
         with log.open("ab") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=variables,
+                env=variables | dict(environment),
                 cwd=ROOT,
             )
         self._known: set[psutil.Process] = set()

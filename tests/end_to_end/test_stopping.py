@@ -5,6 +5,7 @@ the same command goes on as if nothing had happened.
 import json
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -129,3 +130,35 @@ def test_work_that_does_not_end_is_ended_after_the_bound(tmp_path: Path) -> None
         assert command.wait(20) == 143, command.printed
         assert time.monotonic() - begin < 12
         command.until(lambda: not command.marked(), 90, "end of its processes", must_run=False)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_two_machines_stop_together(tmp_path: Path) -> None:
+    """Both launchers get the signal, as from a scheduler: a checkpoint of both trainers, no Ray and no token left."""
+    folder, config = tmp_path / "runs" / "stopped", write_config(tmp_path, "runs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"TANDEM_HEAD": f"127.0.0.1:{port}", "TANDEM_NODES": "2", "TANDEM_TOKEN_FILE": str(tmp_path / "token")}
+    launched = [
+        Command(
+            *("train", str(config), "cluster.num_trainers=2", "training.steps=2000"),
+            log=tmp_path / f"machine-{rank}.log",
+            module="cluster.nodes",
+            environment={**where, "TANDEM_NODE_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    with launched[0] as head, launched[1] as other:
+        head.until(lambda: losses(folder), 200, "first step")
+        for command in (head, other):
+            command.marked()
+            command.process.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        assert [head.wait(BOUND_S), other.wait(BOUND_S)] == [143, 143], head.printed + other.printed
+        assert time.monotonic() - begin < BOUND_S
+        for command in (head, other):
+            command.until(lambda command=command: not command.marked(), 30, "end of its processes", must_run=False)
+    assert newest(folder) == max(losses(folder))
+    assert not (tmp_path / "token").exists()
