@@ -17,7 +17,7 @@ from cluster.commands.common import (
 from cluster.commands.compare import run_matrix
 from cluster.commands.measure import at_date, build_index, measure
 from cluster.config.experiment import Experiment
-from cluster.config.preflight import check_models, check_same_run
+from cluster.config.preflight import changes_since, check_models, check_same_run
 from cluster.config.settings import Settings
 from cluster.machines.run_lock import check_free, clear, holding
 from cluster.planning.check_fit import check_fit
@@ -63,6 +63,8 @@ def _train(experiment: Experiment) -> int:
                 say(f"{settings.run.name}: finished before, not run again")
                 continue
             say(f"stage {settings.run.name}")
+            if changes := changes_since(settings):
+                say(f"{run_folder(settings)} was finished before; it goes on with {', '.join(changes)}")
             start = starting_checkpoint(settings, stages)
             run_stage(
                 settings,

@@ -25,7 +25,9 @@ from training.objectives.check import samples_answers
 from training.objectives.dispatch import needs
 from training.objectives.user_objective import load_objective
 from training.plug_ins import with_absolute_file
+from training.stage import EVALUATION_FILE
 
+UNDECISIVE = ("monitor", "cluster", "run", "checkpoint", "plan")  # sections that do not decide a stage's outcome
 # A resume goes on with the same model, data and seed; everything else may be set anew.
 SAME_RUN = (
     *("run.seed", "run.init_from", "corpus.", "questions.path", "questions.train", "questions.as_of"),
@@ -97,6 +99,18 @@ def check_same_run(settings: Settings) -> None:
                 f"{run_dir} was trained with {before[setting]!r}: take another run.name, or set run.overwrite=true"
             )
             raise refuse(setting, value, allowed)
+
+
+def changes_since(settings: Settings) -> list[str]:
+    """Return the settings that decide a stage's outcome and differ from those that its run folder was finished with, as
+    `name before -> now`; none if it was not finished, or by a version with other settings."""
+    run_dir = Path(settings.run.directory) / settings.run.name
+    if not (run_dir / EVALUATION_FILE).is_file() or not (run_dir / "config.yaml").is_file():
+        return []
+    before = values_of(with_absolute_models(with_absolute_paths(load([str(run_dir)], []).settings)))
+    now = values_of(with_absolute_models(with_absolute_paths(settings)))
+    decisive = [name for name in now if name.partition(".")[0] not in UNDECISIVE]
+    return [f"{name} {before[name]} -> {now[name]}" for name in decisive if before[name] != now[name]]
 
 
 def check_index(settings: Settings, num_passages: int) -> None:

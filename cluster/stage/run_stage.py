@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from cluster.config.experiment import load, to_yaml
 from cluster.config.moved import with_absolute_paths
-from cluster.config.preflight import check_where, uses_index, with_absolute_models
+from cluster.config.preflight import UNDECISIVE, check_where, uses_index, with_absolute_models
 from cluster.config.settings import Settings
 from cluster.machines.events import EventLog
 from cluster.machines.run_lock import holding
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
 CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
 RESULT_POLL_S = 0.2
-UNDECISIVE = ("monitor", "cluster", "run", "checkpoint", "plan")  # sections that do not decide a stage's outcome
 HOPELESS = (ValueError, FloatingPointError, TimeoutError)  # in a trainer: starting it again would end the same way
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.experiment import load
-from cluster.config.preflight import check_models
+from cluster.config.experiment import load, to_yaml
+from cluster.config.preflight import changes_since, check_models
+from cluster.config.settings import Settings
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 100, "n_positions": 256, "n_embd": 16, "n_layer": 1, "n_head": 2}
 
@@ -69,3 +70,23 @@ def test_a_passage_budget_larger_than_the_context(file: str) -> None:
             check("retrieval.k=4", *overrides)
         check("retrieval.k=4", "retrieval.source=none", "training.train=generator_only", *overrides)
     check("retrieval.k=4", "generator.name=", "generator.fresh.family=mamba", "objective.name=emdr2")
+
+
+def test_finished_run_says_what_reopens_it(tmp_path: Path) -> None:
+    """Only what decides the outcome counts, and only after the end."""
+
+    def settings(*overrides: str) -> Settings:
+        return load([], [f"run.directory={tmp_path}", "run.name=r", *overrides]).settings
+
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(settings()), encoding="utf-8")
+    later = settings("training.steps=77", "cluster.max_failures=9", "training.lr_generator=0.5")
+    assert changes_since(later) == []
+    (folder / "evaluation.json").write_text("{}", encoding="utf-8")
+    before = settings().training
+    assert changes_since(settings()) == []
+    assert sorted(changes_since(later)) == [
+        f"training.lr_generator {before.lr_generator} -> 0.5",
+        f"training.steps {before.steps} -> 77",
+    ]
