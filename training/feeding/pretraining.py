@@ -215,7 +215,7 @@ class FairSearch:
         self.sizes = np.bincount(groups, minlength=len(groups))  # passages of a group, by its number
 
     def __call__(
-        self, numbers: np.ndarray, queries: np.ndarray, k: int, num_vectors: int = 0, again: bool = False
+        self, numbers: np.ndarray, queries: np.ndarray, k: int, *, num_vectors: int = 0, again: bool = False
     ) -> "FairHits":
         """Start the search of examples `numbers` with float32 `queries` [batch, dim]; no vectors come along."""
         source_groups = self.group_of(self.questions.sources(numbers))

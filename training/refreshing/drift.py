@@ -1,8 +1,8 @@
 """Drift: the distance of the encoders from the index that serves, measured on a fixed set of questions.
 
 The probe's questions are searched with today's query encoder; the candidates (more than are read, see PROBE_FACTOR)
-are scored again by today's passage encoder. Nothing beyond the candidates is seen: the overlap is an upper bound of that
-of a ranking of the whole corpus, and equal to it once the candidates are all passages.
+are scored again by today's passage encoder. Nothing beyond the candidates is seen: the overlap is at least that of a
+ranking of the whole corpus, and equal to it once the candidates are all passages.
 
     drift/overlap           share of the index's k best that are among the k best by fresh scores
     drift/rank_correlation  Spearman's rho of both orders, over the candidates of a question

@@ -1,18 +1,18 @@
-"""Hybrid search: by the dense and the lexical index at once, with fusion of their hits; between loop and index.
+"""Hybrid search asks the dense and the lexical index at once and fuses their hits; it stands between loop and index.
 
     question texts --> lexical index --+
                                        +--> fused --> (re-ranked) --> the k that are read
     query vectors  --> dense index ----+
 
-Who waits for whom: both searches are started when `HybridSearch` is called, and taken in `result()`, which waits for
-the dense hits, then for the lexical ones; each wait is bounded by the service behind it. The dense hits say of which
-state of the corpus they are (`indexing.hits.CorpusState`). Lexical hits of another one are asked for again, for that
-state; what was deleted between the two answers is in neither: no query is answered from two states of the corpus. A
-generation that goes while its vectors are fetched is searched anew.
+A call of `HybridSearch` starts both searches. `result()` waits for the dense hits, then for the lexical ones; the
+services bound each wait. The dense hits name the state of the corpus that they belong to (`indexing.hits.CorpusState`).
+If the lexical hits belong to another one, they are asked for again, for that state; passages that were deleted between
+the two answers are left out: no query is answered from two states of the corpus. If a generation is replaced while its
+vectors are fetched, the search starts anew.
 
-With `retrieval.rescore` the order is: the candidates of both indexes are fused by the indexed vectors, to as many hits
-as are scored again; `Refusion` fuses these anew, by the scores of fresh vectors (`training/retrieving/rescore.py`); a
-re-ranker puts what is left in order (`training/retrieving/rerank.py`).
+With `retrieval.rescore` the candidates of both indexes are first fused by the indexed vectors, to as many hits as are
+scored again. `Refusion` then fuses these by the scores of fresh vectors (`training/retrieving/rescore.py`), and a
+re-ranker puts the rest in order (`training/retrieving/rerank.py`).
 """
 
 import math
@@ -29,12 +29,12 @@ from indexing.shard.serving import GenerationGone
 from training.retrieving.retrieve import DenseIndex, LexicalService
 from training.training_settings import RetrievalConfig
 
-ATTEMPTS = 10  # searches of a batch whose generation goes again and again
-FIRST_PAUSE_S = 0.05  # before a search that found too few living passages is made again; doubled each time
+ATTEMPTS = 10  # Number of searches of a batch before a generation that is replaced each time ends the run
+FIRST_PAUSE_S = 0.05  # Seconds until a deletion has reached every shard, as a rule; doubled with each further search
 
 
 class HybridSearch:
-    """A `Search` of both indexes."""
+    """A `Search` that asks both indexes."""
 
     def __init__(
         self,
@@ -46,25 +46,26 @@ class HybridSearch:
         weight: Callable[[], float] = lambda: 0.0,
         is_living: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        """`text_of` a question number; `weight`: of lexical scores as the retriever has it now (hybrid=learned), asked
-        for once a search, on every rank. `is_living`: which passage numbers are in the corpus now; None: all."""
+        """`text_of` returns the text of a question number. `weight` returns the present weight of lexical scores
+        (hybrid=learned); it is called once a search, on every rank. `is_living` tells which passage numbers are in the
+        corpus now; None: all."""
         self.service, self.lexical, self.text_of = service, lexical, text_of
         self.config, self.weight, self.is_living = config, weight, is_living
         self.last_weight = 0.0
 
     def __call__(
-        self, numbers: np.ndarray, queries: np.ndarray, k: int, num_vectors: int = 0, again: bool = False
+        self, numbers: np.ndarray, queries: np.ndarray, k: int, *, num_vectors: int = 0, again: bool = False
     ) -> "PendingFused":
-        """Start both searches; a hit comes with its vector where `num_vectors` is not 0 and the index keeps them.
-        `again`: by the weight of the search before."""
+        """Start both searches. A hit comes with its vector if `num_vectors` is not 0 and the index keeps vectors.
+        `again` takes the weight of the search before."""
         texts = [self.text_of(int(number)) for number in numbers]
         if self.config.hybrid == "learned" and not again:
             self.last_weight = self.weight()
         return PendingFused(self, texts, queries=queries, k=k, with_vectors=num_vectors > 0)
 
     def scores(self, numbers: np.ndarray, passages: Sequence[np.ndarray], corpus: CorpusState) -> np.ndarray:
-        """Normalised lexical scores float32 [batch, k] of passage numbers [batch][up to k] in a state of the corpus; 0
-        where there are fewer."""
+        """Return normalised lexical scores, float32 [batch, k], of passage numbers [batch][up to k] in a state of the
+        corpus; 0 at padding."""
         texts = [self.text_of(int(number)) for number in numbers]
         width = max(1, max(len(row) for row in passages))
         ids = np.full((len(passages), width), -1, np.int64)
@@ -84,21 +85,21 @@ class PendingFused:
         self._search, self._texts, self._queries, self._k = search, texts, queries, k
         self._with_vectors = with_vectors
         self._candidates = min(search.config.candidates, search.service.num_passages)
-        self._depth = max(self._candidates, k)  # of the dense ranking, whose rest stands behind the candidates
+        self._depth = max(self._candidates, k)  # length of the dense ranking, whose rest follows the candidates
         self._weight = search.last_weight
         self._dense = search.service.submit(queries, self._depth)
         self._pending_lexical = search.lexical.submit(texts, self._candidates)
         self._hits: Hits | None = None
 
     def result(self) -> Hits:
-        """Fused hits [batch, k] with `lexical` and `places`; `vectors` of all or None. Raises TimeoutError."""
+        """Return fused hits [batch, k] with `lexical` and `places`; `vectors` of all or None. Raises TimeoutError."""
         if self._hits is None:
             self._hits = self._fuse()
         return self._hits
 
     def _fuse(self) -> Hits:
         attempts, why = Attempts(first_s=FIRST_PAUSE_S, longest_s=math.inf, most=ATTEMPTS), ""
-        lost_in: CorpusState | None = None  # the state of the corpus in which the last attempt lost passages
+        lost_in: CorpusState | None = None  # state of the corpus in which the last attempt lost passages
         for attempt in attempts:
             if lost_in is not None:
                 self._pending_lexical = self._search.lexical.submit(self._texts, self._candidates, lost_in)
@@ -124,12 +125,12 @@ class PendingFused:
         )
 
     def _living(self, dense: Hits, lexical: LexicalHits) -> tuple[Hits, LexicalHits]:
-        """Both without what was deleted before both had answered."""
+        """Return both without the passages that were deleted before both had answered."""
         living = self._search.is_living
         if living is None:
             return dense, lexical
         gone = (lexical.ids >= 0) & ~living(lexical.ids)
-        if gone.any():  # those that count first, in their order
+        if gone.any():  # the living ones come first, in their order
             order = np.argsort(gone, axis=1, kind="stable")
             ids = np.take_along_axis(np.where(gone, -1, lexical.ids), order, axis=1)
             scores = np.take_along_axis(np.where(gone, np.float32(0), lexical.scores), order, axis=1)
@@ -141,7 +142,7 @@ class PendingFused:
         return dense, lexical
 
     def _of(self, dense: Hits, lexical: LexicalHits) -> Hits | None:
-        """Fused hits; None where passages that were deleted meanwhile leave too few."""
+        """Return fused hits; None if passages that were deleted meanwhile leave too few."""
         config, best = self._search.config, lexical.scores[:, 0]
         shares, first = normalised(lexical.scores, best), dense.ids[:, : self._candidates]
         if config.hybrid == "rrf":
@@ -168,9 +169,9 @@ class PendingFused:
     def _weighted(
         self, first: np.ndarray, dense: Hits, *, lexical: LexicalHits, shares: np.ndarray, best: np.ndarray
     ) -> Fused:
-        """Every candidate of either index with its score in both: the lexical ones of the `first` dense hits are looked
-        up, the dense ones of lexical hits are products with the index's vectors. Where the index keeps none, such a hit
-        counts as the last dense one, which it cannot exceed in an exhaustive index."""
+        """Return every candidate of either index with its score in both. The lexical scores of the `first` dense hits
+        are looked up; the dense scores of lexical hits are products with the index's vectors. If the index keeps none,
+        such a hit counts as the last dense one, which it cannot exceed in an exhaustive index."""
         pending = self._search.lexical.submit(self._texts, 0, lexical.corpus, first)
         missing = union(first, lexical.ids)
         vectors = self._search.service.indexed(missing, dense.generation).vectors
@@ -187,16 +188,16 @@ class PendingFused:
 
 
 class Refusion:
-    """The scores by which the best of some fused hits are chosen once their dense scores are fresh."""
+    """Fuses hits anew once their dense scores are fresh; the best of them are chosen by these scores."""
 
     def __init__(self, config: RetrievalConfig, weight: Callable[[], float]) -> None:
-        """`weight` as in `HybridSearch`; it is asked for on every rank."""
+        """`weight` is that of `HybridSearch`; it is called on every rank."""
         self.config, self.weight = config, weight
 
     def __call__(self, dense: np.ndarray, hits: Hits) -> np.ndarray:
-        """float32 [batch, columns] out of fresh inner products `dense` of the same shape. learned: with the weighted
-        lexical scores. rrf: of the places by these products among all candidates, and the lexical places that the hits
-        have. -inf where there is no hit."""
+        """Return fused scores, float32 [batch, columns], of fresh inner products `dense` of the same shape; -inf at
+        padding. With hybrid=learned they contain the weighted lexical scores. With hybrid=rrf they come from the places
+        by these products among all candidates, and from the lexical places that the hits carry."""
         assert hits.lexical is not None
         if self.config.hybrid == "learned":
             fused = dense + np.float32(self.weight()) * hits.lexical

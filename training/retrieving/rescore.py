@@ -1,11 +1,11 @@
-"""Candidates of a stale index, scored again by the encoders as they are now: `retrieval.rescore`.
+"""Scores the candidates of a stale index again, by the encoders as they are now: `retrieval.rescore`.
 
-A search of k times `retrieval.rescore` candidates is answered by the generation that serves, whatever the age of its
-weights; the trainer then encodes the question and every candidate once more, without gradient or dropout, and the best
-k by these scores are what the generator reads. With all passages as candidates this is brute force by fresh encoders;
-with fewer, a passage that the old weights rank below them is still missed, which a refresh alone can mend. Where words
-are searched, too, the candidates are those of both indexes, fused; a re-ranker chooses among the best
-`reranker.candidates` of those that were scored again (`training/retrieving/hybrid.py` has the order as a whole).
+The serving generation answers a search of k times `retrieval.rescore` candidates, whatever the age of its weights. The
+trainer then encodes the question and every candidate once more, without gradient or dropout, and the generator reads
+the best k by these scores. With all passages as candidates this is brute force by fresh encoders. With fewer, a passage
+that the old weights rank below them is missed, which only a refresh can mend. In hybrid search the candidates are the
+fused ones of both indexes; a re-ranker chooses among the best `reranker.candidates` of those that were scored again
+(`training/retrieving/hybrid.py` describes the whole order).
 
 Every method is collective under ZeRO 3: each forward gathers weights from all ranks. Ranks hold different candidates,
 so they first agree on a number of forwards; a rank that needs fewer fills up with a passage whose vector is dropped.
@@ -26,23 +26,24 @@ from training.models.parts.modes import evaluating
 from training.models.system import System
 from training.retrieving.retrieve import Rescored
 
-BATCH_TOKENS = 16384  # padded tokens of one forward; without a graph only one layer's activations are kept
+BATCH_TOKENS = 16384  # Number of padded tokens of one forward; without a graph only one layer's activations are kept
 
 
 class FreshVectors:
-    """Vectors of stored questions and passages by the trainer's encoders as they are now."""
+    """Encodes stored questions and passages with the trainer's encoders as they are now."""
 
     def __init__(self, engine: Engine, collator: Collator, batch_tokens: int = BATCH_TOKENS) -> None:
         self.engine, self.collator, self.batch_tokens = engine, collator, batch_tokens
 
     def questions(self, numbers: np.ndarray) -> np.ndarray:
-        """float32 [n, dim] of question numbers."""
+        """Return the vectors of question numbers; float32 [n, dim]."""
         return encode_questions(self.engine, self.collator, numbers)
 
     def passages(self, numbers: np.ndarray) -> np.ndarray:
-        """float32 [n, dim] of passage numbers int64 [n], n >= 1, in their order; batched by length."""
+        """Return the vectors of passage numbers int64 [n], n >= 1, in their order; float32 [n, dim]. Batched by
+        length."""
         table, engine = self.collator.passages_for_retriever, self.engine
-        table.rows(numbers.max(keepdims=True))  # a passage that came only now is taken note of
+        table.rows(numbers.max(keepdims=True))  # lets the table notice passages that were added just now
         order: list[np.ndarray] = list(length_batches(table, numbers, self.batch_tokens))
         num_forwards = len(order)
         if engine.world_size > 1:
@@ -74,14 +75,14 @@ class Rescorer:
         keep_vectors: bool,
         fuse: Callable[[np.ndarray, Hits], np.ndarray] | None = None,
     ) -> None:
-        """`vectors_are_fresh`: the passage encoder does not train, so that vectors which come with hits are its own and
-        nothing is encoded again but the question. `keep_vectors`: hand on those of the best k. `fuse`: fresh inner
-        products to what the best are chosen by, where words are searched, too (`hybrid.Refusion`)."""
+        """`vectors_are_fresh`: the passage encoder does not train, so that vectors that come with hits need no
+        encoding. `keep_vectors` hands on the vectors of the best k. `fuse` turns fresh inner products into the scores
+        that choose, if words are searched as well (`hybrid.Refusion`)."""
         self.fresh, self.k, self.fuse = fresh, k, fuse
         self.vectors_are_fresh, self.keep_vectors = vectors_are_fresh, keep_vectors
 
     def __call__(self, questions: np.ndarray, candidates: Hits) -> Rescored:
-        """The best k of `candidates` [batch, k or more] for question numbers [batch]; ids of -1 come last."""
+        """Return the best k of `candidates` [batch, k or more] for question numbers [batch]; ids of -1 come last."""
         begin = time.perf_counter()
         queries = self.fresh.questions(questions)
         vectors = self._vectors(candidates)
@@ -94,7 +95,7 @@ class Rescorer:
         return Rescored(hits, float(np.mean(overlap)), time.perf_counter() - begin)
 
     def _vectors(self, candidates: Hits) -> np.ndarray:
-        """float32 [batch, columns, dim]; all ranks take the same way."""
+        """Return float32 [batch, columns, dim]; all ranks take the same branch."""
         known = candidates.vectors
         if self.vectors_are_fresh:
             lacking = known is None or known.shape[1] < candidates.ids.shape[1]
@@ -107,20 +108,21 @@ class Rescorer:
 
 
 def candidate_vectors(fresh: FreshVectors, ids: np.ndarray) -> np.ndarray:
-    """float32 [batch, columns, dim] of passage numbers int64 [batch, columns], each encoded once; at an id of -1 some
-    other passage's."""
+    """Return the vectors, float32 [batch, columns, dim], of passage numbers int64 [batch, columns], each encoded once;
+    an id of -1 gets the vector of some other passage."""
     numbers, places = np.unique(np.maximum(ids, 0), return_inverse=True)
     return fresh.passages(numbers)[places.reshape(ids.shape)]
 
 
 def pair_scores(queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """float32 [batch, columns]: inner products of queries [batch, dim] and vectors [batch, columns, dim], as
-    `indexing/dense/exact.py` rounds them; -inf where there is no passage."""
+    """Return the inner products, float32 [batch, columns], of queries [batch, dim] and vectors [batch, columns, dim],
+    rounded as `indexing/dense/exact.py` does; -inf where there is no passage."""
     scores = np.matmul(vectors.astype(np.float64), queries[:, :, None].astype(np.float64))[:, :, 0]
     return np.where(ids < 0, -np.inf, scores).astype(np.float32)
 
 
 def overlap_of(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """float64 [batch]: share of the ids [batch, k] of `first` that are among those of `second`; -1 is no id."""
+    """Return the share of the ids [batch, k] of `first` that are among those of `second`, float64 [batch]; -1 is no
+    id."""
     found = (first[:, :, None] == second[:, None, :]).any(axis=2) & (first >= 0)
     return found.sum(axis=1) / np.maximum(1, (first >= 0).sum(axis=1))

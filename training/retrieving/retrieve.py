@@ -1,13 +1,13 @@
-"""The interface of training to an index: hits for query vectors now, and a newer index later.
+"""The interface of training to an index, which answers searches now and follows the encoder later.
 
-The loop produces query vectors and encoder weights; the service (Ray actors in a run, a plain object in a test)
-answers searches and rebuilds itself. `submit` and `publish` return at once; the only calls that wait are
-`PendingHits.result`, `wait_for_version` and `save_generation`, and each wait is bounded.
+The loop produces query vectors and encoder weights; the service (Ray actors in a run, a plain object in a test) answers
+searches and rebuilds itself. `submit` and `publish` return at once; only `PendingHits.result`, `wait_for_version` and
+`save_generation` wait, and each wait is bounded.
 
 With `retrieval.rescore` the prefetcher has the candidates of a search scored again when it hands the batch out, not
-when it submits the search: these weights are the newest that there are and those of the step that trains on the batch,
-so that the passages stand in the order that the loss gives them. The search still runs ahead of the training; only the
-encoding of its candidates does not.
+when it submits the search: the weights are then those of the step that trains on the batch, so that the passages stand
+in the order that the loss gives them. The search runs ahead of the training; only the encoding of its candidates does
+not.
 """
 
 import time
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexStatus:
-    """A cheap, possibly slightly old, view of the index for the metrics."""
+    """A cheap and possibly slightly old view of the index, for the metrics."""
 
     generation: int
     weights_version: int
-    generations_committed: int  # in this run
-    refresh_seconds: float  # of the newest committed generation
+    generations_committed: int  # Number of generations of this run
+    refresh_seconds: float  # Seconds that the newest committed generation took
     refresh_passages_per_s: float
     failures: int
-    slow: int = 0  # searches of this process that met a slow shard (index.slow_after_s)
-    hedged: int = 0  # of them, those for which a replica was asked
-    refused: int = 0  # of them, those that were refused
-    # Weights version of the passage that was encoded longest ago; None: that of all is `weights_version`.
+    slow: int = 0  # Number of searches of this process that met a slow shard (index.slow_after_s)
+    hedged: int = 0  # Number of them for which a replica was asked
+    refused: int = 0  # Number of them that were refused
+    # Weights version of the passage that was encoded longest ago; None: all have `weights_version`
     oldest_version: int | None = None
-    figures: Figures = UNKNOWN  # of the serving generation, as far as they are known
+    figures: Figures = UNKNOWN  # figures of the serving generation, as far as they are known
 
     @property
     def oldest(self) -> int:
-        """Weights version of the passage that was encoded longest ago."""
+        """Return the weights version of the passage that was encoded longest ago."""
         return self.weights_version if self.oldest_version is None else self.oldest_version
 
 
@@ -53,7 +53,7 @@ class PendingLexical(Protocol):
     """A lexical search under way."""
 
     def result(self) -> LexicalHits:
-        """Wait for the hits. Raises TimeoutError that names `index.search_timeout_s`."""
+        """Wait for the hits. Raises TimeoutError, which names `index.search_timeout_s`."""
         ...
 
 
@@ -63,8 +63,9 @@ class LexicalService(Protocol):
     def submit(
         self, texts: Sequence[str], n: int, wanted: CorpusState | None = None, of: np.ndarray | None = None
     ) -> PendingLexical:
-        """Start a search of question texts for the best `n` passages of the corpus as `wanted` (None: as in the search
-        before, or as it is), with the scores of the passages `of` int64 [batch, m]. Returns at once."""
+        """Start a search of question texts for the best `n` passages, with the scores of the passages `of` int64
+        [batch, m]; returns at once. `wanted` is the state of the corpus to search; None: that of the search before, or
+        the newest."""
         ...
 
 
@@ -72,47 +73,51 @@ class PendingHits(Protocol):
     """A search under way."""
 
     def result(self) -> Hits:
-        """Wait for the hits. Raises TimeoutError that names `index.search_timeout_s`."""
+        """Wait for the hits. Raises TimeoutError, which names `index.search_timeout_s`."""
         ...
 
 
 class Search(Protocol):
-    """Searches a batch of questions."""
+    """A function that searches a batch of questions."""
 
     def __call__(
-        self, numbers: np.ndarray, queries: np.ndarray, k: int, num_vectors: int = 0, again: bool = False
+        self, numbers: np.ndarray, queries: np.ndarray, k: int, *, num_vectors: int = 0, again: bool = False
     ) -> PendingHits:
-        """Start the search of questions `numbers` with float32 `queries` [batch, dim]. `again`: it is one that other
-        trainers do not do at the same time, so that nothing collective may be part of it."""
+        """Start the search of questions `numbers` with float32 `queries` [batch, dim]. `again` says that other trainers
+        do not make this search at the same time, so that nothing collective may be part of it."""
         ...
 
 
-class IndexService(Protocol):
-    """A sharded index that follows the encoder."""
+class DenseIndex(Protocol):
+    """The part of an index service that a search needs."""
 
     @property
     def num_passages(self) -> int:
         """Number of passages that a search may find."""
         ...
 
-    @property
-    def lexical(self) -> LexicalService | None:
-        """The lexical index, if `retrieval.hybrid` asks for one."""
-        ...
-
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
-        """Start a search of float32 `queries` [batch, dim]; every query is answered by one generation. The first
-        `num_vectors` hits come with their vectors, where the kind of index keeps them."""
+        """Start a search of float32 `queries` [batch, dim]; one generation answers every query. The first `num_vectors`
+        hits come with their vectors if the kind of index keeps them."""
         ...
 
     def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
-        """Return what `generation` has of passages `ids` int64 [...]. Raises GenerationGone, and TimeoutError as a
-        search does."""
+        """Return vectors and versions of passages `ids` int64 [...] in `generation`. Raises GenerationGone, and
+        TimeoutError as a search does."""
+        ...
+
+
+class IndexService(DenseIndex, Protocol):
+    """A sharded index that follows the encoder."""
+
+    @property
+    def lexical(self) -> LexicalService | None:
+        """The lexical index; None unless `retrieval.hybrid` asks for one."""
         ...
 
     def publish(self, weights_version: int, weights: dict[str, np.ndarray], only: np.ndarray | None = None) -> None:
-        """Hand out the passage encoder's weights of optimiser step `weights_version`; returns at once. `only`:
-        numbers of the passages to encode with them, rising, where the others are to keep their vectors; None: all."""
+        """Hand out the passage encoder's weights of optimiser step `weights_version`; returns at once. `only` are the
+        rising numbers of the passages to encode with them, while the others keep their vectors; None: all."""
         ...
 
     def wait_for_version(
@@ -137,24 +142,7 @@ class IndexService(Protocol):
         ...
 
     def status(self) -> IndexStatus:
-        """The newest known state; never waits."""
-        ...
-
-
-class DenseIndex(Protocol):
-    """The part of an `IndexService` that a search needs."""
-
-    @property
-    def num_passages(self) -> int:
-        """Number of passages that a search may find."""
-        ...
-
-    def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> PendingHits:
-        """Start a search as `IndexService.submit` does."""
-        ...
-
-    def indexed(self, ids: np.ndarray, generation: int, with_vectors: bool = True) -> Indexed:
-        """Return what a generation has of passages, as `IndexService.indexed` does."""
+        """Return the newest known state; never waits."""
         ...
 
 
@@ -167,7 +155,7 @@ def dense_search(service: DenseIndex) -> Search:
 class Searched:
     """One batch of questions with its hits."""
 
-    number: int  # of the batch in the stream
+    number: int  # number of the batch in the stream
     questions: np.ndarray  # int64 [batch]: question numbers
     hits: Hits
     wait_s: float  # Seconds that training waited for the search
@@ -180,7 +168,7 @@ class Rescored:
     """The best hits of a batch after their candidates were scored again."""
 
     hits: Hits
-    overlap: float  # share of the k best before that are among the k best after, mean over the batch
+    overlap: float  # Share of the k best before that are among the k best after, mean over the batch
     seconds: float
 
 
@@ -192,7 +180,7 @@ class _InFlight:
     number: int
     questions: np.ndarray
     pending: PendingHits
-    queries: np.ndarray | None  # None: of hits that a checkpoint remembered
+    queries: np.ndarray | None  # None if a checkpoint remembered the hits
 
 
 @dataclass
@@ -208,9 +196,9 @@ class _Known:
 class Prefetcher:
     """Searches `depth` batches ahead: while one batch trains, the shards answer the next ones.
 
-    `next()` hands out the oldest search, waiting for it if it must, and submits further ones first with the encoder as
-    it is now; the shards work while the caller trains. With depth 0 it searches when asked. `with_vectors`: hits bring
-    their indexed vectors along, for a passage encoder that does not change.
+    `next()` hands out the oldest search, waiting for it if it must. Before that it submits further ones, with the
+    encoder as it is now, so that the shards work while the caller trains. With depth 0 it searches when asked.
+    `with_vectors` brings the indexed vectors of hits along, for a passage encoder that does not change.
     """
 
     def __init__(
@@ -228,10 +216,10 @@ class Prefetcher:
         rescore: Rescore | None = None,
         select: "Select | None" = None,
     ) -> None:
-        """`search` starts the search of question numbers with vectors and k; None: the service's own, whatever the
-        numbers are. `is_living` tells which passage numbers are still in the corpus: hits that were found before one of
-        them was deleted are not handed out, the batch is searched again. When a batch is handed out, `rescore` chooses
-        among the k candidates, and `select` puts what it chose in another order; both may be collective."""
+        """`search` starts the search of question numbers with vectors and k; None: the service's search by vectors
+        alone. `is_living` tells which passage numbers are in the corpus; a batch is searched again if one of its hits
+        was deleted meanwhile. When a batch is handed out, `rescore` chooses among the k candidates, and `select` puts
+        the chosen ones in another order; both may be collective."""
         self.num_vectors = k if with_vectors else 0
         self.search = search or dense_search(service)
         self.is_living, self.select = is_living, select
@@ -241,7 +229,7 @@ class Prefetcher:
         self._queue: deque[_InFlight] = deque()
 
     def next(self) -> Searched:
-        """The next batch with its hits."""
+        """Return the next batch with its hits."""
         if not self._queue:
             self._submit()
         first = self._queue.popleft()
@@ -275,8 +263,9 @@ class Prefetcher:
         self.position += 1
 
     def _living(self, item: _InFlight, hits: Hits, is_living: Callable[[np.ndarray], np.ndarray]) -> Hits:
-        """`hits` unless one of them was deleted since; then those of another search with the same vectors (encoding is
-        a collective, and other trainers have no reason for it), or the same without it where these are not known."""
+        """Return `hits` unless one of them was deleted since. Then return the hits of another search with the same
+        vectors (encoding is a collective, which other trainers do not join), or `hits` without the deleted ones if the
+        vectors are not known."""
         living = (hits.ids < 0) | is_living(hits.ids)
         if living.all():
             return hits
@@ -288,11 +277,11 @@ class Prefetcher:
         return without(chosen(hits, order), ~np.take_along_axis(living, order, axis=1))
 
     def _depth(self) -> int:
-        """`k`, or all passages where so many were deleted that fewer are left."""
+        """Return `k`, or the number of all passages if so many were deleted that fewer are left."""
         return min(self.k, self.service.num_passages)
 
     def state(self) -> list[Hits]:
-        """Hits of the batches searched ahead, in order; waits for them."""
+        """Return the hits of the batches searched ahead, in order; waits for them."""
         for item in self._queue:
             item.pending = _Known(item.pending.result())
         return [item.pending.result() for item in self._queue]

@@ -124,7 +124,7 @@ def test_learned_hits_are_brute_force_over_the_candidates(
     """Every candidate of either index has both of its scores; with all passages as candidates nothing is missed."""
     queries = queries_of(world)
     config = retrieval("learned", candidates=candidates)
-    hits = search_of(index, world, config, weight)(NUMBERS, queries, 5, 5).result()
+    hits = search_of(index, world, config, weight)(NUMBERS, queries, 5, num_vectors=5).result()
     products, words = everything(index, world, queries)
     total = products + weight * words
     for row in range(len(NUMBERS)):
@@ -144,7 +144,7 @@ def test_without_vectors_a_lexical_hit_counts_as_the_last_dense_one(world: TinyW
     index = LocalIndex(world.store(), world.encoder, len(world.tokenizer), keeps_vectors=False, lexical=WORDS)
     serve(world, index)
     queries = queries_of(world)
-    hits = search_of(index, world, retrieval("learned"), 5.0)(NUMBERS, queries, 5, 5).result()
+    hits = search_of(index, world, retrieval("learned"), 5.0)(NUMBERS, queries, 5, num_vectors=5).result()
     assert hits.vectors is None
     dense = index.submit(queries, 12).result()
     assert hits.places is not None
