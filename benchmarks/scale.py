@@ -51,6 +51,7 @@ from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
 from cluster.service.ray_ports import NamedActor, RayShard  # noqa: E402
 from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
 from indexing.corpus.stores.changes import ChangeLog  # noqa: E402
+from indexing.dense.kinds import parse  # noqa: E402
 from indexing.indexing_settings import IndexConfig  # noqa: E402
 from indexing.shard.shard import Shard, shard_ranges  # noqa: E402
 
@@ -218,11 +219,11 @@ def planned(kind: str, passages: int, num_shards: int, host: Host, generations: 
     """What the formulas say of this machine, with shards of one thread."""
     rows = math.ceil(passages / num_shards)
     factory, nprobe = factory_of(kind, rows)
-    index = estimate.index_kind(factory, DIM)
+    index = parse(factory)
     one = estimate.shard_bytes(index, rows, dim=DIM, training_sample=SAMPLE)
     stage = estimate.stage_seconds(passages, DIM, host.copy_bytes, 1)
-    build = estimate.build_seconds(estimate.build_work(index, rows, DIM, SAMPLE), host.product_flops, host.copy_bytes)
-    scan, coarse, read = estimate.search_work(index, rows, dim=DIM, batch=BATCH, nprobe=nprobe)
+    build = estimate.build_seconds(index.build_work(rows, DIM, SAMPLE), host.product_flops, host.copy_bytes)
+    scan, coarse, read = index.search_work(rows, dim=DIM, batch=BATCH, nprobe=nprobe)
     search = scan / host.scan_flops + coarse / host.product_flops + read / host.pair_bytes
     return {
         "plan_refresh_s": stage + num_shards * build,

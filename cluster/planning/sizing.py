@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cluster.planning import estimate
 from cluster.planning.hardware import BANDWIDTH_SHARE, CPU_SHARE, GB, Device, Host
 from indexing.declare import refuse
+from indexing.dense.kinds import parse
 
 if TYPE_CHECKING:
     from training.measuring.sizes import EncoderSize, GeneratorSize
@@ -157,10 +158,10 @@ class Costs:
 
 def shard_bytes(work: Work, shards: int) -> estimate.ShardBytes:
     """Return the memory of the largest of `shards` shards."""
-    kind = estimate.index_kind(work.factory, work.dim, work.halves)
+    kind = parse(work.factory)
     rows = math.ceil(work.passages / max(1, shards))
     return estimate.shard_bytes(
-        kind, rows, dim=work.dim, training_sample=work.training_sample, on_gpu=work.index_on_gpu
+        kind, rows, dim=work.dim, training_sample=work.training_sample, on_gpu=work.index_on_gpu, halves=work.halves
     )
 
 
@@ -261,29 +262,27 @@ def ray_seconds(counts: Counts) -> float:
 def search_seconds(work: Work, machines: Machines, counts: Counts) -> float:
     """Return the seconds of one batch in the slowest shard: shards work side by side, as far as there are processors
     for them."""
-    kind = estimate.index_kind(work.factory, work.dim, work.halves)
+    kind = parse(work.factory)
     rows = math.ceil(work.passages / max(1, counts.shards))
     on_gpu = work.index_on_gpu and machines.device is not None
-    scan, coarse, read = estimate.search_work(
-        kind, rows, dim=work.dim, batch=work.batch, nprobe=work.nprobe, on_gpu=on_gpu
-    )
+    scan, coarse, read = kind.search_work(rows, dim=work.dim, batch=work.batch, nprobe=work.nprobe, on_gpu=on_gpu)
     if work.index_on_gpu and machines.device is not None:
         device = machines.device
-        stored = rows * kind.code_bytes if scan else read
+        stored = rows * kind.code_bytes(work.dim) if scan else read
         arithmetic = (scan + coarse) / (device.fp32_flops * device.share)
         return max(stored / (device.bandwidth * BANDWIDTH_SHARE), arithmetic)
     host, threads, here = machines.host, shard_threads(machines, counts), shards_here(counts)
     crowded = max(1.0, here * threads / host.cpus)
     seconds = scan / host.scan_flops + coarse / host.product_flops + read / host.pair_bytes
-    stored = rows * kind.code_bytes if scan else read
+    stored = rows * kind.code_bytes(work.dim) if scan else read
     return max(seconds / threads * crowded, here * stored / host.bandwidth)
 
 
 def build_seconds(work: Work, machines: Machines, counts: Counts) -> float:
     """Return the seconds from staged vectors to prepared indexes, all shards beside each other."""
-    kind = estimate.index_kind(work.factory, work.dim, work.halves)
+    kind = parse(work.factory)
     rows = math.ceil(work.passages / max(1, counts.shards))
-    flops, copied = estimate.build_work(kind, rows, work.dim, work.training_sample)
+    flops, copied = kind.build_work(rows, work.dim, work.training_sample)
     host, threads, here = machines.host, shard_threads(machines, counts), shards_here(counts)
     crowded = max(1.0, here * threads / host.cpus)
     alone = copied / host.copy_bytes * max(1.0, here / host.cpus)  # one thread of each shard copies

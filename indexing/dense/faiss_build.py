@@ -19,10 +19,17 @@ from indexing.declare import check_values, refuse
 from indexing.dense.approximate import Approximate
 from indexing.dense.exact import score_pairs
 from indexing.dense.exhaustive import Exhaustive
-from indexing.dense.faiss_indexes import empty_index, exhaustive_on_cpu, exhaustive_on_gpu, to_gpu
+from indexing.dense.faiss_indexes import (
+    empty_index,
+    exhaustive_on_cpu,
+    exhaustive_on_gpu,
+    memory_of,
+    to_gpu,
+    vectors_in,
+)
 from indexing.dense.faiss_library import check_faiss_install, check_gpu, load_faiss, whole_vectors
 from indexing.dense.faiss_storage import add_to_lists
-from indexing.dense.kinds import Kind, check_dim, check_kind, check_products, parse
+from indexing.dense.kinds import check_dim, check_kind, check_products, parse
 from indexing.hits import best_first
 from indexing.indexing_settings import IndexConfig
 
@@ -47,7 +54,7 @@ class Index:
             faiss_index, self.kind, device=config.device, nprobe=config.nprobe, ef_search=config.ef_search
         )
         # whole vectors, if the index keeps them
-        self._stored = None if config.device == "gpu" else _stored(faiss_index, self.kind)
+        self._stored = None if config.device == "gpu" else vectors_in(faiss_index, self.kind)
         self._exhaustive: Exhaustive | None = None
         if self._stored is not None and self.kind.exhaustive:
             self._exhaustive = Exhaustive(faiss_index, self._stored, config.products)
@@ -91,15 +98,8 @@ class Index:
     @property
     def num_bytes(self) -> int:
         """Return the bytes of vectors, lists and links, and of the 16-bit vectors beside them."""
-        kind, total = self.kind, self.num_vectors
-        size = kind.code_bytes(self.dim) * total + (0 if self.halves is None else self.halves.nbytes)
-        size += 0 if self._exhaustive is None else self._exhaustive.num_bytes
-        if kind.lists:
-            size += 8 * total + 4 * kind.lists * self.dim
-        if kind.links:
-            graph = self._index.hnsw
-            size += 4 * graph.neighbors.size() + 8 * graph.offsets.size() + 4 * graph.levels.size()
-        return size + (4 * 2**kind.bits * self.dim if kind.parts else 0) + (4 * self.dim**2 if kind.rotated else 0)
+        beside = 0 if self.halves is None else self.halves.nbytes
+        return memory_of(self._index, self.kind) + beside + (self._exhaustive.num_bytes if self._exhaustive else 0)
 
     def _check_allowed(self, allowed: np.ndarray) -> tuple[np.ndarray, int]:
         """Return `allowed`, and the number of rows that it holds. Raises ValueError for another shape or type."""
@@ -117,8 +117,8 @@ class Index:
         if self._config.device == "gpu":
             with self._approximate.lock:
                 index = faiss.index_gpu_to_cpu(index)
-            if self._config.factory == "SQfp16":
-                index = exhaustive_on_cpu(whole_vectors(index), "SQfp16")
+            if self.kind.exhaustive and self.kind.float16:
+                index = exhaustive_on_cpu(whole_vectors(index), self.kind.factory)
         if self.halves is not None:
             write_file(halves_path(path), [self.halves])
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -161,7 +161,7 @@ def build_index(vectors: np.ndarray, config: IndexConfig, seed: int = 0) -> Inde
     kind = parse(config.factory)
     check_dim(kind, vectors.shape[1])
     for needs_halves, setting in (
-        (kind.codec == "SQfp16", f"index.factory is {config.factory}"),
+        (kind.float16, f"index.factory is {config.factory}"),
         (config.rescore_candidates > 0, f"index.rescore_candidates is {config.rescore_candidates}"),
     ):
         if needs_halves and max(vectors.max(), -vectors.min()) > FLOAT16_MAX:
@@ -236,11 +236,3 @@ def _read_halves(path: Path, index: Any) -> np.ndarray:
             "index be built anew"
         )
     return np.memmap(file, np.float16, mode="r", shape=(index.ntotal, index.d))
-
-
-def _stored(index: Any, kind: Kind) -> np.ndarray | None:
-    """Return the whole vectors that a CPU index keeps in the order of their rows: [n, dim], float32 or float16; else
-    None."""
-    if kind.compressed or kind.lists:
-        return None
-    return whole_vectors(load_faiss().downcast_index(index.storage) if kind.links else index)

@@ -72,6 +72,23 @@ def exhaustive_on_gpu(vectors: np.ndarray, factory: str) -> Any:
     return index
 
 
+def vectors_in(index: Any, kind: Kind) -> np.ndarray | None:
+    """Return the whole vectors that a CPU index keeps in the order of their rows: [n, dim], float32 or float16; None
+    for other kinds."""
+    if not kind.in_order:
+        return None
+    return whole_vectors(load_faiss().downcast_index(index.storage) if kind.links else index)
+
+
+def memory_of(index: Any, kind: Kind) -> int:
+    """Return the bytes of codes, lists, codebooks and links."""
+    size = (kind.code_bytes(index.d) + kind.id_bytes) * index.ntotal + kind.fixed_bytes(index.d)
+    if kind.links:
+        graph = index.hnsw
+        size += 4 * graph.neighbors.size() + 8 * graph.offsets.size() + 4 * graph.levels.size()
+    return size
+
+
 def to_gpu(index: Any, factory: str) -> Any:
     """Return the GPU copy of a CPU index."""
     check_gpu()

@@ -1,4 +1,4 @@
-"""Parses and checks factory strings, which name the kinds of index, without FAISS.
+"""Parses and checks factory strings, which name the kinds of index, and counts what each kind costs, without FAISS.
 
 Flat | SQfp16                           exhaustive: every vector as float32, as float16
 SQ8 | PQm | PQmxb                       every vector compressed: one byte a number; m parts of b bits (8)
@@ -19,6 +19,15 @@ COMPRESSED = ("SQ8", "PQ")
 GPU_PARTS = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 MAX_LINKS = 512
 PQ_BITS = (4, 12)
+FLOAT, ID = 4, 8  # bytes
+# Number of FAISS's k-means rounds for the centroids of an IVF, and of vectors per centroid at most; likewise for PQ
+KMEANS_ROUNDS, KMEANS_POINTS = 10, 256
+PQ_ROUNDS, PQ_POINTS = 25, 256
+# Number of distances per insertion: FAISS's efConstruction of 40, times about 16 neighbours each
+HNSW_VISITED = 40 * 16
+# Number of times that a build passes vectors through memory, in units of a copy (compared with benchmarks/scale.py):
+# their norms in float64; kinds that are not exhaustive check them again, assign and add them
+EXHAUSTIVE_PASSES, OTHER_PASSES = 2, 4
 
 _PATTERN = re.compile(
     r"(?:OPQ(?P<opq>[1-9]\d*),)?"
@@ -50,6 +59,31 @@ class Kind:
         return self.codec in COMPRESSED
 
     @property
+    def in_order(self) -> bool:
+        """Return True if whole vectors are kept in the order of their rows."""
+        return not self.compressed and not self.lists
+
+    @property
+    def float16(self) -> bool:
+        """Return True if vectors are kept as float16."""
+        return self.codec == "SQfp16"
+
+    @property
+    def cuttable(self) -> bool:
+        """Return True if rows of an index can be taken out of it with their codes as they are."""
+        return not self.links
+
+    @property
+    def joinable(self) -> bool:
+        """Return True if codes of indexes that were trained apart can be decoded and joined."""
+        return self.codec != "PQ"
+
+    @property
+    def sampled(self) -> bool:
+        """Return True if lists or codebooks are trained on a sample of the vectors."""
+        return self.lists > 0 or self.parts > 0
+
+    @property
     def training_vectors(self) -> int:
         """Return the least number of vectors that the kind is trained on."""
         return max(self.lists, 2**self.bits if self.parts else 0, 1 if self.codec == "SQ8" else 0)
@@ -65,6 +99,59 @@ class Kind:
                 return dim
             case _:
                 return (self.parts * self.bits + 7) // 8
+
+    @property
+    def id_bytes(self) -> int:
+        """Return the bytes of a vector's id in a list."""
+        return ID if self.lists else 0
+
+    @property
+    def link_bytes(self) -> float:
+        """Return the bytes of a vector's links, in the mean: 2 * links neighbours on the lowest level, links on each
+        level above, which 1 / links of the vectors reach; an offset and a level in 12 bytes (FAISS, impl/HNSW.h)."""
+        return FLOAT * (2 * self.links + self.links / (self.links - 1)) + 12 if self.links else 0.0
+
+    def fixed_bytes(self, dim: int) -> int:
+        """Return the bytes of centroids, codebooks and rotation."""
+        return FLOAT * dim * (self.lists + (2**self.bits if self.parts else 0) + (dim if self.rotated else 0))
+
+    def build_work(self, num_vectors: int, dim: int, training_sample: int) -> tuple[float, float]:
+        """Return the floating-point operations of matrix products, and the bytes copied, from vectors to an index.
+
+        An IVF trains its centroids by k-means and assigns every vector; a product quantizer trains its codewords and
+        encodes; a graph compares each new vector with the candidates of its search.
+        """
+        sample = min(training_sample, num_vectors)
+        flops = 0.0
+        if self.lists:
+            flops += 2.0 * dim * self.lists * (KMEANS_ROUNDS * min(sample, KMEANS_POINTS * self.lists) + num_vectors)
+        if self.parts:
+            points = min(sample, PQ_POINTS * 2**self.bits)
+            flops += 2.0 * dim * 2**self.bits * (PQ_ROUNDS * points + num_vectors)
+        if self.links:
+            flops += 2.0 * dim * HNSW_VISITED * num_vectors
+        passes = EXHAUSTIVE_PASSES if self.exhaustive else OTHER_PASSES
+        return flops, passes * num_vectors * dim * float(FLOAT)
+
+    def search_work(
+        self, num_vectors: int, *, dim: int, batch: int, nprobe: int, on_gpu: bool = False
+    ) -> tuple[float, float, float]:
+        """Return the cost of `batch` queries: operations of products of all queries with all vectors; operations of
+        coarse products; bytes read by one query after another.
+
+        Flat, and SQfp16 on a GPU, multiply the batch with all vectors; other codes are decoded for each query; an IVF
+        reads `nprobe` of its lists for each query; a graph visits about `links` times as many vectors as it answers.
+        """
+        if self.factory == "Flat" or (on_gpu and self.exhaustive):
+            return 2.0 * batch * num_vectors * dim, 0.0, 0.0
+        # decoding takes as long as the saved bytes would
+        read = FLOAT * (self.parts or dim)
+        if self.lists:
+            visited = num_vectors * min(nprobe, self.lists) / self.lists
+            return 0.0, 2.0 * batch * self.lists * dim, batch * visited * read
+        if self.links:
+            return 0.0, 0.0, batch * min(num_vectors, HNSW_VISITED) * float(dim * FLOAT)
+        return 0.0, 0.0, batch * num_vectors * float(read)
 
 
 def parse(factory: str) -> Kind:

@@ -100,7 +100,7 @@ def check_ranges(
     covered = [min((a for a, _ in saved), default=0), max((b for _, b in saved), default=0)]
     if covered != [min(a for a, _ in wanted), max(b for _, b in wanted)]:
         raise ValueError(f"index {directory} holds the passages of {list(saved)}: it cannot serve {list(wanted)}")
-    if parse(factory).codec != "PQ" or any(directory.rglob(f"*{HALVES}")):
+    if parse(factory).joinable or any(directory.rglob(f"*{HALVES}")):
         return
     joins = any(not any(a <= start and stop <= b for a, b in saved) for start, stop in wanted)
     if not joins and len(saved) > 1:  # added passages are spread over all shards
@@ -209,8 +209,8 @@ def _base(parts: list[_Part], owner: _Owner, *, config: IndexConfig, seed: int, 
     numbers = numbers[order]
     if not parts:
         index = None
-    elif len(parts) == 1 and not kind.links:
-        index = _cut(parts[0], kind, config)
+    elif len(parts) == 1 and kind.cuttable:
+        index = _cut(parts[0], config)
     else:
         _check_joined(parts, kind, directory)
         index = build_index(np.concatenate([_vectors(part, config) for part in parts])[order], config, seed)
@@ -232,7 +232,7 @@ def _base(parts: list[_Part], owner: _Owner, *, config: IndexConfig, seed: int, 
 
 def _check_joined(parts: Sequence[_Part], kind: Kind, directory: str | Path) -> None:
     """Raise ValueError where codes alone are left of `parts`, which are to be joined."""
-    if kind.codec == "PQ" and not all((part.path / INDEX_FILE).with_suffix(HALVES).is_file() for part in parts):
+    if not kind.joinable and not all((part.path / INDEX_FILE).with_suffix(HALVES).is_file() for part in parts):
         raise ValueError(
             f"index {directory} of kind {kind.factory}: codes of different shards cannot be joined. Set "
             "index.num_shards to what it was saved with, keep vectors beside them (index.rescore_candidates), or let "
@@ -251,12 +251,12 @@ def _as_delta(
     return part.numbers, np.full(len(part.numbers), part.extra["weights_version"], np.int64), vectors
 
 
-def _cut(part: _Part, kind: Kind, config: IndexConfig) -> Index:
+def _cut(part: _Part, config: IndexConfig) -> Index:
     """The rows of `part` with their codes as they are."""
     saved = Index.read(part.path / INDEX_FILE, replace(config, device="cpu"))
     index, halves, rows = saved.faiss_index, saved.halves, part.rows
     inner = inner_of(index)
-    if kind.lists:
+    if hasattr(inner, "invlists"):
         _keep_in_lists(inner, rows)
     else:
         codes = codes_of(inner)[rows]

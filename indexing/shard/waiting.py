@@ -46,7 +46,8 @@ class WaitingVectors:
         """The index over all rows, measured with the `recent` queries [any, dim]. Raises ValueError as `build_index`;
         all rows stay then."""
         if self._too_large.any():
-            raise refuse("index.factory", "SQfp16", f"must be Flat: a vector has a number beyond {FLOAT16_MAX}")
+            allowed = f"must be Flat: a vector has a number beyond {FLOAT16_MAX}"
+            raise refuse("index.factory", self._config.factory, allowed)
         begin = time.perf_counter()
         if self._faiss_index is None:
             index = build_index(self._rows, self._config, seed)

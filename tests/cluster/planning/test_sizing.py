@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 
 from cluster.config.settings import ClusterConfig, PlanConfig, RefreshConfig
-from cluster.planning.estimate import index_kind, search_work
 from cluster.planning.hardware import GB, GPUS, Host, planned_host
 from cluster.planning.sizing import (
     Counts,
@@ -20,6 +19,7 @@ from cluster.planning.sizing import (
     step_seconds,
     trainer_bytes,
 )
+from indexing.dense.kinds import parse
 from indexing.indexing_settings import IndexConfig
 from training.measuring.sizes import encoder_size, generator_size
 from training.training_settings import EncoderConfig, GeneratorConfig
@@ -179,7 +179,7 @@ def test_search_by_hand() -> None:
     # two shards of one thread each: 4 processors, one for the trainer, one for the worker
     assert search_seconds(flat, replace(CPU, host=host), counts) == pytest.approx(2 * 8 * rows * 768 / 2e10)
     lists = work(index_on_gpu=False, factory="IVF1000,Flat")
-    coarse, read = search_work(index_kind("IVF1000,Flat", 768), rows, dim=768, batch=8, nprobe=16)[1:]
+    coarse, read = parse("IVF1000,Flat").search_work(rows, dim=768, batch=8, nprobe=16)[1:]
     assert read == 8 * rows * 16 / 1000 * 3072
     assert search_seconds(lists, replace(CPU, host=host), counts) == pytest.approx(coarse / 5e10 + read / 8e9)
 
