@@ -1,8 +1,9 @@
-"""Batches as pure functions of (seed, number of the batch): a loader's position is one number, so a resume is exact.
+"""Makes batches as pure functions of (seed, number of the batch): one number is a loader's position, so a resume is
+exact.
 
-Questions come in an endless stream of shuffled passes. The global batch `n` is the stream's slice
-`[n * batch_size * world_size, (n + 1) * batch_size * world_size)`; each trainer takes its part of the slice, so
-the number of trainers changes who computes, never what is computed.
+Questions come in an endless stream of shuffled passes. The global batch `n` is the stream's slice `[n * batch_size *
+world_size, (n + 1) * batch_size * world_size)`. Each trainer takes its part of the slice, so that the number of
+trainers changes who computes, never the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from training.training_settings import ObjectiveConfig
 
 
 def stream_slice(num_items: int, start: int, stop: int, seed: int) -> np.ndarray:
-    """Items `[start, stop)` of the endless stream of seeded permutations of `range(num_items)`; int64."""
+    """Return items `[start, stop)` of the endless stream of seeded permutations of `range(num_items)`; int64."""
     parts = []
     while start < stop:
         number, offset = divmod(start, num_items)
@@ -32,6 +33,13 @@ def stream_slice(num_items: int, start: int, stop: int, seed: int) -> np.ndarray
         parts.append(np.random.default_rng([seed, number]).permutation(num_items)[offset : offset + taken])
         start += taken
     return np.concatenate(parts)
+
+
+def sampled_numbers(total: int, limit: int, seed: int) -> np.ndarray:
+    """Return the numbers of a fixed sample of `limit` out of `total` items, rising; all of them for a limit of 0."""
+    if not 0 < limit < total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).permutation(total)[:limit])
 
 
 class Stream:
@@ -44,20 +52,20 @@ class Stream:
         self.rank, self.world_size = rank, world_size
 
     def batch(self, number: int) -> np.ndarray:
-        """Items of batch `number` [batch_size]."""
+        """Return the items of batch `number` [batch_size]."""
         start = self.start(number)
         return stream_slice(self.num_items, start, start + self.batch_size, self.seed)
 
     def places(self, number: int) -> np.ndarray:
-        """int64 [batch_size]: places in the endless stream of the items of batch `number`."""
+        """Return the places in the endless stream of the items of batch `number`; int64 [batch_size]."""
         return np.arange(self.start(number), self.start(number) + self.batch_size, dtype=np.int64)
 
     def start(self, number: int) -> int:
-        """Place in the endless stream of the first item of batch `number`."""
+        """Return the place in the endless stream of the first item of batch `number`."""
         return (number * self.world_size + self.rank) * self.batch_size
 
     def random(self, number: int, purpose: int) -> Iterator[np.random.Generator]:
-        """One generator for each item of batch `number`, the same whoever computes it."""
+        """Return one generator for each item of batch `number`, the same whoever computes it."""
         start = self.start(number)
         return (np.random.default_rng([self.seed, purpose, start + i]) for i in range(self.batch_size))
 
@@ -66,20 +74,19 @@ class TokenRows(Protocol):
     """Token rows by number."""
 
     def rows(self, row_numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """int32 token rows of `row_numbers`, in that order."""
+        """Return the int32 token rows of `row_numbers`, in that order."""
         ...
 
 
 class Questions(Protocol):
-    """The questions that batches are made of: a question store, or examples cut from the corpus
-    (`training/feeding/pretraining.py`)."""
+    """The questions that batches are made of: a question store, or examples cut from the corpus."""
 
     def tokens(self, side: str) -> TokenRows:
-        """Token rows of the question text by question number."""
+        """Return the token rows of the question text, by question number."""
         ...
 
     def answer_tokens(self, number: int) -> list[np.ndarray]:
-        """int32 token rows of a question's answers."""
+        """Return the int32 token rows of a question's answers."""
         ...
 
     def text(self, number: int) -> str:
@@ -91,7 +98,7 @@ class Questions(Protocol):
         ...
 
     def gold_rows(self, number: int) -> np.ndarray:
-        """int64 [any]: numbers of the passages that state the answer."""
+        """Return the numbers of the passages that state the answer; int64 [any]."""
         ...
 
 
@@ -100,31 +107,35 @@ class Collator:
 
     def __init__(self, store: Store, questions: Questions, generator: Generator, pad_id: int) -> None:
         self.store, self.questions, self.generator, self.pad_id = store, questions, generator, pad_id
-        self.pairing: Pairing | None = None  # where a re-ranker reads question and passage together
+        self.pairing: Pairing | None = None  # set if a re-ranker reads question and passage together
         self.passages_for_retriever = store.tokens("retriever")
         self.passages_for_generator = store.tokens("generator")
         self.questions_for_retriever = questions.tokens("retriever")
         self.questions_for_generator = questions.tokens("generator")
 
     def question_tensors(self, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Retriever's ids and mask of questions."""
+        """Return the retriever's ids and mask of questions."""
         return pad_rows(self.questions_for_retriever.rows(numbers), self.pad_id)
 
     def __call__(
         self,
         numbers: np.ndarray,
         passages: Sequence[np.ndarray],
+        *,
         with_answers: bool = True,
         for_retriever: bool = True,
         vectors: np.ndarray | None = None,
         answers: Sequence[np.ndarray] | None = None,
         lexical: np.ndarray | None = None,
     ) -> RetrievalBatch:
-        """`passages[i]`: passage numbers for question `numbers[i]`; shorter lists are padded, an empty one is closed
-        book (the generator then sees one empty passage). `for_retriever` False: long prompts, whose many passages
-        nobody scores; the retriever gets one blank token for each. `vectors` [batch, k, dim]: those of the passages, k
-        of each question, which then are not encoded again. `answers`: token rows, None for each question's target.
-        `lexical` [batch, k or more]: normalised lexical scores of the passages; None: 0."""
+        """Return the batch of questions `numbers` with `passages[i]` for question `numbers[i]`. Shorter lists are
+        padded; an empty one is closed book (the generator sees one empty passage).
+
+        `for_retriever` is False for long prompts, whose many passages nobody scores; the retriever gets one blank token
+        for each. `vectors` [batch, k, dim] are those of the passages, k for each question, which then are not encoded
+        again. `answers` are token rows, None for each question's target. `lexical` [batch, k or more] are normalised
+        lexical scores of the passages; None: 0.
+        """
         k = max(1, max(len(row) for row in passages))
         flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in passages])
         rows = iter(self.passages_for_retriever.rows(flat) if for_retriever and vectors is None else ())
@@ -161,19 +172,19 @@ class Collator:
 
     @property
     def stored(self) -> QuestionStore:
-        """The questions as a store, where they are not cut from the corpus."""
+        """The questions as a store, which they are unless they are cut from the corpus."""
         assert isinstance(self.questions, QuestionStore)
         return self.questions
 
     def target(self, number: int) -> np.ndarray:
-        """Tokens of the gold answer whose likelihood is measured; none where there is no answer."""
+        """Return the tokens of the gold answer whose likelihood is measured; none without an answer."""
         answers = self.questions.answer_tokens(number)
         return answers[self.questions.target(number)] if answers else np.empty(0, dtype=np.int32)
 
 
 def gold_first(hits: np.ndarray, gold: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """One labelled passage and the k - 1 best retrieved others, in random order: a warm-up of the generator with hard
-    negatives."""
+    """Return one labelled passage and the k - 1 best retrieved others, in random order: a warm-up of the generator with
+    hard negatives."""
     if not len(gold):
         return hits[:k]
     others = hits[~np.isin(hits, gold)][: k - 1]
@@ -197,13 +208,13 @@ class ClozeSource:
         pad_id: int,
         passages: np.ndarray | None = None,
     ) -> None:
-        """`passages`: numbers of those that `stream` counts; None: all."""
+        """`passages` are the numbers of those that `stream` counts; None: all."""
         self.store, self.tokens, self.passages = store, store.tokens("retriever"), passages
         self.stream, self.config = stream, config
         self.separator_id, self.pad_id = separator_id, pad_id
 
     def batch(self, number: int) -> ContrastBatch:
-        """Batch `number` of this trainer."""
+        """Return batch `number` of this trainer."""
         numbers = self.stream.batch(number)
         if self.passages is not None:
             numbers = self.passages[numbers]
@@ -219,7 +230,7 @@ class ClozeSource:
         )
 
     def _living(self, numbers: np.ndarray) -> np.ndarray:
-        """`numbers`, with another passage in place of each that was deleted from the corpus."""
+        """Return `numbers`, with another passage in place of each that was deleted from the corpus."""
         gone = ~self.store.is_living(numbers)
         if not gone.any():
             return numbers
@@ -257,7 +268,7 @@ class ClozeSource:
 
 
 def encode_questions(engine: Engine, collator: Collator, numbers: np.ndarray) -> np.ndarray:
-    """float32 vectors [batch, dim] of questions, by the query encoder as it is now, without dropout."""
+    """Return float32 vectors [batch, dim] of questions, by the query encoder as it is now, without dropout."""
     ids, mask = collator.question_tensors(numbers)
     with torch.no_grad(), evaluating(engine.module):
         vectors = engine(System.encode_questions, ids.to(engine.device), mask.to(engine.device))

@@ -9,7 +9,7 @@ import numpy as np
 from indexing.corpus.stores.duplicates import open_groups
 from indexing.corpus.stores.questions import QuestionStore
 from training.data import ClozeSource, Collator, Stream, encode_questions
-from training.feeding.alignment import aligned, make_collator
+from training.feeding.alignment import ReferencedBatches, SampledBatches, make_collator
 from training.feeding.answers import MORE_FOR_REFUSALS, TrainingAnswers
 from training.feeding.batches import ClosedBookBatches, ClozeBatches, RetrievedBatches, WithPairs
 from training.feeding.long_context import LongContext, LongContextBatches
@@ -98,18 +98,20 @@ def make_source(
         source = _retrieved(parts, parts.service, examples=examples, select=select, start=start)
         if loader_state:
             source.restore(loader_state)
-    source = aligned(
-        source,
-        engine,
-        collator=collator,
-        store=parts.store,
-        to_text=parts.text.to_text,
-        max_tokens=settings.generator.max_answer_tokens,
-        objective=settings.objective,
-        alignment=settings.alignment,
-        reference=reference,
-        loader_state=loader_state,
-    )
+    if samples_answers(settings.objective):
+        source = SampledBatches(
+            source,
+            engine,
+            collator=collator,
+            store=parts.store,
+            to_text=parts.text.to_text,
+            max_tokens=settings.generator.max_answer_tokens,
+            objective=settings.objective,
+            updates_per_sample=settings.alignment.updates_per_sample,
+        )
+        source.restore(loader_state or {})
+    if reference is not None:
+        source = ReferencedBatches(source, reference)
     return _with_pairs(parts, corpus, source=source, place=place, start=start)
 
 

@@ -1,15 +1,16 @@
-"""Answer and ranking metrics: of one question as numbers, of many as arrays with one entry a question.
+"""Answer and ranking metrics: numbers for one question, arrays with one entry a question for many.
 
-Names: `recall@k` is 1 when any passage with an answer (qrels) is in the top k, the hit rate of the open-domain
-question answering literature, so that recall@1 is hit@1 also for questions with several gold passages.
-`qrel_recall@k` is the share of a question's gold passages in the top k, trec_eval's recall. `answer_recall@k` is 1
-when the text of a top-k passage contains a gold answer. Arrays per question serve `paired_difference`.
+`recall@k` is 1 when any passage with an answer (qrels) is in the top k, the hit rate of the open-domain question
+answering literature, so that recall@1 is hit@1 also for questions with several gold passages. `qrel_recall@k` is the
+share of a question's gold passages in the top k, trec_eval's recall. `answer_recall@k` is 1 when the text of a top-k
+passage contains a gold answer. `paired_difference` compares arrays of two systems.
 """
 
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,19 +21,19 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, articles and extra whitespace, as SQuAD's evaluation does
-    (Rajpurkar et al. 2016)."""
+    """Return the text in lower case, without ASCII punctuation, articles and extra whitespace, as SQuAD's evaluation
+    does (Rajpurkar et al. 2016)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the normalised prediction equals any normalised gold answer, else 0.0; 0.0 without gold answers."""
+    """Return 1.0 if the normalised prediction equals any normalised gold answer, else 0.0; 0.0 without gold answers."""
     normalized = normalize_answer(prediction)
     return float(any(normalized == normalize_answer(answer) for answer in answers))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Largest F1 of normalised tokens, as bags, over the gold answers; 0.0 without gold answers."""
+    """Return the largest F1 of normalised tokens, as bags, over the gold answers; 0.0 without gold answers."""
     tokens = normalize_answer(prediction).split()
     return max((_token_f1(tokens, normalize_answer(answer).split()) for answer in answers), default=0.0)
 
@@ -46,7 +47,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 
 
 def answer_metrics(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """`exact_match` and `f1` of each question: float64 [questions]."""
+    """Return `exact_match` and `f1` of each question: float64 [questions]."""
     measures: dict[str, Callable[[str, Sequence[str]], float]] = {"exact_match": exact_match, "f1": f1}
     return {
         name: np.array([measure(*pair) for pair in zip(predictions, answers, strict=True)], dtype=np.float64)
@@ -57,9 +58,9 @@ def answer_metrics(predictions: Sequence[str], answers: Sequence[Sequence[str]])
 def answer_recall(
     passages: Sequence[Sequence[str]], answers: Sequence[Sequence[str]], cuts: Sequence[int] = CUTS
 ) -> dict[str, np.ndarray]:
-    """`answer_recall@k` of each question: float64 [questions], NaN without gold answers.
+    """Return `answer_recall@k` of each question: float64 [questions], NaN without gold answers.
 
-    passages: texts [questions][depth], best first. Cuts deeper than the deepest list are left out.
+    `passages` are texts [questions][depth], best first. Cuts deeper than the deepest list are left out.
     """
     first = np.full(len(passages), np.inf)
     for i, (texts, gold) in enumerate(zip(passages, answers, strict=True)):
@@ -72,12 +73,14 @@ def answer_recall(
 def ranking_metrics(
     hits: np.ndarray, gold_rows: Sequence[np.ndarray], cuts: Sequence[int] = CUTS
 ) -> dict[str, np.ndarray]:
-    """`recall@k`, `qrel_recall@k`, `ndcg@10` and `mrr` of each question: float64 [questions], NaN without gold rows.
+    """Return `recall@k`, `qrel_recall@k`, `ndcg@10` and `mrr` of each question: float64 [questions], NaN without gold
+    rows.
 
-    hits: passage numbers [questions, depth], best first; gold_rows: passage numbers [questions][any]. Cuts deeper than
-    `depth` are left out; `ndcg@10` and `mrr` see no further than `depth`. Computed by ir-measures (trec_eval).
+    `hits` are passage numbers [questions, depth], best first; `gold_rows` are passage numbers [questions][any]. Cuts
+    deeper than `depth` are left out; `ndcg@10` and `mrr` see no further than `depth`. Computed by ir-measures
+    (trec_eval).
     """
-    # Imported here: the answer metrics need no more than this file.
+    # Imported here, because the answer metrics do not need it.
     import ir_measures
     from ir_measures import RR, R, Success, nDCG
 
@@ -96,15 +99,40 @@ def ranking_metrics(
 
 
 def means(per_question: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean of each metric over the questions that have it; a metric that no question has is left out."""
+    """Return the mean of each metric over the questions that have it; a metric that no question has is left out."""
     known = {name: values[~np.isnan(values)] for name, values in per_question.items()}
     return {name: float(values.mean()) for name, values in known.items() if len(values) > 0}
+
+
+def mean_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean of every number that rows carry, over the rows that carry it (NaN: not measurable for that
+    question)."""
+    names = sorted({name for row in rows for name, value in row.items() if isinstance(value, float)})
+    return means({name: np.array([row.get(name, np.nan) for row in rows]) for name in names})
+
+
+def changed_questions(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of `after` whose answers differ from those in `before`, with both predictions.
+
+    `new` is 1 if the prediction is right after the update, `old` if it is the former answer and not a right one.
+    """
+    former = {row["id"]: row for row in before}
+    changed = []
+    for row in after:
+        known = former.get(row["id"])
+        if known is None or _normalized(known["answers"]) == _normalized(row["answers"]):
+            continue
+        old = answer_metrics([row["prediction"]], [known["answers"]])["exact_match"][0]
+        stale = float(old) if not row["exact_match"] else 0.0
+        changed.append({**row, "new": row["exact_match"], "old": stale, "before": known["exact_match"]})
+    return changed
 
 
 def paired_difference(
     a: np.ndarray, b: np.ndarray, seed: int = 0, num_resamples: int = 10_000
 ) -> tuple[float, float, float]:
-    """Mean of a - b over questions and its 95% interval: (mean, low, high), by percentile bootstrap over questions.
+    """Return the mean of a - b over questions and its 95% interval, (mean, low, high), by percentile bootstrap over
+    questions.
 
     a, b: one number a question [questions], same order; a question where either is NaN is left out. Raises ValueError
     if none is left or the lengths differ.
@@ -127,8 +155,12 @@ def paired_difference(
 
 
 def _token_f1(predicted: list[str], gold: list[str]) -> float:
-    """F1 of two bags of tokens; where one is empty, 1.0 if both are."""
+    """Return F1 of two bags of tokens; if one is empty, 1.0 if both are."""
     if not predicted or not gold:
         return float(predicted == gold)
     shared = sum((Counter(predicted) & Counter(gold)).values())
     return 2.0 * shared / (len(predicted) + len(gold))
+
+
+def _normalized(answers: Sequence[str]) -> set[str]:
+    return {normalize_answer(answer) for answer in answers}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cluster.results.findings import Measured
-from training.measuring.evaluate import changed_questions
+from training.metrics import changed_questions
 from training.reporting.report import Table
 
 

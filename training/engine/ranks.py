@@ -1,19 +1,20 @@
-"""The processes that train together, and small things that they tell each other."""
+"""The processes that train together, and the small objects that they exchange."""
 
 import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 
 class Ranks:
-    """The process group of the launcher (Ray Train, torchrun), or one of this process alone where there is none.
+    """The process group of the launcher (Ray Train, torchrun), or a group of this process alone if there is none.
 
-    Every method is collective: all ranks call it in the same order. None waits longer than `timeout_s`. The group is
-    never left, since DeepSpeed keeps groups that it made from it.
+    Every method but `share` is collective: all ranks call it in the same order. None waits longer than `timeout_s`. The
+    group is never left, since DeepSpeed keeps groups that it made from it.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -40,20 +41,26 @@ class Ranks:
         """Return true if `flag` is true on some rank."""
         return flag if self.world_size == 1 else self.all_reduce_sum([float(flag)])[0] > 0
 
+    def share(self, numbers: np.ndarray) -> np.ndarray:
+        """Return this rank's part of `numbers`. All parts have the same size; the last ones repeat the first number."""
+        size = -(-len(numbers) // self.world_size)
+        padded = np.concatenate([numbers, np.repeat(numbers[:1], size * self.world_size - len(numbers))])
+        return padded[self.rank :: self.world_size]
+
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over ranks, in float64."""
+        """Return sums over ranks, in float64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` (pickled) on every rank."""
+        """Return rank 0's `value` (pickled) on every rank."""
         box = [value]
         dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's `value` (pickled) on every rank, by rank."""
+        """Return every rank's `value` (pickled) on every rank, by rank."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values

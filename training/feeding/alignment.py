@@ -1,8 +1,8 @@
 """The micro-batches of alignment: judged answers from a file, or answers that the system samples and a reward judges.
 
 A stage of alignment differs from fine-tuning in its data, its objective and its reference. Its source is the ordinary
-one (questions, hits searched ahead) with a collator that adds judged answers; around it, where the objective asks for
-them, samples (`SampledBatches`) and the reference's view of the batch (`ReferencedBatches`). The loop knows none of it.
+one (questions, hits searched ahead) with a collator that adds judged answers. If the objective needs them, samples
+(`SampledBatches`) and the reference's scores (`ReferencedBatches`) are put around it. The loop knows none of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,6 @@ from indexing.corpus.stores.passages import Store
 from indexing.corpus.stores.questions import QuestionStore
 from training.data import Collator
 from training.engine.engine import Engine
-from training.example_settings import AlignmentConfig
 from training.feeding.reference import Reference
 from training.feeding.rewards import load_reward, measure
 from training.loop import Fetched, Source
@@ -31,13 +30,13 @@ from training.objectives.check import samples_answers
 from training.objectives.sampling import sample_log_probs
 from training.training_settings import ObjectiveConfig
 
-MISMATCH_TRIES = 20  # draws until another question's answer is found
+MISMATCH_TRIES = 20  # Number of draws until another question's answer is found
 
 
 def make_collator(
     objective: ObjectiveConfig, store: Store, *, questions: QuestionStore, generator: Generator, pad_id: int, seed: int
 ) -> Collator:
-    """The collator of the objective's data. Raises ValueError when the questions are not judged as it needs."""
+    """Return the collator of the objective's data. Raises ValueError if the questions are not judged as it needs."""
     match objective.name:
         case "dpo":
             return PairCollator(store, questions, generator, pad_id)
@@ -50,20 +49,18 @@ def make_collator(
 
 
 class PairCollator(Collator):
-    """Questions with two answers, the chosen one first."""
+    """Collates questions with two answers, the chosen one first."""
 
-    def __call__(
-        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
-    ) -> CandidateBatch:
+    def __call__(self, numbers: np.ndarray, passages: Sequence[np.ndarray], **options: Any) -> CandidateBatch:
         """Return a batch as `Collator` does; both answers get gradient."""
-        base = super().__call__(numbers, passages, False, *args, **options)
+        base = super().__call__(numbers, passages, **options | {"with_answers": False})
         groups = [self.questions.answer_tokens(int(number))[:2] for number in numbers]
         return with_candidates(base, self.generator, groups, num_trained=2)
 
 
 class JudgedCollator(Collator):
-    """Questions with one judged answer, and beside it the answer of another question for KTO's z. Which other question
-    depends on the question and the seed alone, not on who computes it."""
+    """Collates questions with one judged answer and, for KTO's z, the answer of another question. The other question
+    depends on the question and the seed alone, not on the process that computes it."""
 
     def __init__(self, store: Store, questions: QuestionStore, *, generator: Generator, pad_id: int, seed: int) -> None:
         super().__init__(store, questions, generator, pad_id)
@@ -71,11 +68,9 @@ class JudgedCollator(Collator):
             raise ValueError(f"{questions.path} holds no judged answers: objective.name=kto needs preferences")
         self.labels, self.seed = questions.labels, seed
 
-    def __call__(
-        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
-    ) -> CandidateBatch:
+    def __call__(self, numbers: np.ndarray, passages: Sequence[np.ndarray], **options: Any) -> CandidateBatch:
         """Return a batch as `Collator` does; the judged answer gets gradient."""
-        base = super().__call__(numbers, passages, False, *args, **options)
+        base = super().__call__(numbers, passages, **options | {"with_answers": False})
         groups = [[self._answer(int(n)), self._answer(self._other(int(n)))] for n in numbers]
         batch = with_candidates(base, self.generator, groups, num_trained=1)
         return replace(batch, desirable=torch.from_numpy(self.labels[numbers] == 1))
@@ -84,7 +79,7 @@ class JudgedCollator(Collator):
         return self.questions.answer_tokens(number)[0]
 
     def _other(self, number: int) -> int:
-        """An item with another prompt; the item itself where none is found."""
+        """Return an item with another prompt; the item itself if none is found."""
         prompts = self.questions.tokens("retriever")
         mine = prompts.rows([number])[0]
         random = np.random.default_rng([self.seed, 3, number])
@@ -95,13 +90,11 @@ class JudgedCollator(Collator):
 
 
 class AskedCollator(Collator):
-    """Questions to be answered by samples, with the numbers of the questions and of their passages."""
+    """Collates questions to be answered by samples, with the numbers of the questions and of their passages."""
 
-    def __call__(
-        self, numbers: np.ndarray, passages: Sequence[np.ndarray], with_answers: bool = True, *args: Any, **options: Any
-    ) -> AskedBatch:
+    def __call__(self, numbers: np.ndarray, passages: Sequence[np.ndarray], **options: Any) -> AskedBatch:
         """Return a batch as `Collator` does, without answers."""
-        base = super().__call__(numbers, passages, False, *args, **options)
+        base = super().__call__(numbers, passages, **options | {"with_answers": False})
         return AskedBatch(**_fields(base), questions=np.asarray(numbers), passages=[*passages])
 
 
@@ -133,7 +126,7 @@ class SampledBatches:
         self._uses = 0
 
     def next(self) -> Fetched:
-        """The next micro-batch on the device: new samples, or those of the last one again."""
+        """Return the next micro-batch on the device: new samples, or those of the last one again."""
         if self._kept is not None and self._uses < self.updates_per_sample:
             self._uses += 1
             return replace(self._kept, search_wait_s=0.0, rescore_s=0.0, passages=None)
@@ -156,7 +149,7 @@ class SampledBatches:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over samples that another one's `state()` kept; the source below is restored by itself."""
+        """Take over samples that `state()` of another object kept; the source below is restored by itself."""
         if "samples" in state:
             kept, self._uses = state["samples"]
             self._kept = replace(kept, batch=moved(kept.batch, self.engine.device))
@@ -174,7 +167,7 @@ class SampledBatches:
         answers = [np.array(tokens, dtype=np.int64) for tokens in written.tokens]
         rewards = [self._judge(*sample) for sample in zip(questions, read, written.tokens, strict=True)]
         inputs = self.collator.generator.collate(question_rows, rows, answers)
-        # The end of an answer that was cut for length was not drawn: it is no part of the sample.
+        # The end token of an answer that was cut for length was not drawn, so it is no part of the sample.
         cut = torch.tensor([len(answer) >= self.max_tokens for answer in answers])
         last = inputs.answer_mask & (inputs.answer_mask.cumsum(1) == inputs.answer_mask.sum(1, keepdim=True))
         inputs = replace(inputs, answer_mask=inputs.answer_mask & ~(last & cut[:, None]))
@@ -190,7 +183,7 @@ class SampledBatches:
         )
 
     def _passage(self, asked: AskedBatch, question: int, place: int) -> int:
-        """Number of a passage; -1 for the empty one of a closed book."""
+        """Return the number of a passage; -1 for the empty one of a closed book."""
         passages = asked.passages[question]
         return int(passages[place]) if place < len(passages) else -1
 
@@ -222,7 +215,7 @@ class ReferencedBatches:
     reference: Reference
 
     def next(self) -> Fetched:
-        """The next micro-batch on the device."""
+        """Return the next micro-batch on the device."""
         fetched = self.source.next()
         assert isinstance(fetched.batch, CandidateBatch)
         return replace(fetched, batch=self.reference(fetched.batch))
@@ -232,40 +225,10 @@ class ReferencedBatches:
         return self.source.state()
 
 
-def aligned(
-    source: Source,
-    engine: Engine,
-    *,
-    collator: Collator,
-    store: Store,
-    to_text: Callable[[Sequence[int]], str],
-    max_tokens: int,
-    objective: ObjectiveConfig,
-    alignment: AlignmentConfig,
-    reference: Reference | None,
-    loader_state: dict[str, Any] | None,
-) -> Source:
-    """Return `source` with the samples and the reference that the objective needs; `source` itself if it needs none."""
-    if samples_answers(objective):
-        updates = alignment.updates_per_sample
-        source = SampledBatches(
-            source,
-            engine,
-            collator=collator,
-            store=store,
-            to_text=to_text,
-            max_tokens=max_tokens,
-            objective=objective,
-            updates_per_sample=updates,
-        )
-        source.restore(loader_state or {})
-    return source if reference is None else ReferencedBatches(source, reference)
-
-
 def with_candidates(
     batch: RetrievalBatch, generator: Generator, groups: Sequence[Sequence[np.ndarray]], num_trained: int
 ) -> CandidateBatch:
-    """A batch without answers, with token rows of the answers [batch][group]."""
+    """Return a batch without answers together with the token rows of its answers [batch][group]."""
     ids, mask = answer_tensors(generator, groups)
     return CandidateBatch(
         **_fields(batch),

@@ -1,4 +1,5 @@
-"""The answers that questions train on, and the questions that are asked without the passages that answer them."""
+"""Chooses the answers that questions train on, and the questions that are asked without the passages that answer
+them."""
 
 from collections.abc import Sequence
 
@@ -10,11 +11,11 @@ from training.data import Stream
 from training.metrics import contains_answer
 
 REFUSED, SAMPLED = 3, 4  # purposes of the random generators
-MORE_FOR_REFUSALS = 8  # hits searched beyond retrieval.k, in place of those that hold an answer
+MORE_FOR_REFUSALS = 8  # Number of hits searched beyond retrieval.k, in place of those that hold an answer
 
 
 class TrainingAnswers:
-    """The answers of a training batch; everything drawn depends on the seed and the place in the stream alone."""
+    """The answers of a training batch. Every draw depends on the seed and the place in the stream alone."""
 
     def __init__(
         self,
@@ -26,20 +27,20 @@ class TrainingAnswers:
         refusal: np.ndarray | None = None,
         refusal_share: float = 0.0,
     ) -> None:
-        """`choice` among several gold answers: first | sampled | in_passage. `refusal`: token row of the answer of a
-        share of the questions, which lose the passages that hold an answer."""
+        """`choice` among several gold answers is first, sampled or in_passage. `refusal` is the token row of the answer
+        to a share of the questions, which lose the passages that hold an answer."""
         self.questions, self.store, self.stream, self.choice = questions, store, stream, choice
         self.refusal, self.refusal_share = refusal, refusal_share
 
     def refused(self, number: int) -> np.ndarray:
-        """bool [batch]: which questions of batch `number` are asked without their answer."""
+        """Return which questions of batch `number` are asked without their answer; bool [batch]."""
         if self.refusal is None or not self.refusal_share:
             return np.zeros(self.stream.batch_size, dtype=bool)
         draws = [random.random() for random in self.stream.random(number, REFUSED)]
         return np.array(draws) < self.refusal_share
 
     def without_answer(self, question: int, passages: np.ndarray, k: int) -> np.ndarray:
-        """The first k of `passages` that are neither labelled nor state an answer of the question."""
+        """Return the first k of `passages` that are neither labelled nor state an answer of the question."""
         gold, answers = set(self.questions.gold_rows(question).tolist()), self.questions.question(question).answers
         kept: list[int] = []
         for row in passages.tolist():
@@ -50,7 +51,7 @@ class TrainingAnswers:
         return np.array(kept, dtype=np.int64)
 
     def rows(self, number: int, questions: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """int32 token rows of the answers of batch `number`."""
+        """Return the int32 token rows of the answers of batch `number`."""
         found: list[np.ndarray] = []
         draws = self.stream.random(number, SAMPLED)
         for question, refused, random in zip(questions, self.refused(number), draws, strict=True):

@@ -16,7 +16,7 @@ from training.retrieving.hybrid import HybridSearch
 from training.retrieving.retrieve import Prefetcher, Searched
 from training.training_settings import RetrievalConfig
 
-PAIRS = 13  # purpose of a random generator
+PAIRS = 13  # purpose of the random generator that draws the task of pairs
 
 HIT_FIELDS = [entry.name for entry in fields(Hits)]  # in the order in which a checkpoint keeps them
 
@@ -35,15 +35,15 @@ class RetrievedBatches:
         answers: TrainingAnswers | None = None,
         hybrid: HybridSearch | None = None,
     ) -> None:
-        """`answers`: None for each question's own target. `hybrid` knows the lexical scores of passages that are read
-        without being hits; None where nothing weighs them."""
+        """`answers` None takes each question's target. `hybrid` knows the lexical scores of passages that are read
+        without being hits; None if these scores have no weight."""
         self.hybrid = hybrid
         self.prefetcher, self.collator, self.config = prefetcher, collator, config
         self.device, self.stream, self.answers = device, stream, answers
         self._trained = prefetcher.position
 
     def next(self) -> Fetched:
-        """The next micro-batch on the device."""
+        """Return the next micro-batch on the device."""
         searched = self.prefetcher.next()
         gold = [self.collator.questions.gold_rows(int(number)) for number in searched.questions]
         hits = searched.hits.ids
@@ -58,8 +58,8 @@ class RetrievedBatches:
             answers = self.answers.rows(searched.number, searched.questions)
             for i in np.flatnonzero(self.answers.refused(searched.number)):
                 passages[i] = self.answers.without_answer(int(searched.questions[i]), hits[i], self.config.k)
-        known = searched.hits.vectors  # asked for only where the passages are the hits as they came
-        if known is not None:  # fewer where passages were deleted since a checkpoint
+        known = searched.hits.vectors  # asked for only if the passages are the hits as they came
+        if known is not None:  # fewer if passages were deleted since a checkpoint
             known = known[:, : max(1, max(len(row) for row in passages))]
         lexical = self._lexical(searched, passages)
         batch = self.collator(searched.questions, passages, answers=answers, vectors=known, lexical=lexical)
@@ -80,7 +80,7 @@ class RetrievedBatches:
         )
 
     def _lexical(self, searched: Searched, passages: list[np.ndarray]) -> np.ndarray | None:
-        """Normalised lexical scores of what is read."""
+        """Return the normalised lexical scores of the passages that are read."""
         hits = searched.hits
         if hits.lexical is None:
             return None
@@ -91,7 +91,7 @@ class RetrievedBatches:
         return self.hybrid.scores(searched.questions, passages, hits.corpus)
 
     def state(self) -> dict[str, Any]:
-        """Number of the next batch, and the hits of those already searched."""
+        """Return the number of the next batch, and the hits of those already searched."""
         ahead = [tuple(vars(hits).values()) for hits in self.prefetcher.state()]
         return {"number": self._trained, "ahead": ahead}
 
@@ -107,11 +107,12 @@ class WithPairs:
     def __init__(
         self, source: Source, pairs: dict[str, ClozeSource], *, shares: dict[str, float], seed: int, start: int = 0
     ) -> None:
-        """`shares`: of each contrastive task in the whole mixture; which one a micro-batch has is drawn by them."""
+        """`shares` are those of each contrastive task in the whole mixture; they weight the draw of the one task of a
+        micro-batch."""
         self.source, self.pairs, self.shares, self.seed, self.number = source, pairs, shares, seed, start
 
     def next(self) -> Fetched:
-        """The next micro-batch on the device."""
+        """Return the next micro-batch on the device."""
         fetched, share = self.source.next(), sum(self.shares.values())
         random = np.random.default_rng([self.seed, PAIRS, self.number])
         task = str(random.choice(list(self.shares), p=[one / share for one in self.shares.values()]))
@@ -122,7 +123,7 @@ class WithPairs:
         return replace(fetched, batch=replace(batch, contrast=pairs, contrast_share=share))
 
     def state(self) -> dict[str, Any]:
-        """That of the other source; both count the same micro-batches."""
+        """Return the state of the other source; both count the same micro-batches."""
         return self.source.state()
 
 
@@ -142,7 +143,7 @@ class ClosedBookBatches:
         self.answers = answers
 
     def next(self) -> Fetched:
-        """The next micro-batch on the device."""
+        """Return the next micro-batch on the device."""
         questions = self.batch_of(self.number)
         answers = self.answers.rows(self.number, questions) if self.answers is not None else None
         self.number += 1
@@ -151,7 +152,7 @@ class ClosedBookBatches:
         return Fetched(batch=batch, num_questions=len(questions))
 
     def state(self) -> dict[str, Any]:
-        """Number of the next batch."""
+        """Return the number of the next batch."""
         return {"number": self.number}
 
 
@@ -162,11 +163,11 @@ class ClozeBatches:
         self.source, self.device, self.number = source, device, start
 
     def next(self) -> Fetched:
-        """The next micro-batch on the device."""
+        """Return the next micro-batch on the device."""
         batch = self.source.batch(self.number).to(self.device)
         self.number += 1
         return Fetched(batch=batch, num_questions=len(batch.passage_numbers))
 
     def state(self) -> dict[str, Any]:
-        """Number of the next batch."""
+        """Return the number of the next batch."""
         return {"number": self.number}

@@ -1,4 +1,4 @@
-"""Prompts without retrieval: as much of the corpus as fits, and a labelled passage at a known depth among others.
+"""Makes prompts without retrieval: as much of the corpus as fits, or a labelled passage at a known depth among others.
 
 A long prompt is the beginning of a random order of the whole corpus, so that the labelled passage is in it with just
 the probability that a prompt of that length gives it, at a place that is as likely as any other.
@@ -20,14 +20,14 @@ from training.models.generators.generator import Generator
 
 
 class LongContext:
-    """Chooses the passages of prompts of at most `budget` tokens, answers of `answer_tokens` included where they share
-    the prompt's context."""
+    """Chooses the passages of prompts of at most `budget` tokens. Answers of `answer_tokens` count if they share the
+    prompt's context."""
 
     def __init__(
         self, collator: Collator, budget: int, answer_tokens: int, setting: str = "retrieval.max_context_tokens"
     ) -> None:
-        """`budget` 0: the generator's context. Raises ValueError that names `setting` where it has none, has less than
-        `budget`, or where no passage fits beside the longest question."""
+        """`budget` 0 takes the generator's context. Raises ValueError, naming `setting`, if the generator has no
+        context or a shorter one, or if no passage fits beside the longest question."""
         self.collator, self.answer_tokens = collator, answer_tokens
         self.passages: TokenTable = collator.passages_for_generator
         self.budget = budget or default_budget(collator.generator)
@@ -41,7 +41,8 @@ class LongContext:
             )
 
     def choose(self, question: int, rng: np.random.Generator) -> np.ndarray:
-        """Passage numbers for a question's prompt: the longest beginning of a random order that fits, int64."""
+        """Return the passage numbers of a question's prompt, int64: the longest beginning of a random order that
+        fits."""
         room, each = self._room(self._tokens(question))
         shortest = each + int(self.passages.lengths.min())
         order = rng.choice(len(self.passages), size=min(len(self.passages), max(0, room) // shortest), replace=False)
@@ -52,8 +53,8 @@ class LongContext:
     def bury(
         self, question: int, gold: int, *, labelled: np.ndarray, depth: float, rng: np.random.Generator
     ) -> np.ndarray:
-        """A prompt with the passage `gold` at `depth` (0 first, 1 last) among random passages, none of them
-        `labelled`; int64. It is there also where it does not fit."""
+        """Return a prompt, int64, with the passage `gold` at `depth` (0 first, 1 last) among random passages, none of
+        them `labelled`. The passage `gold` is in it even if it does not fit."""
         room, each = self._room(self._tokens(question))
         others = self.choose(question, rng)
         others = others[~np.isin(others, labelled)]
@@ -63,7 +64,7 @@ class LongContext:
         return np.insert(others, round(depth * len(others)), gold).astype(np.int64)
 
     def smallest(self, question: int, gold: int) -> int:
-        """Tokens of the prompt that holds the question, the passage `gold` alone, and the answer."""
+        """Return the tokens of the prompt that holds the question, the passage `gold` alone, and the answer."""
         room, each = self._room(self._tokens(question))
         return self.budget - room + each + int(self.passages.lengths[gold])
 
@@ -71,7 +72,7 @@ class LongContext:
         return int(self.collator.stored.tokens("generator").lengths[question])
 
     def _room(self, question_tokens: int) -> tuple[int, int]:
-        """Tokens left for passages, and tokens that each passage takes beside its own."""
+        """Return the tokens left for passages, and the tokens that each passage takes beside its text."""
         match self.collator.generator:
             case CausalGenerator() as generator:
                 around = len(generator.start) + sum(len(literal) for literal in generator.literals)
@@ -86,7 +87,7 @@ class LongContext:
 
 
 def default_budget(generator: Generator) -> int:
-    """The context of a causal model. Raises ValueError for a generator that names none."""
+    """Return the context of a causal model. Raises ValueError for a generator that names none."""
     context = generator.context if isinstance(generator, CausalGenerator) else None
     if context is None:
         raise ValueError("retrieval.max_context_tokens=0: must be set, because this generator names no longest prompt")
@@ -94,7 +95,7 @@ def default_budget(generator: Generator) -> int:
 
 
 def check_budget(generator: Generator, tokens: int, setting: str) -> None:
-    """Raises ValueError where a causal model takes fewer than `tokens`."""
+    """Raise ValueError if a causal model takes fewer than `tokens`."""
     context = generator.context if isinstance(generator, CausalGenerator) else None
     if context is not None and tokens > context:
         raise ValueError(f"{setting}={tokens}: must be at most {context}, the generator's context")
@@ -116,7 +117,7 @@ class LongContextBatches:
         self.device, self.number = device, start
 
     def next(self) -> Fetched:
-        """The next micro-batch on the device."""
+        """Return the next micro-batch on the device."""
         questions, random = self.stream.batch(self.number), self.stream.random(self.number, purpose=3)
         passages = [self.choose(int(question), rng) for question, rng in zip(questions, random, strict=True)]
         self.number += 1
@@ -124,5 +125,5 @@ class LongContextBatches:
         return Fetched(batch=batch, num_questions=len(questions))
 
     def state(self) -> dict[str, Any]:
-        """Number of the next batch."""
+        """Return the number of the next batch."""
         return {"number": self.number}

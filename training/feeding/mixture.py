@@ -18,8 +18,8 @@ def pretrains(config: PretrainingConfig) -> bool:
 
 
 def mixture(config: PretrainingConfig) -> dict[str, float]:
-    """Share of each task, in the order of `TASKS` and `CONTRASTIVE`; those of weight 0 are left out. Raises ValueError
-    where a weight is negative, all are 0, or none has an answer."""
+    """Return the share of each task, in the order of `TASKS` and `CONTRASTIVE`, without those of weight 0. Raises
+    ValueError if a weight is negative, all are 0, or no task has an answer."""
     weights = {task: getattr(config, task) for task in (*TASKS, *CONTRASTIVE) if getattr(config, task) is not None}
     for task, weight in weights.items():
         if not 0 <= weight < float("inf"):
@@ -37,11 +37,11 @@ def mixture(config: PretrainingConfig) -> dict[str, float]:
 
 
 def answered(config: PretrainingConfig) -> dict[str, float]:
-    """Share of each task with answers among those with answers."""
+    """Return the share of each task with answers among those with answers."""
     shares = {task: share for task, share in mixture(config).items() if task in TASKS}
     return {task: share / sum(shares.values()) for task, share in shares.items()}
 
 
 def contrasted(config: PretrainingConfig) -> dict[str, float]:
-    """Share of each contrastive task in the whole mixture; empty where it has none."""
+    """Return the share of each contrastive task in the whole mixture; empty if it has none."""
     return {task: share for task, share in mixture(config).items() if task in CONTRASTIVE}

@@ -1,9 +1,9 @@
 """The reference of alignment: the system at the start of the stage, frozen, on the same passages.
 
 With full weights it is a copy outside of the engine and of the trained parameter groups, so that it is an ordinary
-module under every ZeRO stage. It is loaded from the checkpoint that the stage started from, never from the stage's own:
-a resumed stage has the very reference that it began with, and says so where that checkpoint is gone. Where nothing but
-adapters trains, the reference is the system itself with its adapters off (`training/models/parts/adapters.py`), and
+module under every ZeRO stage. It is loaded from the checkpoint that the stage started from, never from one of the stage
+itself, so that a resumed stage has the reference that it began with; an error says so if that checkpoint is gone. If
+only adapters train, the reference is the system itself with its adapters off (`training/models/parts/adapters.py`), and
 needs no file.
 """
 
@@ -26,14 +26,14 @@ from training.models.parts.named_weights import load_weights_into, named_weights
 from training.models.system import System
 from training.objectives.preference import Candidates
 
-ORIGIN_FILE = "reference.json"  # in the run folder: which checkpoint the stage began with
+ORIGIN_FILE = "reference.json"  # in the run folder; names the checkpoint that the stage began with
 
 
 class Reference:
     """Scores batches as the system did at the start of the stage."""
 
     def __init__(self, engine: Engine, frozen: System | None, offload: bool) -> None:
-        """`frozen`: a separate module; None: the engine's module, with its adapters off."""
+        """`frozen` is a separate module; None takes the engine's module with its adapters off."""
         self.engine, self.frozen, self.offload = engine, frozen, offload
         if frozen is not None:
             frozen.requires_grad_(False).eval()
@@ -41,7 +41,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, batch: CandidateBatch) -> CandidateBatch:
-        """The batch with `reference_scores` and `reference_log_probs`. Collective under ZeRO 3."""
+        """Return the batch with `reference_scores` and `reference_log_probs`. Collective under ZeRO 3."""
         outputs = self._adapters_off(batch) if self.frozen is None else self._frozen(self.frozen, batch)
         assert outputs.log_probs is not None
         return replace(batch, reference_scores=outputs.scores, reference_log_probs=outputs.log_probs)
@@ -64,11 +64,11 @@ class Reference:
 def build_reference(
     engine: Engine, initial: System | None, *, offload: bool, init_from: str, run_dir: Path, resumes: bool
 ) -> Reference:
-    """The reference of a stage; collective.
+    """Return the reference of a stage. Collective.
 
-    `initial`: what `initial_copy` gave before the engine took the system; `init_from`: the checkpoint whose weights the
-    stage starts from, empty where it starts as built. Raises ValueError when a stage that `resumes` began with another
-    checkpoint than the one that is there now.
+    `initial` is the result of `initial_copy` before the engine took the system. `init_from` is the checkpoint whose
+    weights the stage starts from, empty if it starts as built. Raises ValueError if a stage that `resumes` began with
+    another checkpoint than the present one.
     """
     if initial is None:
         return Reference(engine, None, False)
@@ -91,13 +91,13 @@ def build_reference(
 
 
 def initial_copy(system: System) -> System | None:
-    """The system as built, to be kept from the engine, which may shard or cast the original; None where nothing but
-    adapters trains."""
+    """Return a copy of the system as built, since the engine may shard or cast the original; None if only adapters
+    train."""
     return None if trains_adapters_only(system) else copy.deepcopy(system)
 
 
 def _share(module: System, engine: Engine) -> None:
-    """Rank 0's weights on every rank."""
+    """Send rank 0's weights to every rank."""
     if engine.world_size == 1:
         return
     for tensor in named_weights(module).values():
@@ -107,8 +107,8 @@ def _share(module: System, engine: Engine) -> None:
 
 
 def _origin(init_from: Path, run_dir: Path, resumes: bool) -> str | ValueError:
-    """The checkpoint that this stage began with, written down when it begins; an error (returned, so that all ranks can
-    raise it) when it cannot be had any more."""
+    """Return the checkpoint that this stage began with, and write it down when it begins. Return an error, which all
+    ranks can raise, if the checkpoint is gone."""
     record = run_dir / ORIGIN_FILE
     if not (resumes and record.is_file()):
         record.parent.mkdir(parents=True, exist_ok=True)

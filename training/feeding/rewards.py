@@ -13,9 +13,10 @@ Reward = Callable[[str, str, Sequence[str], Sequence[str]], float]
 
 
 def load_reward(name: str) -> Reward:
-    """The function that `objective.reward` names: exact_match, f1, grounded, `module:function`, `file.py:function`.
+    """Return the function that `objective.reward` names: exact_match, f1, grounded, `module:function`,
+    `file.py:function`.
 
-    `module` is looked for where Python looks, a file where it lies. Raises ValueError that names the setting.
+    `module` is looked for where Python looks, a file where it lies. Raises ValueError, naming the setting.
     """
     match name:
         case "exact_match":
@@ -31,8 +32,8 @@ def load_reward(name: str) -> Reward:
 def measure(
     name: str, reward: Reward, *, question: str, answer: str, golds: Sequence[str], passages: Sequence[str]
 ) -> float:
-    """`reward` of one answer. Raises ValueError that names the setting and the question when it raises, or returns what
-    is no finite number."""
+    """Return the `reward` of one answer. Raises ValueError, naming the setting and the question, if it raises or
+    returns no finite number."""
     try:
         value = reward(question, answer, golds, passages)
     except Exception as error:
@@ -40,7 +41,7 @@ def measure(
         raise refuse("objective.reward", name, raised) from error
     number = math.nan
     if not isinstance(value, str | bytes):
-        with suppress(TypeError, ValueError, RuntimeError):  # what has no one value
+        with suppress(TypeError, ValueError, RuntimeError):  # it has no single value
             number = float(value)
     if math.isfinite(number):
         return number

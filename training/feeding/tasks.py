@@ -1,12 +1,12 @@
 """Pretraining tasks: pure functions from a passage's text and a random generator to a question and its answer.
 
-    span_corruption   words of a passage are masked, the answer is what was there (Raffel et al. 2020, section 3.1.4)
+    span_corruption   words of a passage are masked, and are the answer (Raffel et al. 2020, section 3.1.4)
     salient_span      a name, a date or a number of a sentence is masked (Guu et al. 2020, "REALM", section 3.4)
-    prefix_lm         the beginning of a passage is the question, what follows the answer
+    prefix_lm         the beginning of a passage is the question, the rest the answer
     title_to_section  the title is the question, the first sentences are the answer
 
-A question may hold `MASK` characters. `render` writes them as each tokeniser can read them: T5's sentinels where it has
-them, its mask token, or a word. Nothing here knows tokens; the length of a question is counted in words.
+A question may hold `MASK` characters. `MaskWords` writes them as each tokeniser can read them: as T5's sentinels if it
+has them, as its mask token, or as a word. Nothing here knows tokens; the length of a question is counted in words.
 """
 
 import re
@@ -20,11 +20,11 @@ from indexing.declare import refuse
 from training.example_settings import PretrainingConfig
 from training.plug_ins import load_function
 
-MASK = "\ufffc"  # where something was taken out of a question
-MASK_WORD = "_"  # of a tokeniser that has no mask token
+MASK = "\ufffc"  # stands where words were taken out of a question
+MASK_WORD = "_"  # the mask for a tokeniser that has none
 MIN_CONTEXT_WORDS = 6  # a shorter sentence says too little around a mask
 MAX_SALIENT_WORDS = 8
-SECTION_WORDS = 64  # of the first sentences under a title, before the tokens are cut
+SECTION_WORDS = 64  # Number of words of the first sentences under a title, before the tokens are cut
 
 Spans = list[tuple[int, int]]
 Recognizer = Callable[[str], Spans]
@@ -56,13 +56,13 @@ class Example:
 
 @dataclass(frozen=True)
 class MaskWords:
-    """The words that show one tokeniser what is missing."""
+    """The words that show one tokeniser that something is missing."""
 
     word: str = MASK_WORD
-    sentinels: tuple[str, ...] = ()  # for the first, second, ... span; empty: `word` for all
+    sentinels: tuple[str, ...] = ()  # marks of the first, second, ... span; empty: `word` for all
 
     def question(self, example: Example) -> str:
-        """The question as text. Several masks of one span are the same."""
+        """Return the question as text. Several masks of one span are the same."""
         if not self.sentinels:
             return example.question.replace(MASK, self.word)
         parts = example.question.split(MASK)
@@ -70,7 +70,7 @@ class MaskWords:
         return "".join(part + mark for part, mark in zip(parts, [*marks, ""], strict=True))
 
     def answer(self, example: Example) -> str:
-        """Return what is missing: each span after its sentinel and a last one (T5), or the spans with `word`
+        """Return the missing words: each span after its sentinel and a last one (T5), or the spans with `word`
         between."""
         if MASK not in example.question or (len(example.spans) == 1 and not self.sentinels):
             return example.spans[0]
@@ -89,8 +89,8 @@ def make_example(
     words: int,
     recognize: Recognizer,
 ) -> Example | None:
-    """The example that `task` cuts from a passage, its question of at most `words` words; None where the passage has
-    not what the task needs. Raises AssertionError for an unknown task."""
+    """Return the example that `task` cuts from a passage, its question of at most `words` words; None if the passage
+    lacks the parts that the task needs. Raises AssertionError for an unknown task."""
     match task:
         case "span_corruption":
             return span_corruption(
@@ -108,9 +108,9 @@ def make_example(
 def span_corruption(
     text: str, random: np.random.Generator, *, words: int, mask_share: float, mean_span_words: float
 ) -> Example | None:
-    """Random spans of a stretch of `words` words, `mask_share` of it, each `mean_span_words` long on average; None for
-    fewer than three words. The lengths of spans and of what lies between are random partitions, as in T5; a stretch
-    may, unlike there, begin with a mask and need not end with one."""
+    """Mask random spans of a stretch of `words` words, `mask_share` of it, each `mean_span_words` long on average; None
+    for fewer than three words. The lengths of spans and gaps are random partitions, as in T5; unlike there, a stretch
+    may begin with a mask and need not end with one."""
     found = [match.group() for match in _WORD.finditer(text)]
     first = int(random.integers(max(0, len(found) - words) + 1))
     found = found[first : first + words]
@@ -120,7 +120,7 @@ def span_corruption(
     num_spans = min(num_masked, len(found) - num_masked + 1, max(1, round(num_masked / mean_span_words)))
     masked = _partition(num_masked, num_spans, random)
     kept = _partition(len(found) - num_masked + 2, num_spans + 1, random)
-    kept[0], kept[-1] = kept[0] - 1, kept[-1] - 1  # at both ends there may be nothing before or after a mask
+    kept[0], kept[-1] = kept[0] - 1, kept[-1] - 1  # a mask may stand at either end
     question, spans, place = found[: kept[0]], [], kept[0]
     for length, following in zip(masked, kept[1:], strict=True):
         spans.append(" ".join(found[place : place + length]))
@@ -130,8 +130,8 @@ def span_corruption(
 
 
 def salient_span(text: str, random: np.random.Generator, words: int, recognize: Recognizer) -> Example | None:
-    """One of the spans that `recognize` finds, masked wherever its sentence says it; None without one. A sentence of
-    more than `words` words is cut to those around the span, a very short one takes its neighbourhood in."""
+    """Mask one of the spans that `recognize` finds, wherever its sentence says it; None without one. A sentence of more
+    than `words` words is cut to those around the span; a very short one takes its neighbourhood in."""
     spans = [(start, stop) for start, stop in recognize(text) if len(text[start:stop].split()) <= MAX_SALIENT_WORDS]
     if not spans:
         return None
@@ -147,8 +147,8 @@ def salient_span(text: str, random: np.random.Generator, words: int, recognize: 
 
 
 def prefix_lm(text: str, random: np.random.Generator, words: int) -> Example | None:
-    """The first words are the question, between half of and all `words` of them; the rest is the answer. None for
-    a text of one word."""
+    """Cut a text into question and answer: the first words, between half of and all `words` of them, and the rest. None
+    for a text of one word."""
     found = list(_WORD.finditer(text))
     most = min(words, len(found) - 1)
     if most < 1:
@@ -158,8 +158,8 @@ def prefix_lm(text: str, random: np.random.Generator, words: int) -> Example | N
 
 
 def title_to_section(passage: Passage, words: int) -> Example | None:
-    """The title, at most `words` words of it, and the first sentences, `SECTION_WORDS` words at most unless the first
-    alone is longer; None without a title."""
+    """Make the title, at most `words` words of it, the question and the first sentences the answer, `SECTION_WORDS`
+    words at most unless the first sentence alone is longer; None without a title."""
     title = " ".join(passage.title.split()[:words])
     if not title or not passage.text.strip():
         return None
@@ -179,7 +179,8 @@ def sentences(text: str) -> Spans:
 
 
 def find_recognizer(setting: str) -> Recognizer:
-    """`regex`, or the user's function of `module:function`. Raises ValueError where there is none."""
+    """Return the recogniser `regex`, or the user's function of `module:function`. Raises ValueError if there is
+    none."""
     if setting == "regex":
         return regex_spans
     allowed = "must be regex, or module:function of a function from a text to a list of (start, stop)"
@@ -204,8 +205,8 @@ def find_recognizer(setting: str) -> Recognizer:
 
 
 def regex_spans(text: str) -> Spans:
-    """Dates, numbers, and names: runs of capitalised words, at the start of a sentence only of two or more. In order,
-    without overlap; a date is not a number too."""
+    """Return dates, numbers and names, in order and without overlap; a date is not a number too. Names are runs of
+    capitalised words, of two or more words at the start of a sentence."""
     openings = {start for start, _ in sentences(text)}
     found: Spans = []
     for pattern in (_DATE, _NUMBER, _NAME):
@@ -220,13 +221,13 @@ def regex_spans(text: str) -> Spans:
 
 
 def _context(text: str, start: int, stop: int, words: int) -> tuple[int, int]:
-    """The sentence around `[start, stop)`, or at most `words` whole words around it. Of a long sentence the span stands
-    in the middle as far as there are words on both sides."""
+    """Return the sentence around `[start, stop)`, or at most `words` whole words around it. The span stands in the
+    middle of a long sentence as far as there are words on both sides."""
     first, last = next((a, b) for a, b in sentences(text) if a <= start < b)
     last = max(last, stop)
     if len(text[first:start].split()) + len(text[stop:last].split()) < MIN_CONTEXT_WORDS:
         first, last = 0, len(text)
-    start -= len(text[first:start]) - len(text[first:start].rstrip(_NO_SPACE))  # brackets and the like stay with it
+    start -= len(text[first:start]) - len(text[first:start].rstrip(_NO_SPACE))  # brackets stay with it
     stop += len(text[stop:last]) - len(text[stop:last].lstrip(_NO_SPACE))
     before = [match.start() + first for match in _WORD.finditer(text[first:start])]
     after = [match.end() + stop for match in _WORD.finditer(text[stop:last])]
@@ -237,6 +238,6 @@ def _context(text: str, start: int, stop: int, words: int) -> tuple[int, int]:
 
 
 def _partition(total: int, parts: int, random: np.random.Generator) -> list[int]:
-    """`parts` positive numbers that sum to `total`, each way equally likely."""
+    """Return `parts` positive numbers that sum to `total`, each way equally likely."""
     cuts = np.sort(random.choice(total - 1, size=parts - 1, replace=False)) + 1
     return np.diff([0, *cuts, total]).tolist()

@@ -1,24 +1,25 @@
-"""Detection of a collapse: training makes retrieval worse than it was at the stage's start.
+"""Detects a collapse: training makes retrieval worse than it was at the start of the stage.
 
 A distillation objective follows its generator: a generator that cannot read yet teaches noise, and the retriever may
-end where every passage scores alike or one wrong passage takes all. Two signs are watched: recall of the brief
-evaluations (mean over the cut-offs measured) below that of the first one, and p(z|q) that became uniform or a single
-passage without more labelled passages among the K than at the start. A retriever that is sure and right has low entropy
-too: that is no collapse."""
+end where every passage scores alike or one wrong passage takes all. Two signs are watched. First, recall of the brief
+evaluations (mean over the cut-offs measured) falls below that of the first one. Second, p(z|q) becomes uniform or a
+single passage, without more labelled passages among the K than at the start. A retriever that is sure and right has low
+entropy, too; that is no collapse.
+"""
 
 import math
 from dataclasses import dataclass, field
 
 from training.training_settings import ObjectiveConfig
 
-WINDOW_STEPS = 20  # steps whose means are compared
-EXTREME = 0.01  # share of log(k) from either end that counts as single passage or as uniform
-RECALL_LOSS = 0.02  # below the start's recall by more than this
-STALE = 1.5  # times the steps between refreshes: hits older than that are named
+WINDOW_STEPS = 20  # Number of steps whose mean is compared
+EXTREME = 0.01  # Share of log(k) from either end that counts as single passage or as uniform
+RECALL_LOSS = 0.02  # Recall below the start's that is a collapse
+STALE = 1.5  # Refresh intervals after which the age of hits is named as a cause
 
 
 class Collapsed(ValueError):
-    """Retrieval collapsed and training.on_collapse=stop; starting again from the last checkpoint would end alike."""
+    """Retrieval collapsed and training.on_collapse=stop. Another attempt from the last checkpoint would end alike."""
 
 
 def remedy(objective: ObjectiveConfig, staleness: float, refresh_every: int) -> str:
@@ -38,11 +39,11 @@ def remedy(objective: ObjectiveConfig, staleness: float, refresh_every: int) -> 
 
 @dataclass
 class Window:
-    """Sums of steps since the last comparison."""
+    """Sums over the steps since the last comparison."""
 
-    entropy: float = 0.0  # share of its maximum
+    entropy: float = 0.0  # Share of its maximum, summed
     gold: float = 0.0
-    counted: int = 0  # steps whose entropy was finite
+    counted: int = 0  # Number of steps whose entropy was finite
     steps: int = 0
 
 
@@ -55,8 +56,8 @@ class CollapseDetector:
     reported: set[str] = field(default_factory=set)
 
     def after_step(self, entropy: float, k: int, gold: float) -> str | None:
-        """Return what is wrong at the end of a window of steps; None otherwise. `entropy`: mean of p(z|q) in nats over
-        `k` passages; `gold`: share of questions with a labelled passage among them (0 without labels)."""
+        """Return what is wrong at the end of a window of steps; None otherwise. `entropy` is the mean of p(z|q) in nats
+        over `k` passages, `gold` the share of questions with a labelled passage among them (0 without labels)."""
         window = self.window
         window.steps += 1
         if k > 1 and math.isfinite(entropy):
@@ -72,7 +73,7 @@ class CollapseDetector:
         if "entropy" not in self.start:
             self.start |= {"entropy": share, "gold": gold}
         first, first_gold = self.start["entropy"], self.start["gold"]
-        if gold >= max(first_gold - RECALL_LOSS, 0.5):  # it finds what it should
+        if gold >= max(first_gold - RECALL_LOSS, 0.5):  # it finds the labelled passages
             return None
         if share > 1 - EXTREME and first <= 1 - EXTREME:
             return self._once(

@@ -1,13 +1,14 @@
-"""The costs of an answer: prompt tokens, floating-point operations, and bytes that are kept while it is written.
+"""Computes the costs of an answer: prompt tokens, floating-point operations, and bytes that are kept while it is
+written.
 
-Estimates from shapes and lengths, not measurements. One multiplication with its addition is two operations. A token
-costs 2 operations a weight (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1); attention
-costs 4 * attention_dim a layer and pair of tokens, the square of the prompt, as dense kernels compute it (Chowdhery et
-al. 2022, "PaLM", appendix B); a state-space layer costs 6 a number of its state (decay, input and output, each a
-multiplication and an addition: Gu and Dao 2023, "Mamba", equation 2). Writing counts with a cache, one token at a time.
-Retrieval is counted apart: the question encoded, every vector of the index multiplied (an upper bound for IVF), and
-the hits that are read encoded anew for their scores; with a re-ranker its candidates and those that are read, which are
-scored once more. A lexical search is left out: a few additions a posting.
+These are estimates from shapes and lengths, not measurements. One multiplication with its addition is two operations. A
+token costs 2 operations a weight (Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1).
+Attention costs 4 * attention_dim a layer and pair of tokens, the square of the prompt, as dense kernels compute it
+(Chowdhery et al. 2022, "PaLM", appendix B). A state-space layer costs 6 a number of its state (decay, input and output,
+each a multiplication and an addition: Gu and Dao 2023, "Mamba", equation 2). Writing counts with a cache, one token at
+a time. Retrieval is counted apart: the question is encoded, every vector of the index multiplied (an upper bound for
+IVF), and the hits that are read are encoded anew for their scores; a re-ranker scores its candidates, and once more
+those that are read. A lexical search, a few additions a posting, is left out.
 """
 
 from collections.abc import Sequence
@@ -32,16 +33,16 @@ COSTS = ("prompt_tokens", "flops", "retrieval_flops", "kv_cache_bytes", "state_b
 class Cost:
     """The costs of one question."""
 
-    prompt_tokens: int  # that the generator reads: of all its prompts, where it reads one passage at a time
-    flops: float  # of the generator
+    prompt_tokens: int  # Number of tokens of all prompts that the generator reads
+    flops: float  # Operations of the generator
     retrieval_flops: float
-    kv_cache_bytes: int  # at the end of the prompt: grows with it
-    state_bytes: int  # of state-space layers: the same at every length
+    kv_cache_bytes: int  # Bytes of keys and values at the end of the prompt
+    state_bytes: int  # Bytes of state-space layers, the same at every length
 
 
 class CostModel:
-    """The costs of one system. `value_bytes`: of a number that is kept while writing. `num_indexed`: passages in the
-    index. `num_reranked`: candidates that a re-ranker puts in order."""
+    """The costs of one system. `value_bytes` is the size of a number that is kept while writing, `num_indexed` the
+    number of passages in the index, `num_reranked` the number of candidates that a re-ranker puts in order."""
 
     def __init__(self, system: System, value_bytes: int, num_indexed: int, num_reranked: int = 0) -> None:
         self.reranker = None if system.reranker is None else classifier_stack(system.reranker.model)
@@ -54,8 +55,8 @@ class CostModel:
     def __call__(
         self, batch: RetrievalBatch, written: Sequence[Sequence[int]], fused: bool, retrieved: bool
     ) -> list[Cost]:
-        """Return the costs of each question of `batch`. `written` as `Decoded.tokens`: one answer a question if
-        `fused`, else one a passage. `retrieved`: its passages came from the index."""
+        """Return the costs of each question of `batch`. `written` holds `Decoded.tokens`: one answer a question if
+        `fused`, else one a passage. `retrieved` says that its passages came from the index."""
         prompts = prompt_lengths(batch.generator_batch, fused)
         places = batch.generator_batch.passage_mask.shape[1]
         searched = self._search(batch) if retrieved else [0.0] * len(prompts)
@@ -63,7 +64,7 @@ class CostModel:
         for question, lengths in enumerate(prompts):
             if fused:
                 answers = [len(written[question])]
-            else:  # of the real passages, in the order of `lengths`
+            else:  # those of the real passages, in the order of `lengths`
                 real = batch.generator_batch.passage_mask[question].nonzero().flatten().tolist()
                 answers = [len(written[question * places + place]) for place in real]
             cache, state = kept_bytes(self.shape, lengths, self.value_bytes)
@@ -80,7 +81,7 @@ class CostModel:
         return costs
 
     def _search(self, batch: RetrievalBatch) -> list[float]:
-        """Operations of retrieval for each question."""
+        """Return the operations of retrieval for each question."""
         questions = batch.question_mask.sum(dim=1).tolist()
         real = batch.generator_batch.passage_mask
         encoded = [0.0] * len(questions)
@@ -97,8 +98,8 @@ class CostModel:
 
 
 def prompt_lengths(batch: GeneratorBatch, fused: bool) -> list[list[int]]:
-    """Tokens of each sequence that is read for each question, real passages only: one prompt of a fused causal model,
-    otherwise one sequence a passage."""
+    """Return the tokens of each sequence that is read for each question, real passages only: one prompt of a fused
+    causal model, otherwise one sequence a passage."""
     real = batch.passage_mask
     match batch:
         case CausalBatch() if fused:
@@ -117,21 +118,22 @@ def _chosen(lengths: Tensor, real: Tensor) -> list[int]:
 
 
 def read_flops(stack: Stack, tokens: int) -> float:
-    """All tokens of a sequence at once."""
+    """Return the operations of reading all tokens of a sequence at once."""
     attention = 4.0 * stack.attention_layers * stack.attention_dim * tokens * tokens
     return 2.0 * stack.weights * tokens + attention + _scan_flops(stack, tokens)
 
 
 def write_flops(stack: Stack, before: int, tokens: int) -> float:
-    """`tokens` more, one after another, each seeing the `before` cached ones, those written before it and itself."""
+    """Return the operations of `tokens` more, one after another. Each sees the `before` cached ones, those written
+    before it, and itself."""
     pairs = tokens * before + tokens * (tokens + 1) / 2
     attention = 4.0 * stack.attention_layers * stack.attention_dim * pairs
     return 2.0 * stack.weights * tokens + attention + _scan_flops(stack, tokens)
 
 
 def answer_flops(shape: Shape, prompts: Sequence[int], answers: Sequence[int], fused: bool) -> float:
-    """Read the `prompts` and write answers of so many tokens and an end each: one from all prompts if `fused`, else one
-    from each."""
+    """Return the operations of reading the `prompts` and writing answers of the given lengths, each with an end token:
+    one from all prompts if `fused`, else one from each."""
     memories = [sum(prompts)] if fused else list(prompts)
     output = sum(2.0 * shape.output * (answer + 1) for answer in answers)
     if shape.encoder is None:
@@ -140,13 +142,14 @@ def answer_flops(shape: Shape, prompts: Sequence[int], answers: Sequence[int], f
         return read + sum(write_flops(shape.decoder, prompt, answer) for prompt, answer in pairs) + output
     read = sum(read_flops(shape.encoder, prompt) + 2.0 * shape.memory_weights * prompt for prompt in prompts)
     written = 0.0
-    for memory, answer in zip(memories, answers, strict=True):  # the start token is one more that the decoder sees
+    for memory, answer in zip(memories, answers, strict=True):  # the decoder sees the start token, too
         written += write_flops(shape.decoder, 0, answer + 1) + 2.0 * shape.cross_products * memory * (answer + 1)
     return read + written + output
 
 
 def kept_bytes(shape: Shape, prompts: Sequence[int], value_bytes: int) -> tuple[int, int]:
-    """Bytes of keys and values, and of states, at the end of the prompts, before the first token is written."""
+    """Return the bytes of keys and values, and of states, at the end of the prompts, before the first token is
+    written."""
     if shape.encoder is not None:
         return sum(prompts) * shape.memory_kept * value_bytes, 0
     stack = shape.decoder

@@ -1,7 +1,7 @@
-"""Run a split: ranking of the index, then answers written from the retrieved passages, each question measured alone.
+"""Evaluates a split: ranks passages for every question, writes answers from them, and measures each question alone.
 
-Every trainer takes its share of the questions and the same number of batches, because with sharded weights each
-forward is a collective; rank 0 has all rows at the end.
+Every trainer takes its share of the questions and the same number of batches, because with sharded weights each forward
+is a collective; rank 0 has all rows at the end.
 """
 
 import time
@@ -19,14 +19,7 @@ from training.engine.engine import Engine
 from training.feeding.long_context import LongContext
 from training.measuring.costs import CostModel
 from training.measuring.user_metrics import load_metrics, measured
-from training.metrics import (
-    answer_metrics,
-    answer_recall,
-    exact_match,
-    means,
-    normalize_answer,
-    ranking_metrics,
-)
+from training.metrics import answer_metrics, answer_recall, exact_match, mean_of_rows, ranking_metrics
 from training.models.generators.decode import marginal_answers, restore_spelling, top1_answers
 from training.models.generators.token_scores import collate_answers
 from training.models.model_inputs import RetrievalBatch
@@ -42,14 +35,14 @@ from training.training_settings import (
     RetrievalConfig,
 )
 
-CONTROLS = ("closed_book", "gold")  # reads no passage; reads the labelled passage
-LONG = "long"  # reads as much of the corpus as fits, without retrieval
-LONG_SEED = 0  # of the order in which the corpus stands in long prompts: the same for every system
+CONTROLS = ("closed_book", "gold")  # modes that read no passage, and the labelled passage
+LONG = "long"  # mode that reads as much of the corpus as fits, without retrieval
+LONG_SEED = 0  # seed of the corpus's order in long prompts, the same for every system
 
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """Means over the split, and what happened with each question."""
+    """Means over the split, and a row for each question."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0, in the order of the questions
@@ -60,12 +53,12 @@ class Evaluation:
 
 @dataclass
 class Written:
-    """Answers to a batch of questions, and what they were written from."""
+    """Answers to a batch of questions, and the batch that they were written from."""
 
     predictions: list[str]
     log_likelihoods: list[float]
     batch: RetrievalBatch
-    tokens: list[list[int]]  # as `Decoded.tokens`
+    tokens: list[list[int]]  # see `Decoded.tokens`
 
 
 @dataclass
@@ -101,9 +94,9 @@ class Evaluator:
         search: Search | None = None,
         select: Reranking | None = None,
     ) -> None:
-        """`passages_fixed`: the passage encoder does not change, so that the index's vectors are its own. `refusal`:
-        the answer that says that there is none; how often it is given is measured unless it is empty. `search`: how
-        passages are found, None by vectors alone; `select` puts what was found in another order."""
+        """`passages_fixed`: the passage encoder does not change, so that the index holds its vectors. `refusal` is the
+        answer that says that there is none; if it is not empty, its frequency is measured. `search` finds the passages,
+        None by vectors alone; `select` puts hits in another order."""
         self.engine, self.collator, self.store, self.service = engine, collator, store, service
         self.to_text, self.config, self.retrieval, self.objective = to_text, config, retrieval, objective
         self.progress, self.refusal = progress, refusal
@@ -115,21 +108,21 @@ class Evaluator:
         assert isinstance(collator.questions, QuestionStore)
         self.questions = collator.questions
         self.generator_config = generator
-        self.long_context: LongContext | None = None  # made early: what does not fit is refused before training
+        self.long_context: LongContext | None = None  # made early: refuses prompts before training
         if retrieval.source == LONG or LONG in config.also:
             self.long_context = self.context_of(retrieval.max_context_tokens)
         self._costs: CostModel | None = None
-        self._search_seconds = 0.0  # of one question
+        self._search_seconds = 0.0  # Seconds that the search of one question takes
 
     def __call__(
         self, numbers: np.ndarray, also: Sequence[str] = (), texts: bool = False, costs: bool = False
     ) -> Evaluation:
-        """Measure questions `numbers` under the configured decoding and under each mode of `also`. `texts`: recall by
-        answer string too, which reads the hits' texts. `costs`: what an answer of each mode takes, too. Raises
-        ValueError for an empty split."""
+        """Measure questions `numbers` under the configured decoding and under each mode of `also`. `texts` adds recall
+        by answer string, which reads the hits' texts; `costs` adds the costs of an answer by mode. Raises ValueError
+        for an empty split."""
         if not len(numbers):
             raise ValueError("questions.evaluate: the split has no question left to ask")
-        mine = self._my_share(numbers)
+        mine = self.engine.share(numbers)
         try:
             with evaluating(self.engine.module):
                 evaluation = Evaluation()
@@ -154,12 +147,6 @@ class Evaluator:
         evaluation.costs = {mode: mean_of_rows([costs[mode] for costs in spent]) for mode in spent[0]}
         return evaluation
 
-    def _my_share(self, numbers: np.ndarray) -> np.ndarray:
-        """Every trainer's part has the same size; the last ones repeat the first question."""
-        share = -(-len(numbers) // self.engine.world_size)
-        padded = np.concatenate([numbers, np.repeat(numbers[:1], share * self.engine.world_size - len(numbers))])
-        return padded[self.engine.rank :: self.engine.world_size]
-
     def context_of(self, budget: int, setting: str = "retrieval.max_context_tokens") -> LongContext:
         """Return what chooses passages for prompts of `budget` tokens (0: the generator's context). Raises
         ValueError."""
@@ -169,9 +156,9 @@ class Evaluator:
     def exact_match(
         self, numbers: np.ndarray, choose: Callable[[int], np.ndarray], prompt_tokens: int
     ) -> dict[int, float]:
-        """Exact match by question, on every rank, when each is answered from the passages that `choose` names, all of
-        them in one prompt of about `prompt_tokens`. Collective."""
-        mine = self._my_share(numbers)
+        """Return exact match by question, on every rank. Each question is answered from the passages that `choose`
+        names, all of them in one prompt of about `prompt_tokens`. Collective."""
+        mine = self.engine.share(numbers)
         found: dict[int, float] = {}
         with evaluating(self.engine.module):
             for part in self._batches(mine, self._size_of(prompt_tokens)):
@@ -186,7 +173,8 @@ class Evaluator:
         return {number: value for part in self.engine.gather_objects(found) for number, value in part.items()}
 
     def _size_of(self, prompt_tokens: int) -> int:
-        """Questions with long prompts that are about as many tokens as a batch with retrieved passages."""
+        """Return the number of questions with long prompts that have about as many tokens as a batch with retrieved
+        passages."""
         tokens = self.config.batch_size * self.retrieval.k * self.generator_config.max_passage_tokens
         return max(1, min(self.config.batch_size, tokens // max(1, prompt_tokens)))
 
@@ -194,8 +182,9 @@ class Evaluator:
         size = size or self.config.batch_size
         return [slice(start, start + size) for start in range(0, len(numbers), size)]
 
-    def _rank(self, numbers: np.ndarray, evaluation: Evaluation, texts: bool) -> tuple[list[dict[str, Any]], "Known"]:
-        """Search every question; rows with ranking metrics and the best `retrieval.k` hits, and what came with them."""
+    def _rank(self, numbers: np.ndarray, evaluation: Evaluation, texts: bool) -> tuple[list[dict[str, Any]], Known]:
+        """Search every question. Return rows with ranking metrics and the best `retrieval.k` hits, and the values that
+        came along."""
         asked = [self.questions.question(int(number)) for number in numbers]
         rows: list[dict[str, Any]] = [
             {"number": int(number), "id": q.id, "question": q.text, "answers": q.answers, "old_answers": q.old_answers}
@@ -217,7 +206,7 @@ class Evaluator:
             row["gold_in_k"] = float(np.isin(row["hits"], gold[i]).any()) if len(gold[i]) else float("nan")
         return rows, known
 
-    def _search(self, numbers: np.ndarray, depth: int, evaluation: Evaluation) -> tuple[np.ndarray, "Known"]:
+    def _search(self, numbers: np.ndarray, depth: int, evaluation: Evaluation) -> tuple[np.ndarray, Known]:
         assert self.search is not None
         asked = [numbers[part] for part in self._batches(numbers)]
         pending = [
@@ -238,17 +227,15 @@ class Evaluator:
         passages = [self.store.passage(int(number)) for number in hits]
         return [f"{passage.title} {passage.text}" for passage in passages]
 
-    def _answer(self, numbers: np.ndarray, rows: list[dict[str, Any]], mode: str, known: "Known") -> None:
+    def _answer(self, numbers: np.ndarray, rows: list[dict[str, Any]], mode: str, known: Known) -> None:
         """Write an answer to every question and measure it; the main mode's metrics carry no prefix."""
         decoding = self.config.decoding if mode in CONTROLS else replace(self.config.decoding, mode=mode)
         prefix = "" if mode == self.config.decoding.mode else f"{mode}/"
         begin = last = time.monotonic()
         long, retrieved = self._is_long(mode), self.service is not None and mode not in (*CONTROLS, LONG)
+        size = 0
         if long and self.long_context is not None:
-            decoding = replace(decoding, mode="fused")
-            size = self._size_of(self.long_context.budget)
-        else:
-            size = 0
+            decoding, size = replace(decoding, mode="fused"), self._size_of(self.long_context.budget)
         for part in self._batches(numbers, size):
             chunk = rows[part]
             passages = [self._passages(row, mode) for row in chunk]
@@ -304,11 +291,11 @@ class Evaluator:
         *,
         decoding: DecodingConfig,
         for_retriever: bool,
-        known: "Known",
-    ) -> tuple[list[str], list[float], "Written | None"]:
-        """Answers and log-likelihoods of the gold ones: written, and chosen where a question has options; and what was
-        written, unless all have. What is done depends on the store alone, so that all trainers call the models equally
-        often."""
+        known: Known,
+    ) -> tuple[list[str], list[float], Written | None]:
+        """Return answers, log-likelihoods of the gold ones, and the written answers unless all questions have options.
+        An answer is chosen among the options if a question has any, else written. The store alone decides which models
+        are called, so that all trainers call them equally often."""
         predictions, likelihoods, written = [""] * len(numbers), [0.0] * len(numbers), None
         if self.questions.num_with_options < len(self.questions):
             written = self._write(numbers, passages, decoding=decoding, for_retriever=for_retriever, known=known)
@@ -327,8 +314,8 @@ class Evaluator:
     def _score_options(
         self, numbers: np.ndarray, passages: list[np.ndarray], mode: str, lexical: np.ndarray | None
     ) -> np.ndarray:
-        """float32 [questions, options]: log-probability of each option, marginal over the passages or fused. Columns
-        beyond a question's own options mean nothing."""
+        """Return the log-probability of each option, float32 [questions, options], marginal over the passages or fused.
+        Columns beyond a question's options mean nothing."""
         rows = [self.questions.option_tokens(int(number)) or [np.empty(0, dtype=np.int32)] for number in numbers]
         batch = self.collator(numbers, passages, with_answers=False, lexical=lexical).to(self.engine.device)
         answers = []
@@ -358,8 +345,8 @@ class Evaluator:
         *,
         decoding: DecodingConfig,
         for_retriever: bool = True,
-        known: "Known | None" = None,
-    ) -> "Written":
+        known: Known | None = None,
+    ) -> Written:
         vectors, lexical = (None, None) if known is None else (known.vectors, known.lexical)
         batch = self.collator(numbers, passages, for_retriever=for_retriever, vectors=vectors, lexical=lexical)
         batch = batch.to(self.engine.device)
@@ -381,7 +368,8 @@ class Evaluator:
         return 2 if self.engine.config.precision.startswith("bf16") else 4
 
     def _spelled(self, passages: list[np.ndarray], tokens: Sequence[Sequence[int]]) -> list[str]:
-        """Answers as text, spelled as in the passages that they were read from: one passage each, or all of them."""
+        """Return answers as text, spelled as in the passages that they were read from: one passage each, or all of
+        them."""
         per_question = len(tokens) // len(passages)
         texts = []
         for i, row in enumerate(tokens):
@@ -389,30 +377,3 @@ class Evaluator:
             read = passages[question] if per_question == 1 else passages[question][place : place + 1]
             texts.append(restore_spelling(self.to_text(row), self._texts(read)))
         return texts
-
-
-def mean_of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every number that rows carry, over the rows that carry it (NaN: not measurable for that question)."""
-    names = sorted({name for row in rows for name, value in row.items() if isinstance(value, float)})
-    return means({name: np.array([row.get(name, np.nan) for row in rows]) for name in names})
-
-
-def changed_questions(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of `after` whose answers differ from those in `before`, with both predictions.
-
-    `new`: the prediction is right after the update; `old`: it is still the former answer and not a right one.
-    """
-    former = {row["id"]: row for row in before}
-    changed = []
-    for row in after:
-        known = former.get(row["id"])
-        if known is None or _normalized(known["answers"]) == _normalized(row["answers"]):
-            continue
-        old = answer_metrics([row["prediction"]], [known["answers"]])["exact_match"][0]
-        stale = float(old) if not row["exact_match"] else 0.0
-        changed.append({**row, "new": row["exact_match"], "old": stale, "before": known["exact_match"]})
-    return changed
-
-
-def _normalized(answers: Sequence[str]) -> set[str]:
-    return {normalize_answer(answer) for answer in answers}

@@ -1,4 +1,4 @@
-"""Pretraining measured on examples that were cut from passages held out of training."""
+"""Measures pretraining on examples that were cut from passages held out of training."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from training.training_settings import EvaluationConfig, ObjectiveConfig, Retrie
 
 
 class HeldOut:
-    """Examples 0, 1, ... of the held-out passages: the same in every evaluation of every run."""
+    """Measures examples 0, 1, ... of the held-out passages, which are the same in every evaluation of every run."""
 
     def __init__(
         self,
@@ -33,8 +33,8 @@ class HeldOut:
         select: Reranking | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`search`: None reads no passages. `number` of examples, in the whole. `select` puts what was found in another
-        order."""
+        """`search` None reads no passages. `number` examples are measured by all ranks together. `select` puts hits in
+        another order."""
         self.select, self.progress = select, progress
         assert isinstance(collator.questions, CorpusQuestions)
         self.questions = collator.questions
@@ -42,8 +42,8 @@ class HeldOut:
         self.config, self.retrieval, self.objective, self.number = config, retrieval, objective, number
 
     def __call__(self) -> dict[str, float]:
-        """`log_likelihood` of an answer and `loss`, its negative per token, means over all examples; likewise
-        `TASK/log_likelihood`. Marginal over the passages, or fused where answers are decoded so. Collective."""
+        """Return `log_likelihood` of an answer and `loss`, its negative per token, as means over all examples, and
+        `TASK/log_likelihood`. They are marginal over the passages, or fused if answers are decoded so. Collective."""
         with evaluating(self.engine.module):
             mine = self._measure()
         rows = [row for part in self.engine.gather_objects(mine) for row in part]
@@ -56,7 +56,7 @@ class HeldOut:
         return {name: float(np.mean(values)) for name, values in sorted(found.items())}
 
     def _measure(self) -> list[tuple[int, str, float, int]]:
-        """(number, task, log-likelihood, tokens) of this trainer's examples; all trainers have equally many."""
+        """Return (number, task, log-likelihood, tokens) of this trainer's examples; all trainers have equally many."""
         share = -(-self.number // self.engine.world_size)
         numbers = (np.arange(share) + self.engine.rank * share) % self.number
         rows: list[tuple[int, str, float, int]] = []

@@ -1,4 +1,4 @@
-"""Everything that a stage measures, while it trains and at its end: questions, pairs, held-out examples, collapse."""
+"""Measures everything of a stage, while it trains and at its end: questions, pairs, held-out examples, collapse."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from indexing.corpus.stores.questions import QuestionStore
-from training.data import Collator
+from training.data import Collator, sampled_numbers
 from training.feeding.alignment import PairCollator
 from training.job import Parts
 from training.loop import LoopState
@@ -33,7 +33,7 @@ class Measures:
         self.held_out = self._make_held_out(corpus) if corpus is not None else None
         self.preferences = self._make_preferences() if parts.job.evaluate_preferences else None
         self.collapse: CollapseDetector | None = None
-        self.staleness = 0.0  # of the last step's hits, in steps
+        self.staleness = 0.0  # steps, of the last step's hits
 
     @property
     def any_while_training(self) -> bool:
@@ -41,8 +41,8 @@ class Measures:
         return self.evaluator is not None or self.held_out is not None
 
     def watch(self, state: LoopState) -> CollapseDetector | None:
-        """Look out for a collapse from here on, if the retriever learns from a generator; a warm start has an entropy
-        of another kind."""
+        """Look out for a collapse from here on, if the retriever learns from a generator. The entropy of a warm start
+        is of another kind."""
         settings = self.parts.settings
         trains = bool(parameter_groups(self.parts.system)["retriever"])
         wanted = settings.training.on_collapse != "ignore" and not needs(settings.objective).in_batch
@@ -55,7 +55,7 @@ class Measures:
         k, gold = self.parts.settings.retrieval.k, metrics.get("retrieval/gold_in_k", 0.0)
         self.staleness = metrics.get("index/staleness_steps", 0.0)
         sign = self.collapse.after_step(metrics["retrieval/entropy"], k, gold)
-        if self.collapse.window.steps == 0:  # ranks see different questions: the first one's word counts
+        if self.collapse.window.steps == 0:  # ranks see different questions, and rank 0 decides
             self._report_collapse(step, sign)
 
     def briefly(self, step: int) -> None:
@@ -66,11 +66,8 @@ class Measures:
         if self.evaluator is None:
             return
         settings = self.parts.settings
-        limit, total = settings.evaluation.max_questions, len(self.evaluator.questions)
-        numbers = np.arange(total)
-        if 0 < limit < total:
-            numbers = np.sort(np.random.default_rng(self.parts.job.seed).permutation(total)[:limit])
-        evaluation = self.evaluator(numbers)
+        limit = settings.evaluation.max_questions
+        evaluation = self.evaluator(sampled_numbers(len(self.evaluator.questions), limit, self.parts.job.seed))
         evaluation.metrics |= self._measure_preferences(limit=limit)
         self._log(evaluation, step)
         if self.collapse is not None:

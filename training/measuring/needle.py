@@ -15,12 +15,12 @@ from training.feeding.long_context import LongContext
 from training.measuring.evaluate import Evaluator
 from training.training_settings import NeedleConfig
 
-SEED = 0  # of the sample of questions and of the haystacks: the same for every system
+SEED = 0  # seed of the sample of questions and of the haystacks, the same for every system
 
 
 def needle_sweep(evaluator: Evaluator, config: NeedleConfig) -> dict[str, Any]:
-    """`lengths`, `depths`, and `exact_match` [lengths][depths] over the same `num_questions` questions. Collective.
-    Raises ValueError as `check_needle` does."""
+    """Return `lengths`, `depths`, and `exact_match` [lengths][depths] over the same `num_questions` questions.
+    Collective. Raises ValueError as `check_needle` does."""
     contexts, gold = check_needle(evaluator, config)
     numbers = np.array(list(gold))
     found: list[list[float]] = []

@@ -1,4 +1,5 @@
-"""Measures alignment: which answer of a held-out pair the system finds likelier with the passages it retrieves now."""
+"""Measures alignment: which answer of a held-out pair the system finds likelier, with the passages that it retrieves
+now."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from training.data import encode_questions
+from training.data import encode_questions, sampled_numbers
 from training.engine.engine import Engine
 from training.feeding.alignment import PairCollator
-from training.metrics import means, ranking_metrics
+from training.metrics import mean_of_rows, ranking_metrics
 from training.models.parts.modes import evaluating
 from training.models.system import System
 from training.objectives.inputs import retrieval_log_probs
@@ -35,7 +36,7 @@ class PreferenceEvaluator:
         search: Search | None = None,
         select: Reranking | None = None,
     ) -> None:
-        """`search`: None by vectors alone; `select` puts what was found in another order."""
+        """`search` None searches by vectors alone; `select` puts hits in another order."""
         self.search = search if search is not None or service is None else dense_search(service)
         self.select = select
         self.engine, self.collator, self.service, self.retrieval = engine, collator, service, retrieval
@@ -43,28 +44,21 @@ class PreferenceEvaluator:
         self.questions = collator.stored
 
     def __call__(self, limit: int = 0, seed: int = 0) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Means, and a row for each pair; `limit`: of a fixed sample only. Collective.
+        """Return means, and a row for each pair; `limit` measures a fixed sample of so many. Collective.
 
         preference_accuracy: share of pairs whose chosen answer has the larger log pi(y|q), a tie counting half;
         preference_margin: mean of log pi(chosen) - log pi(rejected); `_per_token`: with each divided by the answer's
         tokens, end included; preference_recall@k: of the prompts' labelled passages among the k read.
         """
-        total = len(self.questions)
-        numbers = np.arange(total)
-        if 0 < limit < total:
-            numbers = np.sort(np.random.default_rng(seed).permutation(total)[:limit])
-        share = -(-len(numbers) // self.engine.world_size)
-        padded = np.concatenate([numbers, np.repeat(numbers[:1], share * self.engine.world_size - len(numbers))])
-        mine = padded[self.engine.rank :: self.engine.world_size]
-        rows = []
+        numbers = sampled_numbers(len(self.questions), limit, seed)
+        mine, rows = self.engine.share(numbers), []
         with torch.no_grad(), evaluating(self.engine.module):
             for start in range(0, len(mine), self.batch_size):
                 rows += self._measure(mine[start : start + self.batch_size])
                 self.progress(f"evaluate preferences: {len(rows)}/{len(mine)} pairs")
         by_number = {row["number"]: row for part in self.engine.gather_objects(rows) for row in part}
         ordered = [by_number[int(number)] for number in numbers]
-        names = sorted({name for row in ordered for name in row if name.startswith("preference_")})
-        return means({name: np.array([row.get(name, np.nan) for row in ordered]) for name in names}), ordered
+        return mean_of_rows(ordered), ordered
 
     def _measure(self, numbers: np.ndarray) -> list[dict[str, Any]]:
         passages, lexical = self._passages(numbers)

@@ -1,8 +1,8 @@
-"""Sizes of the models that settings describe, without their weights: from the configuration of a checkpoint, from
-`encoder.fresh` and `generator.fresh`, or from three numbers, "LAYERSxHIDDENxVOCABULARY".
+"""Computes the sizes of the models that settings describe, without their weights: from the configuration of a
+checkpoint, from `encoder.fresh` and `generator.fresh`, or from three numbers, "LAYERSxHIDDENxVOCABULARY".
 
-Modules are built on torch's meta device, which holds no numbers. A model that is only three numbers is a plain
-transformer with a feed-forward layer of four times its width.
+Modules are built on torch's meta device, which holds no numbers. Three numbers stand for a plain transformer with a
+feed-forward layer of four times its width.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from training.generator_kinds import GeneratorKind
 from training.measuring.costs import answer_flops, read_flops
 from training.models.arithmetic import Shape, Stack, causal_shape, encoder_stack, fusion_shape, shape_of
 from training.models.generators.copy_encoder import PretrainedSource
@@ -21,28 +22,28 @@ from training.models.parts.pretrained import encoder_only
 from training.models.retriever.encoder import TextEncoder, build_encoder
 from training.training_settings import EncoderConfig, GeneratorConfig
 
-POSITIONS = 512  # learned positions of an encoder that is only three numbers
+POSITIONS = 512  # Number of learned positions of an encoder that three numbers describe
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSize:
-    """One tower."""
+    """The size of one tower."""
 
     parameters: int
-    dim: int  # numbers of a vector
+    dim: int  # Numbers in a vector
     layers: int
     hidden: int
     heads: int
     stack: Stack
 
     def flops(self, tokens: float) -> float:
-        """One text, forward."""
+        """Return the operations of one text, forward."""
         return read_flops(self.stack, max(1, round(tokens)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorSize:
-    """A generator. `layers`: of encoder and decoder together."""
+    """The size of a generator; `layers` counts those of encoder and decoder together."""
 
     parameters: int
     layers: int
@@ -52,14 +53,14 @@ class GeneratorSize:
     shape: Shape
 
     def flops(self, prompt_tokens: float, k: int, answer_tokens: int, fused: bool) -> float:
-        """One question, forward: `k` prompts read, one answer (`fused`) or `k` scored."""
+        """Return the operations of one question, forward: `k` prompts read, one answer (`fused`) or `k` scored."""
         prompts = [max(1, round(prompt_tokens))] * k
         return answer_flops(self.shape, prompts, [answer_tokens] * (1 if fused else k), fused)
 
 
 def encoder_size(config: EncoderConfig, given: str = "") -> EncoderSize:
-    """The tower that `config` describes, or that `given` says. Raises ValueError, naming `plan.encoder`, where the
-    configuration of `encoder.name` is not on this machine."""
+    """Return the size of the tower that `config` describes, or `given` if it is not empty. Raises ValueError, naming
+    `plan.encoder`, if the configuration of `encoder.name` is not on this machine."""
     if given:
         layers, hidden, vocabulary = three_numbers("plan.encoder", given)
         stack = Stack(
@@ -86,26 +87,32 @@ def encoder_size(config: EncoderConfig, given: str = "") -> EncoderSize:
 
 
 def generator_size(config: GeneratorConfig, vocabulary: int, given: str = "") -> GeneratorSize:
-    """The generator that `config` describes, or that `given` says; a fresh one has `vocabulary` tokens. Raises
-    ValueError, naming `plan.generator`, where the configuration of `generator.name` is not on this machine."""
+    """Return the size of the generator that `config` describes, or `given` if it is not empty; a fresh one has
+    `vocabulary` tokens. Raises ValueError, naming `plan.generator`, if the configuration of `generator.name` is not on
+    this machine."""
     if given:
         layers, hidden, vocabulary = three_numbers("plan.generator", given)
         return _plain_generator(
-            config.kind, layers, hidden=hidden, wide=4 * hidden, vocabulary=vocabulary, heads=max(1, hidden // 64)
+            config.traits, layers, hidden=hidden, wide=4 * hidden, vocabulary=vocabulary, heads=max(1, hidden // 64)
         )
     fresh = config.fresh
-    if config.kind == "copy":
+    if config.traits.checkpoint == "encoder":
         return _copy_reader(config, vocabulary)
     if config.name:
         return _named_generator(config)
-    layers = fresh.num_decoder_layers + (fresh.num_encoder_layers if config.kind == "fusion" else 0)
+    layers = fresh.num_decoder_layers + (fresh.num_encoder_layers if config.traits.encoder_decoder else 0)
     return _plain_generator(
-        config.kind, layers, hidden=fresh.hidden, wide=fresh.intermediate, vocabulary=vocabulary, heads=fresh.num_heads
+        config.traits,
+        layers,
+        hidden=fresh.hidden,
+        wide=fresh.intermediate,
+        vocabulary=vocabulary,
+        heads=fresh.num_heads,
     )
 
 
 def three_numbers(setting: str, text: str) -> tuple[int, int, int]:
-    """Layers, width and vocabulary of "12x768x30522". Raises ValueError."""
+    """Return layers, width and vocabulary of "12x768x30522". Raises ValueError."""
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text.lower())
     if found is None:
         raise ValueError(f"{setting}={text}: must be LAYERSxHIDDENxVOCABULARY, for instance 12x768x30522")
@@ -149,15 +156,15 @@ def _copy_reader(config: GeneratorConfig, vocabulary: int) -> GeneratorSize:
 
 def _named_generator(config: GeneratorConfig) -> GeneratorSize:
     shape = _configuration("generator", config.name, config.trust_remote_code, "")
-    auto: Any = AutoModelForSeq2SeqLM if config.kind == "fusion" else AutoModelForCausalLM
+    auto: Any = AutoModelForSeq2SeqLM if config.traits.encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model: PreTrainedModel = auto.from_config(shape, trust_remote_code=config.trust_remote_code)
     text: Any = shape.get_text_config()
     layers = int(getattr(text, "num_hidden_layers", 0) or text.num_layers)
-    if config.kind == "fusion":
+    if config.traits.encoder_decoder:
         layers += int(getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None) or layers)
     heads = int(getattr(text, "num_attention_heads", None) or 1)
-    found = fusion_shape(model) if config.kind == "fusion" else causal_shape(model)
+    found = fusion_shape(model) if config.traits.encoder_decoder else causal_shape(model)
     return GeneratorSize(
         parameters=_count(model),
         layers=layers,
@@ -169,7 +176,7 @@ def _named_generator(config: GeneratorConfig) -> GeneratorSize:
 
 
 def _configuration(section: str, name: str, trust: bool, folder: str) -> Any:
-    """The transformers configuration of a checkpoint on this machine; nothing is fetched but by the hub's own cache."""
+    """Return the transformers configuration of a checkpoint on this machine; only the hub's cache may fetch it."""
     unknown = (
         f"{section}.name={name}: its config.json is not on this machine; say how large it is: "
         f"plan.{section}=LAYERSxHIDDENxVOCABULARY, for instance 12x768x30522"
@@ -182,12 +189,14 @@ def _configuration(section: str, name: str, trust: bool, folder: str) -> Any:
         raise ValueError(f"{unknown} ({str(error).splitlines()[0]})") from error
 
 
-def _plain_generator(kind: str, layers: int, *, hidden: int, wide: int, vocabulary: int, heads: int) -> GeneratorSize:
-    """Attention of 4 h^2, a feed-forward of 2 h w; half of an encoder-decoder's layers decode, with one attention more
-    each, whose keys and values are the memory's."""
+def _plain_generator(
+    kind: GeneratorKind, layers: int, *, hidden: int, wide: int, vocabulary: int, heads: int
+) -> GeneratorSize:
+    """Return a generator with attention of 4 h^2 and a feed-forward of 2 h w. Half of the layers of an encoder-decoder
+    decode, with one more attention each, whose keys and values are those of the memory."""
     layer, square = 4 * hidden * hidden + 2 * hidden * wide, hidden * hidden
     output = vocabulary * hidden
-    if kind == "causal":
+    if kind.one_sequence:
         stack = Stack(weights=layers * layer, attention_layers=layers, attention_dim=hidden, kv_dim=hidden)
         return GeneratorSize(
             parameters=stack.weights + output,
@@ -216,5 +225,5 @@ def _plain_generator(kind: str, layers: int, *, hidden: int, wide: int, vocabula
 
 
 def _count(module: torch.nn.Module) -> int:
-    """Every number once, shared ones too."""
+    """Return the number of parameters; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())

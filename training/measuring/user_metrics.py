@@ -1,4 +1,4 @@
-"""Metrics of the user's own, over all answers of a split."""
+"""Metrics of the user, over all answers of a split."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from training.plug_ins import load_function
 Metric = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 SETTING = "evaluation.metrics"
 SIGNATURE = "(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> float"
-TAKEN = (  # names of the project's own, without the cut-offs behind an @
+TAKEN = (  # names of the project's metrics, without the cut-offs behind an @
     *("recall", "qrel_recall", "answer_recall", "ndcg", "mrr", "gold_in_k", "index_version", "exact_match", "f1"),
     *("log_likelihood", "accuracy", "old_exact_match", "refusal_answerable", "refusal_unanswerable"),
     *("preference_accuracy", "preference_margin", "loss", "prediction"),

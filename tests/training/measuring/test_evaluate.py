@@ -11,8 +11,8 @@ import torch
 
 from tests.helpers.tiny_world import TinyWorld
 from training.data import Collator
-from training.measuring.evaluate import Evaluation, Evaluator, changed_questions, mean_of_rows
-from training.metrics import contains_answer, exact_match, f1
+from training.measuring.evaluate import Evaluation, Evaluator
+from training.metrics import changed_questions, contains_answer, exact_match, f1, mean_of_rows
 from training.models.generators.generator import Decoded
 from training.objectives.dispatch import compute, needs
 from training.stage import Stage
@@ -140,7 +140,7 @@ def test_every_rank_gets_an_equal_share_and_no_question_is_lost(make_stage):
     shares = []
     for rank in range(4):
         evaluator.engine.rank, evaluator.engine.world_size = rank, 4
-        shares.append(evaluator._my_share(NUMBERS[:10]))
+        shares.append(evaluator.engine.share(NUMBERS[:10]))
     assert [len(share) for share in shares] == [3, 3, 3, 3]
     assert set(np.concatenate(shares)) == set(range(10))
 
