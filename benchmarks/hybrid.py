@@ -9,6 +9,7 @@ took, all questions in one batch, indexes in this process.
 
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,9 @@ CONSTANTS = (10.0, 60.0)
 
 def main(arguments: list[str]) -> None:
     """Measure and print."""
-    experiment = read_experiment(arguments)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="*", help="configuration files and section.field=value")
+    experiment = read_experiment(parser.parse_args(arguments).arguments)
     settings = list(experiment.stages.values())[-1]
     settings = replace(settings, retrieval=replace(settings.retrieval, hybrid="learned"))
     torch.set_num_threads(settings.cluster.threads_per_trainer)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import bm25s
@@ -55,9 +56,11 @@ def minilm_folder() -> Path:
     return next(path.parent for path in Path(found.submodule_search_locations[0]).rglob("modules.json"))
 
 
-def main(paths: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Measure and print."""
-    settings = load(paths or ["configs/live_versions.yaml"], []).settings
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", default=["configs/live_versions.yaml"], help="configuration files")
+    settings = load(parser.parse_args(arguments).paths, []).settings
     with tempfile.TemporaryDirectory() as scratch:
         settings = with_corpus(settings, Path(scratch), print)
         passages, _ = read_corpus(settings.corpus)
