@@ -31,7 +31,7 @@ from training.models.parts.adapters import merged
 from training.models.parts.named_weights import match_weights, named_weights
 from training.training_settings import EngineConfig
 
-GATHER_ELEMENTS = 64_000_000  # ZeRO 3 weights made whole at once while gathering by name
+GATHER_ELEMENTS = 64_000_000  # Number of ZeRO 3 weights made whole at once while gathering by name
 TAG, LAYOUT = "state", "layout.json"
 
 Arguments = ParamSpec("Arguments")
@@ -44,9 +44,9 @@ class StepResult:
 
     at_boundary: bool  # False inside a gradient accumulation: nothing below was computed
     updated: bool  # False at a boundary: something was not finite, weights and optimiser state are as before
-    grad_norm: dict[str, float]  # of each group over all ranks, before clipping; 0.0 of a group that does not train
-    skipped_in_a_row: int  # updates
-    num_skipped: int  # updates, since the engine was made
+    grad_norm: dict[str, float]  # norm of each group over all ranks, before clipping; 0.0 if it does not train
+    skipped_in_a_row: int  # Number of updates
+    num_skipped: int  # Number of updates since the engine was made
 
 
 class Engine(Ranks):
@@ -55,9 +55,9 @@ class Engine(Ranks):
     def __init__(
         self, module: nn.Module, config: EngineConfig, parameter_groups: Mapping[str, Sequence[nn.Parameter]]
     ) -> None:
-        """Collective. `parameter_groups`: name to parameters that train; a group may be empty. Weights of rank 0 are
-        copied to all. Raises ValueError for a setting that is not allowed, and where the groups are not exactly the
-        parameters that require a gradient."""
+        """Set up DeepSpeed, and copy the weights of rank 0 to all ranks. Collective. `parameter_groups` maps names to
+        the parameters that train; a group may be empty. Raises ValueError for a setting that is not allowed, and if the
+        groups are not exactly the parameters that require a gradient."""
         check_settings(config)
         self.module = module
         self._group_names = list(parameter_groups)
@@ -90,7 +90,7 @@ class Engine(Ranks):
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        """Type of the weights that compute: bfloat16 or float32."""
+        """The type of the weights that compute: bfloat16 or float32."""
         return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
 
     def __call__(
@@ -111,8 +111,9 @@ class Engine(Ranks):
             return self.module(method, *args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a scalar `loss`; collective, once per micro-batch, `step` follows. They are averaged over ranks
-        and over the micro-batches of an accumulation. Each rank's loss must depend on every group that trains."""
+        """Compute the gradients of a scalar `loss`; collective, once per micro-batch, before `step`. They are averaged
+        over ranks and over the micro-batches of an accumulation. Each rank's loss must depend on every group that
+        trains."""
         assert self._trained, "backward without a parameter that trains"
         assert not self._awaits_step, "two backward passes before one step: under ZeRO the first would be lost"
         self._awaits_step = True
@@ -160,10 +161,10 @@ class Engine(Ranks):
     # ---------------------------------------------------------------- weights by name
 
     def consolidated_state(self, prefix: str | None = None) -> dict[str, Tensor]:
-        """The weights that compute, as fp32 CPU tensors, on rank 0; {} elsewhere. Collective under ZeRO 3. Adapters are
-        merged into the weights that they change.
+        """Return the weights that compute, as fp32 CPU tensors, on rank 0; {} elsewhere. Collective under ZeRO 3.
+        Adapters are merged into the weights that they change.
 
-        `prefix`: name of a submodule ("retriever.passage_encoder"), then the names are relative to it. A tensor with
+        `prefix` names a submodule ("retriever.passage_encoder"), and the names are then relative to it. A tensor with
         several names appears under the first one.
         """
         root = self.module.get_submodule(prefix.rstrip(".")) if prefix else self.module
@@ -176,8 +177,8 @@ class Engine(Ranks):
         return merged(root, state) if state else state
 
     def load_consolidated(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Copy rank 0's `state` (what other ranks pass is not read) into all ranks' weights; fp32 master copies
-        follow, optimiser moments stay. Collective. Raises ValueError on all ranks as `match_weights`."""
+        """Copy rank 0's `state` (that of other ranks is not read) into all ranks' weights; fp32 master copies follow,
+        optimiser moments stay. Collective. Raises ValueError on all ranks as `match_weights` does."""
         matched, problem = {}, None
         if self.rank == 0:
             try:
@@ -211,7 +212,7 @@ class Engine(Ranks):
         def save(*args: Any, **kwargs: Any) -> None:
             try:
                 write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:  # a rank that left here would leave the others in a barrier
+            except (OSError, RuntimeError) as error:  # leaving here would strand the other ranks in a barrier
                 failures.append(error)
 
         writer.save = save
@@ -225,8 +226,8 @@ class Engine(Ranks):
             raise failures[0]
 
     def load(self, directory: Path) -> None:
-        """Continue bit for bit from what `save` wrote; collective, on an engine that has not stepped. The files are
-        unpickled: load only what this run wrote. Raises ValueError when ranks, ZeRO stage or groups differ."""
+        """Continue bit for bit from the files of `save`; collective, on an engine that has not stepped. The files are
+        unpickled: load only those that this run wrote. Raises ValueError if ranks, ZeRO stage or groups differ."""
         assert self._trained, "nothing trains: weights come by `load_consolidated`"
         saved = json.loads((directory / LAYOUT).read_text())
         for setting, value in self._layout().items():
@@ -249,13 +250,13 @@ class Engine(Ranks):
         self._prepare_backward = self._engine._backward_prologue
         self._engine._backward_prologue = self._prepare_once
         self._engine._copy_recovery_script = lambda save_path: None  # no executable code in a checkpoint
-        # DeepSpeed's own group starts with a timeout of half an hour, whatever the group that it was made from has.
+        # DeepSpeed's group has a timeout of half an hour, whatever that of the group that it was made from.
         set_timeout(self._engine.data_parallel_group, self.config.timeout_s)
 
     def _prepare_once(self) -> None:
-        """DeepSpeed prepares a backward pass when a gradient reaches a tensor that `forward` returned, but does not
-        look into dataclasses; unprepared, an accumulation in bf16 under ZeRO 1 counts its first micro-batches again.
-        So the loss starts it, and this keeps the two from doing it twice."""
+        """Prepare a backward pass, once. DeepSpeed does so when a gradient reaches a tensor that `forward` returned,
+        but does not look into dataclasses; unprepared, an accumulation in bf16 under ZeRO 1 counts its first
+        micro-batches again. So the loss starts the preparation, and this method keeps it from happening twice."""
         if not self._prepared:
             self._prepared = True
             self._prepare_backward()
@@ -269,7 +270,7 @@ class Engine(Ranks):
                 dist.broadcast(parameter.detach(), 0)
 
     def _gradient_norms(self) -> tuple[dict[str, float], bool]:
-        """Norm of each trained group's whole gradient, and whether all of them and all losses are finite."""
+        """Return the norm of each trained group's whole gradient, and whether all of them and all losses are finite."""
         squares = torch.zeros(len(self._trained) + 1, dtype=torch.float64, device=self.device)
         for index in range(len(self._trained)):
             gradients, on_every_rank = self._gradients(index)
@@ -283,9 +284,10 @@ class Engine(Ranks):
         return norms, num_bad_losses == 0 and all(math.isfinite(norm) for norm in norms.values())
 
     def _gradients(self, index: int) -> tuple[list[Tensor], bool]:
-        """This rank's averaged gradients of a group, and whether each rank has all of them rather than a part.
+        """Return this rank's averaged gradients of a group, and whether each rank has all of them rather than a part.
 
-        Where DeepSpeed 0.19 keeps them between backward and step, stage by stage."""
+        The places are those where DeepSpeed 0.19 keeps them between backward and step, stage by stage.
+        """
         optimizer, stage, offload = self._engine.optimizer, self.config.zero_stage, self.config.offload_optimizer
         if stage == 0:
             return [p.grad for p in self._parameters[self._trained[index]] if p.grad is not None], True
@@ -301,7 +303,8 @@ class Engine(Ranks):
         return list(optimizer.averaged_gradients[index]), False
 
     def _clear_gradient_buffers(self) -> None:
-        """Zero what DeepSpeed overwrites only where a parameter gets a gradient: another step's must not be used."""
+        """Zero the buffers that DeepSpeed overwrites only for parameters with a gradient, so that no earlier step's is
+        used."""
         optimizer, stage = self._engine.optimizer, self.config.zero_stage
         if stage == 3:
             optimizer.grad_partitions_flat_buffer.zero_()
@@ -312,8 +315,8 @@ class Engine(Ranks):
                     part.grad.zero_()
 
     def _whole_buckets(self, weights: Mapping[str, Tensor], write: bool) -> Iterator[list[tuple[str, Tensor]]]:
-        """`weights` in buckets; while one is handed out, its tensors are whole. With `write`, rank 0's changes are
-        sent to all ranks when the next bucket is asked for."""
+        """Yield `weights` in buckets; while one is handed out, its tensors are whole. With `write`, rank 0's changes
+        are sent to all ranks when the next bucket is asked for."""
         if self.config.zero_stage < 3:
             yield list(weights.items())
             return
@@ -344,7 +347,7 @@ class Engine(Ranks):
 
 @functools.cache
 def _deepspeed() -> Any:
-    """DeepSpeed, imported at its first use (3 s), quietly."""
+    """Import DeepSpeed at its first use (3 s), quietly."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
     import deepspeed

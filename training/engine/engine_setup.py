@@ -1,4 +1,4 @@
-"""Setup of the engine before it exists: checked settings and DeepSpeed's configuration."""
+"""Sets the engine up: checks settings and makes DeepSpeed's configuration."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,13 +9,13 @@ from torch import nn
 from indexing.declare import check_values, refuse
 from training.training_settings import EngineConfig
 
-PERSISTENT_ELEMENTS = 100_000  # ZeRO 3 keeps smaller parameters whole on every rank
-BUCKET_ELEMENTS = 200_000_000  # largest piece of a reduction
-WIDE = 384  # matrices for which a CPU gains by 16-bit products
+PERSISTENT_ELEMENTS = 100_000  # Number of elements below which ZeRO 3 keeps a parameter whole on every rank
+BUCKET_ELEMENTS = 200_000_000  # Number of elements of the largest piece of a reduction
+WIDE = 384  # Width of a matrix from which a CPU gains by 16-bit products
 
 
 def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary; `num_elements` of all parameters that train bounds its buffers."""
+    """Return DeepSpeed's configuration; its buffers hold at most `num_elements`, the number of all that train."""
     on_gpu = torch.cuda.is_available()
     bucket = max(2, min(num_elements + num_elements % 2, BUCKET_ELEMENTS))
     zero: dict[str, Any] = {
@@ -31,7 +31,7 @@ def deepspeed_config(config: EngineConfig, num_elements: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed uses it for counters only
         "gradient_accumulation_steps": config.gradient_accumulation,
-        "gradient_clipping": 0.0,  # ours is per group; DeepSpeed's default is 1.0 over everything
+        "gradient_clipping": 0.0,  # the engine clips each group; DeepSpeed's default is 1.0 over everything
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # GatedAdamW is torch's AdamW by another name
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
@@ -53,11 +53,10 @@ def check_settings(config: EngineConfig) -> None:
 
 
 def concrete_precision(precision: str, module: nn.Module) -> str:
-    """Return what `auto` means for `module` on this machine: 16-bit products where the processor has them, on a CPU
-    only for
-    matrices of WIDE or more, because every product first converts its weights. On a Xeon with AMX, training steps of
-    width 128 took 1.3 times as long as in fp32, of 256 1.1; those of a BERT of width 384 .67 times with 512 tokens
-    and .4 with 4,096."""
+    """Return the meaning of `auto` for `module` on this machine: 16-bit products if the processor has them, on a CPU
+    only for matrices of WIDE or more, because every product first converts its weights. On a Xeon with AMX, training
+    steps of width 128 took 1.3 times as long as in fp32, of 256 1.1; those of a BERT of width 384 .67 times with 512
+    tokens and .4 with 4,096."""
     if precision != "auto":
         return precision
     widths = sorted(min(parameter.shape) for parameter in module.parameters() if parameter.dim() == 2)
@@ -66,9 +65,8 @@ def concrete_precision(precision: str, module: nn.Module) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Return true if the GPU, or without one the processor, has products of bf16; what has none emulates them, a CPU
-    ten
-    times slower than fp32."""
+    """Return true if the GPU, or without one the processor, has products of bf16. A processor without them emulates
+    them, a CPU ten times slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return processor_multiplies_bf16()

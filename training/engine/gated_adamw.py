@@ -12,12 +12,12 @@ class GatedAdamW(torch.optim.AdamW):
     act on all stages alike, and DeepSpeed's clean-up of gradients and counters runs as after any update.
     """
 
-    # From the start, since under one stage DeepSpeed begins with an empty step, which would count as Adam's first.
+    # True at first: under one stage DeepSpeed begins with an empty step, which would count as Adam's first.
     held = True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update, or none while `held`."""
+        """Update the weights once, or not at all while `held`."""
         if self.held:
             return None
         for group in self.param_groups:

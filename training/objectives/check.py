@@ -9,7 +9,7 @@ REWARD_VALUES = f"{', '.join(REWARDS[1:])}, module:function or path/to/file.py:f
 
 
 def check_objective(config: ObjectiveConfig) -> None:
-    """Raises ValueError that names the setting, its value and what is allowed."""
+    """Raise ValueError, naming the setting, its value and the allowed ones, if a setting is not allowed."""
     check_values(config, "objective.")
     if config.max_span < config.min_span:
         allowed = f"must not exceed objective.max_span={config.max_span}"

@@ -24,8 +24,8 @@ Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
 def info_nce(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
-    """-log softmax(scores / temperature)[positive], mean over questions. Candidates that `passage_mask` leaves out are
-    neither positive nor negative; a question whose positive is left out costs nothing."""
+    """Compute the loss -log softmax(scores / temperature)[positive], mean over questions. Candidates that
+    `passage_mask` leaves out are neither positive nor negative; a question whose positive is left out costs nothing."""
     assert outputs.positives is not None
     mask, positives = outputs.passage_mask, outputs.positives.unsqueeze(-1)
     prior = retrieval_log_probs(outputs.scores, mask, temperature)
@@ -48,11 +48,11 @@ def in_batch(
     gather: Gather | None = None,
     num_questions: float | int | None = None,
 ) -> Likelihoods:
-    """Every query against every passage: what `info_nce` takes.
+    """Return the input of `info_nce`: every query against every passage.
 
-    queries [batch, dim]; passages [rows, dim], row i the positive of query i, further rows hard negatives;
-    passage_numbers int64 [rows], equal where two rows come from one passage, which then are no negatives of each
-    other. temperature: the encoder's, fixed or learned. `gather` (`gather_rows`) adds the passages of the other ranks.
+    `queries` [batch, dim]; `passages` [rows, dim], row i the positive of query i, further rows hard negatives;
+    `passage_numbers` int64 [rows], equal for two rows of one passage, which then are no negatives of each other.
+    `temperature` is the encoder's, fixed or learned. `gather` (`gather_rows`) adds the passages of the other ranks.
     """
     offset = 0
     if gather is not None:
@@ -67,9 +67,9 @@ def in_batch(
 
 
 def gather_rows(rows: Shaped[Tensor, " rows *shape"]) -> tuple[Shaped[Tensor, " gathered *shape"], int]:
-    """Rows of all ranks in rank order, [world size * rows, ...], and where this rank's begin. Every rank calls it with
-    the same shape. Gradient flows back to the rank that each row came from, summed over the ranks, so that losses
-    averaged over ranks (as data parallelism does) have the gradient of the whole batch."""
+    """Return the rows of all ranks in rank order, [world size * rows, ...], and the place of this rank's first. Every
+    rank calls it with the same shape. Gradient flows back to the rank that each row came from, summed over the ranks,
+    so that losses averaged over ranks (as data parallelism does) have the gradient of the whole batch."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return rows, 0
     gathered = _GatherRows.apply(rows)
@@ -82,7 +82,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, rows: Tensor) -> Tensor:
-        """rows [n, ...] to [world size * n, ...]."""
+        """Return rows [n, ...] of all ranks as [world size * n, ...]."""
         parts = [
             torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())
         ]
@@ -91,7 +91,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        """Gradient [world size * n, ...] to this rank's [n, ...]."""
+        """Return the gradient [world size * n, ...] as this rank's [n, ...]."""
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total.chunk(distributed.get_world_size())[distributed.get_rank()]

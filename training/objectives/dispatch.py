@@ -21,7 +21,7 @@ def needs(config: ObjectiveConfig) -> Needs:
     """Return what has to be computed for this objective. Raises ValueError for settings that are not allowed."""
     check_objective(config)
     match config.name:
-        # likelihood.py: gradient to the generator and to both encoders
+        # marginal.py: gradient to the generator and to both encoders
         case "rag_sequence" | "rag_token":
             return Needs(per_passage=True, per_passage_gradient=True)
         case "realm":
@@ -54,11 +54,11 @@ def needs(config: ObjectiveConfig) -> Needs:
 def compute(
     config: ObjectiveConfig, outputs: Likelihoods, reduce: Reduce = sum_over_ranks
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """The loss, a scalar times `config.scale`, and detached statistics (`loss/*` before the scale).
+    """Return the loss, a scalar times `config.scale`, and detached statistics (`loss/*` before the scale).
 
-    The loss always depends on the scores, with gradient 0 where the objective gives none: a rank whose graph never
-    touches the retriever would make the collectives of ZeRO disagree. `reduce` sums over ranks what one of them cannot
-    know alone.
+    The loss always depends on the scores, with gradient 0 if the objective gives none: a rank whose graph never touches
+    the retriever would make the collectives of ZeRO disagree. `reduce` sums over ranks the values that one of them
+    cannot know alone.
     """
     match config.name:
         case _ if config.function:
@@ -119,7 +119,7 @@ def compute(
 
 
 def _distillation(config: ObjectiveConfig) -> tuple[str, float, float, float, bool]:
-    """What pdist, loop and adist take alike."""
+    """Return the settings that pdist, loop and adist share."""
     return config.reduction, config.weight, config.temperature, config.target_temperature, config.confidence
 
 

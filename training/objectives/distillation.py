@@ -7,9 +7,9 @@ and ADist are its leave-one-out and attention distillation, the latter after Iza
 Knowledge from Reader to Retriever", with the norms of the values. The targets are detached here, whatever graph they
 come with.
 
-A target is uniform where the generator cannot tell the passages apart: while it cannot read yet, or where none of them
-has the answer. Such a target has nothing to teach, but its divergence pulls as strongly as any, towards equal scores,
-that is, one vector for all passages. `confidence` weighs each question's divergence by 1 - H(target) / log K.
+A target is uniform if the generator cannot tell the passages apart: while it cannot read yet, or if none of them has
+the answer. Such a target teaches nothing, but its divergence pulls as strongly as any towards equal scores, that is, one
+vector for all passages. `confidence` weighs each question's divergence by 1 - H(target) / log K.
 """
 
 import torch
@@ -33,7 +33,7 @@ from training.objectives.inputs import (
 def emdr2(
     outputs: Likelihoods, level: str = "sequence", weight: float = 1.0, temperature: float = 1.0
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """-mean_t f + weight * retriever loss; that is -logsumexp_k(log p_k + sg(L_k)) (`level` sequence) or
+    """Compute -mean_t f + weight * retriever loss; the latter is -logsumexp_k(log p_k + sg(L_k)) (`level` sequence) or
     -1/T sum_t logsumexp_k(log p_k + sg(l_kt)) (token)."""
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
@@ -60,10 +60,10 @@ def pdist(
     target_temperature: float = 1.0,
     confidence: bool = False,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """-mean_t f + weight * KL(target || p) with target = sg(softmax_k(g / target_temperature)).
+    """Compute -mean_t f + weight * KL(target || p) with target = sg(softmax_k(g / target_temperature)).
 
-    g = L_k / T (`normalization` length) or L_k (none). `reduction` batch averages over questions; elements divides
-    each question's divergence by its number of real passages as well, as published code does.
+    g = L_k / T (`normalization` length) or L_k (none). `reduction` batch averages over questions; elements divides each
+    question's divergence by its number of real passages as well, as published code does.
     """
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
@@ -144,7 +144,8 @@ def _distil(
     target_temperature: float,
     confidence: bool,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """-mean_t f + weight * KL(softmax_k(gains / target_temperature) || p); gains [batch, k] without gradient."""
+    """Compute -mean_t f + weight * KL(softmax_k(gains / target_temperature) || p); gains [batch, k] without
+    gradient."""
     target = retrieval_log_probs(gains, outputs.passage_mask, target_temperature)
     divergence = kl_to_target(target, prior, outputs.passage_mask)
     if confidence:
@@ -161,8 +162,8 @@ def _distil(
 
 
 def certainty(target: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
-    """1 - H(target) / log K [batch], from 0 (uniform over the K real passages, or one alone) to 1; target [batch, k]
-    are log-probabilities."""
+    """Return 1 - H(target) / log K, [batch], from 0 (uniform over the K real passages, or one alone) to 1; target
+    [batch, k] are log-probabilities."""
     real = passage_mask.sum(dim=-1)
     most = real.clamp(min=2).to(target.dtype).log()
     return torch.where(real > 1, (1 - entropies(target, passage_mask) / most).clamp(0, 1), 0.0)
@@ -171,13 +172,14 @@ def certainty(target: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batc
 def kl_to_target(
     target: Float[Tensor, "batch k"], prior: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"]
 ) -> Float[Tensor, " batch"]:
-    """KL(target || prior) [batch] of two log-distributions [batch, k] over the real passages."""
-    # Padding is -inf in both, and -inf - -inf is NaN: masked before the product, so that its gradient is 0 too.
+    """Return KL(target || prior), [batch], of two log-distributions [batch, k] over the real passages."""
+    # Padding is -inf in both, and -inf - -inf is NaN: mask it before the product, so that its gradient is 0, too.
     return (target.exp() * (target - prior).masked_fill(~passage_mask, 0.0)).sum(dim=-1)
 
 
 def _total(retriever: Tensor, weight: float, prior: Tensor, outputs: Likelihoods) -> tuple[Float[Tensor, ""], Stats]:
-    """Generator loss plus weighted retriever loss, with the statistics that every objective of this family has."""
+    """Return generator loss plus weighted retriever loss, with the statistics that every objective of this family
+    has."""
     assert outputs.fused is not None
     assert outputs.answer_mask is not None
     means = mean_over_tokens(outputs.fused, outputs.answer_mask)

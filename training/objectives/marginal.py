@@ -23,7 +23,7 @@ from training.objectives.inputs import (
 
 
 def rag_sequence(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
-    """-logsumexp_k(log p_k + L_k): one passage explains the whole answer."""
+    """Compute -logsumexp_k(log p_k + L_k): one passage explains the whole answer."""
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
@@ -33,7 +33,7 @@ def rag_sequence(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[
 
 
 def rag_token(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
-    """-sum_t logsumexp_k(log p_k + l_kt): each token may come from another passage."""
+    """Compute -sum_t logsumexp_k(log p_k + l_kt): each token may come from another passage."""
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
     prior = retrieval_log_probs(outputs.scores, outputs.passage_mask, temperature)
@@ -43,9 +43,9 @@ def rag_token(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Ten
 
 
 def realm(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
-    """-1/T sum_t logsumexp_k(log p_k + l_kt) over the K passages and an empty one beside them: what needs no passage
-    gives none of them credit. Retrieval utility is the marginal log-likelihood minus that under the empty passage,
-    summed over the answer, mean over questions; the entropy is that of the real passages alone."""
+    """Compute -1/T sum_t logsumexp_k(log p_k + l_kt) over the K passages and an empty one, so that an answer that needs
+    no passage gives none of them credit. Retrieval utility is the marginal log-likelihood minus that under the empty
+    passage, summed over the answer, mean over questions; the entropy is that of the real passages alone."""
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
     assert outputs.null is not None
@@ -67,7 +67,7 @@ def realm(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor,
 
 
 def fused_likelihood(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Float[Tensor, ""], Stats]:
-    """-mean_t f. The retriever learns only where the generator added log p(z|q), with gradient, to its attention
+    """Compute -mean_t f. The retriever learns only if the generator added log p(z|q), with gradient, to its attention
     (`Needs.score_bias`); otherwise this is the loss of the generator alone. `temperature` serves the statistics."""
     assert outputs.fused is not None
     assert outputs.answer_mask is not None
@@ -77,5 +77,5 @@ def fused_likelihood(outputs: Likelihoods, temperature: float = 1.0) -> tuple[Fl
 
 
 def _report(loss: Tensor, prior: Tensor, outputs: Likelihoods) -> tuple[Float[Tensor, ""], Stats]:
-    """The loss with the statistics that every objective of this family has."""
+    """Return the loss with the statistics that every objective of this family has."""
     return loss, {"loss/generator": loss.detach(), "retrieval/entropy": entropy(prior, outputs.passage_mask)}

@@ -1,8 +1,8 @@
 """Preference objectives: alignment whose gradient reaches the retriever.
 
 The policy's log-probability of an answer is the marginal over the K retrieved passages, `log pi(y|q) = logsumexp_k(log
-p_k + L_k(y))`, so that a preference moves both what is retrieved and what is said. The reference is the system at the
-start of the stage with the same passages; it carries no gradient. `r = log pi - log ref`.
+p_k + L_k(y))`, so that a preference moves both retrieval and generation. The reference is the system at the start of
+the stage with the same passages; it carries no gradient. `r = log pi - log ref`.
 
 DPO is Rafailov et al. 2023, "Direct Preference Optimization", equation 7; KTO is Ethayarajh et al. 2024, "KTO: Model
 Alignment as Prospect Theoretic Optimization", equations 7 and 8.
@@ -34,8 +34,8 @@ class Candidates(Likelihoods):
     """Log-likelihoods that the policy and the reference give `group` answers to each question, given the same K
     passages.
 
-    preference objectives: every answer under every passage, `each` = k. Sampling objectives: every answer under the one
-    passage that it was drawn with, `each` = 1.
+    Preference objectives score every answer under every passage, `each` = k. Sampling objectives score every answer
+    under the one passage that it was drawn with, `each` = 1.
     """
 
     log_probs: Tensor | None = None  # l [batch, group, each, tokens]
@@ -45,7 +45,7 @@ class Candidates(Likelihoods):
     desirable: Tensor | None = None  # bool [batch]; KTO
     drawn: Tensor | None = None  # int64 [batch, group]: the passage of each sample; sampling objectives
     rewards: Tensor | None = None  # float32 [batch, group]
-    old_log_probs: Tensor | None = None  # [batch, group]: of the samples when they were drawn; None: as they are now
+    old_log_probs: Tensor | None = None  # [batch, group]: those of the samples when they were drawn; None: those of now
 
 
 def dpo(
@@ -56,12 +56,12 @@ def dpo(
     length_normalized: bool = False,
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """-log sigmoid(beta * (r(chosen) - r(rejected))) - chosen_weight * log pi(chosen) / tokens; answer 0 of each
-    question is the chosen one, 1 the rejected.
+    """Compute -log sigmoid(beta * (r(chosen) - r(rejected))) - chosen_weight * log pi(chosen) / tokens; answer 0 of
+    each question is the chosen one, 1 the rejected.
 
     `length_normalized` divides each answer's r by its number of tokens. Without a reference, r is log pi. The second
     term (Pang et al. 2024, arXiv:2404.19733, equation 1) keeps the chosen answer likely, and trains the retriever as
-    the marginal likelihood does: a passage that makes both answers likely wins nothing by the first.
+    the marginal likelihood does: a passage that makes both answers likely wins nothing by the first term.
     """
     policy, reference, prior = policy_and_reference(outputs, length_normalized, temperature)
     log_ratio = policy - reference
@@ -89,10 +89,10 @@ def kto(
     temperature: float = 1.0,
     sum_over_ranks: Reduce | None = None,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """lambda_D * (1 - sigmoid(beta * (r - z))) of a desirable answer, lambda_U * (1 - sigmoid(beta * (z - r))) of an
-    undesirable one. Answer 0 of each question is the judged one, answer 1 belongs to another question: z = max(0, mean
-    of r over these mismatched pairs), without gradient, over the ranks that `sum_over_ranks` adds up (None: this one).
-    """
+    """Compute lambda_D * (1 - sigmoid(beta * (r - z))) of a desirable answer, lambda_U * (1 - sigmoid(beta * (z - r)))
+    of an undesirable one. Answer 0 of each question is the judged one, answer 1 belongs to another question: z = max(0,
+    mean of r over these mismatched pairs), without gradient, over the ranks that `sum_over_ranks` adds up (None: this
+    one)."""
     assert outputs.desirable is not None
     policy, reference, prior = policy_and_reference(outputs, length_normalized, temperature)
     log_ratio = policy - reference
@@ -116,7 +116,8 @@ def kto(
 def policy_and_reference(
     outputs: Candidates, length_normalized: bool, temperature: float
 ) -> tuple[Float[Tensor, "batch group"], Float[Tensor, "batch group"], Float[Tensor, "batch k"]]:
-    """log pi [batch, group], log ref [batch, group] without gradient (0 without a reference), log p(z|q) [batch, k]."""
+    """Return log pi [batch, group], log ref [batch, group] without gradient (0 without a reference), log p(z|q) [batch,
+    k]."""
     assert outputs.log_probs is not None
     assert outputs.log_probs_mask is not None
     mask, answers = outputs.passage_mask, outputs.log_probs_mask
@@ -133,7 +134,7 @@ def policy_and_reference(
 
 
 def _answer_tokens(outputs: Candidates) -> Tensor:
-    """int64 [batch, group], at least 1."""
+    """Return the number of answer tokens, int64 [batch, group], at least 1."""
     assert outputs.log_probs_mask is not None
     return outputs.log_probs_mask.sum(dim=-1).clamp(min=1)
 
@@ -144,8 +145,8 @@ def marginal_log_probs(
     answer_mask: Bool[Tensor, "batch group tokens"],
     passage_mask: Bool[Tensor, "batch k"],
 ) -> Float[Tensor, "batch group"]:
-    """log pi(y|q) = logsumexp_k(log p_k + sum_t l_kt) of every answer, [batch, group]; prior [batch, k], log_probs
-    [batch, group, k, tokens], answer_mask bool [batch, group, tokens]. 0 for a row of nothing but padding."""
+    """Return log pi(y|q) = logsumexp_k(log p_k + sum_t l_kt) of every answer, [batch, group]; 0 for a row of nothing
+    but padding."""
     totals = answer_totals(log_probs, answer_mask)
     return mixture_log_probs(prior, totals.transpose(1, 2), passage_mask)
 
@@ -153,12 +154,13 @@ def marginal_log_probs(
 def answer_totals(
     log_probs: Float[Tensor, "batch group each tokens"], answer_mask: Bool[Tensor, "batch group tokens"]
 ) -> Float[Tensor, "batch group each"]:
-    """L [batch, group, each]: log_probs summed over the answer's own tokens, whatever (even NaN) stands at padding."""
+    """Return L [batch, group, each]: log_probs summed over the tokens of each answer, whatever (even NaN) stands at
+    padding."""
     return in_full_precision(log_probs).masked_fill(~answer_mask.unsqueeze(2), 0.0).sum(dim=-1)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum over all ranks, without gradient; every rank calls it with the same shape."""
+    """Return the sum over all ranks, without gradient; every rank calls it with the same shape."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return values
     total = values.detach().clone()

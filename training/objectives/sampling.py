@@ -25,15 +25,15 @@ from training.objectives.inputs import (
 )
 from training.objectives.preference import Candidates, answer_totals
 
-EPSILON = 1e-6  # beside the standard deviation of a group's rewards
-MAX_LOG_RATIO = 20.0  # exp of more would leave float32's useful range
-MAX_GAIN = 10.0  # how much a passage that was not drawn may weigh against the mean of those that were
+EPSILON = 1e-6  # added to the standard deviation of a group's rewards
+MAX_LOG_RATIO = 20.0  # bound of an exponent, beyond which exp leaves float32's useful range
+MAX_GAIN = 10.0  # largest weight of a passage that was not drawn against the mean of those that were
 
 
 def stochastic_rag(
     outputs: Likelihoods, num_selected: int = 2, relaxation: float = 1.0, temperature: float = 1.0
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """-log(1/n sum_z m_z exp(L_z)) with m the n = `num_selected` passages of largest log p + noise (fewer where
+    """Compute -log(1/n sum_z m_z exp(L_z)) with m the n = `num_selected` passages of largest log p + noise (fewer if
     there are fewer): forward the hard selection, backward the soft one.
 
     A draw's soft selection is softmax_z((log p + noise) / relaxation) over the passages not drawn before it, as in
@@ -62,9 +62,9 @@ def stochastic_rag(
 def gumbel_top_k(
     logits: Float[Tensor, "batch k"], passage_mask: Bool[Tensor, "batch k"], num_selected: int, relaxation: float
 ) -> tuple[Bool[Tensor, "batch k"], Float[Tensor, "batch k"]]:
-    """Hard selection, bool [batch, k], and the sum of the draws' soft ones, [batch, k], 0 at padding.
+    """Return the hard selection, bool [batch, k], and the sum of the draws' soft ones, [batch, k], 0 at padding.
 
-    logits [batch, k] already perturbed, -inf at padding. A row with fewer real passages has fewer draws.
+    `logits` [batch, k] are already perturbed, -inf at padding. A row with fewer real passages has fewer draws.
     """
     hard = torch.zeros_like(passage_mask)
     soft = torch.zeros_like(logits)
@@ -82,9 +82,9 @@ def gumbel_top_k(
 def reinforce_passages(
     outputs: Likelihoods, advantage: str = "normalized", temperature: float = 1.0
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """REINFORCE over passages alone, rewarded by the gold answer's mean token log-probability: passages are drawn with
-    replacement from p(z|q), `-mean_g(A_g log p(z_g))` trains the retriever, and `-log mean_g exp(L_{z_g})` the
-    generator: the marginal likelihood of the answer, its mixture estimated from the draws."""
+    """Compute REINFORCE over passages alone, rewarded by the gold answer's mean token log-probability. Passages are
+    drawn with replacement from p(z|q). `-mean_g(A_g log p(z_g))` trains the retriever, and `-log mean_g exp(L_{z_g})`
+    the generator: the marginal likelihood of the answer, its mixture estimated from the draws."""
     assert outputs.per_passage is not None
     assert outputs.answer_mask is not None
     assert outputs.noise is not None
@@ -110,7 +110,7 @@ def reinforce_passages(
 def reinforce(
     outputs: Candidates, kl_weight: float = 0.0, advantage: str = "normalized", temperature: float = 1.0
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """-mean_g(A_g log pi(z_g, y_g|q)) plus `kl_weight` times the divergence from the reference."""
+    """Compute -mean_g(A_g log pi(z_g, y_g|q)) plus `kl_weight` times the divergence from the reference."""
     log_prob, prior = sample_log_probs(outputs, temperature)
     assert outputs.rewards is not None
     gain = advantages(outputs.rewards.to(log_prob.dtype), advantage) * log_prob
@@ -125,8 +125,8 @@ def grpo(
     advantage: str = "normalized",
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """-mean_g min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) plus `kl_weight` times the divergence from the reference;
-    ratio = pi / pi_old of a sample, passage and answer together."""
+    """Compute -mean_g min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) plus `kl_weight` times the divergence from the
+    reference; ratio = pi / pi_old of a sample, passage and answer together."""
     log_prob, prior = sample_log_probs(outputs, temperature)
     assert outputs.rewards is not None
     old = log_prob if outputs.old_log_probs is None else outputs.old_log_probs.to(log_prob.dtype)
@@ -139,10 +139,10 @@ def grpo(
 
 
 def advantages(rewards: Float[Tensor, "batch group"], advantage: str = "normalized") -> Float[Tensor, "batch group"]:
-    """(R - mean) / (std + 1e-6) in each group of rewards [batch, group], std being the group's own (divided by its
-    size), or R - mean (`advantage` centered), in which a group whose rewards hardly differ counts hardly (Liu et al.
-    2025, "Understanding R1-Zero-Like Training", section 3.2). Exactly 0 in a group of equal rewards, which rounding of
-    the mean must not turn into a preference."""
+    """Return (R - mean) / (std + 1e-6) in each group of rewards [batch, group], std being that of the group (divided by
+    its size), or R - mean (`advantage` centered), in which a group whose rewards hardly differ counts hardly (Liu et
+    al. 2025, "Understanding R1-Zero-Like Training", section 3.2). It is exactly 0 in a group of equal rewards, which
+    rounding of the mean must not turn into a preference."""
     equal = rewards.amax(dim=-1, keepdim=True) == rewards.amin(dim=-1, keepdim=True)
     centered = (rewards - rewards.mean(dim=-1, keepdim=True)).masked_fill(equal, 0.0)
     match advantage:
@@ -157,8 +157,8 @@ def advantages(rewards: Float[Tensor, "batch group"], advantage: str = "normaliz
 def sample_log_probs(
     outputs: Candidates, temperature: float, of_reference: bool = False
 ) -> tuple[Float[Tensor, "batch group"], Float[Tensor, "batch k"]]:
-    """log p(z|q) + log P(y|q, z) of each sample, [batch, group], and log p(z|q) [batch, k], of policy or reference. A
-    sample of a padded passage is 0 without gradient."""
+    """Return log p(z|q) + log P(y|q, z) of each sample, [batch, group], and log p(z|q) [batch, k], of policy or
+    reference. A sample of a padded passage is 0 without gradient."""
     scores = outputs.reference_scores if of_reference else outputs.scores
     log_probs = outputs.reference_log_probs if of_reference else outputs.log_probs
     assert scores is not None
@@ -175,8 +175,8 @@ def sample_log_probs(
 def divergence(
     log_prob: Float[Tensor, "batch group"], reference: Float[Tensor, "batch group"]
 ) -> Float[Tensor, "batch group"]:
-    """The k3 estimate of KL(pi || ref) at each sample, `exp(x) - x - 1` with x = log ref - log pi (Shao et al. 2024,
-    equation 4); x is bounded, so that one sample far from the reference cannot overflow."""
+    """Return the k3 estimate of KL(pi || ref) at each sample, `exp(x) - x - 1` with x = log ref - log pi (Shao et al.
+    2024, equation 4); x is bounded, so that one sample far from the reference cannot overflow."""
     x = (reference - log_prob).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return x.exp() - x - 1
 
@@ -184,7 +184,7 @@ def divergence(
 def _sampled(
     gain: Tensor, log_prob: Tensor, *, prior: Tensor, outputs: Candidates, kl_weight: float, temperature: float
 ) -> tuple[Float[Tensor, ""], Stats]:
-    """The loss of a gain [batch, group] with the statistics that both objectives have."""
+    """Return the loss of a gain [batch, group] with the statistics that both objectives have."""
     assert outputs.rewards is not None
     loss = -mean_over_questions(gain.mean(dim=-1), outputs.num_questions)
     rewards = outputs.rewards.float()

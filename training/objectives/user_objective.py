@@ -1,5 +1,5 @@
-"""A loss of the user's own, in the place of the one that `objective.name` names; the name still says what is computed
-for it (`dispatch.needs`)."""
+"""A loss of the user in the place of the one that `objective.name` names; the name decides what is computed for it
+(`dispatch.needs`)."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -19,11 +19,11 @@ SIGNATURE = "(outputs: Likelihoods, temperature: float) -> tuple[Tensor, dict[st
 def load_objective(name: str) -> ObjectiveFunction:
     """Return the function that `objective.function` names.
 
-    It gets what the models computed (`Likelihoods`: scores [batch, k], and the log-probabilities that `objective.name`
+    It gets the output of the models (`Likelihoods`: scores [batch, k], and the log-probabilities that `objective.name`
     needs) and the temperature of p(z|q). It returns the loss, a scalar with gradient that is summed over the questions
     and divided by `outputs.num_questions` (None: the batch), and metrics by name, scalars without gradient.
 
-    Raises ValueError where it is not there or takes other arguments.
+    Raises ValueError if it does not exist or takes other arguments.
     """
     allowed = "module:function or path/to/file.py:function"
     return load_function(SETTING, name, allowed=allowed, signature=SIGNATURE, num_arguments=2)
@@ -31,7 +31,7 @@ def load_objective(name: str) -> ObjectiveFunction:
 
 def user_objective(name: str, outputs: Likelihoods, temperature: float) -> tuple[Tensor, Stats]:
     """Return the loss of the function that `objective.function` names, and its statistics: `objective/<metric>` of each
-    of its metrics, the loss, and the entropy of p(z|q). Raises ValueError where it returns something else."""
+    of its metrics, the loss, and the entropy of p(z|q). Raises ValueError if it returns something else."""
     returned = load_objective(name)(outputs, temperature)
     if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], Mapping):
         raise refuse(SETTING, name, f"must return a loss and metrics, {SIGNATURE}, not {type(returned).__name__}")
