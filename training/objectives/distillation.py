@@ -8,8 +8,8 @@ Knowledge from Reader to Retriever", with the norms of the values. The targets a
 come with.
 
 A target is uniform if the generator cannot tell the passages apart: while it cannot read yet, or if none of them has
-the answer. Such a target teaches nothing, but its divergence pulls as strongly as any towards equal scores, that is, one
-vector for all passages. `confidence` weighs each question's divergence by 1 - H(target) / log K.
+the answer. Such a target teaches nothing, but its divergence pulls as strongly as any towards equal scores, that is,
+one vector for all passages. `confidence` weighs each question's divergence by 1 - H(target) / log K.
 """
 
 import torch
