@@ -1,17 +1,17 @@
-"""Everything that a resume needs, in one directory: `checkpoints/step-N/`.
+"""Writes and reads `checkpoints/step-N/`, one directory with everything that a resume needs.
 
     engine/             DeepSpeed's weights, fp32 masters and optimiser state, one file per rank
-    rank-R.pt           what rank R alone knows: random states, place in the data
+    rank-R.pt           random states and place in the data of rank R
     model.safetensors   weights by name (adapters merged), for evaluation and for the next stage
-    state.json          what all ranks know: step, loop counters, index generation
+    state.json          step, loop counters and index generation, the same on all ranks
     ...                 copies (configuration, tokenisers)
     manifest.json       size and checksum of all of it, written last
 
 Every rank writes its part; when all have, rank 0 seals the directory with the manifest, then moves the pointer
 `checkpoints/latest` (for people; readers look for the newest directory that matches its manifest) and removes old
-checkpoints. When a rank fails (a full disk), nobody seals: the directory is removed and every rank raises.
+checkpoints. If a rank fails (a full disk), nobody seals: the directory is removed and every rank raises.
 
-The files under engine/ and rank-R.pt are pickles, thus code: load them only from a run of your own. The safetensors
+The files under engine/ and rank-R.pt are pickles, thus code: load them only from a run that you trust. The safetensors
 file is data.
 """
 
@@ -50,11 +50,12 @@ def save_checkpoint(
     protected: Sequence[int] = (),
     files: Mapping[str, Path] | None = None,
 ) -> Path:
-    """Write `checkpoints/step-{step}`; collective, between optimiser steps. One that is there and whole is left alone.
+    """Write `checkpoints/step-{step}`; collective, between optimiser steps. A whole one that is there is left alone.
 
-    state: JSON values, rank 0's count. rank_state: this rank's own, any picklable values. keep: number of newest
-    checkpoints that stay, beside the steps in `protected`. files: name in the checkpoint to a file or folder to copy.
-    Raises OSError on every rank when a rank could not write; earlier checkpoints are then untouched.
+    `state` holds JSON values, and that of rank 0 counts; `rank_state` holds this rank's picklable values. `keep` is the
+    number of newest checkpoints that stay, beside the steps in `protected`. `files` maps names in the checkpoint to
+    files or folders to copy. Raises OSError on every rank if a rank could not write; earlier checkpoints are then
+    untouched.
     """
     parent = run_dir / "checkpoints"
     directory = parent / f"{PREFIX}{step}"
@@ -97,8 +98,9 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None
 def load_checkpoint(path: Path, engine: "Engine") -> tuple[dict[str, Any], dict[str, Any]]:
     """Put weights and optimiser state into a new engine; return (state, this rank's rank_state). Collective.
 
-    `path` as `newest_checkpoint` gives it, which has read and compared every byte; here names and sizes only. Raises
-    TornSnapshot, or ValueError where the number of ranks or the engine's settings differ from those of the save.
+    `path` comes from `newest_checkpoint`, which has read and compared every byte, so that only names and sizes are
+    checked here. Raises TornSnapshot, and ValueError if the number of ranks or the engine's settings differ from those
+    of the save.
     """
     snapshot.verify(path, contents=False)
     engine.load(path / "engine")
@@ -107,8 +109,8 @@ def load_checkpoint(path: Path, engine: "Engine") -> tuple[dict[str, Any], dict[
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Weights of the checkpoint at `path` on the CPU, as they computed (bfloat16 or float32), under all names that a
-    shared weight has; verified. Raises TornSnapshot."""
+    """Return the weights of the checkpoint at `path` on the CPU, in the type that computed (bfloat16 or float32), under
+    all names that a shared weight has; verified. Raises TornSnapshot."""
     snapshot.verify(path)
     with safe_open(path / WEIGHTS, framework="pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -117,7 +119,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def saved_names(path: Path) -> set[str]:
-    """The names of the weights of the checkpoint at `path`; one that is shared has its first name only. Raises
+    """Return the names of the weights of the checkpoint at `path`; a shared one has its first name only. Raises
     TornSnapshot."""
     snapshot.verify(path, contents=False)
     with safe_open(path / WEIGHTS, framework="pt") as file:
@@ -125,7 +127,7 @@ def saved_names(path: Path) -> set[str]:
 
 
 def rng_state() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators; CUDA's of this rank's device."""
+    """Return the states of the generators of Python, numpy and torch, and of CUDA on this rank's device."""
     states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -133,7 +135,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(states: Mapping[str, Any]) -> None:
-    """Undo what was drawn since `rng_state`."""
+    """Set the generators back to `rng_state`."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -142,7 +144,7 @@ def set_rng_state(states: Mapping[str, Any]) -> None:
 
 
 def _prepare(parent: Path, directory: Path, step: int) -> None:
-    """An empty directory; damaged checkpoints of this and later steps, which a resume has refused, go away."""
+    """Make an empty directory; remove damaged checkpoints of this and later steps, which a resume has refused."""
     for path in parent.glob(f"{PREFIX}*") if parent.is_dir() else ():
         number = path.name.removeprefix(PREFIX)
         if number.isdecimal() and int(number) >= step and not _whole(path):
@@ -180,7 +182,7 @@ def _on_rank_0(engine: "Engine", write: Callable[[], object]) -> str | None:
 
 
 def _together(engine: "Engine", directory: Path, failure: str | None) -> None:
-    """Wait for all ranks; where one failed, remove the directory and raise OSError on all."""
+    """Wait for all ranks; if one failed, remove the directory and raise OSError on all."""
     failures = [(rank, why) for rank, why in enumerate(engine.gather_objects(failure)) if why]
     if not failures:
         return

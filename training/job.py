@@ -36,7 +36,7 @@ from training.training_settings import (
     TrainingConfig,
 )
 
-PROGRESS_EVERY_S = 5.0
+PROGRESS_EVERY_S = 5.0  # Seconds between two messages of progress: seldom enough for a log, often enough for a watcher
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ class StageSettings:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     reranker: RerankerConfig = field(default_factory=RerankerConfig)
-    refresh: RefreshPlan = field(default_factory=RefreshPlan)  # the part of the section that trainers read
+    refresh: RefreshPlan = field(default_factory=RefreshPlan)  # the part of the section that the trainer reads
     training: TrainingConfig = field(default_factory=TrainingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -65,16 +65,16 @@ class StageJob:
 
     settings: StageSettings
     run_dir: str
-    passages: str  # store of the corpus
-    train_questions: str  # store (of judged answers for preference objectives); "": the stage trains on none
-    evaluate_questions: str  # store; "": the stage measures no questions
+    passages: str  # folder of the store of the corpus
+    train_questions: str  # folder of the store (of judged answers for preference objectives); "": none
+    evaluate_questions: str  # folder of the store; "": the stage measures no questions
     tokenizers: str  # folder of retriever/, generator/ and, for a re-ranker with a tokeniser of its own, reranker/
     init_from: str  # checkpoint whose weights the stage starts from; "": as built
     seed: int
     threads: int  # Number of CPU threads of the process
-    fingerprint: str  # of the settings; the evaluation carries it, so that a finished stage is recognised
-    evaluate_preferences: str = ""  # store of pairs; "": the stage measures none
-    duplicates: str = ""  # groups of near-duplicate passages, if the stage pretrains on the corpus
+    fingerprint: str  # hash of the settings; the evaluation carries it, so that a finished stage is recognised
+    evaluate_preferences: str = ""  # folder of the store of pairs; "": the stage measures none
+    duplicates: str = ""  # file of groups of near-duplicate passages, if the stage pretrains on the corpus
     corpus: str = ""  # folder of the changes made to the passages, before and during the stage; "": there are none
     wait_timeout_s: float = 1800.0  # Seconds to wait for an index generation, at the start and at the end
     index_from_snapshot: bool = False  # the service was started with the generation that the checkpoint names

@@ -1,7 +1,7 @@
-"""The algorithm, for every stage: pretraining, fine-tuning and alignment differ in data, objective and what trains.
+"""Trains: one loop for pretraining, fine-tuning and alignment, which differ in data, objective and trained parts.
 
-One trainer process runs `train`. It is handed an engine (collectives, weights), an index service (hits now, a newer
-index later), a source of batches and a monitor; it knows none of their machinery.
+One trainer process runs `train`. It gets an engine (collectives, weights), an index service (hits now, a newer index
+later), a source of batches and a monitor; it knows none of their machinery.
 """
 
 import time
@@ -71,13 +71,14 @@ class LoopState:
 
 @dataclass(kw_only=True)
 class Hooks:
-    """The tasks of the loop besides training. Each is a plain function that does one thing; None: not in this stage."""
+    """The tasks of the loop besides training. Each is a plain function that does one thing; None if the stage has no
+    such task."""
 
     evaluate: Callable[[int], None] | None = None
     evaluate_every: int = 0
     save: Callable[[LoopState], None] | None = None
     save_every: int = 0
-    # Sees every step and its batches, asks for refreshes of the index, returns what it measured
+    # Sees every step and its batches, asks for refreshes of the index, returns its measurements
     # (training/refreshing/freshness.py)
     refresh: Callable[[LoopState, Sequence[Fetched], Timer], dict[str, float]] | None = None
     max_staleness_steps: int = 0
@@ -192,8 +193,8 @@ def publish(
 
 
 def _between_steps(state: LoopState, hooks: Hooks, *, timer: Timer, resumed_at: int) -> None:
-    """Stop if that was asked for; evaluate and save if it is time. What was done at the step `resumed_at` before an
-    interruption is not done again."""
+    """Stop if that was asked for; evaluate and save if it is time. The tasks of step `resumed_at`, done before an
+    interruption, are not repeated."""
     if hooks.stop_point is not None:
         hooks.stop_point()
     evaluates = hooks.evaluate_every and state.step % hooks.evaluate_every == 0
@@ -232,7 +233,7 @@ def _wait_if_stale(
     monitor.message(f"step {state.step}: waits for an index of step {oldest} or newer (refresh.max_staleness_steps)")
     state.blocked_steps += 1
     service.wait_for_version(oldest, hooks.wait_timeout_s, stop=hooks.stop_asked)
-    if service.status().oldest < oldest:  # what came was a partial refresh
+    if service.status().oldest < oldest:  # a partial refresh came
         service.wait_for_version(state.published_whole, hooks.wait_timeout_s, stop=hooks.stop_asked)
 
 
@@ -245,8 +246,7 @@ def step_times(timer: Timer, begin: float) -> dict[str, float]:
 def step_metrics(
     window: Window, state: LoopState, *, times: dict[str, float], status: IndexStatus | None, fixed_until: int = 0
 ) -> dict[str, float]:
-    """Return everything that is known of one optimiser step, by metric key. Up to step `fixed_until` the encoders did
-    not change."""
+    """Return all metrics of one optimiser step, by key. Up to step `fixed_until` the encoders did not change."""
     fetched, seconds = window.fetched, times["time/step_s"]
     waited = sum(f.search_wait_s for f in fetched)
     metrics = window.means()
@@ -303,7 +303,7 @@ def _versions(used: Sequence[Fetched]) -> tuple[float, int]:
 
 
 def index_metrics(figures: Figures) -> dict[str, float]:
-    """Return what the newest generation costs and finds, as far as it is known."""
+    """Return the costs and the recall of the newest generation, as far as they are known."""
     known = {"index/bytes_per_passage": figures.bytes_per_passage, "index/build_s": figures.build_s}
     metrics = {} if not figures.bytes_per_passage else known
     return metrics if figures.recall is None else {**metrics, "index/recall": figures.recall}

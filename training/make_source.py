@@ -1,4 +1,5 @@
-"""The micro-batches of a stage: spans of the corpus, examples cut from it, questions, or judged and sampled answers."""
+"""Makes the micro-batches of a stage: spans of the corpus, examples cut from it, questions, judged or sampled
+answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ PROBE = 21  # purpose of the random generator that draws the probe
 
 
 class CorpusExamples:
-    """Examples of pretraining, held-out ones, and searches that leave out the passages they were cut from."""
+    """Examples of pretraining, held-out ones, and searches that leave out the passages that they were cut from."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts, job, settings = parts, parts.job, parts.settings
@@ -63,13 +64,13 @@ class CorpusExamples:
 
 @dataclass(frozen=True, kw_only=True)
 class _Examples:
-    """What a stage trains on, before any passage is found for it."""
+    """The questions or examples that a stage trains on, before any passage is found for them."""
 
     stream: Stream
     batch_of: Callable[[int], np.ndarray]  # numbers of the questions of a batch; int64 [batch]
     collator: Collator
     answers: TrainingAnswers | None = None  # None: each question's target
-    search: Search | None = None  # None: by vectors alone, whatever the questions are
+    search: Search | None = None  # None: a search by vectors alone
     hybrid: HybridSearch | None = None  # knows the lexical scores of passages that were no hits
 
 
@@ -116,7 +117,7 @@ def make_source(
 
 
 def _of_corpus(parts: Parts, corpus: CorpusExamples, place: tuple[int, int, int]) -> _Examples:
-    """Examples cut from the corpus; every passage that is read for one is a hit."""
+    """Return examples cut from the corpus; every passage that is read for one is a hit."""
     questions = corpus.training
     stream = Stream(len(questions.candidates), parts.settings.training.batch_size, *place)
     return _Examples(
@@ -128,7 +129,7 @@ def _of_corpus(parts: Parts, corpus: CorpusExamples, place: tuple[int, int, int]
 
 
 def _of_questions(parts: Parts, place: tuple[int, int, int]) -> _Examples:
-    """Questions with answers that are given, judged, or sampled while training."""
+    """Return questions with answers that are given, judged, or sampled while training."""
     job, settings = parts.job, parts.settings
     questions = QuestionStore.open(job.train_questions, verify=False, corpus=parts.store)
     stream = Stream(len(questions), settings.training.batch_size, *place)
@@ -151,7 +152,7 @@ def _of_questions(parts: Parts, place: tuple[int, int, int]) -> _Examples:
 def _retrieved(
     parts: Parts, service: IndexService, *, examples: _Examples, select: Reranking | None, start: int
 ) -> RetrievedBatches:
-    """Batches with the passages that the index finds, searched ahead of training."""
+    """Return batches with the passages that the index finds, searched ahead of training."""
     settings, engine, collator = parts.settings, parts.engine, examples.collator
     refuses = settings.questions.refusal_share > 0
     # A labelled passage takes one place: search one more, so that k - 1 others are left.
@@ -208,7 +209,8 @@ def _pairs(parts: Parts, stream: Stream, task: str, passages: np.ndarray | None 
 def _with_pairs(
     parts: Parts, corpus: CorpusExamples | None, *, source: Source, place: tuple[int, int, int], start: int
 ) -> Source:
-    """Pairs of the mixture's contrastive tasks beside every micro-batch, cut from the same passages as its examples."""
+    """Return `source` with pairs of the mixture's contrastive tasks beside every micro-batch, cut from the same
+    passages as its examples; `source` itself if the mixture has no such task."""
     config = parts.settings.pretraining
     shares = contrasted(config) if corpus is not None else {}
     if corpus is None or not shares:
@@ -225,8 +227,8 @@ def _with_pairs(
 
 
 def make_probe(parts: Parts, corpus: CorpusExamples | None) -> DriftProbe:
-    """Return what measures the drift of the index, on a seeded sample of the training questions or on the first
-    examples of pretraining."""
+    """Return the drift probe of the index, on a seeded sample of the training questions or on the first examples of
+    pretraining."""
     job, settings, service = parts.job, parts.settings, parts.service
     assert service is not None
     if corpus is not None:

@@ -1,4 +1,4 @@
-"""Functions of the user that a setting names: `module:function`, or `path/to/file.py:function`.
+"""Loads functions of the user that a setting names: `module:function`, or `path/to/file.py:function`.
 
 The module is looked for where Python looks for modules, a file where it lies. Loading it runs its code.
 """
@@ -16,17 +16,17 @@ from indexing.declare import refuse
 
 
 def load_function(setting: str, name: str, *, allowed: str, signature: str, num_arguments: int) -> Callable[..., Any]:
-    """Return the function that `setting` names. It is called with `num_arguments` positional arguments; `signature` is
-    shown to the user, and `allowed` says what else the setting may be.
+    """Return the function that `setting` names. It is called with `num_arguments` positional arguments. Errors show the
+    `signature` to the user, and the values that are `allowed` besides.
 
-    Raises ValueError where module or function are not there, and for a function that does not take the arguments.
+    Raises ValueError if module or function do not exist, and for a function that does not take the arguments.
     """
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise refuse(setting, name, f"must be {allowed}, with the signature {signature}")
     try:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # anything may happen in code that is not ours
+    except Exception as error:  # the user's code may raise anything
         why = f"it cannot be loaded: {type(error).__name__}: {error}"
         raise refuse(setting, name, f"must be {allowed}, with the signature {signature}; {why}") from error
     function = getattr(module, attribute, None)
@@ -36,7 +36,7 @@ def load_function(setting: str, name: str, *, allowed: str, signature: str, num_
         inspect.signature(function).bind(*range(num_arguments))
     except TypeError as error:
         raise refuse(setting, name, f"must have the signature {signature}: {error}") from None
-    except ValueError:  # a function without a readable signature, of an extension module for instance
+    except ValueError:  # the function has no readable signature
         pass
     return function
 

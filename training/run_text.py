@@ -1,6 +1,7 @@
-"""The rules by which the models of a run read and write text; tokenisers and four sections of the settings decide them.
+"""Holds the rules by which the models of a run read and write text; tokenisers and four sections of the settings decide
+them.
 
-Preparation tokenises passages and questions with it, training and answering pad, join and decode with it.
+Preparation tokenises passages and questions with these rules; training and answering pad, join and decode with them.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class TextSettings(Protocol):
 
 
 class RunText:
-    """The tokenisers of a run, and everything that follows from them."""
+    """The tokenisers of a run, with the rules that follow from them."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class RunText:
     ) -> None:
         """`reranker` is None if there is no re-ranker, or if it reads the retriever's tokens."""
         self.settings, self.retriever, self.generator, self.reranker = settings, retriever, generator, reranker
-        self.pad_id = pad_id(retriever)  # of the retriever's rows
+        self.pad_id = pad_id(retriever)  # padding of the retriever's rows
 
     @staticmethod
     def load(settings: TextSettings, folder: Path) -> "RunText":
@@ -59,7 +60,7 @@ class RunText:
 
     @property
     def tokenizers(self) -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]:
-        """The retriever's tokeniser and the generator's."""
+        """The tokenisers of the retriever and of the generator."""
         return self.retriever, self.generator
 
     @cached_property
@@ -94,14 +95,15 @@ class RunText:
 
     @cached_property
     def pairing(self) -> Pairing | None:
-        """Joins question and passage to the one sequence that a re-ranker reads; None without a re-ranker."""
+        """A function that joins question and passage to the one sequence that a re-ranker reads; None without a
+        re-ranker."""
         if self.settings.reranker.mode == "off":
             return None
         return retriever_pairing(self.retriever) if self.reranker is None else reranker_pairing(self.reranker)
 
     @property
     def separator_id(self) -> int:
-        """Token id that separates title and text in the retriever's rows; -1 if its tokeniser has none."""
+        """The token id that separates title and text in the retriever's rows; -1 if its tokeniser has none."""
         found = self.retriever.sep_token_id
         return found if isinstance(found, int) else -1
 

@@ -1,4 +1,4 @@
-"""One stage in one trainer process: build, restore, train, measure, save. Every rank runs the same lines.
+"""Runs one stage in one trainer process: build, restore, train, measure, save. Every rank runs the same lines.
 
 A `StageJob` (settings and paths, no open objects) describes the stage, so that it can be sent to a process. The caller
 hands in the index service, so that the same code runs under Ray and, in tests, without it.
@@ -41,11 +41,11 @@ from training.stopping import Stopped
 
 EVALUATION_FILE = "evaluation.json"
 PENDING = "pending"  # a snapshot that is being written
-SAVE_ROUND_S = 5.0  # of waiting for a snapshot, after which all ranks look whether to go on
+SAVE_ROUND_S = 5.0  # Seconds of waiting for a snapshot between two stop points; a stop takes no longer
 
 
 class Stage:
-    """The objects of one trainer process."""
+    """The objects of one trainer process, and the stage that they run."""
 
     def __init__(
         self,
@@ -148,8 +148,8 @@ class Stage:
         found = self.engine.broadcast_object(self._newest() if self.engine.rank == 0 else None)
         if found is not None and settings.training.train != "none":
             state, rank_state = load_checkpoint(Path(found), self.engine)
-            # This index service knows of no weights yet.
-            evaluated = {"evaluated": state["loop"]["step"]}  # earlier versions do not say, but had it done
+            # This index service has no weights yet.
+            evaluated = {"evaluated": state["loop"]["step"]}  # earlier versions evaluated, but did not note it
             self.state = LoopState(**evaluated | state["loop"] | {"published": -1, "published_whole": -1})
             set_rng_state(rank_state["rng"])
             self.monitor.message(f"resumes from {found} at step {self.state.step}")
@@ -200,7 +200,7 @@ class Stage:
         return make_source(self.parts, self.corpus, self.reference, loader_state)
 
     def make_freshness(self, loader_state: dict[str, Any] | None) -> Freshness | None:
-        """Return what refreshes the index during training; None if the passage encoder does not train. Collective."""
+        """Return the refreshes of the index during training; None if the passage encoder does not train. Collective."""
         if self.service is None or not self.parts.retriever_trains:
             return None
         plan = self.settings.refresh
@@ -287,7 +287,8 @@ class Stage:
 
     def _index_on_disk(self) -> tuple[int, bool]:
         """Return the number of the newest generation on disk, which is kept, and whether the present passage encoder
-        made it; -1 if there is none. Rank 0 knows; it waits for no snapshot, which other ranks could not bound."""
+        made it; -1 if there is none. Only rank 0 asks. It waits for no snapshot, because other ranks could not bound
+        that wait."""
         if self.service is None or not self.settings.checkpoint.index or self.engine.rank:
             return -1, False
         status = self.service.status()
@@ -318,7 +319,8 @@ class Stage:
             self.parts.after_batch(f"index generation {generation} is being written: {waited_s:.0f} s")
 
     def _save_failure(self, generation: int) -> str | None:
-        """Return None if the generation is on disk, PENDING if it is being written, else why it cannot be."""
+        """Return None if the generation is on disk, PENDING if it is being written, else the reason why it cannot
+        be."""
         assert self.service is not None
         try:
             self.service.save_generation(generation, SAVE_ROUND_S)

@@ -21,7 +21,7 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """Return the functions that `evaluation.metrics` names, by function name.
 
     Each gets the answers to the questions of a split and the gold answers of each, and returns a number. Raises
-    ValueError where one is not there or takes other arguments, and for a name that another metric has.
+    ValueError if one does not exist or takes other arguments, and for a name that another metric has.
     """
     found: dict[str, Metric] = {}
     for name in names:
@@ -47,7 +47,7 @@ def measured(
         for name, metric in metrics.items():
             try:
                 value = float(metric(predictions, golds))
-            except Exception as error:  # anything may happen in code that is not ours
+            except Exception as error:  # the user's code may raise anything
                 raise refuse(SETTING, name, f"must not raise, but did {type(error).__name__}: {error}") from error
             if not math.isfinite(value):
                 raise refuse(SETTING, name, f"must return a finite number, not {value}")
