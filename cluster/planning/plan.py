@@ -14,7 +14,8 @@ from cluster.config.experiment import Experiment
 from cluster.config.preflight import uses_index
 from cluster.config.settings import Settings
 from cluster.planning.hardware import GB, GPUS, gpu_at_hand, planned_host, this_host
-from cluster.planning.sizing import MAX_PLANNED, SHARED_GPU, Costs, Counts, Machines, Work, costs, smallest
+from cluster.planning.sizing import SHARED_GPU, Costs, Counts, Machines, Work, costs
+from cluster.planning.smallest import MAX_PLANNED, smallest
 from indexing.corpus.files.corpus import corpus_path, iterate_corpus
 from indexing.corpus.snapshot import is_complete
 from indexing.corpus.stores.passages import Store

@@ -1,4 +1,4 @@
-"""The smallest placement: by hand, never less for more, and at both ends of what a plan is made for."""
+"""Tests costs and the smallest placement: by hand, never less for more, and for the smallest and largest machines."""
 
 import re
 from dataclasses import replace
@@ -15,10 +15,10 @@ from cluster.planning.sizing import (
     encode_seconds,
     search_seconds,
     shard_bytes,
-    smallest,
     step_seconds,
     trainer_bytes,
 )
+from cluster.planning.smallest import smallest
 from indexing.dense.kinds import parse
 from indexing.indexing_settings import IndexConfig
 from training.measuring.sizes import encoder_size, generator_size
