@@ -90,10 +90,16 @@ def make_source(
     if settings.retrieval.source == "long":
         most = settings.retrieval.max_context_tokens
         choose = LongContext(collator, most, settings.generator.max_answer_tokens).choose
-        return LongContextBatches(collator, examples.stream, choose=choose, device=engine.device, start=start)
+        return LongContextBatches(
+            collator=collator, stream=examples.stream, choose=choose, device=engine.device, number=start
+        )
     if parts.service is None:
         source = ClosedBookBatches(
-            collator, examples.batch_of, device=engine.device, start=start, answers=examples.answers
+            collator=collator,
+            batch_of=examples.batch_of,
+            device=engine.device,
+            number=start,
+            answers=examples.answers,
         )
     else:
         source = _retrieved(parts, parts.service, examples=examples, select=select, start=start)

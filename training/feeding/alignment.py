@@ -53,7 +53,8 @@ class PairCollator(Collator):
 
     def __call__(self, numbers: np.ndarray, passages: Sequence[np.ndarray], **options: Any) -> CandidateBatch:
         """Return a batch as `Collator` does; both answers get gradient."""
-        base = super().__call__(numbers, passages, **options | {"with_answers": False})
+        options["with_answers"] = False
+        base = super().__call__(numbers, passages, **options)
         groups = [self.questions.answer_tokens(int(number))[:2] for number in numbers]
         return with_candidates(base, self.generator, groups, num_trained=2)
 
@@ -70,7 +71,8 @@ class JudgedCollator(Collator):
 
     def __call__(self, numbers: np.ndarray, passages: Sequence[np.ndarray], **options: Any) -> CandidateBatch:
         """Return a batch as `Collator` does; the judged answer gets gradient."""
-        base = super().__call__(numbers, passages, **options | {"with_answers": False})
+        options["with_answers"] = False
+        base = super().__call__(numbers, passages, **options)
         groups = [[self._answer(int(n)), self._answer(self._other(int(n)))] for n in numbers]
         batch = with_candidates(base, self.generator, groups, num_trained=1)
         return replace(batch, desirable=torch.from_numpy(self.labels[numbers] == 1))
@@ -94,7 +96,8 @@ class AskedCollator(Collator):
 
     def __call__(self, numbers: np.ndarray, passages: Sequence[np.ndarray], **options: Any) -> AskedBatch:
         """Return a batch as `Collator` does, without answers."""
-        base = super().__call__(numbers, passages, **options | {"with_answers": False})
+        options["with_answers"] = False
+        base = super().__call__(numbers, passages, **options)
         return AskedBatch(**_fields(base), questions=np.asarray(numbers), passages=[*passages])
 
 

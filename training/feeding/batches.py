@@ -1,7 +1,7 @@
 """The micro-batches of a stage: questions with their hits, or spans cut from the corpus for a warm start."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -127,20 +127,15 @@ class WithPairs:
         return self.source.state()
 
 
+@dataclass(kw_only=True)
 class ClosedBookBatches:
     """Questions without passages: the control, and a stage that needs no index."""
 
-    def __init__(
-        self,
-        collator: Collator,
-        batch_of: Callable[[int], np.ndarray],
-        *,
-        device: torch.device,
-        start: int = 0,
-        answers: TrainingAnswers | None = None,
-    ) -> None:
-        self.collator, self.batch_of, self.device, self.number = collator, batch_of, device, start
-        self.answers = answers
+    collator: Collator
+    batch_of: Callable[[int], np.ndarray]  # numbers of the questions of a batch
+    device: torch.device
+    number: int = 0  # number of the next batch
+    answers: TrainingAnswers | None = None  # None: each question's target
 
     def next(self) -> Fetched:
         """Return the next micro-batch on the device."""
@@ -156,11 +151,13 @@ class ClosedBookBatches:
         return {"number": self.number}
 
 
+@dataclass
 class ClozeBatches:
-    """Spans and the passages they were cut from."""
+    """Spans and the passages that they were cut from."""
 
-    def __init__(self, source: ClozeSource, device: torch.device, start: int = 0) -> None:
-        self.source, self.device, self.number = source, device, start
+    source: ClozeSource
+    device: torch.device
+    number: int = 0  # number of the next batch
 
     def next(self) -> Fetched:
         """Return the next micro-batch on the device."""

@@ -5,6 +5,7 @@ the probability that a prompt of that length gives it, at a place that is as lik
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,20 +102,15 @@ def check_budget(generator: Generator, tokens: int, setting: str) -> None:
         raise ValueError(f"{setting}={tokens}: must be at most {context}, the generator's context")
 
 
+@dataclass(kw_only=True)
 class LongContextBatches:
     """Questions with long prompts to train a generator on; the retriever sees nothing of them."""
 
-    def __init__(
-        self,
-        collator: Collator,
-        stream: Stream,
-        *,
-        choose: Callable[[int, np.random.Generator], np.ndarray],
-        device: torch.device,
-        start: int = 0,
-    ) -> None:
-        self.collator, self.stream, self.choose = collator, stream, choose
-        self.device, self.number = device, start
+    collator: Collator
+    stream: Stream
+    choose: Callable[[int, np.random.Generator], np.ndarray]  # passages of a question
+    device: torch.device
+    number: int = 0  # number of the next batch
 
     def next(self) -> Fetched:
         """Return the next micro-batch on the device."""

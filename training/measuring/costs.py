@@ -26,7 +26,6 @@ from training.models.model_inputs import RetrievalBatch
 from training.models.system import System
 
 OPERATIONS_PER_STATE = 6
-COSTS = ("prompt_tokens", "flops", "retrieval_flops", "kv_cache_bytes", "state_bytes", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)

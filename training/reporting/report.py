@@ -137,42 +137,32 @@ def curves_html(metrics: Mapping[str, Metrics]) -> str:
 def choose_plots(metrics: Mapping[str, Metrics]) -> list[Plot]:
     """Return the metrics that are worth a plot, in the order of the report."""
     marks = {name: generation_steps(found) for name, found in metrics.items()}
-    unit = (-0.02, 1.02)
 
-    def curves(key: str) -> dict[str, tuple[list[int], list[float]]]:
-        return {name: found[key] for name, found in metrics.items() if key in found}
+    def plot(key: str, title: str = "", *, smooth: bool = True, share: bool = False, steps: bool = False) -> Plot:
+        curves = {name: found[key] for name, found in metrics.items() if key in found}
+        bounds = (-0.02, 1.02) if share else None
+        marked = {} if key.startswith("optim/") else marks
+        return Plot(title=title or key, curves=curves, marks=marked, smooth=smooth, bounds=bounds, steps=steps)
 
     def evaluated(name: str) -> list[Plot]:
         keys = sorted({key for found in metrics.values() for key in found if is_evaluation(key, name)})
-        return [Plot(title=key.removeprefix("eval/"), curves=curves(key), marks=marks, bounds=unit) for key in keys]
+        return [plot(key, key.removeprefix("eval/"), smooth=False, share=True) for key in keys]
 
+    best = "overlap of the index's best with those by fresh scores"
     return [
-        Plot(title="loss/total", curves=curves("loss/total"), marks=marks, smooth=True),
+        plot("loss/total"),
         *evaluated("recall@1"),
-        Plot(
-            title="gold passage among the k of the step",
-            curves=curves("retrieval/gold_in_k"),
-            marks=marks,
-            smooth=True,
-            bounds=unit,
-        ),
+        plot("retrieval/gold_in_k", "gold passage among the k of the step", share=True),
         *evaluated("exact_match"),
-        Plot(title="staleness of the index (steps)", curves=curves("index/staleness_steps"), marks=marks, steps=True),
-        Plot(
-            title="overlap of the index's best with those by fresh scores",
-            curves=curves("drift/overlap"),
-            marks=marks,
-            bounds=unit,
-        ),
-        Plot(title="loss/generator", curves=curves("loss/generator"), marks=marks, smooth=True),
-        Plot(title="loss/retriever", curves=curves("loss/retriever"), marks=marks, smooth=True),
-        Plot(title="entropy of p(z|q)", curves=curves("retrieval/entropy"), marks=marks, smooth=True),
-        Plot(title="gradient norm, retriever", curves=curves("optim/grad_norm_retriever"), smooth=True),
-        Plot(title="gradient norm, generator", curves=curves("optim/grad_norm_generator"), smooth=True),
-        Plot(title="step time (s)", curves=curves("time/step_s"), marks=marks, smooth=True),
-        Plot(
-            title="search wait (share of the step)", curves=curves("time/search_wait_share"), marks=marks, smooth=True
-        ),
+        plot("index/staleness_steps", "staleness of the index (steps)", smooth=False, steps=True),
+        plot("drift/overlap", best, smooth=False, share=True),
+        plot("loss/generator"),
+        plot("loss/retriever"),
+        plot("retrieval/entropy", "entropy of p(z|q)"),
+        plot("optim/grad_norm_retriever", "gradient norm, retriever"),
+        plot("optim/grad_norm_generator", "gradient norm, generator"),
+        plot("time/step_s", "step time (s)"),
+        plot("time/search_wait_share", "search wait (share of the step)"),
     ]
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -253,11 +253,9 @@ def test_labelled_passages_are_put_among_the_hits(world):
 
 def test_closed_book_batches_follow_the_stream(world):
     parts = make_parts(world)
-    source = ClosedBookBatches(parts.collator, parts.stream.batch, device=torch.device("cpu"))
+    source = ClosedBookBatches(collator=parts.collator, batch_of=parts.stream.batch, device=torch.device("cpu"))
     source.next()
-    again = ClosedBookBatches(
-        parts.collator, parts.stream.batch, device=torch.device("cpu"), start=source.state()["number"]
-    )
+    again = replace(source, number=source.state()["number"])
     wanted, found = source.next(), again.next()
     assert isinstance(wanted.batch, RetrievalBatch)
     assert isinstance(found.batch, RetrievalBatch)
