@@ -1,8 +1,8 @@
-"""Examples cut from the corpus while training: what a question store is to fine-tuning, with nothing materialised.
+"""Cuts examples from the corpus while training; they take the place of a question store, and nothing is materialised.
 
 Example `number` is a function of (seed, number) alone: a generator seeded with both draws the task, the passage and the
-cut, so that the place in the stream is all that a checkpoint has to keep. Text becomes tokens with the same sides
-that tokenise questions. The passage that an example was cut from, and its near-duplicates, are never read for it.
+cut, so that a checkpoint only has to keep the place in the stream. The sides that tokenise questions turn text into
+tokens. The passage that an example was cut from, and its near-duplicates, are never read for it.
 """
 
 from collections import OrderedDict
@@ -20,9 +20,9 @@ from training.feeding.tasks import MASK_WORD, MaskWords, find_recognizer, make_e
 from training.retrieving.retrieve import IndexService, PendingHits, Search, dense_search
 from training.run_text import RunText
 
-ATTEMPTS = 200  # passages that may lack what a task needs before it is refused
-CACHED = 4096  # examples: more than are searched ahead
-HELD_OUT_SEED = 0  # the same passages in every run, so that runs can be compared
+ATTEMPTS = 200  # Number of passages in a row without the parts of a task after which it is refused
+CACHED = 4096  # Number of examples; more than are searched ahead
+HELD_OUT_SEED = 0  # holds out the same passages in every run, so that runs can be compared
 TRAINING, HELD_OUT = 11, 12  # purposes of the random generators
 
 
@@ -67,12 +67,13 @@ def example_sides(text: RunText) -> ExampleSides:
 
 
 class CorpusQuestions:
-    """Examples by their number, which has no end; a `Questions` of `training/data.py`."""
+    """Examples by their number, which has no end; `Questions` of `training/data.py`."""
 
     def __init__(
         self, store: Store, rows: np.ndarray, *, config: PretrainingConfig, sides: ExampleSides, seed: int, purpose: int
     ) -> None:
-        """`rows`: the passages that may be cut. Raises ValueError where there is none, or for a mixture of nothing."""
+        """Examples are cut from the passages `rows`. Raises ValueError if there is none, or for a mixture of
+        nothing."""
         if not len(rows):
             raise ValueError(f"pretraining.held_out={config.held_out}: no passage is left to cut examples from")
         self.store, self.candidates, self.config, self.sides = store, rows, config, sides
@@ -82,7 +83,7 @@ class CorpusQuestions:
         self._made: OrderedDict[int, CorpusExample] = OrderedDict()
 
     def example(self, number: int) -> CorpusExample:
-        """Example `number`. Raises ValueError where no passage has what its task needs."""
+        """Return example `number`. Raises ValueError if no passage has the parts that its task needs."""
         made = self._made.get(number)
         if made is None:
             made = self._made[number] = self._make(number)
@@ -91,27 +92,27 @@ class CorpusQuestions:
         return made
 
     def sources(self, numbers: np.ndarray) -> np.ndarray:
-        """int64 [n]: the passages that examples were cut from."""
+        """Return the passages that examples were cut from; int64 [n]."""
         return np.array([self.example(int(number)).source for number in numbers], dtype=np.int64)
 
     def text(self, number: int) -> str:
-        """The question as the generator reads it."""
+        """Return the question as the generator reads it."""
         return self.example(number).question
 
     def tokens(self, side: str) -> "ExampleRows":
-        """Token rows of the questions, by example number."""
+        """Return the token rows of the questions, by example number."""
         return ExampleRows(self, side)
 
     def answer_tokens(self, number: int) -> list[np.ndarray]:
-        """The one answer."""
+        """Return the one answer."""
         return [self.example(number).answer_tokens]
 
     def target(self, number: int) -> int:
-        """The one answer's place."""
+        """Return the place of the one answer."""
         return 0
 
     def gold_rows(self, number: int) -> np.ndarray:
-        """Nothing: the passage that states the answer is never read."""
+        """Return no passage: the one that states the answer is never read."""
         return np.empty(0, dtype=np.int64)
 
     def _make(self, number: int) -> CorpusExample:
@@ -130,7 +131,7 @@ class CorpusQuestions:
         )
 
     def _cut(self, task: str, source: int, seed: int) -> CorpusExample | None:
-        """A cut whose question both tokenisers can hold whole: of fewer words where one would be cut off."""
+        """Return an example whose question fits both tokenisers; a question that is too long is made of fewer words."""
         passage, sides = self.store.passage(source), self.sides
         words = self.config.context_words
         while True:
@@ -170,7 +171,7 @@ class ExampleRows:
     side: str
 
     def rows(self, row_numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        """int32 token rows, in that order."""
+        """Return the int32 token rows, in that order."""
         return [self.questions.example(int(number)).tokens[self.side] for number in row_numbers]
 
 
@@ -183,8 +184,8 @@ NEEDED = {
 
 
 def split_passages(groups: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-    """Passages to cut training examples from, and those held out, int64 each: a seeded share of the corpus with all
-    near-duplicates of what is in it, so that no training example tells of a held-out one."""
+    """Return the passages to cut training examples from, and those held out, int64 each. A seeded share of the corpus
+    is held out together with its near-duplicates, so that no training example tells of a held-out one."""
     number = min(len(groups), round(held_out * len(groups))) if held_out else 0
     if held_out and not number:
         number = 1
@@ -196,7 +197,7 @@ def split_passages(groups: np.ndarray, held_out: float) -> tuple[np.ndarray, np.
 class FairSearch:
     """Searches for examples. The hits never hold the passage of an example or a near-duplicate of it.
 
-    `margin` more passages are asked for than wanted. Where too few are left, the batch is searched again as deep as the
+    `margin` more passages are asked for than wanted. If too few are left, the batch is searched again as deep as the
     largest group of its sources makes necessary, without another encoding of the questions.
     """
 
@@ -209,10 +210,10 @@ class FairSearch:
         margin: int,
         search: Search | None = None,
     ) -> None:
-        """`search` finds the hits that are cleaned; None: the service does, by vectors alone."""
+        """`search` finds the hits that are cleaned; None: the service, by vectors alone."""
         self.search = search or dense_search(service)
         self.service, self.questions, self.groups, self.margin = service, questions, groups, margin
-        self.sizes = np.bincount(groups, minlength=len(groups))  # passages of a group, by its number
+        self.sizes = np.bincount(groups, minlength=len(groups))  # Number of passages of each group
 
     def __call__(
         self, numbers: np.ndarray, queries: np.ndarray, k: int, *, num_vectors: int = 0, again: bool = False
@@ -220,13 +221,9 @@ class FairSearch:
         """Start the search of examples `numbers` with float32 `queries` [batch, dim]; no vectors come along."""
         source_groups = self.group_of(self.questions.sources(numbers))
         depth = min(k + self.margin, self.service.num_passages)
+        pending = self.search(numbers, queries, depth, again=again)
         return FairHits(
-            self,
-            numbers,
-            source_groups=source_groups,
-            queries=queries,
-            k=k,
-            pending=self.search(numbers, queries, depth, again=again),
+            search=self, numbers=numbers, source_groups=source_groups, queries=queries, k=k, pending=pending
         )
 
     def group_of(self, numbers: np.ndarray) -> np.ndarray:
@@ -237,25 +234,19 @@ class FairSearch:
         return np.where(known, self.groups[np.where(known, first, 0)], first)
 
 
+@dataclass(kw_only=True)
 class FairHits:
     """A search under way, whose hits are cleaned when they are taken."""
 
-    def __init__(
-        self,
-        search: FairSearch,
-        numbers: np.ndarray,
-        *,
-        source_groups: np.ndarray,
-        queries: np.ndarray,
-        k: int,
-        pending: PendingHits,
-    ) -> None:
-        self.search, self.numbers, self.source_groups = search, numbers, source_groups
-        self.queries, self.k = queries, k
-        self.pending = pending
+    search: FairSearch
+    numbers: np.ndarray  # int64 [batch]: numbers of the examples
+    source_groups: np.ndarray  # int64 [batch]: groups of the passages that they were cut from
+    queries: np.ndarray  # float32 [batch, dim]
+    k: int
+    pending: PendingHits
 
     def result(self) -> Hits:
-        """Hits [batch, k]; where the corpus holds too few other passages, ids end with -1 and scores with -inf."""
+        """Return hits [batch, k]. If the corpus holds too few other passages, ids end with -1 and scores with -inf."""
         hits = self.pending.result()
         fair = self._fair(hits)
         if (fair.sum(axis=1) < self.k).any():
@@ -281,7 +272,7 @@ def _mask_word(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _sentinels(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """`<extra_id_0>`, `<extra_id_1>`, ... as far as the vocabulary has them; empty where it has fewer than two."""
+    """Return `<extra_id_0>`, `<extra_id_1>`, ... as far as the vocabulary has them; empty if it has fewer than two."""
     known = tokenizer.get_vocab()
     names: list[str] = []
     while f"<extra_id_{len(names)}>" in known:
