@@ -45,8 +45,8 @@ class TokenizerConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters of linear layers; the model's own weights stay as they are (Hu et al. 2021,
-    arXiv:2106.09685). Whatever leaves the trainer (published weights, checkpoints) has them merged in."""
+    """Low-rank adapters of linear layers; the weights of the model stay as they are (Hu et al. 2021, arXiv:2106.09685).
+    Published weights and checkpoints have them merged in."""
 
     rank: int = setting(0, "Number of columns of an adapter's two matrices. 0: no adapters, all weights train.",
         unit="columns")
@@ -91,7 +91,7 @@ class EncoderConfig:
     trust_remote_code: bool = setting(False, "Runs the Python code that a model repository brings along.")
 
     def num_towers(self, train: str) -> int:
-        """2 where questions and passages have weights of their own: set so, or `training.train` is query_only."""
+        """Return 2 if questions and passages have separate weights: by `towers`, or if `train` is query_only."""
         return 2 if self.towers == "separate" or train == "query_only" else 1
 
 
@@ -199,13 +199,13 @@ class ObjectiveConfig:
     group_size: int = setting(4, "Number of samples of a question (reinforce, grpo); 2 or more there.", unit="samples",
         least=1)
     advantage: str = setting("normalized", "Unit of rewards against their group's mean (reinforce, grpo): its "
-        "deviation, or the reward's own (centered), in which small differences count little.",
+        "deviation, or the reward's unit (centered), in which small differences count little.",
         choices=("normalized", "centered"))
     reward: str = setting("exact_match", "Reward of a sampled answer (reinforce, grpo): exact_match, f1, grounded (the "
         "answer stands in its passage), module:function or file.py:function (of question, answer, gold answers and "
         "passages read), or likelihood (reinforce only: of the gold answer).")
-    function: str = setting("", "Loss of your own in the place of the named objective's, which still says what is "
-        "computed for it: module:function or file.py:function. Empty: none.")
+    function: str = setting("", "Loss of your own instead of the named objective's, whose name decides what is computed "
+        "for it: module:function or file.py:function. Empty: none.")
     sampling_temperature: float = setting(1.0, "Temperature at which the tokens of answers are sampled (reinforce, "
         "grpo).", unit="temperature", above=0)
     clip: float = setting(0.2, "Distance from 1 at which the probability ratio is clipped (grpo).", unit="ratio",
@@ -346,7 +346,7 @@ class NeedleConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """The measurements: what is measured, and when."""
+    """The measurements of a stage, and their times."""
 
     every_steps: int = setting(0, "Number of steps from one evaluation during training to the next. 0: only at the "
         "end.", unit="steps")

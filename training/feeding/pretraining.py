@@ -126,7 +126,7 @@ class CorpusQuestions:
             if made is not None:
                 return made
         raise ValueError(
-            f"pretraining.{task}={getattr(self.config, task)}: {ATTEMPTS} passages in a row have not what the task "
+            f"pretraining.{task}={getattr(self.config, task)}: {ATTEMPTS} passages in a row lack what the task "
             f"needs ({NEEDED[task]}); set it to 0 or change the corpus"
         )
 
