@@ -204,8 +204,8 @@ class ObjectiveConfig:
     reward: str = setting("exact_match", "Reward of a sampled answer (reinforce, grpo): exact_match, f1, grounded (the "
         "answer stands in its passage), module:function or file.py:function (of question, answer, gold answers and "
         "passages read), or likelihood (reinforce only: of the gold answer).")
-    function: str = setting("", "Loss of your own instead of the named objective's, whose name decides what is computed "
-        "for it: module:function or file.py:function. Empty: none.")
+    function: str = setting("", "Loss of your own instead of the named objective's, whose name decides what is "
+        "computed for it: module:function or file.py:function. Empty: none.")
     sampling_temperature: float = setting(1.0, "Temperature at which the tokens of answers are sampled (reinforce, "
         "grpo).", unit="temperature", above=0)
     clip: float = setting(0.2, "Distance from 1 at which the probability ratio is clipped (grpo).", unit="ratio",
