@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from indexing.declare import section, setting
+from training.generator_kinds import GENERATOR_KINDS, GeneratorKind, kinds_in_words
 
 GENERATIVE = ("rag_sequence", "rag_token", "realm", "emdr2", "pdist", "loop", "adist", "fused")
 CONTRASTIVE = ("inverse_cloze", "independent_cropping")  # objectives without a generator
@@ -115,8 +116,7 @@ class FreshGeneratorConfig:
 class GeneratorConfig:
     """The language model that reads passages and writes answers."""
 
-    kind: str = setting("copy", "Kind of generator: copy (small, with a copy head), fusion (any encoder-decoder) or "
-        "causal (any causal language model).", choices=("copy", "fusion", "causal"))
+    kind: str = setting("copy", f"Kind of generator: {kinds_in_words()}.", choices=tuple(GENERATOR_KINDS))
     name: str = setting("", "Hugging Face name or folder. With kind copy: of an encoder like BERT, which reads the "
         "passages and sets the width, under a fresh decoder. Empty: a fresh generator of size `generator.fresh`.")
     fresh: FreshGeneratorConfig = section(FreshGeneratorConfig)
@@ -147,6 +147,11 @@ class GeneratorConfig:
         "0: always all at once.", unit="tokens")
     lora: LoraConfig = section(LoraConfig)
     trust_remote_code: bool = setting(False, "Runs the Python code that a model repository brings along.")
+
+    @property
+    def traits(self) -> GeneratorKind:
+        """Return the facts about `kind`."""
+        return GENERATOR_KINDS[self.kind]
 
 
 @dataclass(kw_only=True)

@@ -13,6 +13,7 @@ from indexing.declare import check_values, refuse
 from indexing.dense.kinds import check_gpu_kind, check_products, parse
 from indexing.indexing_settings import IndexConfig
 from training.feeding.mixture import contrasted, mixture, pretrains
+from training.generator_kinds import GENERATOR_KINDS
 from training.objectives.check import check_objective, needs_reference, samples_answers
 from training.training_settings import (
     CONTRASTIVE,
@@ -56,8 +57,10 @@ def _check_models(settings: Settings) -> None:
         if not vars(settings)[section].name and fresh.hidden % fresh.num_heads:
             raise refuse(f"{section}.fresh.hidden", fresh.hidden, f"must be a multiple of num_heads={fresh.num_heads}")
     fresh = settings.generator.fresh
-    if settings.generator.kind == "causal" and not settings.generator.name and fresh.hidden % (2 * fresh.num_heads):
-        allowed = f"must be a multiple of 2 * num_heads={2 * fresh.num_heads} with generator.kind=causal"
+    if settings.generator.traits.one_sequence and not settings.generator.name and fresh.hidden % (2 * fresh.num_heads):
+        allowed = (
+            f"must be a multiple of 2 * num_heads={2 * fresh.num_heads} with generator.kind={settings.generator.kind}"
+        )
         raise refuse("generator.fresh.hidden", fresh.hidden, allowed)
     _check_lora(settings)
     if settings.engine.offload_optimizer and settings.engine.zero_stage == 0:
@@ -65,8 +68,9 @@ def _check_models(settings: Settings) -> None:
 
 
 def _check_lora(settings: Settings) -> None:
-    if settings.generator.lora.rank and settings.generator.kind == "copy":
-        raise refuse("generator.lora.rank", settings.generator.lora.rank, "must be 0 with generator.kind=copy")
+    generator = settings.generator
+    if generator.lora.rank and not generator.traits.adapters:
+        raise refuse("generator.lora.rank", generator.lora.rank, f"must be 0 with generator.kind={generator.kind}")
     for section, model in (("encoder", settings.encoder), ("generator", settings.generator)):
         lora = model.lora
         if not lora.rank:
@@ -98,9 +102,11 @@ def _check_objective(settings: Settings) -> None:
                 "training.train", train, f"{allowed} with objective.name={objective.name}, which has no generator"
             )
         return
-    if _has_score_bias(objective) and settings.generator.kind == "causal":
-        allowed = "must be copy or fusion with objective.name=fused and objective.score_bias=true"
-        raise refuse("generator.kind", "causal", f"{allowed} (a causal model takes no bias per passage)")
+    if _has_score_bias(objective) and not settings.generator.traits.score_bias:
+        fitting = " or ".join(name for name, kind in GENERATOR_KINDS.items() if kind.score_bias)
+        allowed = f"must be {fitting} with objective.name=fused and objective.score_bias=true"
+        why = f"a {settings.generator.kind} model takes no bias per passage"
+        raise refuse("generator.kind", settings.generator.kind, f"{allowed} ({why})")
     _check_attention(settings)
     if train not in TRAINS_RETRIEVER:
         return
@@ -137,11 +143,11 @@ def _check_context(settings: Settings) -> None:
     for name, values in (("lengths", needle.lengths), ("depths", needle.depths)):
         if len(set(values)) < len(values):
             raise refuse(f"evaluation.needle.{name}", values, "must name each value once")
-    fresh_causal = settings.generator.kind == "causal" and not settings.generator.name
+    fresh_causal = settings.generator.traits.one_sequence and not settings.generator.name
     budgets = {"evaluation.needle.lengths": max(needle.lengths, default=0)}
     if retrieval.source == "long" or "long" in evaluation.also:
         budgets["retrieval.max_context_tokens"] = retrieval.max_context_tokens
-        if settings.generator.kind != "causal" and not retrieval.max_context_tokens:
+        if not settings.generator.traits.one_sequence and not retrieval.max_context_tokens:
             allowed = (
                 f"must be set for long prompts with generator.kind={settings.generator.kind}, which names no limit"
             )
@@ -154,8 +160,8 @@ def _check_context(settings: Settings) -> None:
 def _check_attention(settings: Settings) -> None:
     """What reads or bends the generator's attention; whether a checkpoint attends at all, its files say."""
     name, generator = settings.objective.name, settings.generator
-    reads = name == "adist" and generator.kind != "copy"
-    bends = name == "loop" and generator.kind == "fusion"
+    reads = name == "adist" and generator.traits.checkpoint != "encoder"
+    bends = name == "loop" and generator.traits.encoder_decoder
     if generator.attention == "flash_attention_2" and (reads or bends):
         allowed = f"must be auto, eager or sdpa with objective.name={name}, which needs attention by token"
         raise refuse("generator.attention", generator.attention, allowed)

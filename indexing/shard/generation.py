@@ -296,7 +296,7 @@ def build_base(
 
 def make_delta(numbers: np.ndarray, versions: np.ndarray, vectors: np.ndarray, config: IndexConfig) -> Delta:
     """The delta of sorted passage numbers, searched exhaustively, in the precision of the base where that is too."""
-    factory = config.factory if config.factory in EXHAUSTIVE else "Flat"
+    factory = config.factory if config.factory in EXHAUSTIVE else EXHAUSTIVE[0]
     exact = replace(config, factory=factory, device="cpu", rescore_candidates=0, products="float32")
     return Delta(numbers, versions, vectors, build_index(vectors, exact))
 

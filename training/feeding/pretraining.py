@@ -54,7 +54,7 @@ class ExampleSides:
 def example_sides(text: RunText) -> ExampleSides:
     """Return the sides of a run's models. Only an encoder-decoder gets sentinels: it alone was pretrained on them."""
     encoder, generator = text.settings.encoder, text.settings.generator
-    sentinels = _sentinels(text.generator) if generator.kind == "fusion" else ()
+    sentinels = _sentinels(text.generator) if generator.traits.encoder_decoder else ()
     return ExampleSides(
         retriever=text.question_sides[0],
         generator=text.question_sides[1],

@@ -19,7 +19,7 @@ class Shape:
 
 def read_shape(generator: GeneratorConfig) -> Shape | None:
     """Return the shape of the generator that `generator` describes; None if its configuration is not on disk."""
-    if generator.kind in ("copy", "fusion") and not generator.name:
+    if not generator.traits.one_sequence and not generator.name:
         return Shape(attention=True, context=None)
     if not generator.name:
         from training.models.generators.fresh_causal import FRESH_GPT2_CONTEXT
@@ -29,7 +29,8 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
         if family in STATE_SPACE or hybrid_without:
             return Shape(attention=False, context=None)
         return Shape(attention=True, context=FRESH_GPT2_CONTEXT if family == "gpt2" else FRESH_CONTEXT)
-    folder = transformer_folder(generator.name) if generator.kind == "copy" else ""
+    reads_with_encoder = generator.traits.checkpoint == "encoder"
+    folder = transformer_folder(generator.name) if reads_with_encoder else ""
     if find_config(generator.name, folder) is None:
         return None
     from transformers import AutoConfig
@@ -40,7 +41,7 @@ def read_shape(generator: GeneratorConfig) -> Shape | None:
         )
     except (OSError, ValueError, ImportError):  # loading the model raises it again, with a better message
         return None
-    if generator.kind == "copy":
+    if reads_with_encoder:
         from training.models.generators.copy_encoder import check_encoder
 
         check_encoder(generator, config)
@@ -74,7 +75,7 @@ def check_context(generator: GeneratorConfig, k: int, fused: bool) -> None:
     shape = read_shape(generator)
     if shape is None or shape.context is None:
         return
-    causal = generator.kind == "causal"
+    causal = generator.traits.one_sequence
     passages = k if causal and fused else 1
     answer = generator.max_answer_tokens + 1 if causal else 0  # an encoder reads no answer
     longest = passages * generator.max_passage_tokens + generator.max_question_tokens + answer

@@ -68,7 +68,7 @@ def prompt_segments(
 
 def has_chat_template(tokenizer: PreTrainedTokenizerFast, config: GeneratorConfig) -> bool:
     """Return true if prompts are turns of the tokeniser's chat template."""
-    return config.kind == "causal" and config.chat_template == "auto" and bool(tokenizer.chat_template)
+    return config.traits.one_sequence and config.chat_template == "auto" and bool(tokenizer.chat_template)
 
 
 def with_system_prompt(config: GeneratorConfig, earlier: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -105,7 +105,7 @@ class QuestionText:
         return marked.replace("\0", question.text)
 
     def _context(self, question: Question) -> str:
-        if self.config.kind != "causal":
+        if not self.config.traits.one_sequence:
             return "\n".join(_line(message) for message in with_system_prompt(self.config, question.earlier))
         if not question.earlier:
             return ""

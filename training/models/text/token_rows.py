@@ -143,12 +143,12 @@ def generator_passage_side(
     """Return the side of a passage segment without special tokens, cut at `generator.max_passage_tokens`. The title of
     a fresh generator is cut at `max_title_tokens`. A causal model's segment ends with {text}: the model adds the rest
     of `passage_template`."""
-    if config.kind == "causal":
+    if config.traits.one_sequence:
         literals, fields = passage_template(config)
         head = "".join(f"{literal}{{{name}}}" for literal, name in zip(literals, fields, strict=False))
         bare = head if "title" not in fields else "{text}"
         return _side("generator", tokenizer, InContext(config.max_passage_tokens, literals[-1], head, bare))
-    if config.kind == "fusion" and config.name:
+    if config.traits.encoder_decoder and config.name:
         bare = FUSION_PASSAGE.partition("{title} ")[2]
         return _side("generator", tokenizer, InContext(config.max_passage_tokens, "x ", FUSION_PASSAGE, bare))
     plan = Pieces(max_tokens=config.max_passage_tokens, max_title_tokens=max_title_tokens)
@@ -159,11 +159,11 @@ def generator_question_side(tokenizer: PreTrainedTokenizerFast, config: Generato
     """Return the side of a question segment without special tokens, cut at `generator.max_question_tokens`; pairs are
     (context, question) of `QuestionText`."""
     limit = config.max_question_tokens
-    if config.kind == "causal":
+    if config.traits.one_sequence:
         literals, fields = prompt_segments(tokenizer, config)
         plan = InContext(limit, literals[fields.index("question")], "{title} {text}", "{text}")
         return _side("generator", tokenizer, WithContext(limit, plan, marked=True))
-    if config.kind == "fusion" and config.name:
+    if config.traits.encoder_decoder and config.name:
         template = FUSION_QUESTION.replace("{question}", "{text}")
         plan = InContext(limit, "", template, template)
         return _side("generator", tokenizer, WithContext(limit, plan, marked=False))
@@ -175,7 +175,7 @@ def generator_answer_side(tokenizer: PreTrainedTokenizerFast, config: GeneratorC
     """Return the side of an answer without special tokens, cut at `generator.max_answer_tokens`; the generator adds
     end-of-sequence."""
     limit = config.max_answer_tokens
-    if config.kind == "causal":
+    if config.traits.one_sequence:
         last = prompt_segments(tokenizer, config)[0][-1]
         before = last if last[-1:].isspace() else last + " "
         return _side("answer", tokenizer, InContext(limit, before, "{title} {text}", "{text}"))
