@@ -91,7 +91,7 @@ class Run:
         """Use `load` instead."""
         self.folder = folder
         self.settings = settings
-        self.corpus = Corpus(folder, settings)
+        self.corpus: Corpus = Corpus(folder, settings)
         self._lock = threading.Lock()
         self._loaded: LoadedRun | None = None
         self._closed = False

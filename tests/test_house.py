@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.commands.code_size import PACKAGES, longest_functions, python_files
+from tests.code_size import PACKAGES, ROOT, longest_functions, python_files
 
-ROOT = Path(__file__).resolve().parents[1]
 FACE = "tandem"
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 75, 475  # a signature with an argument a line, and the docstring, count
 NO_FIRST_WORD = re.compile(r"(What|Whether|Where|How|Of|Which|As)\b")
 NO_NAMES = {"own", "told", "said", "still", "chief"}
 ONE_CLASS = ("Plan", "Serving", "Question")  # names that at most one class has
-FILES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in python_files(ROOT, (*PACKAGES, FACE))}
+FILES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in python_files((*PACKAGES, FACE))}
 
 
 def place(path: Path, line: int) -> str:
@@ -52,7 +51,7 @@ def test_files_have_names_of_their_own() -> None:
 
 
 def test_functions_and_files_are_short() -> None:
-    too_long = [each for each in longest_functions(ROOT) if each.lines > MAX_FUNCTION_LINES]
+    too_long = [each for each in longest_functions() if each.lines > MAX_FUNCTION_LINES]
     assert [f"{each.path}: {each.name}, {each.lines} lines" for each in too_long] == []
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert [f"{place(path, count)}" for path, count in lines.items() if count > MAX_FILE_LINES] == []

@@ -217,7 +217,9 @@ def test_checks_run_in_order() -> None:
     assert commands[1] == "-m ruff format --check ."
     assert "pyright" in commands[2]
     assert checks.commands()[3][0].endswith("lint-imports")
-    assert commands[4] == "-m mkdocs build --strict"
+    assert commands[4].endswith("--verifytypes tandem --ignoreexternal")
+    assert commands[5] == "-m mkdocs build --strict"
+    assert commands[6] == "-m tests.code_size"
 
 
 def test_every_test_is_in_one_of_the_two_halves() -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("indexing", "training", "cluster")
 BUDGET = 28_726  # lines that the three packages should not exceed
 
@@ -21,20 +22,20 @@ class Function:
     lines: int  # Number of lines of its definition, without decorators
 
 
-def lines_per_room(root: Path) -> Counter[str]:
-    """Return the number of lines of each folder that holds code, by its path below `root`."""
+def lines_per_room() -> Counter[str]:
+    """Return the number of lines of each folder that holds code, by its path below the project."""
     rooms: Counter[str] = Counter()
-    for path in python_files(root):
-        rooms[str(path.parent.relative_to(root))] += len(path.read_text(encoding="utf-8").splitlines())
+    for path in python_files():
+        rooms[str(path.parent.relative_to(ROOT))] += len(path.read_text(encoding="utf-8").splitlines())
     return rooms
 
 
-def longest_functions(root: Path) -> list[Function]:
-    """Return every function of the three packages below `root`, longest first. Paths are relative to `root`."""
+def longest_functions() -> list[Function]:
+    """Return every function of the three packages, longest first. Paths are relative to the project."""
     return sorted(
         (
-            Function(node.name, path.relative_to(root), (node.end_lineno or node.lineno) - node.lineno + 1)
-            for path in python_files(root)
+            Function(node.name, path.relative_to(ROOT), (node.end_lineno or node.lineno) - node.lineno + 1)
+            for path in python_files()
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         ),
@@ -43,18 +44,22 @@ def longest_functions(root: Path) -> list[Function]:
     )
 
 
-def python_files(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[Path]:
-    """Return the paths of all Python files of these packages below `root`, sorted."""
-    return sorted(path for package in packages for path in (root / package).rglob("*.py"))
+def python_files(packages: tuple[str, ...] = PACKAGES) -> list[Path]:
+    """Return the paths of all Python files of these packages, sorted."""
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
 
 
-def print_code_size(root: Path) -> None:
+def print_code_size() -> None:
     """Print the lines of each room against the budget of all, and the ten longest functions."""
-    rooms = lines_per_room(root)
+    rooms = lines_per_room()
     total = sum(rooms.values())
     for room in sorted(rooms):
         print(f"{rooms[room]:7,}  {room.replace('/', '.')}")
     over = f", {total - BUDGET:,} over" if total > BUDGET else ""
     print(f"{total:7,}  lines in all; the budget is {BUDGET:,}{over}", flush=True)
-    for function in longest_functions(root)[:10]:
+    for function in longest_functions()[:10]:
         print(f"{function.lines:7}  {function.name} ({function.path})", flush=True)
+
+
+if __name__ == "__main__":
+    print_code_size()
