@@ -140,12 +140,10 @@ def read_experiment(arguments: list[str]) -> "Experiment":
 
 def check_named_paths(verb: str, experiment: "Experiment") -> None:
     """Refuse what a verb would look for in vain, before torch is imported. Raises ValueError."""
-    from cluster.config.paths import check_paths
+    from cluster.config.paths import check_paths, check_trained
 
-    settings = list(experiment.stages.values())[-1]
-    folder = Path(settings.run.directory) / settings.run.name
-    if verb in ("index", "evaluate", "ask") and not folder.is_dir():
-        raise ValueError(f"{folder} has no complete checkpoint yet: train it first (tandem train)")
+    if verb in ("index", "evaluate", "ask"):
+        check_trained(list(experiment.stages.values())[-1], experiment.directory)
     if verb not in ("train", "prepare", "compare") or experiment.settings.cluster.dry_run:
         return
     starts = {str(Path(stage.run.directory) / stage.run.name) for stage in experiment.stages.values()}

@@ -20,7 +20,7 @@ NICENESS = 5  # added to the priority number of the tests that compute
 
 
 def commands() -> list[list[str]]:
-    """Return the commands of the checks before the tests; the last one prints lines per room and the longest functions."""
+    """Return the commands of the checks before the tests; the last one counts lines."""
     python = sys.executable
     return [
         [python, "-m", "ruff", "check", "."],

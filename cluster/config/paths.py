@@ -1,4 +1,4 @@
-"""Folders and files that a configuration names and that are not there: refused before anything heavy is imported."""
+"""Refuses folders and files that a configuration names and that are not there, before anything heavy is imported."""
 
 import os
 from collections.abc import Collection
@@ -20,6 +20,17 @@ def check_paths(settings: Settings, root: Path, starts: Collection[str] = ()) ->
     check_model_folders(settings)
     if start and start not in starts and not Path(start).is_dir():
         raise refuse("run.init_from", start, f"must be a checkpoint or run folder that exists{looked_at(start)}")
+
+
+def check_trained(settings: Settings, root: Path) -> None:
+    """Refuse a stage that was not trained, and what a trained stage reads that is not there: model folders, and data of
+    which neither the stage nor the run folder `root` keeps a store. Raises ValueError."""
+    folder = Path(settings.run.directory) / settings.run.name
+    if not folder.is_dir():
+        raise ValueError(f"{folder} has no complete checkpoint yet: train it first (tandem train)")
+    if not any((place / kept).exists() for place in (folder, root, root.parent) for kept in ("data", "corpus")):
+        _check_data(settings)
+    check_model_folders(settings)
 
 
 def _check_data(settings: Settings) -> None:

@@ -144,6 +144,23 @@ def test_paths_that_lead_nowhere_are_answered_before_torch_is_imported(override:
     assert expected in result.stderr
 
 
+@pytest.mark.parametrize("verb", ["index", "evaluate", "ask"])
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("corpus.path=nowhere", "corpus.path=nowhere"), ("encoder.name=./nowhere", f"encoder.name=./nowhere: {MISSING}")],
+)
+def test_a_trained_stage_is_asked_for_what_is_there(verb: str, override: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    code = "import sys; from cluster.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    question = ["where?"] if verb == "ask" else []
+    settings = [override, f"run.directory={tmp_path}", "run.name=r"]
+    (tmp_path / "a.yaml").write_text("training: {steps: 5}\n", encoding="utf-8")
+    command = [sys.executable, "-c", code, verb, *question, str(tmp_path / "a.yaml"), *settings]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20, check=True)
+    assert result.stdout == "2 False\n"
+    assert expected in result.stderr
+
+
 def test_show_prints_every_stage_with_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(
