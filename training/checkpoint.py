@@ -16,6 +16,7 @@ file is data.
 """
 
 import json
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
 
 PREFIX = "step-"
 WEIGHTS = "model.safetensors"
+# Classes in the files of ranks, under the names that earlier versions gave them.
+_INPUTS = "training.models.model_inputs"
+MOVED = {
+    ("indexing.merge", "CorpusState"): ("indexing.hits", "CorpusState"),
+    ("training.models.batches", "RetrievalBatch"): (_INPUTS, "RetrievalBatch"),
+    ("training.models.batches", "CandidateBatch"): (_INPUTS, "CandidateBatch"),
+    ("training.models.generator", "ReaderBatch"): ("training.models.generators.generator", "GeneratorBatch"),
+}
 
 
 def save_checkpoint(
@@ -105,7 +114,21 @@ def load_checkpoint(path: Path, engine: "Engine") -> tuple[dict[str, Any], dict[
     snapshot.verify(path, contents=False)
     engine.load(path / "engine")
     state = json.loads((path / "state.json").read_text())
-    return state, torch.load(path / f"rank-{engine.rank}.pt", map_location="cpu", weights_only=False)
+    own = path / f"rank-{engine.rank}.pt"
+    return state, torch.load(own, map_location="cpu", weights_only=False, pickle_module=_Pickles)
+
+
+class _Pickles:
+    """What `torch.load` needs of a pickle module, for files in which classes may have the names of earlier versions."""
+
+    class Unpickler(pickle.Unpickler):
+        """Finds moved classes under their present names."""
+
+        def find_class(self, module: str, name: str) -> Any:
+            """Return the class of a name in the file."""
+            return super().find_class(*MOVED.get((module, name), (module, name)))
+
+    load = staticmethod(pickle.load)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -1,13 +1,16 @@
 """Checkpoints: resumed training is bit for bit the uninterrupted one; what is damaged is refused and passed over."""
 
+import importlib
 import json
 import random
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 from indexing.corpus.snapshot import TornSnapshot
 from tests.helpers.distributed import spawn
 from tests.helpers.toy import ToySystem, batches, toy_engine, train_steps
+from training import checkpoint
 from training.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -292,3 +296,15 @@ def test_random_states_go_back() -> None:
     drawn = random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()
     set_rng_state(states)
     assert (random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()) == drawn
+
+
+def test_state_that_an_earlier_version_pickled_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for (module, name), (present, present_name) in checkpoint.MOVED.items():
+        kind = getattr(importlib.import_module(present), present_name)
+        earlier = type(name, (), {"__module__": module})
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, ModuleType(module))
+            patch.setattr(sys.modules[module], name, earlier, raising=False)
+            torch.save({"state": [earlier()]}, tmp_path / "rank-0.pt")
+        read = torch.load(tmp_path / "rank-0.pt", weights_only=False, pickle_module=checkpoint._Pickles)
+        assert type(read["state"][0]) is kind

@@ -155,6 +155,8 @@ class SampledBatches:
         """Take over samples that `state()` of another object kept; the source below is restored by itself."""
         if "samples" in state:
             kept, self._uses = state["samples"]
+            if "reader" in vars(kept.batch):  # as earlier versions called it
+                kept.batch.generator_batch = vars(kept.batch).pop("reader")
             self._kept = replace(kept, batch=moved(kept.batch, self.engine.device))
 
     def _sample(self, asked: AskedBatch) -> CandidateBatch:
