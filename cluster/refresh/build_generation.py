@@ -23,7 +23,8 @@ from cluster.refresh.ports import (
 from cluster.refresh.shards import ShardGroup
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.shard.serving import GenerationGone
-from indexing.shard.shard import Shard, ShardStatus
+from indexing.shard.shard import Shard
+from indexing.shard.shard_status import ShardStatus
 
 
 @dataclass(frozen=True, kw_only=True)

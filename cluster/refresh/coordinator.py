@@ -53,7 +53,7 @@ from cluster.refresh.shards import ShardGroup
 from cluster.refresh.snapshots import Snapshots, Wish
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.dense.probe import UNKNOWN, Figures
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard_status import ShardStatus
 
 GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
 RETRY_S = 1.0  # before a failed refresh is tried again

@@ -12,7 +12,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from indexing.shard.shard import Shard, ShardStatus
+from indexing.shard.shard import Shard
+from indexing.shard.shard_status import ShardStatus
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -17,7 +17,8 @@ from contextlib import suppress
 from cluster.refresh.ports import Events, Serving, ShardLost, ShardPort
 from cluster.refresh.shards import ShardGroup
 from cluster.refresh.snapshots import Snapshots, Wish
-from indexing.shard.shard import Shard, ShardStatus
+from indexing.shard.shard import Shard
+from indexing.shard.shard_status import ShardStatus
 
 
 def take_over(

@@ -16,7 +16,8 @@ from cluster.refresh.serving_generation import ServingGeneration
 from cluster.refresh.snapshots import Snapshots
 from indexing.corpus.snapshot import TornSnapshot
 from indexing.shard.serving import MAX_COMMITTED
-from indexing.shard.shard import Shard, ShardStatus
+from indexing.shard.shard import Shard
+from indexing.shard.shard_status import ShardStatus
 
 
 class Repair:

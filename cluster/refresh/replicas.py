@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from cluster.refresh.ports import P, ShardLost, ShardMethod, ShardPort, T
 from indexing.shard.serving import MAX_COMMITTED, GenerationGone
-from indexing.shard.shard import Shard, ShardStatus
+from indexing.shard.shard import Shard
+from indexing.shard.shard_status import ShardStatus
 from indexing.shard.staging import StagingStatus
 
 

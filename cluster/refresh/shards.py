@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cluster.refresh.ports import Events, RefreshFailed, ShardLost, ShardPort
 from indexing.dense.probe import Figures, combined
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard_status import ShardStatus
 
 POLL_S = 0.2  # while a shard is awaited
 

@@ -28,7 +28,8 @@ from cluster.refresh.ports import (
 )
 from cluster.refresh.replicas import ReplicatedShard
 from indexing.corpus.snapshot import named_errors
-from indexing.shard.shard import Shard, ShardStatus
+from indexing.shard.shard import Shard
+from indexing.shard.shard_status import ShardStatus
 
 STATUS_S = 10.0  # a status never waits for anything; a loaded machine is slow
 QUICK_S = 90.0  # calls that wait for a search or a lock at most (release: 60 s)

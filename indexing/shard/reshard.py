@@ -29,7 +29,7 @@ from indexing.dense.kinds import Kind, parse
 from indexing.dense.probe import UNKNOWN, Figures
 from indexing.indexing_settings import IndexConfig
 from indexing.shard.generation import Base, Generation, make_delta
-from indexing.shard.shard_files import BASE, INDEX_FILE, KIND, SHARD_PREFIX, delta_numbers, read_delta
+from indexing.shard.shard_files import BASE, INDEX_FILE, SHARD_PREFIX, check_saved, delta_numbers, read_delta
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,7 @@ def _taken(
     saved: _Saved, owner: _Owner, generation: int, config: IndexConfig
 ) -> tuple[_Part, tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
     """Rows of the big index, and numbers, versions and vectors of the delta, that `owner` takes from `saved`."""
-    wanted = {"kind": KIND, "generation": generation, "factory": config.factory}
-    for name, value in wanted.items():
-        if saved.extra.get(name) != value:
-            raise ValueError(f"{saved.path} has {name} {saved.extra.get(name)!r}: needed is {value!r}")
+    check_saved(saved.path, saved.extra, generation=generation, factory=config.factory)
     numbers = saved.base_numbers()
     rows = np.flatnonzero(owner.owns(numbers))
     of_delta = delta_numbers(saved.path) if saved.extra.get("derived") else np.empty(0, np.int64)

@@ -19,7 +19,6 @@ searches: `indexing/shard/serving.py`.
 import itertools
 import shutil
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,42 +28,19 @@ from indexing.corpus.snapshot import is_complete, verify
 from indexing.corpus.stores.filters import Filter
 from indexing.corpus.stores.metadata import MetadataColumns
 from indexing.declare import refuse
-from indexing.dense.probe import UNKNOWN, Figures, RecentQueries
+from indexing.dense.probe import UNKNOWN, RecentQueries
 from indexing.hits import CorpusState, ShardHits, ShardIndexed
 from indexing.indexing_settings import IndexConfig
 from indexing.shard.generation import Generation, Passes
 from indexing.shard.reshard import fits, load_range
 from indexing.shard.serving import GenerationGone, ServingTable
-from indexing.shard.shard_files import KIND, read_generation, write_generation
-from indexing.shard.staging import Staging, StagingStatus
+from indexing.shard.shard_files import SHARD_PREFIX, check_saved, read_generation, write_generation
+from indexing.shard.shard_status import ShardStatus
+from indexing.shard.staging import Staging
 
 
 class NotBegun(Exception):
     """Rows came for a generation whose passages this shard does not know: it came back empty since."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardStatus:
-    """A view of one shard. -1 stands for no generation."""
-
-    shard_number: int
-    start: int  # first passage number
-    stop: int  # after the last; of the base corpus
-    committed: int  # newest committed generation
-    generations: dict[int, int]  # served generation -> weights version
-    in_flight: int  # searches and saves under way
-    building: StagingStatus | None = None  # the generation that is being staged to be built
-    deriving: StagingStatus | None = None  # the generation that is being staged to be derived from another one
-    corpora: dict[int, int] = field(default_factory=dict)  # served generation -> corpus version
-    hidden: int = 0  # corpus version up to which deleted passages are not returned
-    num_living: int = 0  # passages of the newest generation that may be returned
-    oldest_version: int = -1  # weights version of the passage of the newest generation that was encoded longest ago
-    figures: Figures = UNKNOWN  # of the newest committed generation
-
-    @property
-    def staged(self) -> list[StagingStatus]:
-        """The generations that are being staged: none, one to be built, one to be derived, or both in this order."""
-        return [staging for staging in (self.building, self.deriving) if staging is not None]
 
 
 class Shard:
@@ -222,19 +198,12 @@ class Shard:
             if generation <= self._serving.newest():
                 raise ValueError(f"generation {generation} is not newer than {self._serving.newest()}")
             self._serving.add(generation, ready[0].built)
-            source = ready[0].source
-            if self._staging is not None and self._staging.generation in (generation, source):
-                self._staging = None  # committed, or what was committed was derived from it
-            if self._deriving is not None and self._deriving.generation == generation:
-                self._deriving = None
+            self._drop(generation, ready[0].source)
 
     def abort(self, generation: int) -> None:
         """Drop what is staged of `generation`; nothing happens to one that is committed."""
         with self._table:
-            if self._staging is not None and self._staging.generation == generation:
-                self._staging = None
-            if self._deriving is not None and self._deriving.generation == generation:
-                self._deriving = None
+            self._drop(generation)
 
     def release(self, generation: int, timeout_s: float = 60.0) -> None:
         """Stop serving `generation` and free it when the searches under way are done.
@@ -302,17 +271,16 @@ class Shard:
         linked instead of written again. Raises GenerationGone, OSError with the path where the disk is full, ValueError
         where another one is there.
         """
-        name = f"shard-{self.shard_number:04d}"
+        name, place = f"{SHARD_PREFIX}{self.shard_number:04d}", self._place()
         path = Path(directory) / name
         with self._serving.pinned(generation) as (number, found):
             if path.exists():
                 if is_complete(path):
-                    self._check_saved(path, verify(path, contents=False), number)
+                    check_saved(path, verify(path, contents=False), generation=number, **place)
                     return path
                 shutil.rmtree(path)
-            config = self._config
-            place = {"start": self.start, "stop": self.stop, "factory": config.factory, "num_shards": config.num_shards}
             other = None if earlier is None else Path(earlier) / name
+            place["num_shards"] = self._config.num_shards
             write_generation(path, number, generation=found, place=place, earlier=other)
         return path
 
@@ -322,12 +290,12 @@ class Shard:
 
         Raises TornSnapshot where a bit is wrong, ValueError where it is another range, factory or generation.
         """
-        path = Path(directory) / f"shard-{self.shard_number:04d}"
+        path = Path(directory) / f"{SHARD_PREFIX}{self.shard_number:04d}"
         with self._table:
             if self._serving.is_open(generation):
                 return self._serving.served[generation].generation.weights_version
         if fits(directory, self.shard_number, start=self.start, stop=self.stop, num_shards=self._config.num_shards):
-            self._check_saved(path, verify(path, contents=False), generation)
+            check_saved(path, verify(path, contents=False), generation=generation, **self._place())
             found, _ = read_generation(path, self._config)
         else:
             bounds = self.start, self.stop
@@ -367,6 +335,18 @@ class Shard:
             raise refuse("retrieval.where", where, f"must be empty: shard {self.shard_number} knows no metadata")
         metadata.mask(where)
         return lambda numbers: metadata.passes(where, numbers)
+
+    def _place(self) -> dict[str, Any]:
+        """Return the facts by which a saved shard is recognised as this one."""
+        return {"start": self.start, "stop": self.stop, "factory": self._config.factory}
+
+    def _drop(self, generation: int, source: int | None = None) -> None:
+        """Forget what is staged of `generation`, and of `source`, which it was derived from. Call with the table lock
+        held."""
+        if self._staging is not None and self._staging.generation in (generation, source):
+            self._staging = None
+        if self._deriving is not None and self._deriving.generation == generation:
+            self._deriving = None
 
     def _is_served(self, generation: int) -> bool:
         with self._table:
@@ -432,18 +412,6 @@ class Shard:
             with self._table:
                 self._staging = staging
         return staging
-
-    def _check_saved(self, path: Path, extra: dict[str, Any], generation: int) -> None:
-        wanted = {
-            "kind": KIND,
-            "generation": generation,
-            "start": self.start,
-            "stop": self.stop,
-            "factory": self._config.factory,
-        }
-        for name, value in wanted.items():
-            if extra.get(name) != value:
-                raise ValueError(f"{path} has {name} {extra.get(name)!r}: needed is {value!r}")
 
 
 def shard_ranges(num_passages: int, num_shards: int) -> list[tuple[int, int]]:

@@ -33,6 +33,13 @@ BASE = "base"
 KIND = "index shard"
 
 
+def check_saved(path: Path, extra: dict[str, Any], **wanted: int | str) -> None:
+    """Raise ValueError if the manifest of the saved shard `path` says `extra` where `wanted` is needed."""
+    for name, value in {"kind": KIND, **wanted}.items():
+        if extra.get(name) != value:
+            raise ValueError(f"{path} has {name} {extra.get(name)!r}: needed is {value!r}")
+
+
 def write_generation(
     path: Path, number: int, *, generation: Generation, place: dict[str, Any], earlier: Path | None
 ) -> None:

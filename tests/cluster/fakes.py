@@ -19,7 +19,8 @@ from indexing.dense.exact import search_exactly
 from indexing.hits import merge
 from indexing.indexing_settings import IndexConfig
 from indexing.shard.serving import GenerationGone
-from indexing.shard.shard import Shard, ShardStatus, shard_ranges
+from indexing.shard.shard import Shard, shard_ranges
+from indexing.shard.shard_status import ShardStatus
 
 NUM_PASSAGES, DIM = 23, 4
 MAX_PASSAGES = 200  # with those that are added

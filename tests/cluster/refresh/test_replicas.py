@@ -13,7 +13,8 @@ from cluster.refresh.coordinator import RefreshCoordinator
 from cluster.refresh.ports import ShardLost, has_staged_all
 from cluster.refresh.replicas import ReplicatedShard, in_common
 from indexing.dense.probe import Figures
-from indexing.shard.shard import Shard, ShardStatus, shard_ranges
+from indexing.shard.shard import Shard, shard_ranges
+from indexing.shard.shard_status import ShardStatus
 from indexing.shard.staging import StagingStatus
 from tests.cluster.fakes import NUM_PASSAGES, FakeShard, World, build
 from tests.cluster.refresh import test_coordinator, test_live_corpus

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError as ActorError
 
 from cluster.service.search import IndexClient
 from cluster.service.start import IndexServiceHandle
-from indexing.shard.shard import ShardStatus
+from indexing.shard.shard_status import ShardStatus
 
 WAIT_S = 90.0
 POLL_S = 0.002
