@@ -223,13 +223,8 @@ def _with_pairs(
         return source
     passages = corpus.training.candidates
     stream = Stream(len(passages), config.contrast_passages, *place)
-    return WithPairs(
-        source,
-        {task: _pairs(parts, stream, task, passages) for task in shares},
-        shares=shares,
-        seed=place[0],
-        start=start,
-    )
+    pairs = {task: _pairs(parts, stream, task, passages) for task in shares}
+    return WithPairs(source=source, pairs=pairs, shares=shares, seed=place[0], number=start)
 
 
 def make_probe(parts: Parts, corpus: CorpusExamples | None) -> DriftProbe:

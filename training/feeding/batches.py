@@ -101,15 +101,15 @@ class RetrievedBatches:
         self.prefetcher.restore([Hits(**dict(zip(HIT_FIELDS, values, strict=True))) for values in state["ahead"]])
 
 
+@dataclass(kw_only=True)
 class WithPairs:
     """Micro-batches of another source, each with a batch of pairs for the contrastive tasks of a mixture beside it."""
 
-    def __init__(
-        self, source: Source, pairs: dict[str, ClozeSource], *, shares: dict[str, float], seed: int, start: int = 0
-    ) -> None:
-        """`shares` are those of each contrastive task in the whole mixture; they weight the draw of the one task of a
-        micro-batch."""
-        self.source, self.pairs, self.shares, self.seed, self.number = source, pairs, shares, seed, start
+    source: Source
+    pairs: dict[str, ClozeSource]
+    shares: dict[str, float]  # Share of each contrastive task in the whole mixture; weights the draw of a task
+    seed: int
+    number: int = 0  # number of the next micro-batch
 
     def next(self) -> Fetched:
         """Return the next micro-batch on the device."""

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,29 +18,20 @@ from training.retrieving.rerank import Reranking
 from training.training_settings import EvaluationConfig, ObjectiveConfig, RetrievalConfig
 
 
+@dataclass(kw_only=True)
 class HeldOut:
     """Measures examples 0, 1, ... of the held-out passages, which are the same in every evaluation of every run."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        collator: Collator,
-        *,
-        search: FairSearch | None,
-        config: EvaluationConfig,
-        retrieval: RetrievalConfig,
-        objective: ObjectiveConfig,
-        number: int,
-        select: Reranking | None = None,
-        progress: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        """`search` None reads no passages. `number` examples are measured by all ranks together. `select` puts hits in
-        another order."""
-        self.select, self.progress = select, progress
-        assert isinstance(collator.questions, CorpusQuestions)
-        self.questions = collator.questions
-        self.engine, self.collator, self.search = engine, collator, search
-        self.config, self.retrieval, self.objective, self.number = config, retrieval, objective, number
+    engine: Engine
+    collator: Collator
+    questions: CorpusQuestions
+    search: FairSearch | None  # None reads no passages
+    config: EvaluationConfig
+    retrieval: RetrievalConfig
+    objective: ObjectiveConfig
+    number: int  # Number of examples, of all ranks together
+    select: Reranking | None  # puts hits in another order
+    progress: Callable[[str], None]
 
     def __call__(self) -> dict[str, float]:
         """Return `log_likelihood` of an answer and `loss`, its negative per token, as means over all examples, and

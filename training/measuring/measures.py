@@ -125,18 +125,16 @@ class Measures:
             return None
         parts, settings = self.parts, self.parts.settings
         collator = Collator(parts.store, corpus.held_out, parts.system.generator, parts.text.pad_id)
-        search = corpus.search(corpus.held_out) if parts.service is not None else None
-        number = settings.pretraining.held_out_examples
-        select = parts.selection(collator)
         return HeldOut(
-            parts.engine,
-            collator,
-            search=search,
+            engine=parts.engine,
+            collator=collator,
+            questions=corpus.held_out,
+            search=corpus.search(corpus.held_out) if parts.service is not None else None,
             config=settings.evaluation,
             retrieval=settings.retrieval,
             objective=settings.objective,
-            number=number,
-            select=select,
+            number=settings.pretraining.held_out_examples,
+            select=parts.selection(collator),
             progress=parts.after_batch,
         )
 
