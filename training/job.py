@@ -22,7 +22,7 @@ from training.retrieving.hybrid import HybridSearch, Refusion
 from training.retrieving.rerank import Reranking
 from training.retrieving.retrieve import IndexService
 from training.run_text import RunText
-from training.stopping import Stopped
+from training.stopped import Stopped
 from training.training_settings import (
     CheckpointConfig,
     EncoderConfig,

@@ -37,7 +37,7 @@ from training.reporting.jsonl import plain
 from training.reporting.monitor import Monitor
 from training.retrieving.retrieve import IndexService
 from training.run_text import RunText
-from training.stopping import Stopped
+from training.stopped import Stopped
 
 EVALUATION_FILE = "evaluation.json"
 PENDING = "pending"  # a snapshot that is being written

@@ -337,7 +337,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     import torch
 
     from training.stage import Stage
-    from training.stopping import Stopped
+    from training.stopped import Stopped
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     job, service = pickle.loads(config["job"])
