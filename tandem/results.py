@@ -1,4 +1,4 @@
-"""The numbers that a run folder holds, as dataclasses: `evaluation.json` of a stage, `summary.json` of its run."""
+"""Reads the numbers of a run folder into dataclasses: `evaluation.json` of a stage, `summary.json` of its run."""
 
 import json
 from dataclasses import dataclass, fields

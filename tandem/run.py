@@ -1,4 +1,4 @@
-"""Runs as objects: `train` makes one, `load` finds one again, and a `Run` is asked."""
+"""Makes runs objects: `train` makes one, `load` finds one again, and a `Run` answers questions."""
 
 import io
 import threading
@@ -43,14 +43,14 @@ class Corpus:
         return self._put(passages, "update")
 
     def delete(self, *ids: str) -> int:
-        """Take passages away. Returns the version of the corpus. Raises ValueError for an id that is not there."""
+        """Delete passages. Returns the version of the corpus. Raises ValueError for an id that is not there."""
         from indexing.corpus.stores.live_store import Wanted
 
         return self._change(Wanted(delete=list(ids)))
 
     @property
     def version(self) -> int:
-        """The number of changes that were made to the corpus."""
+        """Number of changes that were made to the corpus."""
         return len(list((self._folder / "corpus" / "versions").glob("version-*.json")))
 
     def _put(self, given: Sequence[str | Path | Mapping[str, Any] | Iterable[Mapping[str, Any]]], mode: str) -> int:
@@ -130,7 +130,7 @@ class Run:
 
     def evaluate(self, *overrides: str) -> Results:
         """Measure the run on its evaluation questions, on Ray, with settings changed by `section.field=value`. Returns
-        what was measured, which stands in the folder `evaluate` of the run, too. Raises ValueError as the command."""
+        the results, which are also written to the folder `evaluate` of the run. Raises ValueError as the command."""
         experiment = _read([str(self.folder), *overrides], "evaluate")
         from cluster.commands.measure import measure
 
@@ -157,7 +157,7 @@ class Run:
         return f"tandem.Run({str(self.folder)!r})"
 
     def _system(self) -> "LoadedRun":
-        """What answers, read on the first call."""
+        """Return the loaded models, stores and index; the first call reads them."""
         with self._lock:
             if self._closed:
                 raise ValueError(f"{self.folder}: this run was closed; load it again")
@@ -220,7 +220,7 @@ def train(*files_and_overrides: str | Path) -> Run:
 
 
 def _read(arguments: list[str], verb: str) -> "Experiment":
-    """The experiment that `arguments` describe, with every path checked, and the environment set that Ray reads."""
+    """Return the experiment that `arguments` describe; check every path, and set the environment that Ray reads."""
     from cluster import cli
     from cluster.machines import session
 
@@ -237,7 +237,7 @@ def _folder_of(experiment: "Experiment") -> Path:
 
 @contextmanager
 def _as_command(experiment: "Experiment") -> Iterator[None]:
-    """Print only where the settings ask for it, and raise a mistake that Ray brought along as itself."""
+    """Print only where the settings ask for it, and raise a ValueError that Ray wrapped without the wrapping."""
     console = any(settings.monitor.console for settings in experiment.stages.values())
     try:
         with nullcontext() if console else redirect_stdout(io.StringIO()):

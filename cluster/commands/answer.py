@@ -1,9 +1,9 @@
-"""The result of a question: the answer, and the passages that it was read from. Imports nothing heavy."""
+"""Holds the result of a question: the answer, and the passages that it was read from. Imports nothing heavy."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-WIDTH = 100  # characters of a passage that are printed
+WIDTH = 100  # Number of characters of a passage that are printed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Passage:
     probability: float | None = None  # p(z|q) among the passages that were read; None if nothing was read
     metadata: dict[str, Any] = field(default_factory=dict)
     dense_places: tuple[int, ...] = ()  # place in the ranking by vectors of each phrasing, from 1; 0: not in it
-    lexical_places: tuple[int, ...] = ()  # place in the ranking by words, likewise
+    lexical_places: tuple[int, ...] = ()  # place in the lexical ranking, likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,15 @@ class Answer:
 
 def printed(answer: Answer, hybrid: bool) -> str:
     """Return an answer as the command line prints it: the text, then a line for each passage with p(z|q), score,
-    where it came from, id, title and text. `hybrid`: passages were ranked by words, too."""
+    its places in the rankings, id, title and text. `hybrid` is true if a lexical index ranked passages, too."""
     several = any(len(passage.dense_places) > 1 for passage in answer.passages)
     places = "places, " if hybrid or several else ""
     lines = [answer.text, "", f"from {answer.checkpoint}; p(z|q), index score, {places}passage:"]
     for passage in answer.passages:
         origin = f"dense {_shown(passage.dense_places)}  " if hybrid or several else ""
-        origin = f"dense {_shown(passage.dense_places)}  words {_shown(passage.lexical_places)}  " if hybrid else origin
+        origin = (
+            f"dense {_shown(passage.dense_places)}  lexical {_shown(passage.lexical_places)}  " if hybrid else origin
+        )
         text = passage.text if len(passage.text) <= WIDTH else f"{passage.text[:WIDTH]}..."
         found = f"{passage.probability or 0.0:.3f}  {passage.score:.3f}  {origin}{passage.id}  {passage.title}: {text}"
         lines.append(f"  {found}")

@@ -1,4 +1,4 @@
-"""The verb `ask`: one question, put in one or several ways, answered from a checkpoint in this process."""
+"""Runs the verb `ask`: answers one question, put in one or several ways, from a checkpoint in this process."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Shared steps of the verbs: prepare the data of a stage, place it, connect to Ray, find a checkpoint."""
+"""Takes the steps that verbs share: prepares the data of a stage, places it, connects to Ray, finds a checkpoint."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from training.checkpoint import newest_checkpoint
 
 
 def say(text: str) -> None:
-    """One line, at once."""
+    """Print one line without delay."""
     print(text, flush=True)
 
 
@@ -27,7 +27,7 @@ def run_folder(settings: Settings) -> Path:
 
 
 def prepared_data(settings: Settings, root: Path, splits: list[str] | None = None) -> Prepared:
-    """The stores of a stage, with an index that fits them. Raises ValueError."""
+    """Prepare and return the stores of a stage. Raises ValueError, also for an index that does not fit them."""
     prepared = prepare_data(settings, root_of_stores(root), say, splits)
     check_index(settings, num_passages(prepared))
     check_where(settings, prepared.passages, _changes(settings))
@@ -35,8 +35,8 @@ def prepared_data(settings: Settings, root: Path, splits: list[str] | None = Non
 
 
 def _changes(settings: Settings) -> Path | None:
-    """The folder with the changes of a stage's corpus: its own, or as far as it is known already that of the run that
-    it starts from. `run_stage` looks again."""
+    """Return the folder with the changes of a stage's corpus: that in its run folder, else that of the run that it
+    starts from, if that is known already. `run_stage` looks again."""
     folder, start = run_folder(settings), Path(settings.run.init_from)
     places = [folder, folder.parent / start, start, *list(start.parents)[1:2]] if settings.run.init_from else [folder]
     return next((place / "corpus" for place in places if (place / "corpus" / "versions").is_dir()), None)
@@ -53,7 +53,7 @@ def placement_of(settings: Settings) -> PlacementPlan:
 
 
 def newest_of(settings: Settings, warn: Callable[[str], None] = say) -> str:
-    """The newest complete checkpoint of a stage. Raises ValueError where there is none."""
+    """Return the newest complete checkpoint of a stage. Raises ValueError where there is none."""
     folder = run_folder(settings)
     found = newest_checkpoint(folder, warn) if folder.is_dir() else None
     if found is None:
@@ -62,10 +62,8 @@ def newest_of(settings: Settings, warn: Callable[[str], None] = say) -> str:
 
 
 def starting_checkpoint(settings: Settings, stages: dict[str, Settings]) -> str:
-    """The checkpoint folder that `run.init_from` means: a stage of the same file, a run folder, or a checkpoint.
-
-    Raises ValueError when it names none, or one without a complete checkpoint.
-    """
+    """Return the checkpoint folder that `run.init_from` names by a stage of the same file, a run folder, or itself.
+    Raises ValueError if it names none, or a folder without a complete checkpoint."""
     name = settings.run.init_from
     if not name:
         return ""
@@ -84,7 +82,7 @@ def starting_checkpoint(settings: Settings, stages: dict[str, Settings]) -> str:
 
 @contextmanager
 def ray_session(root: Path) -> Iterator[str]:
-    """A connection to Ray, and a name for the actors of this experiment."""
+    """Connect to Ray for the time of a block. Yields a name for the actors of this experiment."""
     namespace = f"tandem-{root.name}-{time.time_ns() % 10**9}"
     connection = session.start_or_join(namespace, log_to_driver=False)
     try:

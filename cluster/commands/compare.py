@@ -1,4 +1,4 @@
-"""The verb `compare`: every cell of a matrix with every seed, under one Ray session, then one table.
+"""Runs the verb `compare`: every cell of a matrix with every seed, under one Ray session, then one table.
 
     runs/<name>/compare/seed-S/<stage>     what cells start from: stages before the base stage, once for each seed
     runs/<name>/compare/seed-S/<cell>      the base stage as the cell has it
@@ -6,7 +6,7 @@
 
 A run that is finished is not run again, an interrupted one goes on from its checkpoint. Beside each run lies a mark of
 everything that decides its outcome: its settings, its data and the mark of what it starts from. Where that is another
-one now, the run is deleted and run anew. A run that fails is reported, and the others go on.
+one now, the run is deleted and runs anew. A run that fails is reported, and the others go on.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Task:
     seed: int
     settings: Settings
     mark: str  # of everything that decides its outcome
-    start: "Task | None" = None  # what must have been run before
+    start: "Task | None" = None  # task that must have run before
 
     @property
     def folder(self) -> Path:
@@ -49,7 +49,7 @@ class Task:
 
 
 Run = Callable[[Task, Prepared, str], None]  # of a task, its data and a name for its actors
-Failures = dict[tuple[str, int], str]  # what was raised, by name and seed
+Failures = dict[tuple[str, int], str]  # sentence of the error, by name and seed
 
 
 def run_matrix(experiment: Experiment, run: Run | None = None) -> int:
@@ -78,7 +78,7 @@ def run_matrix(experiment: Experiment, run: Run | None = None) -> int:
                 _tell_progress(
                     task, number + 1, total=len(waiting), seconds=time.monotonic() - begin, failures=failures
                 )
-    finally:  # also of an interrupted matrix: what there is so far
+    finally:  # an interrupted matrix has a table, too, of its finished runs
         found = {name: {task.seed: task.folder for task in tasks if task.name == name} for name in matrix.cells}
         base = experiment.stages[matrix.base_stage]
         write_comparison(
@@ -93,8 +93,8 @@ def run_matrix(experiment: Experiment, run: Run | None = None) -> int:
 
 
 def tasks_of(experiment: Experiment, matrix: Matrix, data: dict[str, str]) -> list[Task]:
-    """Every run, in order: seed by seed, each start before the first cell that needs it. `data`: a name for the data of
-    each stage and cell."""
+    """Return every run, in order: seed by seed, each start before the first cell that needs it. `data` has a name for
+    the data of each stage and cell."""
     return [task for seed in matrix.seeds for task in _tasks_of_seed(experiment, matrix, data, seed)]
 
 
@@ -104,7 +104,7 @@ def _tasks_of_seed(experiment: Experiment, matrix: Matrix, data: dict[str, str],
     tasks: list[Task] = []
 
     def add(name: str, settings: Settings, is_cell: bool) -> Task:
-        """The task of a cell or a stage, after that of the stage that it starts from."""
+        """Append the task of a cell or a stage after that of the stage that it starts from; return it."""
         init_from, start = by_folder.get(settings.run.init_from, settings.run.init_from), None
         if init_from and init_from in experiment.stages:
             start = starts.get(init_from) or add(init_from, experiment.stages[init_from], False)
@@ -135,8 +135,8 @@ def _mark_of(task: Task) -> str:
 
 
 def _data(experiment: Experiment, matrix: Matrix) -> dict[str, Prepared]:
-    """The stores of every cell, and of every stage that one may start from; seeds share them. Refuses, by name, what
-    can be refused before anything starts."""
+    """Return the stores of every cell, and of every stage that one may start from; seeds share them. Refuses, by name,
+    what can be refused before anything starts."""
     before = list(experiment.stages)[: list(experiment.stages).index(matrix.base_stage)]
     wanted = {name: experiment.stages[name] for name in before} | matrix.cells
     found = {}

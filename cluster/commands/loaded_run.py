@@ -1,6 +1,6 @@
-"""A trained stage that stays loaded in this process, to be asked again and again: no Ray, no engine.
+"""Keeps a trained stage loaded in this process, to be asked again and again, without Ray and without an engine.
 
-Who waits for whom: every method takes the one lock of the run, so that threads take turns. Other processes may train
+Every method takes the one lock of the run, so that threads take turns. Other processes may train
 the stage or change its corpus meanwhile: a change of the corpus is looked for before each question and encoded then;
 newer weights are read by loading the run again.
 """
@@ -47,9 +47,7 @@ class Retrieved:
     """Passages found for the first question, best first, and their places in each ranking."""
 
     hits: Hits  # of one question [1, k]
-    dense: (
-        np.ndarray
-    )  # int32 [phrasings, k]: place in the dense ranking of each phrasing, from 1; 0: not among its hits
+    dense: np.ndarray  # int32 [phrasings, k]: place in each phrasing's dense ranking, from 1; 0: not among its hits
     lexical: np.ndarray  # int32 [phrasings, k]: place in the lexical ranking, likewise
 
 
@@ -109,7 +107,7 @@ class LoadedRun:
             return encoder(ids, mask).float().numpy()
 
     def _asked(self, questions: Sequence[str], k: int | None, where: Mapping[str, Any] | None) -> Settings:
-        """The settings of one call, with the index brought up to the corpus as it is now."""
+        """Return the settings of one call, after the index was brought up to the corpus as it is now."""
         retrieval = self.settings.retrieval
         if k is not None:
             if k < 1:
@@ -129,7 +127,7 @@ class LoadedRun:
         return replace(self.settings, retrieval=retrieval)
 
     def _collator(self, questions: Sequence[str], scratch: Path) -> Collator:
-        """The questions as batches are made of them."""
+        """Return what makes batches of the questions."""
         asked = write_questions(
             scratch / "asked",
             [Question(id=f"asked-{number}", text=question, answers=[""]) for number, question in enumerate(questions)],
@@ -175,7 +173,7 @@ class LoadedRun:
         return self.system.answer(batch, self.settings.evaluation.decoding, objective.temperature, bias)
 
     def _as_answer(self, found: Retrieved, answers: Answers) -> Answer:
-        """Choose among what the passages say, spelled as they have it."""
+        """Return the best answer, spelled as the passages have it."""
         passages = self._passages(found, answers.log_prior.exp()[0].tolist())
         texts = [self.text.to_text(tokens) for tokens in answers.decoded.tokens]
         sources = [f"{passage.title} {passage.text}" for passage in passages]
@@ -223,7 +221,7 @@ class LoadedRun:
 
 
 def _load_system(settings: Settings, folder: Path, text: RunText) -> System:
-    """The models of the checkpoint `folder`, not to be trained."""
+    """Return the models of the checkpoint `folder`, in evaluation mode."""
     system = build_system(
         with_towers_of(settings.encoder, saved_names(folder)),
         settings.generator,
@@ -244,7 +242,7 @@ def _lexical_weight(system: System) -> float:
 
 
 def _first(hits: Hits, *, hybrid: HybridSearch | None, constant: float, depth: int) -> Hits:
-    """Hits of the first question: those of its only phrasing, or those of all phrasings fused."""
+    """Return the hits of the first question: those of its only phrasing, or those of all phrasings fused."""
     if len(hits.ids) == 1:
         return replace(hits, places=None)
     scores, ids = reciprocal_rank_fusion([row[None] for row in hits.ids], constant, depth)
@@ -253,7 +251,7 @@ def _first(hits: Hits, *, hybrid: HybridSearch | None, constant: float, depth: i
 
 
 def _places(ids: np.ndarray, hits: Hits, ranking: int) -> np.ndarray:
-    """int32 [phrasings, k]: place of each of `ids` [1, k] in one ranking of every phrasing, 0: nowhere."""
+    """Return int32 [phrasings, k], the place of each of `ids` [1, k] in one ranking of every phrasing, 0: in none."""
     assert hits.places is not None
     rows = np.repeat(ids, len(hits.ids), axis=0)
     at = places_of(rows, hits.ids)

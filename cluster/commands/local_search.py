@@ -1,5 +1,5 @@
-"""One index generation, dense and lexical, in this process: what `ask` searches. No Ray; every search is done when it
-returns."""
+"""Searches one index generation, dense and lexical, in this process without Ray, for `ask`. Every search is over when
+its call returns."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ class Done(Generic[Found]):
     found: Found
 
     def result(self) -> Found:
-        """The hits."""
+        """Return the hits."""
         return self.found
 
 
@@ -48,8 +48,8 @@ class DoneLexical:
 
 
 class OneGeneration:
-    """The generation that a checkpoint names, brought up to the corpus as it is now; where none is on disk, the whole
-    corpus encoded. Has of an `IndexService` what a search needs. Not for several threads at once."""
+    """Holds the generation that a checkpoint names, brought up to the corpus as it is now; if none is on disk, the whole
+    corpus is encoded. It has the part of an `IndexService` that a search needs. One thread at a time may call it."""
 
     def __init__(
         self, settings: Settings, store: LiveStore, *, checkpoint: Path | None, encode: Encode, lexical: Path | None
@@ -88,8 +88,8 @@ class OneGeneration:
         self._restrict(where)
 
     def _fill(self, known: int | None) -> None:
-        """Serve the corpus as it is now: what the served generation has of its version `known` (None: nothing is
-        served), and the rest encoded."""
+        """Serve the corpus as it is now. Vectors that the served generation has of version `known` (None: nothing is
+        served) are kept; the rest is encoded."""
         store, log, generation = self._store, self._store.log, self.generation + 1
         self._version = version = log.version
         for number, shard in enumerate(self.shards):
@@ -124,7 +124,7 @@ class OneGeneration:
         self.where, self.num_passages, self._restricted = passes, num_passages, (passes, log.version)
 
     def submit(self, queries: np.ndarray, k: int, num_vectors: int = 0) -> Done[Hits]:
-        """Search every shard now; where a filter leaves fewer than `k` passages, those there are."""
+        """Search every shard now. If a filter leaves fewer than `k` passages, the hits are all of those."""
         found = [
             shard.search(queries, k, generation=self.generation, num_vectors=num_vectors, where=self.where)
             for shard in self.shards

@@ -1,5 +1,5 @@
-"""A trained stage without training it: measured on its questions, asked again about another state of the corpus, or
-its index alone. Weights come from the newest checkpoint; every index is built anew, in a folder of its own."""
+"""Measures a trained stage on its questions, asks it again about another state of the corpus, or builds its index,
+without training. Weights come from the newest checkpoint; every index is built anew, in a folder of its own."""
 
 import time
 from dataclasses import replace
@@ -20,7 +20,7 @@ AFTER = "after_update"
 
 def measure(experiment: Experiment, name: str) -> None:
     """Measure a stage; with `update.as_of`, once more after the update. The table has the other finished stages of the
-    file beside it, as their training left them. Raises ValueError for a stage without a reader or a checkpoint."""
+    file beside it, as their training left them. Raises ValueError for a stage without a generator or a checkpoint."""
     settings, as_of = experiment.stages[name], experiment.update.as_of
     if needs(settings.objective).in_batch:
         allowed = "must have a generator: a retriever alone answers nothing"
@@ -61,7 +61,7 @@ def measure(experiment: Experiment, name: str) -> None:
 
 
 def build_index(experiment: Experiment, name: str) -> None:
-    """The index of a stage's corpus; any retriever has one, also after a warm start alone."""
+    """Build the index of a stage's corpus; any retriever has one, also after a warm start alone."""
     settings = experiment.stages[name]
     checkpoint = newest_of(settings)
     asked = without_training(settings, f"{settings.run.name}/index_only", checkpoint)
@@ -76,7 +76,7 @@ def build_index(experiment: Experiment, name: str) -> None:
 
 
 def without_training(settings: Settings, run_name: str, init_from: str) -> Settings:
-    """The same system from a checkpoint: nothing trains."""
+    """Return the settings that take the same system from a checkpoint and train nothing."""
     return replace(
         settings,
         run=replace(settings.run, name=run_name, init_from=init_from),
@@ -85,7 +85,7 @@ def without_training(settings: Settings, run_name: str, init_from: str) -> Setti
 
 
 def at_date(settings: Settings, as_of: str, run_name: str, init_from: str) -> Settings:
-    """The same system, asked about another version of the corpus: nothing trains."""
+    """Return the settings that ask the same system about another version of the corpus and train nothing."""
     return replace(
         without_training(settings, run_name, init_from),
         corpus=replace(settings.corpus, as_of=as_of),

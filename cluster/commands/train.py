@@ -1,4 +1,4 @@
-"""The verbs: what `train`, `prepare`, `index`, `evaluate`, `compare` and `ask` do with an experiment."""
+"""Runs the verbs `train`, `prepare`, `index`, `evaluate`, `compare` and `ask` on an experiment."""
 
 import os
 import time
@@ -30,7 +30,7 @@ from cluster.stage.run_stage import is_finished, run_stage
 
 
 def train(experiment: Experiment) -> int:
-    """Every stage in order, then the update; finished stages are not run again. Writes the summary and the report.
+    """Train every stage in order, then update; finished stages do not run again. Writes the summary and the report.
     Raises ValueError for a run folder that another job works in."""
     if experiment.settings.cluster.dry_run:
         return dry_run(experiment)
@@ -46,7 +46,7 @@ def _train(experiment: Experiment) -> int:
     begin = time.monotonic()
     prepared = {name: prepared_data(settings, root) for name, settings in stages.items()}
     for name, settings in stages.items():
-        check_same_data(run_folder(settings), prepared[name])
+        check_same_data(run_folder(settings), prepared[name].passages, prepared[name].questions)
     if _is_finished(experiment):
         say(f"{root}: finished before, not run again")
         _report(experiment, seconds_of(root))
@@ -117,7 +117,7 @@ def ask(experiment: Experiment, questions: list[str]) -> int:
 
 
 def dry_run(experiment: Experiment) -> int:
-    """Everything that can be done without weights, and the placement; without Ray where the machines are known."""
+    """Do all that needs no weights, and print the placement; needs no Ray if the machines are known."""
     from cluster.planning.dry_run import describe
 
     known = not os.environ.get("RAY_ADDRESS") or all(s.cluster.dry_run_nodes for s in experiment.stages.values())
@@ -147,14 +147,14 @@ def _check(experiment: Experiment) -> None:
 
 
 def _refuse_misfits(stages: dict[str, Settings], prepared: dict[str, Prepared]) -> None:
-    """Before anything starts, a stage whose memory the machines do not have; what is only said, each stage says."""
+    """Refuse, before anything starts, a stage whose memory the machines do not have. Warnings are left to the stages."""
     for name, settings in stages.items():
         if not is_finished(settings):
             check_fit(settings, placement_of(settings), num_passages(prepared[name]), lambda _: None)
 
 
 def _updated(experiment: Experiment, name: str) -> Settings:
-    """A stage, asked again about the updated corpus."""
+    """Return the settings that ask a stage again about the updated corpus."""
     settings = experiment.stages[name]
     checkpoint = newest_of(settings)
     return at_date(settings, experiment.update.as_of, f"{settings.run.name}/after_update", checkpoint)

@@ -1,1 +1,1 @@
-"""Settings: the schema, YAML files and overrides, and the checks of what they say."""
+"""Declares settings, reads YAML files and overrides, and checks them."""

@@ -1,4 +1,4 @@
-"""The files that hold configurations, found by what a command line names."""
+"""Finds the configuration files that a command line names."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ DEFAULT_FILE = ROOT / "configs" / "quickstart.yaml"
 
 
 def find_file(path: str) -> Path:
-    """The YAML file that `path` names; a run folder stands for its config.yaml. Raises ValueError with a suggestion."""
+    """Return the YAML file that `path` names; a run folder stands for its config.yaml. Raises ValueError with a suggestion."""
     file = Path(path)
     if file.is_file():
         return file
@@ -25,6 +25,6 @@ def find_file(path: str) -> Path:
 
 
 def shown(file: Path) -> str:
-    """`file` relative to the working directory where it lies below it."""
+    """Return `file` relative to the working directory if it lies below it."""
     absolute, here = file.resolve(), Path.cwd()
     return str(absolute.relative_to(here) if absolute.is_relative_to(here) else file)

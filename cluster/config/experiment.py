@@ -1,4 +1,4 @@
-"""From YAML files and dotted overrides to typed settings; below this file only dataclasses travel.
+"""Turns YAML files and dotted overrides into typed settings; all other code takes dataclasses.
 
 A file holds sections of `Settings`. Two more top-level keys describe several runs in one file:
 
@@ -34,7 +34,7 @@ from indexing.declare import check_values, differences, refuse, suggestion
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs that a configuration asks for. `stages` maps names to complete settings, in order; a file without stages has
+    """Holds the runs that a configuration asks for. `stages` maps names to complete settings, in order; a file without stages has
     one, named ""."""
 
     settings: Settings  # what all stages share
@@ -44,30 +44,30 @@ class Experiment:
 
     @property
     def directory(self) -> Path:
-        """The run folder that holds the stages, or is the only run's own."""
+        """Return the run folder that holds the stages; that of the only run in a file without stages."""
         return Path(self.settings.run.directory) / self.settings.run.name
 
 
 @cache
 def _schema() -> DictConfig:
-    """The defaults; made once, since that takes a tenth of a second, and never changed: `merge` copies."""
+    """Return the defaults. They are made once, which takes a tenth of a second, and never change: `merge` copies."""
     return OmegaConf.structured(Settings)
 
 
 @dataclass(kw_only=True)
 class _Files:
-    """What the files say together, before the command line."""
+    """Holds the content of all files, merged, before the command line changes it."""
 
     base: DictConfig = field(default_factory=lambda: _schema())
     update: DictConfig = field(default_factory=lambda: OmegaConf.structured(UpdateConfig))
-    stages: dict[str, DictConfig] = field(default_factory=dict)  # each stage's own sections
+    stages: dict[str, DictConfig] = field(default_factory=dict)  # sections of each stage
     compare: DictConfig = field(default_factory=lambda: OmegaConf.structured(CompareConfig))
-    cells: dict[str, DictConfig] = field(default_factory=dict)  # each cell's own sections
+    cells: dict[str, DictConfig] = field(default_factory=dict)  # sections of each cell
     axes: dict[str, dict[str, DictConfig]] = field(default_factory=dict)  # those of each choice of each axis
 
 
 SECTIONS = [entry.name for entry in fields(Settings)]
-RUN_FOLDERS = ("data", "tokenizers", "world", "compare")  # beside the stages' own (`cluster/prepare/stores.py`)
+RUN_FOLDERS = ("data", "tokenizers", "world", "compare")  # beside those of stages (`cluster/prepare/stores.py`)
 TOP_LEVEL = [*SECTIONS, "stages", "update", "compare"]
 
 
@@ -103,12 +103,12 @@ def load(paths: list[str], overrides: list[str]) -> Experiment:
 
 
 def to_yaml(section: Settings | UpdateConfig | CompareConfig) -> str:
-    """Settings as YAML; `load` reads those of a run back."""
+    """Return settings as YAML; `load` reads those of a run back."""
     return OmegaConf.to_yaml(OmegaConf.structured(section))
 
 
 def experiment_to_yaml(experiment: Experiment) -> str:
-    """The whole experiment as YAML that `load` reads back, for the folder above the stages' own."""
+    """Return the whole experiment as YAML that `load` reads back, for the folder that holds the stages."""
     content: dict[str, Any] = asdict(experiment.settings)
     stages = {name: asdict(part) for name, part in experiment.stages.items() if name}
     for part in stages.values():
@@ -187,8 +187,8 @@ def _merge_compare(section: Any, source: str, files: _Files) -> None:
 
 
 def _matrix(files: _Files, changes: list[tuple[str, Any]]) -> Matrix | None:
-    """The cells as complete settings; None without any. A cell is the base stage as the command line has it, with the
-    cell's own sections on top."""
+    """Return the cells as complete settings; None without any. A cell is the base stage as the command line has it,
+    with the sections of the cell on top."""
     config: CompareConfig = _to_object(files.compare, "compare.")
     if not files.cells and not files.axes and config == CompareConfig():
         return None
@@ -206,7 +206,7 @@ def _matrix(files: _Files, changes: list[tuple[str, Any]]) -> Matrix | None:
 
 
 def _parse_override(text: str, stages: list[str]) -> tuple[str, Any]:
-    """(dotted name, value) of "section.field=value". Raises ValueError for a name that does not exist."""
+    """Return (dotted name, value) of "section.field=value". Raises ValueError for a name that does not exist."""
     key, equals, raw = text.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
@@ -233,8 +233,8 @@ def _resolve(config: Any, stage: str, changes: list[tuple[str, Any]], files: _Fi
 
 
 def _changed(config: Any, stage: str, changes: list[tuple[str, Any]], stages: Sequence[str]) -> DictConfig:
-    """A copy of `config` with the command line over it: plain overrides first, the stage's own last. One that starts
-    from another of `stages` still does, whatever a plain run.init_from says: that is where the first ones start."""
+    """Return a copy of `config` with the command line over it: plain overrides first, those of the stage last. A plain
+    run.init_from is for the first stages: it does not change one that starts from another of `stages`."""
     config, part = config.copy(), f"stages.{stage}."
     inner = OmegaConf.select(config, "run.init_from") in stages
     for key, value in changes:
@@ -268,7 +268,7 @@ def _to_object(config: DictConfig, prefix: str) -> Any:
 
 
 def _explain(error: OmegaConfBaseException, prefix: str) -> ValueError:
-    """One sentence from OmegaConf's several lines."""
+    """Return one sentence for OmegaConf's several lines."""
     sentence = str(error).splitlines()[0]
     for theirs, ours in (
         ("could not be converted to Integer", "must be a whole number"),

@@ -1,4 +1,4 @@
-"""Checks of what searches words beside vectors, and of what re-ranks the hits."""
+"""Checks the settings of lexical search beside vectors, and those of the re-ranker."""
 
 from cluster.config.settings import Settings
 from indexing.declare import refuse
@@ -21,7 +21,9 @@ def check_hybrid(settings: Settings) -> None:
             allowed = f"must be none with retrieval.source={retrieval.source}, which searches no index"
             raise refuse("retrieval.hybrid", retrieval.hybrid, allowed)
         if settings.index.on_slow == "refuse":
-            allowed = f"must be wait or hedge with retrieval.hybrid={retrieval.hybrid}: one process has the words"
+            allowed = (
+                f"must be wait or hedge with retrieval.hybrid={retrieval.hybrid}: one process has the lexical index"
+            )
             raise refuse("index.on_slow", "refuse", f"{allowed}, and is waited for up to index.search_timeout_s")
         if retrieval.candidates < retrieval.k:
             allowed = f"must be at least retrieval.k={retrieval.k}: the passages that are read are chosen among them"

@@ -1,7 +1,7 @@
-"""The `compare` section: a matrix of runs that differ from one stage in what each cell says, and in nothing else.
+"""Reads the `compare` section: a matrix of runs that differ from one stage in the settings of a cell alone.
 
 compare:
-  base_stage: joint            # a cell is this stage, with the command line's changes, and the cell's own on top
+  base_stage: joint            # a cell is this stage, with the changes of the command line, then those of the cell
   baseline: frozen             # the cell that the others are compared with
   seeds: [0, 1, 2]
   cells:
@@ -38,8 +38,8 @@ class Matrix:
 
 
 def read_matrix(section: Any, source: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
-    """The settings, the cells' own sections by name and those of the axes' choices in a `compare` section of a file,
-    every key checked. Raises ValueError."""
+    """Return the settings, the sections of each cell and those of each axis' choices in a `compare` section of a file.
+    Raises ValueError for a wrong key."""
     content = _named(section, "compare", source)
     for key in content:
         if key not in KEYS:
@@ -54,7 +54,7 @@ def read_matrix(section: Any, source: str) -> tuple[dict[str, Any], dict[str, An
 
 
 def _sections(section: Any, key: str, source: str) -> dict[str, Any]:
-    """Settings by the names that they stand under."""
+    """Return the settings by the names that they stand under."""
     found = {}
     for name, part in _named(section, key, source).items():
         found[name] = checked(part, Settings, f"{key}.{name}.", source)
@@ -100,12 +100,12 @@ def combined(cells: Mapping[str, Any], axes: Mapping[str, Mapping[str, Any]]) ->
 
 
 def folder_of(cell: str) -> str:
-    """The folder of a cell's runs: its name with everything else than letters, digits, _ and . as one hyphen."""
+    """Return the folder of a cell's runs: its name, with one hyphen for all but letters, digits, _ and a full stop."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", cell).strip("-.")
 
 
 def check_matrix(config: CompareConfig, cells: Sequence[str], stages: Sequence[str]) -> None:
-    """Raises ValueError for a stage or a baseline that does not exist, and for seeds that are none."""
+    """Refuse a stage or a baseline that does not exist, and wrong seeds. Raises ValueError."""
     if not cells:
         raise ValueError("compare.cells: needs cells, or axes whose combinations are cells")
     known = f"must name a stage of this file: {', '.join(stages) or 'there are none'}."
@@ -122,7 +122,7 @@ def check_matrix(config: CompareConfig, cells: Sequence[str], stages: Sequence[s
 
 
 def check_start(cell: str, init_from: str, stages: Sequence[str], base_stage: str) -> None:
-    """Raises ValueError where a cell starts from the stage that it stands for, or from a later one."""
+    """Refuse a cell that starts from the stage that it stands for, or from a later one. Raises ValueError."""
     earlier = list(stages[: stages.index(base_stage)]) if base_stage in stages else []
     if init_from in stages and init_from not in earlier:
         allowed = f"must be a stage before {base_stage}: {', '.join(earlier) or 'there is none'}"

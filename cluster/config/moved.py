@@ -1,5 +1,5 @@
-"""Paths of a run folder that was moved, renamed or copied: what its config.yaml names inside the run is looked for
-where the folder lies now."""
+"""Mends the paths of a run folder that was moved, renamed or copied: files inside the run are looked for where the
+folder lies now."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Checks that refuse a run before anything is written, started or trained; each refusal is one ValueError."""
+"""Refuses runs before anything is written, started or trained, each time by one ValueError."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +34,8 @@ SAME_RUN = (
     *("encoder.name", "encoder.fresh.", "encoder.tokenizer.", "encoder.towers", "encoder.pooling", "encoder.normalize"),
     *("encoder.max_", "generator.kind", "generator.name", "generator.fresh.", "generator.tokenizer.", "generator.max_"),
     *("encoder.lora.", "generator.lora."),
-    *(
-        "objective.name",
-        "objective.function",
-        "training.train",
-        "pretraining.",
-        "questions.target",
-        "questions.refusal",
-        "questions.labels",
-    ),
+    *("objective.name", "objective.function", "training.train", "pretraining."),
+    *("questions.target", "questions.refusal", "questions.labels"),
     *("questions.choice_template", "generator.template", "generator.passage_template", "generator.chat_template"),
     "generator.system_prompt",
     *("retrieval.hybrid", "lexical.", "reranker.mode", "reranker.name", "reranker.fresh.", "reranker.max_"),
@@ -142,12 +135,12 @@ def check_where(settings: Settings, passages: Path, corpus: Path | None = None) 
 
 
 def uses_index(settings: Settings) -> bool:
-    """A warm start, closed-book training and long prompts search nothing."""
+    """Return False for a warm start, closed-book training and long prompts, which search nothing."""
     return not needs(settings.objective).in_batch and settings.retrieval.source not in ("none", "long")
 
 
 def with_absolute_models(settings: Settings) -> Settings:
-    """Model folders by their absolute paths: trainers and refresh workers run in another working folder."""
+    """Return `settings` with absolute paths of models and code: trainers and workers run in another working folder."""
 
     def absolute(name: str) -> str:
         return str(Path(name).resolve()) if name and Path(name).is_dir() else name

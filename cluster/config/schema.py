@@ -1,4 +1,4 @@
-"""Configuration text against the dataclasses: reads YAML and refuses names that no dataclass has, with a suggestion.
+"""Reads YAML and refuses names that no dataclass has, with a suggestion.
 
 Values stay text here; the type of the setting converts them later (`cluster/config/experiment.py`).
 """
@@ -31,7 +31,7 @@ class _TextLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """The content of a YAML text, every scalar as a string. Raises ValueError that names `source` and the line."""
+    """Return the content of a YAML text, every scalar as a string. Raises ValueError with `source` and line."""
     try:
         return yaml.load(text, Loader=_TextLoader)
     except yaml.MarkedYAMLError as error:
@@ -42,8 +42,8 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def checked(value: Any, kind: Any, key: str, source: str) -> Any:
-    """`value` after every key below it was found in `kind`: a dataclass, list[str] or scalar type. `key` is the dotted
-    name of the value, with a dot at its end unless empty. Raises ValueError."""
+    """Return `value` if `kind` (a dataclass, list[str] or scalar type) has every key below it. `key` is the dotted name
+    of the value, with a dot at its end unless empty. Raises ValueError."""
     name = key.rstrip(".")
     if is_dataclass(kind):
         if value in ("", None):
@@ -77,8 +77,8 @@ def checked(value: Any, kind: Any, key: str, source: str) -> Any:
 
 
 def kind_of(parts: list[str], kind: Any, prefix: str, known: list[str] | None = None) -> Any:
-    """The type of the setting that `parts` name below `kind`; a number names an item of a list. `known`: what a refusal
-    of the first part suggests, if not the fields of `kind`. Raises ValueError."""
+    """Return the type of the setting that `parts` name below `kind`; a number names an item of a list. A refusal of the
+    first part suggests `known`, else the fields of `kind`. Raises ValueError."""
     for position, part in enumerate(parts):
         if get_origin(kind) is dict:
             return Any

@@ -1,4 +1,4 @@
-"""The names of all settings, and the nearest ones to a name that does not exist."""
+"""Lists the names of all settings, and finds the nearest ones to a name that does not exist."""
 
 import re
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""Settings of the run and of its place on the machines, and the root of all sections."""
+"""Declares the settings of the run and of its place on the machines, and the root of all sections."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Checks of a resolved configuration: allowed values, ranges, and settings that contradict each other.
+"""Checks a resolved configuration for allowed values, ranges, and settings that contradict each other.
 
 Every refusal is one ValueError that names the setting, its value and what is allowed. Whether files exist is seen by
 those who open them. What a setting may be by itself is declared in its field.
@@ -125,7 +125,7 @@ def _check_objective(settings: Settings) -> None:
 
 
 def _check_context(settings: Settings) -> None:
-    """Where passages come from, and long prompts."""
+    """Refuse sources of passages and long prompts that cannot be."""
     retrieval, evaluation, needle = settings.retrieval, settings.evaluation, settings.evaluation.needle
     if settings.objective.name in CONTRASTIVE:
         return
@@ -158,7 +158,7 @@ def _check_context(settings: Settings) -> None:
 
 
 def _check_attention(settings: Settings) -> None:
-    """What reads or bends the generator's attention; whether a checkpoint attends at all, its files say."""
+    """Refuse an attention kernel that hides what the objective reads or changes. Files say if a checkpoint attends."""
     name, generator = settings.objective.name, settings.generator
     reads = name == "adist" and generator.traits.checkpoint != "encoder"
     bends = name == "loop" and generator.traits.encoder_decoder
@@ -189,7 +189,7 @@ def _check_alignment(settings: Settings) -> None:
 
 
 def _check_index(settings: Settings) -> None:
-    """The kind of index, by itself; whether the corpus is large enough for it is seen when it is known."""
+    """Refuse a kind of index that cannot be. The size of the corpus is checked later, when it is known."""
     index, k = settings.index, settings.retrieval.k
     kind = parse(index.factory)
     if index.device == "gpu":
@@ -202,7 +202,7 @@ def _check_index(settings: Settings) -> None:
 
 
 def _check_refresh(settings: Settings) -> None:
-    """When the index follows: a policy that can decide, and a bound that some refresh can keep."""
+    """Refuse a refresh policy that cannot decide, and a bound on staleness that no refresh can keep."""
     refresh = settings.refresh
     if refresh.policy != "every_steps":
         for setting, value in (
@@ -232,7 +232,7 @@ def _check_refresh(settings: Settings) -> None:
 
 
 def _check_slow(index: IndexConfig) -> None:
-    """What a search does about a slow shard must be possible."""
+    """Refuse a reaction to a slow shard that is not possible."""
     if index.on_slow != "wait" and not index.slow_after_s:
         raise refuse("index.slow_after_s", 0, f"must be above 0 with index.on_slow={index.on_slow}")
     if index.on_slow == "hedge" and index.replicas < 2:
@@ -243,7 +243,7 @@ def _check_slow(index: IndexConfig) -> None:
 
 
 def _check_questions(settings: Settings) -> None:
-    """Which answers are trained on, and how questions with options and refusals are put."""
+    """Refuse wrong templates, labels, refusals and splits of questions."""
     questions = settings.questions
     fields = re.findall(r"\{(\w*)\}", questions.choice_template)
     wrong = [name for name in fields if name not in ("question", "options") or fields.count(name) > 1]

@@ -1,9 +1,8 @@
-"""The verbs of the command line in words: the help that is printed and the page docs/cli.md are made from these. Needs
-the standard library alone."""
+"""Describes the verbs of the command line. The printed help and the page docs/cli.md are made from these."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from textwrap import fill
+from textwrap import fill, indent
 
 from cluster.config.setting_names import DECLARED
 
@@ -178,23 +177,16 @@ def verb_help(name: str) -> str:
     """Return the help of one verb: usage, what it does, reads and writes, options, examples, settings."""
     verb = VERBS[name]
     rows = [("reads", verb.reads), ("writes", verb.writes), *verb.options]
-    width = max(len(label) for label, _ in rows) + 2
-    parts = [f"usage: tandem {name} {verb.usage}", fill(verb.does, 118)]
-    parts.append("\n".join(fill(f"{label:{width}}{text}", 118, subsequent_indent=" " * width) for label, text in rows))
+    parts = [f"usage: tandem {name} {verb.usage}", fill(verb.does, 118), _table(rows, 118)]
     parts.append("\n".join(["examples:", *(f"  {example}" for example in verb.examples)]))
     if verb.settings:
-        named = settings_of(verb)
-        width = max(map(len, named)) + 2
-        lines = [
-            fill(f"{setting:{width}}{DECLARED[setting][1].meaning}", 116, subsequent_indent=" " * width).replace(
-                "\n", "\n  "
-            )
-            for setting in named
-        ]
-        parts.append("\n  ".join(["settings that matter to it (tandem settings lists all):", *lines]))
+        named = [name for name in DECLARED if any(fnmatch(name, pattern) for pattern in verb.settings)]
+        rows = [(setting, DECLARED[setting][1].meaning) for setting in named]
+        parts.append(f"settings that matter to it (tandem settings lists all):\n{indent(_table(rows, 116), '  ')}")
     return "\n\n".join(parts)
 
 
-def settings_of(verb: Verb) -> list[str]:
-    """Return the names of the settings that matter to a verb."""
-    return [name for name in DECLARED if any(fnmatch(name, pattern) for pattern in verb.settings)]
+def _table(rows: list[tuple[str, str]], width: int) -> str:
+    """Return (label, text) rows as two columns, wrapped at `width` characters."""
+    column = max(len(label) for label, _ in rows) + 2
+    return "\n".join(fill(f"{label:{column}}{text}", width, subsequent_indent=" " * column) for label, text in rows)
