@@ -6,13 +6,10 @@ have absolute paths there; what they name is looked for beside the run first.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from indexing.corpus.snapshot import MANIFEST, write_file
-
-if TYPE_CHECKING:
-    from cluster.prepare.stores import Prepared
 
 BASE_FILE = "base.json"
 
@@ -41,14 +38,14 @@ def recorded_stores(folder: Path) -> tuple[Path, Path] | None:
     return next((places for places in (*near, named) if all(place.is_dir() for place in places)), None)
 
 
-def check_same_data(folder: Path, prepared: "Prepared") -> None:
+def check_same_data(folder: Path, passages: Path, questions: Mapping[str, Path]) -> None:
     """Refuse to go on in the run folder `folder`, or to take it for finished, with other passages or questions than it
-    was started with. Raises ValueError that names what has changed."""
+    was started with. `questions`: the store of each split. Raises ValueError that names what has changed."""
     found = recorded_stores(folder)
-    if found is None or found[0].resolve() == prepared.passages.resolve():
+    if found is None or found[0].resolve() == passages.resolve():
         return
-    stores = {"passages": (found[0], prepared.passages)}
-    stores |= {f"questions {split}": (found[0].parent / path.name, path) for split, path in prepared.questions.items()}
+    stores = {"passages": (found[0], passages)}
+    stores |= {f"questions {split}": (found[0].parent / path.name, path) for split, path in questions.items()}
     changed = [name for name, (before, now) in stores.items() if before.is_dir() and not _are_alike(before, now)]
     if changed:
         raise ValueError(
