@@ -48,8 +48,8 @@ class DoneLexical:
 
 
 class OneGeneration:
-    """Holds the generation that a checkpoint names, brought up to the corpus as it is now; if none is on disk, the whole
-    corpus is encoded. It has the part of an `IndexService` that a search needs. One thread at a time may call it."""
+    """Holds the generation that a checkpoint names, brought up to the corpus as it is now; without one on disk, the
+    whole corpus is encoded. Has the part of an `IndexService` that a search needs. One thread at a time may call it."""
 
     def __init__(
         self, settings: Settings, store: LiveStore, *, checkpoint: Path | None, encode: Encode, lexical: Path | None

@@ -147,7 +147,7 @@ def _check(experiment: Experiment) -> None:
 
 
 def _refuse_misfits(stages: dict[str, Settings], prepared: dict[str, Prepared]) -> None:
-    """Refuse, before anything starts, a stage whose memory the machines do not have. Warnings are left to the stages."""
+    """Refuse, before anything starts, a stage whose memory the machines do not have. Each stage warns by itself."""
     for name, settings in stages.items():
         if not is_finished(settings):
             check_fit(settings, placement_of(settings), num_passages(prepared[name]), lambda _: None)

@@ -9,7 +9,7 @@ DEFAULT_FILE = ROOT / "configs" / "quickstart.yaml"
 
 
 def find_file(path: str) -> Path:
-    """Return the YAML file that `path` names; a run folder stands for its config.yaml. Raises ValueError with a suggestion."""
+    """Return the YAML file that `path` names, the config.yaml of a run folder. Raises ValueError with a suggestion."""
     file = Path(path)
     if file.is_file():
         return file

@@ -34,8 +34,8 @@ from indexing.declare import check_values, differences, refuse, suggestion
 
 @dataclass(frozen=True)
 class Experiment:
-    """Holds the runs that a configuration asks for. `stages` maps names to complete settings, in order; a file without stages has
-    one, named ""."""
+    """Holds the runs that a configuration asks for. `stages` maps names to complete settings, in order; a file
+    without stages has one, named ""."""
 
     settings: Settings  # what all stages share
     stages: dict[str, Settings]

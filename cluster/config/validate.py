@@ -1,7 +1,7 @@
 """Checks a resolved configuration for allowed values, ranges, and settings that contradict each other.
 
-Every refusal is one ValueError that names the setting, its value and what is allowed. Whether files exist is seen by
-those who open them. What a setting may be by itself is declared in its field.
+Every refusal is one ValueError that names the setting, its value and the allowed values. The code that opens a file
+refuses a missing one. The values that a setting may have by itself are declared in its field.
 """
 
 import re
