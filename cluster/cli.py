@@ -65,7 +65,7 @@ def _command(arguments: list[str]) -> int:
 
 
 def _settings(rest: list[str]) -> int:
-    """The verb that lists settings."""
+    """Run the verb that lists settings."""
     if len(rest) > 1:
         return _mistake("settings takes one pattern at most: tandem settings [PATTERN]")
     try:
@@ -75,7 +75,7 @@ def _settings(rest: list[str]) -> int:
 
 
 def _corpus(rest: list[str]) -> int:
-    """The verb that names a run and what to change in it."""
+    """Run the verb that names a run and what to change in it."""
     from cluster.prepare import corpus_changes
 
     try:
@@ -91,7 +91,7 @@ def _corpus(rest: list[str]) -> int:
 
 
 def _work(verb: str, rest: list[str]) -> int:
-    """A verb that reads a configuration."""
+    """Run a verb that reads a configuration."""
     questions: list[str] = []
     if verb == "ask":
         if not rest or not rest[0].strip() or rest[0].endswith((".yaml", ".yml")):
@@ -116,7 +116,7 @@ def _work(verb: str, rest: list[str]) -> int:
 
 
 def split_questions(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The first argument, with the further ones that put the same question otherwise, and the rest. A phrasing is
+    """Return the first argument with those that put the same question otherwise, and the rest. A phrasing is
     several words that are neither a file nor a setting."""
 
     def is_phrasing(argument: str) -> bool:
@@ -128,7 +128,7 @@ def split_questions(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def read_experiment(arguments: list[str]) -> "Experiment":
-    """The experiment that files and overrides among `arguments` describe. Raises ValueError."""
+    """Return the experiment that files and overrides among `arguments` describe. Raises ValueError."""
     from cluster.config.experiment import load
 
     options = [argument for argument in arguments if argument.startswith("-")]
@@ -179,7 +179,7 @@ def _run(verb: str, experiment: "Experiment", questions: list[str]) -> int | Non
 
 
 def show(experiment: "Experiment") -> str:
-    """The resolved configuration of every stage as YAML documents, each under a comment with its run folder."""
+    """Return the resolved configuration of every stage as YAML documents, each under a comment with its run folder."""
     from cluster.config.experiment import to_yaml
 
     parts: list[str] = []

@@ -1,4 +1,4 @@
-"""Attempts at something that another process may not be ready for, with pauses in between and a deadline."""
+"""Tries something again that another process may not be ready for, with pauses in between and a deadline."""
 
 import math
 import time
@@ -30,7 +30,7 @@ class Attempts:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the deadline, 0 after it."""
+        """Return the seconds until the deadline, 0 after it."""
         return max(0.0, self.deadline - time.monotonic())
 
     def extend(self) -> None:

@@ -33,7 +33,8 @@ class Declaration:
 
     @property
     def values(self) -> str:
-        """The allowed values in words that complete "must be ..."; empty where everything of the type is allowed."""
+        """Return the allowed values in words that complete "must be ..."; empty where everything of the type is
+        allowed."""
         if self.allowed:
             return self.allowed
         if self.choices:

@@ -1,4 +1,4 @@
-"""Hits of the shards to hits of the corpus.
+"""Merges the hits of the shards to hits of the corpus.
 
 Every query is answered by one index generation: hits of two generations are never mixed. Equal scores are ordered by
 passage number, so that the number of shards cannot change the answer of an exhaustive index.
@@ -71,7 +71,7 @@ class Indexed:
 
 @dataclass(frozen=True)
 class ShardIndexed:
-    """A shard's part of that."""
+    """The rows of one shard for these passages."""
 
     places: np.ndarray  # int64 [found]: of its own passages among those that were asked for
     vectors: np.ndarray | None  # float32 [found, dim]
@@ -80,7 +80,7 @@ class ShardIndexed:
 
 
 def best_first(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` best columns of each row, by falling score and then by rising id; an id of -1 comes last.
+    """Return the `k` best columns of each row, by falling score and then by rising id; an id of -1 comes last.
 
     `scores` float32 [batch, columns], `ids` int64 [batch, columns]; returns scores and ids [batch, k].
     """
@@ -94,8 +94,8 @@ def _order(scores: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
 
 
 def merge(shard_hits: Sequence[ShardHits], k: int, allow_fewer: bool = False) -> Hits:
-    """The `k` best hits over all shards, which must have answered from the same generation; with the vectors of as
-    many leading ones as every shard gave vectors for.
+    """Return the `k` best hits over all shards, which must have answered from the same generation; with the vectors of
+    as many leading ones as every shard gave vectors for.
 
     Raises ValueError when generations or weights versions differ, when the shards together hold fewer than `k`
     passages (each of them answers with all its rows then), or when fewer pass a filter, unless `allow_fewer`.
@@ -152,8 +152,8 @@ COLUMNS = ("ids", "scores", "vectors", "versions", "lexical", "places")  # of Hi
 
 
 def chosen(hits: Hits, order: np.ndarray) -> Hits:
-    """The hits in the columns `order` int64 [batch, n], and everything that belongs to them; vectors are left out where
-    they are those of fewer hits."""
+    """Return the hits in the columns `order` int64 [batch, n], and everything that belongs to them; vectors are left
+    out where they are those of fewer hits."""
     changed: dict[str, Any] = {}
     for name in COLUMNS:
         values = vars(hits)[name]
@@ -166,7 +166,7 @@ def chosen(hits: Hits, order: np.ndarray) -> Hits:
 
 
 def without(hits: Hits, gone: np.ndarray) -> Hits:
-    """`hits` with no passage where `gone` bool [batch, k] says so."""
+    """Return `hits` without a passage where `gone` bool [batch, k] says so."""
     return replace(
         hits,
         ids=np.where(gone, -1, hits.ids),
@@ -177,7 +177,7 @@ def without(hits: Hits, gone: np.ndarray) -> Hits:
 
 
 def filled(hits: Hits, k: int) -> Hits:
-    """`hits` of at least `k` columns: further ones have no passage, and no vector."""
+    """Return `hits` of at least `k` columns: further ones have no passage, and no vector."""
     missing = k - hits.ids.shape[1]
     if missing <= 0:
         return hits
@@ -192,7 +192,7 @@ def filled(hits: Hits, k: int) -> Hits:
 
 
 def _each(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.ndarray | None:
-    """Weights versions of the columns of `order`; None where every hit is of its generation's."""
+    """Return the weights versions of the columns of `order`; None if every hit has that of its generation."""
     if all(hits.versions is None for hits in shard_hits):
         return None
     parts = [np.full(h.ids.shape, h.weights_version) if h.versions is None else h.versions for h in shard_hits]
@@ -200,8 +200,8 @@ def _each(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.ndarray | No
 
 
 def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.ndarray | None:
-    """Vectors of the first columns of `order`, which counts through the columns of all shards; None if a shard has
-    none. The n best of all are among the n best of their own shard, so its leading vectors suffice."""
+    """Return the vectors of the first columns of `order`, which counts through the columns of all shards; None if a
+    shard has none. The n best of all are among the n best of their own shard, so its leading vectors suffice."""
     parts: list[np.ndarray] = [hits.vectors for hits in shard_hits if hits.vectors is not None]
     if len(parts) < len(shard_hits):
         return None
@@ -218,7 +218,7 @@ def _leading_vectors(shard_hits: Sequence[ShardHits], order: np.ndarray) -> np.n
 
 
 def _check_filtered(k: int, num_allowed: int, allow_fewer: bool) -> int:
-    """`k`, or as many as pass the filter. Raises ValueError where that is fewer, unless `allow_fewer`."""
+    """Return `k`, or as many as pass the filter. Raises ValueError where that is fewer, unless `allow_fewer`."""
     if k > num_allowed and not allow_fewer:
         allowed = f"must be at most {num_allowed}, the passages that pass the filter retrieval.where"
         raise refuse("retrieval.k", k, allowed)

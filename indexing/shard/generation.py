@@ -1,4 +1,5 @@
-"""One index generation of one shard: a big index that never changes, and what has become different since it was built.
+"""Holds one index generation of one shard: a big index that never changes, and what has become different since it was
+built.
 
     base     FAISS index over the rows of sorted passage numbers; shared by all generations derived from one another
     delta    further passages, and passages of the base encoded again: sorted numbers, vectors, weights versions
@@ -43,17 +44,17 @@ class Base:
 
     @property
     def num_rows(self) -> int:
-        """Passages in the index."""
+        """Return the number of passages in the index."""
         return 0 if self.index is None else self.index.num_vectors
 
     def number_of(self, rows: np.ndarray) -> np.ndarray:
-        """Passage numbers of rows; -1 stays -1."""
+        """Return the passage numbers of rows; -1 stays -1."""
         if self.numbers is None:
             return np.where(rows < 0, -1, rows + self.start)
         return np.where(rows < 0, -1, self.numbers[rows])
 
     def row_of(self, numbers: np.ndarray) -> np.ndarray:
-        """Rows of passage numbers, -1 for those that are not here."""
+        """Return the rows of passage numbers, -1 for those that are not here."""
         if self.numbers is None:
             rows = numbers - self.start
             return np.where((rows >= 0) & (rows < self.num_rows), rows, -1)
@@ -84,7 +85,7 @@ class View:
 
     @property
     def num_rows(self) -> int:
-        """Passages that may be returned."""
+        """Return the number of passages that may be returned."""
         return self.num_base + self.num_delta
 
 
@@ -106,20 +107,20 @@ class Generation:
 
     @property
     def dim(self) -> int:
-        """Number of dimensions of the vectors; 0 if there are none."""
+        """Return the number of dimensions of the vectors; 0 if there are none."""
         if self.base.index is not None:
             return self.base.index.dim
         return 0 if self.delta is None else self.delta.vectors.shape[1]
 
     @property
     def num_living(self) -> int:
-        """Passages that may be returned."""
+        """Return the number of passages that may be returned."""
         return self._view.num_rows
 
     @property
     def figures(self) -> Figures:
-        """Bytes of base and delta, for each passage that may be returned. Recall and seconds are those of the base when
-        it was built: of the delta everything is found."""
+        """Return the bytes of base and delta, for each passage that may be returned. Recall and seconds are those of
+        the base when it was built: of the delta everything is found."""
         figures, living, delta = self.base.figures, self.num_living, self.delta
         if not figures.bytes_per_passage or not living:
             return figures
@@ -128,7 +129,7 @@ class Generation:
 
     @property
     def oldest_version(self) -> int:
-        """Weights version of the passage that was encoded longest ago, of those that may be returned."""
+        """Return the weights version of the passage that was encoded longest ago, of those that may be returned."""
         versions = [self.base.weights_version] if self._view.num_base else []
         if self.delta is not None and self._view.num_delta:
             versions.append(int(self.delta.versions.min()))
@@ -160,8 +161,8 @@ class Generation:
     def search(
         self, queries: np.ndarray, k: int, num_vectors: int = 0, view: View | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """The `k` best passages for each of float32 `queries` [batch, dim], fewer where fewer may be returned (`view`;
-        None: all that are living).
+        """Return the `k` best passages for each of float32 `queries` [batch, dim], fewer where fewer may be returned
+        (`view`; None: all that are living).
 
         Returns scores float32 [batch, columns], falling, passage numbers int64, equal scores by number (where the kind
         of index finds too few: -1 with -inf), the vectors of the first `num_vectors` of them or None, and their weights
@@ -205,8 +206,8 @@ class Generation:
         corpus_version: int,
         config: IndexConfig,
     ) -> "Generation":
-        """This generation with the passages `numbers` (sorted) added, or in place of what they were here; it shares the
-        base. Raises ValueError for another number of dimensions."""
+        """Return this generation with the passages `numbers` (sorted) added, or in place of what they were here; it
+        shares the base. Raises ValueError for another number of dimensions."""
         if self.delta is not None:
             kept = ~contains(numbers, self.delta.numbers) & ~contains(self.hidden, self.delta.numbers)
             numbers = np.concatenate([self.delta.numbers[kept], numbers])
@@ -226,7 +227,7 @@ class Generation:
         return derived
 
     def _see(self) -> View:
-        """Masks of what is neither hidden nor replaced."""
+        """Return masks of the rows that are neither hidden nor replaced."""
         base, delta = self.base, self.delta
         rows = base.row_of(self.hidden)
         out = np.union1d(rows[rows >= 0], self._replaced)
@@ -242,7 +243,8 @@ class Generation:
         return View(base_mask, delta_mask, base.num_rows - len(out), num_delta)
 
     def _vectors(self, numbers: np.ndarray) -> np.ndarray | None:
-        """Vectors float32 [..., dim] of numbers that a search returned; None where the kind of index has none."""
+        """Return vectors float32 [..., dim] of passage numbers that a search returned; None where the kind of index has
+        none."""
         rows = self.base.row_of(numbers)
         if self.delta is None:
             return self._base_vectors(rows)
@@ -278,8 +280,8 @@ def build_base(
     seed: int,
     recent: np.ndarray | None = None,
 ) -> Base:
-    """A big index over the vectors of these passages, measured with the `recent` queries [any, dim]. Raises ValueError
-    as `build_index`."""
+    """Return a big index over the vectors of these passages, measured with the `recent` queries [any, dim]. Raises
+    ValueError as `build_index`."""
     index, figures = vectors.build(seed, recent) if vectors.num_rows else (None, UNKNOWN)
     key = secrets.token_hex(8)
     return Base(
@@ -295,13 +297,13 @@ def build_base(
 
 
 def make_delta(numbers: np.ndarray, versions: np.ndarray, vectors: np.ndarray, config: IndexConfig) -> Delta:
-    """The delta of sorted passage numbers, searched exhaustively, in the precision of the base where that is too."""
+    """Return the delta of sorted passage numbers, searched exhaustively; an exhaustive base gives it its precision."""
     factory = config.factory if config.factory in EXHAUSTIVE else EXHAUSTIVE[0]
     exact = replace(config, factory=factory, device="cpu", rescore_candidates=0, products="float32")
     return Delta(numbers, versions, vectors, build_index(vectors, exact))
 
 
 def _both(mask: np.ndarray | None, passing: np.ndarray) -> tuple[np.ndarray, int]:
-    """bool [rows]: true in both (None: all of them are), and how many."""
+    """Return bool [rows], true in both (None: all of them are), and how many."""
     both = passing if mask is None else mask & passing
     return both, int(np.count_nonzero(both))

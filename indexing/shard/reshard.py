@@ -1,4 +1,4 @@
-"""A saved generation on another number of shards than it was saved with.
+"""Loads a saved generation on another number of shards than it was saved with.
 
 A new shard owns a range of the base corpus, and every so many-th of the passages added later: it takes them from
 whichever saved shards have them. Big index: rows of one saved shard keep their codes, bit for bit, whatever the kind (a
@@ -34,14 +34,14 @@ from indexing.shard.shard_files import BASE, INDEX_FILE, SHARD_PREFIX, check_sav
 
 @dataclass(frozen=True)
 class _Saved:
-    """A saved shard."""
+    """Describes a saved shard."""
 
     path: Path
     extra: dict[str, Any]
 
     @property
     def base(self) -> Path:
-        """The directory of its big index."""
+        """Return the directory of its big index."""
         return self.path / BASE if self.extra.get("derived") else self.path
 
     @property
@@ -53,12 +53,12 @@ class _Saved:
         return int(self.extra.get("stop", 0))
 
     def base_numbers(self) -> np.ndarray:
-        """int64 [rows], sorted: passages of the big index."""
+        """Return the passages of the big index, int64 [rows], sorted."""
         path = self.base / "numbers"
         return map_array(path, "int64") if path.is_file() else np.arange(self.start, self.stop)
 
     def has_added(self, num_base: int) -> bool:
-        """True if it has passages beyond the base corpus."""
+        """Return True if it has passages beyond the base corpus."""
         path = self.base / "numbers"
         parts = [map_array(path, "int64")] if path.is_file() else []
         if self.extra.get("derived"):
@@ -68,7 +68,7 @@ class _Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class _Owner:
-    """The passages that a new shard owns."""
+    """Describes the passages that a new shard owns."""
 
     shard: int
     start: int
@@ -77,14 +77,14 @@ class _Owner:
     num_base: int
 
     def owns(self, numbers: np.ndarray) -> np.ndarray:
-        """bool, as `numbers`."""
+        """Return which of `numbers` it owns, bool of the same shape."""
         added = (numbers >= self.num_base) & ((numbers - self.num_base) % self.num_shards == self.shard)
         return added | ((numbers >= self.start) & (numbers < self.stop))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows of a saved big index."""
+    """Names rows of a saved big index."""
 
     path: Path  # its directory
     extra: dict[str, Any]
@@ -172,7 +172,7 @@ def load_range(
 def _taken(
     saved: _Saved, owner: _Owner, generation: int, config: IndexConfig
 ) -> tuple[_Part, tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
-    """Rows of the big index, and numbers, versions and vectors of the delta, that `owner` takes from `saved`."""
+    """Return rows of the big index, and numbers, versions and vectors of the delta, that `owner` takes from `saved`."""
     check_saved(saved.path, saved.extra, generation=generation, factory=config.factory)
     numbers = saved.base_numbers()
     rows = np.flatnonzero(owner.owns(numbers))
@@ -189,7 +189,7 @@ def _taken(
 
 
 def _of_one_version(parts: list[_Part]) -> tuple[list[_Part], list[_Part]]:
-    """The parts of the weights version that most rows are of, and the others."""
+    """Return the parts of the weights version that most rows have, and the others."""
     rows = Counter[int]()
     for part in parts:
         rows[part.extra["weights_version"]] += len(part.rows)
@@ -199,7 +199,7 @@ def _of_one_version(parts: list[_Part]) -> tuple[list[_Part], list[_Part]]:
 
 
 def _base(parts: list[_Part], owner: _Owner, *, config: IndexConfig, seed: int, directory: str | Path) -> Base:
-    """One big index of these parts."""
+    """Return one big index of these parts."""
     kind = parse(config.factory)
     numbers = np.concatenate([part.numbers for part in parts]) if parts else np.empty(0, np.int64)
     order = np.argsort(numbers)
@@ -240,7 +240,7 @@ def _check_joined(parts: Sequence[_Part], kind: Kind, directory: str | Path) -> 
 def _as_delta(
     part: _Part, known: np.ndarray, config: IndexConfig, directory: str | Path
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers, versions and vectors of the rows of `part` that are not `known` (sorted) already."""
+    """Return numbers, versions and vectors of the rows of `part` that are not `known` (sorted) already."""
     _check_joined([part], parse(config.factory), directory)
     new = ~contains(known, part.numbers)
     part = replace(part, rows=part.rows[new], numbers=part.numbers[new])
@@ -249,7 +249,7 @@ def _as_delta(
 
 
 def _cut(part: _Part, config: IndexConfig) -> Index:
-    """The rows of `part` with their codes as they are."""
+    """Return the rows of `part` with their codes as they are."""
     saved = Index.read(part.path / INDEX_FILE, replace(config, device="cpu"))
     index, halves, rows = saved.faiss_index, saved.halves, part.rows
     inner = inner_of(index)
@@ -294,7 +294,7 @@ def _vectors(part: _Part, config: IndexConfig) -> np.ndarray:
 
 
 def _read_saved(directory: str | Path) -> list[_Saved]:
-    """The saved shards, in order. Damaged ones are left out: what is missing then is noticed."""
+    """Return the saved shards, in order. Damaged ones are left out: what is missing then is noticed."""
     found = []
     for path in sorted(Path(directory).glob(f"{SHARD_PREFIX}*")):
         try:

@@ -1,4 +1,4 @@
-"""The table of one shard: the generations that serve, their users, and the passages that none returns any more.
+"""Holds the table of one shard: the generations that serve, their users, and the passages that none returns any more.
 
 A search pins the generation that it asks, so that it is not freed meanwhile. `release` takes a generation off the table
 at once and waits, with a bound, until the last user that pinned it is done; `hide` waits likewise for the searches that
@@ -54,7 +54,7 @@ class ServingTable:
         self._searching: Counter[int] = Counter()  # searches under way, by the era that they began in
 
     def newest(self) -> int:
-        """The newest generation that serves, -1 without one. With the lock held."""
+        """Return the newest generation that serves, -1 without one. Call with the lock held."""
         return max((number for number, served in self.served.items() if not served.released), default=-1)
 
     def is_open(self, generation: int) -> bool:
@@ -62,7 +62,7 @@ class ServingTable:
         return generation in self.served and not self.served[generation].released
 
     def open_ones(self) -> dict[int, Generation]:
-        """Generations that serve and were not released, by number. With the lock held."""
+        """Return the generations that serve and were not released, by number. Call with the lock held."""
         return {number: one.generation for number, one in self.served.items() if not one.released}
 
     def add(self, number: int, generation: Generation) -> None:

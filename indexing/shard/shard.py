@@ -1,4 +1,4 @@
-"""One shard of the passages with its own FAISS index: a few committed generations, and what is staged of the next.
+"""Serves one shard of the passages with a FAISS index: a few committed generations, and the staged rows of the next.
 
 A shard owns a contiguous range of the base corpus, and every so many-th of the passages added to it later. A generation
 is either built (`begin`, all its rows are staged, `prepare` builds a new big index) or derived from another one
@@ -40,12 +40,12 @@ from indexing.shard.staging import Staging
 
 
 class NotBegun(Exception):
-    """Rows came for a generation whose passages this shard does not know: it came back empty since."""
+    """Raised if rows come for a generation whose passages this shard does not know: it came back empty since."""
 
 
 class Shard:
-    """Passages `start` to `stop` - 1 of the base corpus, and some added ones. Every method may be called from any
-    thread."""
+    """Serves passages `start` to `stop` - 1 of the base corpus, and some added ones. Every method may be called from
+    any thread."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Shard:
         seed: int = 0,
         metadata: MetadataColumns | None = None,
     ) -> None:
-        """`metadata` of the shard's passages, for searches with a filter."""
+        """Make an empty shard. `metadata` is that of its passages, for searches with a filter."""
         if not 0 <= start < stop:
             raise ValueError(f"shard {shard_number} cannot hold passages {start} to {stop - 1}")
         self.shard_number, self.start, self.stop = shard_number, start, stop
@@ -143,7 +143,7 @@ class Shard:
             staging = self._staging
             begun = staging is not None and staging.generation == generation
             if not begun and not isinstance(start, int) and not self._is_served(generation):
-                raise NotBegun(f"shard {self.shard_number} was not told what generation {generation} has")
+                raise NotBegun(f"shard {self.shard_number} does not know the passages of generation {generation}")
             if isinstance(start, int) and (start < self.start or start + len(vectors) > self.stop):
                 raise ValueError(
                     f"passages {start} to {start + len(vectors) - 1} are not in shard {self.shard_number}, "
@@ -230,9 +230,9 @@ class Shard:
         num_vectors: int = 0,
         where: Filter | None = None,
     ) -> ShardHits:
-        """The best `k` passages of this shard, or all where it has fewer, from `generation` (None: the newest); with
-        the indexed vectors of the first `num_vectors`, where the kind of index keeps them. `where`: of those passages
-        alone that pass the filter.
+        """Return the best `k` passages of this shard, or all if it has fewer, from `generation` (None: the newest),
+        with the indexed vectors of the first `num_vectors` if the kind of index keeps them. `where` leaves the
+        passages that pass the filter.
 
         `queries` float32 [batch, dim]. Raises GenerationGone, and ValueError for a wrong shape, NaN, k < 1, or a filter
         that asks for a field that no passage has.
@@ -353,7 +353,7 @@ class Shard:
             return self._serving.is_open(generation)
 
     def _find(self, generation: int) -> Generation | None:
-        """A generation that is served, or staged and prepared. Call with the table lock held."""
+        """Return a generation that is served, or staged and prepared. Call with the table lock held."""
         if self._serving.is_open(generation):
             return self._serving.served[generation].generation
         staging = self._staging
@@ -371,7 +371,7 @@ class Shard:
         wanted: tuple[np.ndarray | None, int] | None = None,
     ) -> Staging | None:
         """Return the staging of a generation that is built, None if rows come too late. `dim`: of the rows that are
-        there, 0 for none; `wanted`: passages and corpus version, where they are told. Call with the staging lock
+        there, 0 for none; `wanted`: passages and corpus version, if they are known. Call with the staging lock
         held."""
         with self._table:
             staging, committed = self._staging, self._serving.served.get(generation)
@@ -415,7 +415,7 @@ class Shard:
 
 
 def shard_ranges(num_passages: int, num_shards: int) -> list[tuple[int, int]]:
-    """(start, stop) of each shard: contiguous, sizes equal but for one. Raises ValueError for too many shards."""
+    """Return (start, stop) of each shard, contiguous and of sizes equal but for one. Raises ValueError for too many."""
     if not 1 <= num_shards <= num_passages:
         raise refuse("index.num_shards", num_shards, f"must be 1 to {num_passages}, the number of passages")
     bounds = [num_passages * number // num_shards for number in range(num_shards + 1)]

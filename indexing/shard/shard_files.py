@@ -1,4 +1,4 @@
-"""A shard's generation on disk.
+"""Writes and reads a shard's generation on disk.
 
     shard-NNNN/                      a generation as it was built
         index.faiss                  absent where it has no passages
@@ -90,12 +90,12 @@ def read_generation(path: Path, config: IndexConfig) -> tuple[Generation, dict[s
 
 
 def delta_numbers(path: Path) -> np.ndarray:
-    """Passage numbers int64 [n], sorted, of the delta in the directory of a derived generation."""
+    """Return the passage numbers int64 [n], sorted, of the delta in the directory of a derived generation."""
     return map_array(path / "delta.numbers", "int64")
 
 
 def read_delta(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same, with weights versions int64 [n] and vectors float32 [n, dim]."""
+    """Return the same, with weights versions int64 [n] and vectors float32 [n, dim]."""
     numbers, versions = (np.array(map_array(path / f"delta.{name}", "int64")) for name in ("numbers", "versions"))
     vectors = np.array(map_array(path / "delta.vectors", "float32"))
     return numbers, versions, vectors.reshape(len(numbers), -1) if len(numbers) else np.empty((0, 0), np.float32)

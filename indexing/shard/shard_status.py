@@ -26,5 +26,6 @@ class ShardStatus:
 
     @property
     def staged(self) -> list[StagingStatus]:
-        """The generations that are being staged: none, one to be built, one to be derived, or both in this order."""
+        """Return the generations that are being staged: none, one to be built, one to be derived, or both in this
+        order."""
         return [staging for staging in (self.building, self.deriving) if staging is not None]

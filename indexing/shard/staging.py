@@ -1,5 +1,5 @@
-"""The next generation of one shard while its rows arrive. No locks: `indexing/shard/shard.py` holds one around every
-call."""
+"""Holds the next generation of one shard while its rows arrive. No locks: `indexing/shard/shard.py` holds one around
+every call."""
 
 from dataclasses import dataclass
 
@@ -56,7 +56,7 @@ class Staging:
 
     @property
     def key(self) -> tuple[int, int]:
-        """The order of attempts: the generation, then the weights version."""
+        """Return the order of attempts: the generation, then the weights version."""
         return self.generation, self.weights_version
 
     def status(self) -> StagingStatus:

@@ -1,5 +1,5 @@
-"""Memory of a generation while its vectors arrive: the storage of the coming index itself where it keeps vectors as
-they are (`Flat`, `SQfp16` on CPU), otherwise float32 rows beside it, which are let go when it is built."""
+"""Holds the vectors of a generation while they arrive: in the storage of the coming index if it keeps them as they are
+(`Flat`, `SQfp16` on CPU), otherwise in float32 rows beside it, which are let go when it is built."""
 
 import time
 from typing import Any
@@ -43,8 +43,8 @@ class WaitingVectors:
             self._rows[rows] = vectors
 
     def build(self, seed: int, recent: np.ndarray | None = None) -> tuple[Index, Figures]:
-        """The index over all rows, measured with the `recent` queries [any, dim]. Raises ValueError as `build_index`;
-        all rows stay then."""
+        """Return the index over all rows, measured with the `recent` queries [any, dim]. Raises ValueError as
+        `build_index`; all rows stay then."""
         if self._too_large.any():
             allowed = f"must be Flat: a vector has a number beyond {FLOAT16_MAX}"
             raise refuse("index.factory", self._config.factory, allowed)

@@ -1,4 +1,4 @@
-"""The changes of a live corpus: an append-only log of numbered versions beside a base store that never changes.
+"""Keeps the changes of a live corpus: an append-only log of numbered versions beside a base store that never changes.
 
     corpus/versions/version-000001.json    what the first change did; written last, by one rename
     corpus/segments/segment-000001/        a small passage store: the passages that this change brought
