@@ -52,9 +52,7 @@ def printed(answer: Answer, hybrid: bool) -> str:
     lines = [answer.text, "", f"from {answer.checkpoint}; p(z|q), index score, {places}passage:"]
     for passage in answer.passages:
         origin = f"dense {_shown(passage.dense_places)}  " if hybrid or several else ""
-        origin = (
-            f"dense {_shown(passage.dense_places)}  lexical {_shown(passage.lexical_places)}  " if hybrid else origin
-        )
+        origin += f"lexical {_shown(passage.lexical_places)}  " if hybrid else ""
         text = passage.text if len(passage.text) <= WIDTH else f"{passage.text[:WIDTH]}..."
         found = f"{passage.probability or 0.0:.3f}  {passage.score:.3f}  {origin}{passage.id}  {passage.title}: {text}"
         lines.append(f"  {found}")
