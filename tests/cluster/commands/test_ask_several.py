@@ -96,7 +96,7 @@ def test_words_and_vectors_and_a_reranker(tmp_path: Path, hybrid: str) -> None:
     questions = [f"where was {store.passage(0).title} born?", f"{store.passage(0).title} birth place"]
     answer = answer_question(settings, tmp_path, checkpoint, questions)
     for line in answer.split("passage:\n")[1].splitlines():
-        dense, lexical = (line.split(f"{name} ")[1].split("  ")[0].split("/") for name in ("dense", "words"))
+        dense, lexical = (line.split(f"{name} ")[1].split("  ")[0].split("/") for name in ("dense", "lexical"))
         passage = next(row for row in range(len(store)) if f"  {store.passage(row).id}  " in line)
         for question, place in zip(questions, lexical, strict=True):
             ranking = words.search([question], 30)[1][0].tolist()
