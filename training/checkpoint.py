@@ -114,12 +114,12 @@ def load_checkpoint(path: Path, engine: "Engine") -> tuple[dict[str, Any], dict[
     snapshot.verify(path, contents=False)
     engine.load(path / "engine")
     state = json.loads((path / "state.json").read_text())
-    own = path / f"rank-{engine.rank}.pt"
-    return state, torch.load(own, map_location="cpu", weights_only=False, pickle_module=_Pickles)
+    rank_file = path / f"rank-{engine.rank}.pt"
+    return state, torch.load(rank_file, map_location="cpu", weights_only=False, pickle_module=_Pickles)
 
 
 class _Pickles:
-    """What `torch.load` needs of a pickle module, for files in which classes may have the names of earlier versions."""
+    """A pickle module for `torch.load`, for files in which classes may have the names of earlier versions."""
 
     class Unpickler(pickle.Unpickler):
         """Finds moved classes under their present names."""
