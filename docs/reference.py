@@ -35,7 +35,10 @@ def cli_page() -> str:
     """Return cli.md: the help of the command line and of each verb."""
     parts = [f"# Command line\n\n```text\n{overview()}\n```\n"]
     parts += [f"## {name}\n\n```text\n{verb_help(name)}\n```\n" for name in VERBS]
-    exits = "Exit codes: 0 done, 1 failed, 2 a mistake in the command or the configuration, 130 after Ctrl-C, 143 after another signal.\n"
+    exits = (
+        "Exit codes: 0 done, 1 failed, 2 a mistake in the command or the configuration, 130 after Ctrl-C, 143 after "
+        "another signal.\n"
+    )
     return NOTE + "\n".join([*parts, exits])
 
 

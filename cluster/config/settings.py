@@ -82,6 +82,12 @@ class RefreshConfig:
     max_failures: int = setting(3, "Number of failures of one refresh before it is given up until the next publish.",
         unit="failures")
     chunk_timeout_s: float = setting(600.0, "Seconds that a worker may take for one chunk.", unit="s", above=0)
+    grace_s: float = setting(10.0, "Seconds that a replaced generation stays open for trainers that have not heard of "
+        "the next one.", unit="s", least=0)
+    snapshot_wait_s: float = setting(60.0, "Seconds that a refresh waits for the snapshot of a generation that has to "
+        "make room; it is given up then.", unit="s", least=0)
+    hung_after_s: float = setting(40.0, "Seconds without an answer after which the coordinator, which never waits, is "
+        "ended and started again.", unit="s", above=0)
 
 
 @dataclass(kw_only=True)
@@ -102,6 +108,8 @@ class ClusterConfig:
         above=0)
     stop_timeout_s: float = setting(30.0, "Seconds that a stopped run (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1) may take to "
         "save and end. It is ended at once afterwards.", unit="s", above=0)
+    change_timeout_s: float = setting(600.0, "Seconds that a job may take to serve a change of its corpus.", unit="s",
+        above=0)
     check_fit: str = setting("refuse", "Reaction to a launch whose memory, as `plan` counts it, the machines do not "
         "have.", choices=("refuse", "warn", "off"))
     memory_margin: float = setting(0.1, "Share of every memory that `plan` and the check before a launch leave free.",

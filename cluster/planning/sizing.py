@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from training.measuring.sizes import EncoderSize, GeneratorSize
 
 SHARED_GPU = (0.6, 0.2, 0.2)  # Share of a GPU that serves all: trainer, refresh worker, shard
-COMMIT_S = 0.05
+COMMIT_S = 0.05  # Seconds of a commit, which only swaps names
 RAY_CALL_S, RAY_SHARD_S = 0.0015, 0.0005  # seconds of one search through Ray, and per shard (benchmarks/search.py)
 
 

@@ -37,9 +37,8 @@ if TYPE_CHECKING:
     from cluster.prepare.stores import Prepared
 
 RUNNING_FILE, SERVING_FILE = "running.json", "serving.json"
-SERVED_S = 600.0  # that a change may take to be served
-ALIVE_S = 10.0  # within which a job on another machine shows a sign of life
-POLL_S = 0.05
+ALIVE_S = 10.0  # Seconds within which a job on another machine shows a sign of life: ten of its beats
+POLL_S = 0.05  # Seconds between two looks at a small file, which the disk's cache answers
 ACTIONS = ("add", "update", "delete", "show")
 USAGE = "tandem corpus add|update RUN file.jsonl, corpus delete RUN id ... (or --file ids.txt), corpus show RUN"
 
@@ -116,7 +115,8 @@ def change(settings: "Settings", folder: Path, wanted: Wanted) -> Changed:
     corpus = folder / "corpus"
     sides = passage_sides(settings, tokenizers) if wanted.put else []
     made = change_corpus(store, wanted, sides=sides, keep=settings.retrieval.k)
-    served = wait_until_served(corpus, made.version) if is_running(corpus) else {}
+    timeout_s = settings.cluster.change_timeout_s
+    served = wait_until_served(corpus, made.version, timeout_s) if is_running(corpus) else {}
     return Changed(
         version=made.version,
         num_put=len(wanted.put),
@@ -162,7 +162,7 @@ def is_running(corpus: Path) -> bool:
     return False
 
 
-def wait_until_served(corpus: Path, version: int, timeout_s: float = SERVED_S) -> dict[str, Any]:
+def wait_until_served(corpus: Path, version: int, timeout_s: float) -> dict[str, Any]:
     """Wait until the job serves `version` of the corpus; what `serving.json` says then. Raises TimeoutError with what
     the job waits for, and RuntimeError when the job ends: the change is made in either case."""
     deadline, looked = time.monotonic() + timeout_s, time.monotonic()

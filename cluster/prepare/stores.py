@@ -40,7 +40,7 @@ from training.run_text import RunText
 from training.training_settings import PREFERENCE, TokenizerConfig
 
 Say = Callable[[str], None]
-REPORT_EVERY_S = 5.0
+REPORT_EVERY_S = 5.0  # Seconds between two lines of progress
 SECTIONS = {"retriever": "encoder", "generator": "generator", "reranker": "reranker"}  # tokeniser folder: settings
 
 

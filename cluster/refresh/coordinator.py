@@ -55,10 +55,8 @@ from indexing.corpus.stores.changes import ChangeLog
 from indexing.dense.probe import UNKNOWN, Figures
 from indexing.shard.shard_status import ShardStatus
 
-GRACE_S = 10.0  # that a replaced generation stays open for clients that have not heard of the next one
-RETRY_S = 1.0  # before a failed refresh is tried again
+RETRY_S = 1.0  # Seconds before a failed refresh is tried again: a moment for what failed to end
 NOT_GIVEN_UP = "", 0  # the reason, and the publish that was given up: neither
-DISK_S = 60.0  # that a commit waits for the snapshot of a generation that has to make room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +68,8 @@ class RefreshSettings:
     chunk_timeout_s: float
     search_timeout_s: float
     first_generation: int  # this service's numbers begin here
+    grace_s: float = 10.0
+    snapshot_wait_s: float = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +309,7 @@ class RefreshCoordinator:
 
     def _make_room(self) -> None:
         """Close the generation before the serving one: a shard holds two, and one being built."""
-        deadline = time.monotonic() + DISK_S
+        deadline = time.monotonic() + self.settings.snapshot_wait_s
         serving = self.serving.number
         while any(generation < serving for generation in self.snapshots.pending()) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -372,7 +372,7 @@ class RefreshCoordinator:
     def tick(self) -> None:
         """Repair lost shards; close a generation that nobody names any more."""
         self.repair.check()
-        if time.monotonic() - self.serving.replaced_at > GRACE_S:
+        if time.monotonic() - self.serving.replaced_at > self.settings.grace_s:
             self.serving.clear(keep=self.snapshots.pending(), abort=False)
 
     # Before the threads start.

@@ -23,7 +23,7 @@ import numpy as np
 from cluster.refresh.ports import Chunk, Events, RefreshFailed, ShardLost, ShardPort, Weights, WorkerLost, WorkerPort
 from indexing.shard.shard import NotBegun
 
-RETRY_S = 0.5  # between attempts to reach a worker that was lost
+RETRY_S = 0.5  # Seconds between attempts to reach a worker that was lost
 STALL_FACTOR = 3.0  # of refresh.chunk_timeout_s without any chunk done: the job is given up
 
 

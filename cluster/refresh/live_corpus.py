@@ -32,7 +32,7 @@ from indexing.corpus.stores.changes import ChangeLog
 from indexing.shard.shard import Shard
 
 SERVING_FILE = "serving.json"
-BEAT_S = 1.0  # between signs of life for those who wait
+BEAT_S = 1.0  # Seconds between two signs of life for those who wait
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from cluster.refresh.ports import Events, RefreshFailed, ShardLost, ShardPort
 from indexing.dense.probe import Figures, combined
 from indexing.shard.shard_status import ShardStatus
 
-POLL_S = 0.2  # while a shard is awaited
+POLL_S = 0.2  # Seconds between two looks at a shard that is awaited
 
 
 class ShardGroup:

@@ -42,9 +42,9 @@ from indexing.shard.shard import Shard
 from training.reporting.jsonl import read_rows
 from training.training_settings import EncoderConfig
 
-TICK_S = 1.0  # s between two looks at publishes and shards; a publish is noticed at once
-CORPUS_S = 0.1  # between looks for a change of the corpus
-RETRY_S = 2.0  # after an unexpected error
+TICK_S = 1.0  # Seconds between two looks at publishes and shards; a publish is noticed at once
+CORPUS_S = 0.1  # Seconds between two looks for a change of the corpus
+RETRY_S = 2.0  # Seconds after an unexpected error
 # A search never queues behind a build, a status behind nothing; nor does what makes a change visible.
 SHARD_THREADS = {"search": 4, "build": 6, "change": 2, "status": 2}
 NICENESS = 10  # of a refresh worker on CPU, so that training keeps its cores

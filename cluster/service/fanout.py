@@ -26,7 +26,7 @@ from cluster.service.actors import Gone
 from cluster.service.ray_ports import NamedActor, get
 from indexing.hits import ShardHits, ShardIndexed
 
-EVENT_S = 10.0  # between two events of one slow shard
+EVENT_S = 10.0  # Seconds between two events of one slow shard
 Answer = ShardHits | ShardIndexed | Gone
 
 

@@ -31,8 +31,8 @@ from indexing.corpus.snapshot import named_errors
 from indexing.shard.shard import Shard
 from indexing.shard.shard_status import ShardStatus
 
-STATUS_S = 10.0  # a status never waits for anything; a loaded machine is slow
-QUICK_S = 90.0  # calls that wait for a search or a lock at most (release: 60 s)
+STATUS_S = 10.0  # Seconds for a status, which waits for nothing; a loaded machine is slow
+QUICK_S = 90.0  # Seconds for calls that wait for a search or a lock at most (release: 60)
 
 
 class NamedActor:

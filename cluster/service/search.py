@@ -39,9 +39,8 @@ from indexing.shard.serving import GenerationGone
 from training.retrieving.retrieve import IndexStatus
 
 INLINE_BYTES = 100_000  # larger queries are put into the object store once instead of being sent with every call
-ASK_S = 5.0  # for one status
-STATUS_AGE_S = 0.05  # a status younger than this is not asked for again
-HUNG_S = 40.0  # a coordinator silent for so long is killed, and starts again: it never waits for anything
+ASK_S = 5.0  # Seconds for one status
+STATUS_AGE_S = 0.05  # Seconds: a younger status is not asked for again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +53,7 @@ class IndexAddress:
     num_passages: int
     search_timeout_s: float
     events_path: str
+    hung_after_s: float = 40.0  # a coordinator silent for so long is killed, and starts again
     replicas: int = 1
     slowness: Slowness = WAIT
     where: Filter | None = None  # of every search that names no other one; num_passages are those that pass it
@@ -403,7 +403,7 @@ class IndexClient:
             self._probe = None
             return
         silent_s = time.monotonic() - self._probe_at
-        if self._published is not None and silent_s > HUNG_S:
+        if self._published is not None and silent_s > self.address.hung_after_s:
             self._events("coordinator_killed", why=f"silent for {silent_s:.0f} s")
             self._coordinator.kill()
             self._asked = self._probe = None

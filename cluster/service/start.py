@@ -122,7 +122,7 @@ def start_index_service(
 
     prefix = f"index-{uuid.uuid4().hex[:8]}"
     address = replace(
-        _address(namespace, index, prefix=prefix, lexical=lexical is not None),
+        _address(namespace, index, refresh, prefix=prefix, lexical=lexical is not None),
         num_passages=log.num_living() if where is None else count_passing(store, where, corpus),
         events_path=str(run_dir / "events.jsonl"),
         where=where,
@@ -172,7 +172,7 @@ def _identity_of(
     return replace(identity, lexical=Path(lexical).name)
 
 
-def _address(namespace: str, index: IndexConfig, *, prefix: str, lexical: bool) -> IndexAddress:
+def _address(namespace: str, index: IndexConfig, refresh: RefreshConfig, *, prefix: str, lexical: bool) -> IndexAddress:
     """Return the names of the actors of a service whose corpus is not known yet."""
     return IndexAddress(
         namespace=namespace,
@@ -184,6 +184,7 @@ def _address(namespace: str, index: IndexConfig, *, prefix: str, lexical: bool) 
         ),
         num_passages=0,
         search_timeout_s=index.search_timeout_s,
+        hung_after_s=refresh.hung_after_s,
         events_path="",
         replicas=index.replicas,
         slowness=Slowness(index.slow_after_s, index.on_slow),
@@ -222,6 +223,8 @@ def _refresh_settings(refresh: RefreshConfig, index: IndexConfig, run_dir: Path)
         chunk_timeout_s=refresh.chunk_timeout_s,
         search_timeout_s=index.search_timeout_s,
         first_generation=_next_number(run_dir),
+        grace_s=refresh.grace_s,
+        snapshot_wait_s=refresh.snapshot_wait_s,
     )
 
 

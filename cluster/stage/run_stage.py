@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
 CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
-RESULT_POLL_S = 0.2
+RESULT_POLL_S = 0.2  # Seconds between two looks at the console of rank 0
 HOPELESS = (ValueError, FloatingPointError, TimeoutError)  # in a trainer: starting it again would end the same way
 
 

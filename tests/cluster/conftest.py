@@ -33,7 +33,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A coordinator among fakes tries again at once."""
     monkeypatch.setattr(coordinator, "RETRY_S", 0.0)
-    monkeypatch.setattr(coordinator, "DISK_S", 0.0)
     monkeypatch.setattr(encode_queue, "RETRY_S", 0.0)
     monkeypatch.setattr(shards, "POLL_S", 0.01)
 

@@ -31,7 +31,7 @@ import numpy as np
 from indexing.corpus.snapshot import TornSnapshot, write_file
 
 FORMAT = 1
-POLL_S = 0.05
+POLL_S = 0.05  # Seconds between two attempts to take the lock of the log
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,11 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from cluster.refresh import coordinator as refresh_module
 from cluster.refresh.encode_queue import split
 from cluster.refresh.ports import Chunk, ShardLost, Weights
 from indexing.shard.shard import Shard
@@ -324,7 +324,7 @@ def test_the_generation_before_stays_open_until_the_next_commit_needs_its_place(
     assert world.served() == [{1: 7, 2: 8}] * 3
     build(coordinator, 9)
     assert world.served() == [{2: 8, 3: 9}] * 3
-    monkeypatch.setattr(refresh_module, "GRACE_S", 0.0)
+    monkeypatch.setattr(coordinator, "settings", replace(coordinator.settings, grace_s=0.0))
     coordinator.tick()
     assert world.served() == [{2: 8, 3: 9}] * 3  # generation 2 is not on disk yet
     while coordinator.snapshots.work():
@@ -333,9 +333,8 @@ def test_the_generation_before_stays_open_until_the_next_commit_needs_its_place(
     assert world.served() == [{3: 9}] * 3
 
 
-def test_a_commit_waits_for_the_snapshot_that_has_to_make_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refresh_module, "DISK_S", 10.0)
-    coordinator = world.coordinator()
+def test_a_commit_waits_for_the_snapshot_that_has_to_make_room(world: World) -> None:
+    coordinator = world.coordinator(snapshot_wait_s=10.0)
     build(coordinator, 7)
     build(coordinator, 8)
     thread = threading.Thread(target=build, args=(coordinator, 9))

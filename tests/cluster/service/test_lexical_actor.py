@@ -89,7 +89,7 @@ def lexical_of(client: IndexClient) -> LexicalClient:
 def test_both_parts_answer_and_the_generation_names_them(
     client: IndexClient, service: IndexServiceHandle, corpus: Corpus, words: Path
 ) -> None:
-    hits = hybrid(client, corpus)(NUMBERS, QUERIES, 6, 6).result()
+    hits = hybrid(client, corpus)(NUMBERS, QUERIES, 6, num_vectors=6).result()
     np.testing.assert_array_equal(hits.ids, expected_hits(corpus, words, 1, 6))
     assert hits.vectors is not None
     np.testing.assert_allclose(hits.vectors, corpus.vectors(1)[hits.ids], rtol=1e-4, atol=1e-6)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.service import search
 from tests.cluster.survival.checker import wrong
 from tests.cluster.survival.conftest import REFRESH, Victim, answer
 from tests.cluster.survival.observers import (
@@ -175,7 +174,7 @@ def test_a_stopped_coordinator_and_a_stopped_shard_are_replaced(
 ) -> None:
     """The shard is the coordinator's to see to, and the coordinator that of the client that publishes, however often it
     does."""
-    monkeypatch.setattr(search, "HUNG_S", 3.0)
+    monkeypatch.setattr(victim.client, "address", replace(victim.client.address, hung_after_s=3.0))
     generation, killed = answer(victim), len(victim.events("shard_killed"))
     hung = len(victim.events("coordinator_killed"))
     victim.client.save_generation(generation, 30.0)
