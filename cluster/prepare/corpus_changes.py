@@ -54,7 +54,7 @@ class Command:
 
 
 def parse(arguments: list[str]) -> Command:
-    """The command of `corpus ARGUMENTS`. Raises ValueError."""
+    """Return the command of `corpus ARGUMENTS`. Raises ValueError."""
     if not arguments or arguments[0] not in ACTIONS:
         given = f"corpus {arguments[0]}" if arguments else "corpus"
         raise ValueError(f"{given}: allowed are {', '.join(ACTIONS)}: {USAGE}")
@@ -183,7 +183,7 @@ def wait_until_served(corpus: Path, version: int, timeout_s: float) -> dict[str,
 
 
 def _open(settings: "Settings", folder: Path) -> tuple[LiveStore, Path]:
-    """The corpus of a run, and where its tokenisers lie. Raises ValueError."""
+    """Open the corpus of a run; return it, and where its tokenisers lie. Raises ValueError."""
     places = recorded_stores(folder)
     if places is None:
         from cluster.prepare.stores import prepare_data
@@ -241,7 +241,7 @@ def _beat(corpus: Path) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A small JSON file that is replaced as a whole; nothing where there is none."""
+    """Return the content of a small JSON file that is replaced as a whole; {} if there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 def prepare_preferences(
     settings: Settings, folder: Path, *, store: Store, text: RunText, train: bool, say: Say
 ) -> dict[str, Path]:
-    """The stores by what they are for, `train` (only where wanted and the objective learns from preferences) and
+    """Return the stores by what they are for, `train` (only where wanted and the objective learns from preferences) and
     `evaluate`; writes what is not there yet. Raises ValueError for bad settings and, with `on_bad: error`, lines."""
     config, wanted = settings.preferences, {}
     if settings.objective.name not in PREFERENCE and not config.path:
@@ -63,7 +63,7 @@ def prepare_preferences(
 
 
 def _prepared_before(settings: Settings, folder: Path, train: bool) -> dict[str, Path]:
-    """The stores that are there of a file that is gone. Raises ValueError where one lacks."""
+    """Return the stores that are left of a file that is gone. Raises ValueError where one lacks."""
     config, dpo = settings.preferences, settings.objective.name == "dpo"
     wanted = {"evaluate": ("pairs", config.evaluate)} if config.evaluate else {}
     if train and settings.objective.name in PREFERENCE:

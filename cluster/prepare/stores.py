@@ -90,7 +90,7 @@ def prepare_data(settings: Settings, root: Path, say: Say, splits: Iterable[str]
 
 
 def with_corpus(settings: Settings, root: Path, say: Say) -> Settings:
-    """The same settings with paths filled in; generates the synthetic world where no corpus is named."""
+    """Return the settings with paths filled in; generate the synthetic world if no corpus is named."""
     corpus, questions = settings.corpus, settings.questions
     if not corpus.path:
         world = root / "world"
@@ -264,8 +264,8 @@ def _tell_bad(report: CorpusReport, path: str, say: Say) -> None:
 
 
 def _data_folder(settings: Settings, root: Path, text: RunText) -> Path:
-    """The folder of the stores that fit: by key; else, where the files that they were made from are gone or are a world
-    of the run's own, the one that this run or the run that it starts from was started with."""
+    """Return the folder of the stores that fit: by key; else, where the files that they were made from are gone or are
+    a world of the run's own, the one that this run or the run that it starts from was started with."""
     passages, questions = text.passage_sides, text.question_sides
     ordered = (passages[0], questions[0], passages[1], questions[1], text.answer_side, *passages[2:], *questions[2:])
     prints = [side.fingerprint for side in ordered]

@@ -61,7 +61,8 @@ class Builder:
         self._max_failures, self._wait_s = max_failures, wait_s
 
     def whole(self, generation: int, weights: Weights, corpus_version: int, urgent: bool = False) -> GenerationPlan:
-        """A generation of all passages that are living at `corpus_version`: a new big index, without deleted rows."""
+        """Return the plan of a generation of all passages that are living at `corpus_version`: a new big index, without
+        deleted rows."""
 
         def begin(shard: ShardPort) -> None:
             shard.call(Shard.begin, generation, weights.version, self._owned(shard, corpus_version), corpus_version)
@@ -166,7 +167,7 @@ class Builder:
         return lost
 
     def _unstaged(self, plan: GenerationPlan) -> set[int]:
-        """Shards that lack rows of a plan."""
+        """Return the shards that lack rows of a plan."""
         version = plan.corpus_version
         return self._shards.lacking(
             lambda status, generation: has_staged_all(status, generation, version), plan.generation

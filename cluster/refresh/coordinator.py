@@ -27,7 +27,7 @@ one that completes it (`cluster/refresh/recovery.py`). Until the last shard has 
 which every living shard still has. Before the decision any failure aborts g everywhere.
 
 Who waits for whom (`cluster/service/actors.py` starts the threads):
-- `publish`, `status` and `save_generation` are called by Ray; they take the lock for a moment and never wait.
+- `publish`, `status`, `keep_newest` and `save_generation` are called by Ray; they hold the lock for a moment only.
 - The refresh thread waits for a publish, then for workers and shards, each bounded by its port.
 - The corpus thread (`cluster/refresh/live_corpus.py`) follows the changes of the corpus and commits them beside a
   refresh.
@@ -173,7 +173,7 @@ class RefreshCoordinator:
             self._events("publish_dropped", weights_version=dropped.version, newer=weights.version)
 
     def status(self) -> CoordinatorStatus:
-        """The newest state."""
+        """Return the newest state."""
         served = self.live.served
         serving, oldest_version, figures = self.serving.view()
         with self._changed:
@@ -208,7 +208,8 @@ class RefreshCoordinator:
         return newest.generation
 
     def save_generation(self, generation: int) -> str | None:
-        """The directory of a generation that is on disk, which is protected from now on; None while it is written.
+        """Return the directory of a generation that is on disk, which is protected from now on; None while it is
+        written.
 
         Raises OSError when it is neither served nor on disk, or could not be written.
         """
@@ -343,7 +344,7 @@ class RefreshCoordinator:
         )
 
     def _in_order(self, status: ShardStatus) -> bool:
-        """A shard that lost the serving generation gets it back first, if that is possible."""
+        """Give a shard that lost the serving generation this generation back first, if that is possible."""
         serving = self.serving.now
         return serving is None or serving.generation in status.generations or self.repair.beyond_repair
 

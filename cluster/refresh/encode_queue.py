@@ -28,7 +28,7 @@ STALL_FACTOR = 3.0  # of refresh.chunk_timeout_s without any chunk done: the job
 
 
 def split(shards: Iterable[ShardPort], chunk_passages: int) -> list[Chunk]:
-    """The passages of `shards` in chunks that never cross a shard's border."""
+    """Return the passages of `shards` in chunks that never cross a shard's border."""
     return [
         Chunk(shard.number, start, min(start + chunk_passages, shard.stop))
         for shard in shards
@@ -140,7 +140,7 @@ class EncodePool:
             self._changed.notify_all()
 
     def _serve(self, worker: WorkerPort) -> None:
-        """The thread of one worker."""
+        """Run the thread of one worker."""
         while (taken := self._take()) is not None:
             job, chunk = taken
             try:
@@ -156,7 +156,7 @@ class EncodePool:
                 self._finish(job, chunk, None)
 
     def _take(self) -> tuple[Job, Chunk] | None:
-        """The next chunk; waits for one. None: stop."""
+        """Wait for the next chunk and return it; None: stop."""
         with self._changed:
             while not self._stopped:
                 for job in self._jobs:

@@ -66,7 +66,7 @@ class LiveCorpus:
 
     @property
     def served(self) -> ServedCorpus:
-        """The version of the corpus that is served."""
+        """Return the version of the corpus that is served."""
         serving = self._serving.now
         corpus, generation = (self.log.version, -1) if serving is None else (serving.corpus_version, serving.generation)
         version = min(self.hidden, corpus)

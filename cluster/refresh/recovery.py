@@ -32,7 +32,7 @@ def take_over(
     hung_s: float,
     hide: Callable[[ShardPort, ShardStatus], None],
 ) -> tuple[Serving | None, int]:
-    """The serving generation, which all living shards have when this returns, and the number of the next one.
+    """Return the serving generation, which all living shards then have, and the number of the next one.
 
     `initial` is a snapshot and its directory; `hide` makes sure that a shard returns nothing that was deleted. A shard
     that is silent for `hung_s` is killed: the one who would do that in a run, the repair, starts after this. Raises
@@ -90,7 +90,7 @@ def _load(
 
 
 def _wish(statuses: Sequence[ShardStatus], generation: int) -> Wish:
-    """A generation that some shard serves, or has prepared."""
+    """Return a generation that some shard serves, or has prepared."""
     for status in statuses:
         if generation in status.generations:
             return Wish(generation, status.generations[generation], status.corpora[generation])

@@ -93,12 +93,12 @@ def _with_room(replica: ShardPort, commit: Callable[[], T]) -> T:
 
 
 def _worst(errors: list[Exception]) -> Exception:
-    """A loss that came with silence, which alone ends in a restart, before others."""
+    """Return a loss that came with silence, which alone ends in a restart, before others."""
     return next((error for error in errors if isinstance(error, ShardLost) and error.silent), errors[0])
 
 
 def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
-    """The status of a shard whose replicas have these: served, staged and prepared is what all of them have.
+    """Return the status of a shard whose replicas have these: served, staged and prepared is what all of them have.
 
     A replica that serves a generation counts as having staged and prepared it; one that does not know it has -1 rows.
     `committed` is the newest of any replica.

@@ -29,7 +29,7 @@ class ServingGeneration:
 
     @property
     def number(self) -> int:
-        """The number of the generation that serves, -1 without one."""
+        """Return the number of the generation that serves, -1 without one."""
         serving = self.now
         return serving.generation if serving else -1
 

@@ -26,7 +26,7 @@ class ShardGroup:
         return len(self._shards)
 
     def pick(self, numbers: Iterable[int]) -> list[ShardPort]:
-        """The shards with these numbers."""
+        """Return the shards with these numbers."""
         return [self._shards[number] for number in sorted(numbers)]
 
     def each(
@@ -48,12 +48,12 @@ class ShardGroup:
             return dict(zip((shard.number for shard in chosen), threads.map(guarded, chosen), strict=True))
 
     def lacking(self, has: Callable[[ShardStatus, int], bool], generation: int) -> set[int]:
-        """Numbers of shards that do not answer, or of which `has(status, generation)` is not true."""
+        """Return the numbers of shards that do not answer, or of which `has(status, generation)` is not true."""
         statuses = [(shard.number, status_or_none(shard)) for shard in self._shards]
         return {number for number, status in statuses if status is None or not has(status, generation)}
 
     def serving(self, generation: int) -> list[ShardStatus]:
-        """The status of each shard that answers, with `generation` as its newest."""
+        """Return the status of each shard that answers, with `generation` as its newest."""
         statuses = [status_or_none(shard) for shard in self._shards]
         return [status for status in statuses if status is not None and status.committed == generation]
 
@@ -93,7 +93,7 @@ def figures_of(statuses: Iterable[ShardStatus]) -> Figures:
 
 
 def status_or_none(shard: ShardPort) -> ShardStatus | None:
-    """The shard's status, None while it is lost."""
+    """Return the shard's status, None while it is lost."""
     status = _status_or_loss(shard)
     return None if isinstance(status, ShardLost) else status
 

@@ -1,10 +1,9 @@
 """Index generations on disk: `index/generation-N/`, written by the shards, sealed with a manifest by the coordinator.
 
-Producers of wishes: every commit, and `save_generation` of a checkpoint. Consumer: one thread that calls `work`; each
-shard then writes its own files, and no search waits for that. A torn or failed snapshot is never read: the directory
-gets its name and manifest at the end. Generations that checkpoints name are protected from pruning, also after a
-restart of the coordinator (`index/protected.json`).
-"""
+Producers of wishes: every commit, and the end of a stage (`save_generation`). Consumer: one thread that calls `work`;
+each shard then writes its own files, and no search waits for that. A torn or failed snapshot is never read: the
+directory gets its name and manifest at the end. Generations that checkpoints name are protected from pruning, also
+after a restart of the coordinator (`index/protected.json`). """
 
 import json
 import os
@@ -60,7 +59,8 @@ class Wish:
 def check_snapshot(
     directory: str | Path, identity: IndexIdentity, contents: bool = True, log: ChangeLog | None = None
 ) -> Wish:
-    """The generation and weights version of a snapshot that fits `identity` and the changes in `log` (None: none).
+    """Return the generation and weights version of a snapshot that fits `identity` and the changes in `log` (None:
+    none).
 
     `contents` False compares sizes only. Raises TornSnapshot for an incomplete one, ValueError for another index.
     """
@@ -143,7 +143,7 @@ class Snapshots:
         return is_complete(self.path(generation))
 
     def newest(self, first: int) -> Wish | None:
-        """The newest generation on disk from number `first` on that fits this run; contents are compared."""
+        """Return the newest generation on disk, from number `first` on, that fits this run; sizes are compared."""
 
         def warn(torn: str) -> None:
             self._events("snapshot_refused", why=torn)
@@ -193,7 +193,7 @@ class Snapshots:
             return None
 
     def pending(self) -> set[int]:
-        """Generations that are still to be written: shards keep them open."""
+        """Return the generations that are still to be written: shards keep them open."""
         with self._lock:
             return set(self._wishes)
 
@@ -276,7 +276,7 @@ class Snapshots:
             self._save_weights(wish, directory, earlier)
 
     def _newest_on_disk(self) -> str | None:
-        """The newest generation that seems to be there."""
+        """Return the newest generation that seems to be there."""
         paths = [path for path in self.directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
         paths = [path for path in paths if (path / MANIFEST).is_file()]
         return str(max(paths, key=lambda path: int(path.name.removeprefix(PREFIX)))) if paths else None

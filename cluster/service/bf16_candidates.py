@@ -50,7 +50,8 @@ class HalfProducts:
         return rows, np.where(length * self._largest < OVERFLOW, ceiling, np.inf)
 
     def _best(self, columns: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `count` best scores float32 [batch, count] by bfloat16 `columns` [dim, batch], in no order, and rows."""
+        """Return the `count` best scores float32 [batch, count] by bfloat16 `columns` [dim, batch], in no order, and
+        rows."""
         total, batch = len(self._halves), columns.shape[1]
         start = min(total, max(FIRST_ROWS, count))
         first = torch.mm(self._halves[:start], columns).T.float().topk(count, sorted=False)
@@ -91,7 +92,7 @@ def _ordered(bits: np.ndarray) -> np.ndarray:
 def _joined(
     scores: np.ndarray, rows: np.ndarray, *, which: np.ndarray, more: np.ndarray, more_rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best of `scores` [batch, count] and of `more` [any], which belong to the queries `which`, rising."""
+    """Return the best of `scores` [batch, count] and of `more` [any], which belong to the queries `which`, rising."""
     batch, count = scores.shape
     numbers = np.bincount(which, minlength=batch)
     place = np.arange(len(which)) - np.repeat(np.cumsum(numbers) - numbers, numbers)

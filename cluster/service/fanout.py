@@ -62,12 +62,12 @@ class Fanout:
         return PendingAnswers(self, method, arguments)
 
     def count(self, what: str) -> None:
-        """One more search that was slow, hedged or refused."""
+        """Count one more search that was slow, hedged or refused."""
         with self._lock:
             self.counts[what] += 1
 
     def note_slow(self, shard: int) -> None:
-        """A search that this shard holds up."""
+        """Note a search that this shard holds up."""
         with self._lock:
             self._unreported[shard] += 1
             if time.monotonic() - self._reported_at.get(shard, -EVENT_S) < EVENT_S:
@@ -103,7 +103,7 @@ class PendingAnswers:
             self._ask_next(self._asked[-1])
 
     def answers(self, deadline: float) -> list[Answer]:
-        """One answer of each shard, waited for until `deadline` (time.monotonic).
+        """Return one answer of each shard, waiting until `deadline` (time.monotonic).
 
         Raises GetTimeoutError then, RayTaskError with what a shard refused, and RayError when no replica of a shard is
         there.
@@ -127,7 +127,7 @@ class PendingAnswers:
         return self._collect(deadline)
 
     def silent(self) -> list[int]:
-        """Shards that have not answered, as far as that is known."""
+        """Return the shards that have not answered, as far as that is known."""
         return [one.shard for one in self._asked if one.answer is None]
 
     def _collect(self, deadline: float) -> list[Answer]:

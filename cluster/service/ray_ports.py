@@ -45,7 +45,8 @@ class NamedActor:
         self.place: Place | None = None  # where its process is, if somebody has asked
 
     def handle(self) -> ActorHandle:
-        """The handle; it stays good when the actor is restarted. Raises ValueError when there is no such actor."""
+        """Return the handle; it stays good when the actor is restarted. Raises ValueError when there is no such
+        actor."""
         if self._handle is None:
             self._handle = ray.get_actor(self.name, namespace=self._namespace)
         return self._handle
@@ -68,7 +69,7 @@ class NamedActor:
 
 
 def get(reference: Any, timeout_s: float | None = None) -> Any:
-    """The value (or values) behind a reference (or references)."""
+    """Return the value (or values) behind a reference (or references)."""
     return ray.get(reference, timeout=timeout_s)
 
 
@@ -124,7 +125,7 @@ class RayShard:
 def ray_shard(
     number: int, start: int, stop: int, names: Sequence[str], namespace: str, step_timeout_s: float
 ) -> RayShard | ReplicatedShard:
-    """The port of a shard whose replicas have these names."""
+    """Return the port of a shard whose replicas have these names."""
     labels = [f"shard {number}, replica {replica}" for replica in range(len(names))] if len(names) > 1 else [""]
     replicas = [
         RayShard(number, start, stop=stop, actor=NamedActor(name, namespace), step_timeout_s=step_timeout_s, name=label)
@@ -189,7 +190,7 @@ def read_weights(version: int, publish_id: int, path: Path) -> Weights:
 
 
 def keep_weights(weights: Weights, timeout_s: float) -> Weights:
-    """A copy of published weights that this process owns: the trainer may die while they are used."""
+    """Return a copy of published weights that this process owns: the trainer may die while they are used."""
     try:
         arrays = ray.get(weights.reference[0], timeout=timeout_s)
         return replace(weights, reference=[ray.put(arrays)])

@@ -60,13 +60,13 @@ class IndexAddress:
     lexical: str = ""  # actor of the lexical index; empty: there is none
 
     def by_shard(self) -> list[tuple[str, ...]]:
-        """The names of each shard's replicas."""
+        """Return the names of each shard's replicas."""
         num_shards = len(self.shards) // self.replicas
         return [self.shards[number::num_shards] for number in range(num_shards)]
 
 
 def new_publish_id() -> int:
-    """A number that no other publish has."""
+    """Return a number that no other publish has."""
     return secrets.randbits(62) + 1
 
 
@@ -221,7 +221,7 @@ class IndexClient:
         return self.address.slowness.after_s if refuses else self.address.search_timeout_s
 
     def too_late(self, why: str) -> TimeoutError:
-        """The error of a search that has waited so long; one that is refused is counted."""
+        """Return the error of a search that has waited so long; count it if it is refused."""
         if self.address.slowness.action == "refuse":
             self._fanout.count("refused")
             limit = self.address.slowness.after_s
@@ -339,7 +339,7 @@ class IndexClient:
     # Status.
 
     def status(self) -> IndexStatus:
-        """The newest known state; asks for a newer one, and does not wait for it."""
+        """Return the newest known state; ask for a newer one, and do not wait for it."""
         with self._lock:
             self._collect()
             if self._asked is None and time.monotonic() - self._status_at > STATUS_AGE_S:
@@ -366,7 +366,7 @@ class IndexClient:
         self.status()
 
     def _ask(self, timeout_s: float) -> CoordinatorStatus | None:
-        """The state now, None when the coordinator does not answer."""
+        """Return the state now, None if the coordinator does not answer."""
         self.status()
         if self._asked is not None:
             ray.wait([self._asked], timeout=timeout_s)
@@ -437,7 +437,7 @@ class IndexClient:
         return bool(status.given_up) and (published is None or status.given_up_publish in (0, published.publish_id))
 
     def _published_here(self, weights_version: int) -> Weights | None:
-        """The newest publish of this client, where that is what is waited for."""
+        """Return the newest publish of this client if its version is the one that is waited for."""
         published = self._published
         return published if published is not None and published.version == weights_version else None
 

@@ -64,11 +64,11 @@ class IndexServiceHandle:
 
     @property
     def num_passages(self) -> int:
-        """Passages that a search may return."""
+        """Return the number of passages that a search may return."""
         return self.address.num_passages
 
     def connect(self) -> IndexClient:
-        """A client for this process."""
+        """Return a client for this process."""
         return IndexClient(self.address)
 
     def stop(self) -> None:
@@ -278,7 +278,7 @@ def encoder_fingerprint(encoder: EncoderConfig, tokenizer_fingerprint: str) -> s
 
 
 def _next_number(run_dir: Path) -> int:
-    """Numbers of generations only grow, also over resumes and torn directories."""
+    """Return the next number of a generation: numbers only grow, also over resumes and torn directories."""
     names = [path.name.removeprefix(PREFIX) for path in (run_dir / "index").glob(f"{PREFIX}*")]
     numbers = [int(name) for name in names if name.isdigit()]
     kinds = ("refresh_started", "derive_started")

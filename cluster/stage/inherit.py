@@ -22,8 +22,8 @@ PASSAGES_FIXED = ("query_only", "generator_only", "none")  # training.train that
 def inherit_corpus(
     init_from: str, run_dir: Path, passages: Store, sides: Callable[[], Sequence[TokenSide]] = lambda: ()
 ) -> ChangeLog:
-    """The changes of this run's corpus. A run that has no checkpoint yet goes on with those of the run that it starts
-    from, where that is over the same base; its own changes stay its own from then on. `sides`: how passages are
+    """Return the changes of this run's corpus. A run that has no checkpoint yet goes on with those of the run that it
+    starts from, where that is over the same base; its own changes stay its own from then on. `sides`: how passages are
     tokenised in this run; what was added there is tokenised again where that run's tokenisers were others."""
     log = ChangeLog(run_dir / "corpus", passages.fingerprint, len(passages))
     folder = Path(init_from).parents[1] / "corpus" if init_from else log.folder
@@ -58,7 +58,7 @@ def inherit_corpus(
 def inherit_index(
     settings: Settings, init_from: str, *, run_dir: Path, identity: IndexIdentity, log: ChangeLog | None = None
 ) -> Path | None:
-    """The generation that the checkpoint `init_from` names, linked into `run_dir/index`; None where it cannot serve.
+    """Link the generation that the checkpoint `init_from` names into `run_dir/index`; None if it cannot serve.
 
     It serves where it was built from the checkpoint's own passage encoder, which this stage does not train, and where
     corpus, tokeniser and kind of index are the same (`identity`), on any number of shards that it can be spread over;
@@ -91,7 +91,7 @@ def inherit_index(
 
 
 def _link(source: str, target: str) -> None:
-    """The files of a generation are never written again: a second name for them is enough, on the same disk."""
+    """Give a file a second name, or copy it to another disk: files of a generation are never written again."""
     try:
         os.link(source, target)
     except OSError:

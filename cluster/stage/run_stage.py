@@ -250,7 +250,7 @@ def stage_settings(settings: Settings, init_from: str) -> StageSettings:
 
 
 def snapshot_to_resume(run_dir: Path) -> Path | None:
-    """The index generation that the newest checkpoint names, if it is on disk and whole."""
+    """Return the index generation that the newest checkpoint names, if it is on disk and whole."""
     newest = newest_checkpoint(run_dir, lambda _: None)
     if newest is None:
         return None
@@ -303,7 +303,7 @@ def _trainer(
     settings: Settings,
     placement: PlacementPlan,
 ) -> "TorchTrainer":
-    """One attempt, not started yet."""
+    """Return one attempt, which is not started yet."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -330,7 +330,7 @@ def _cause(error: "TrainingFailedError") -> Exception:
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    """A trainer process."""
+    """Run one trainer process."""
     import os
 
     import ray.train
