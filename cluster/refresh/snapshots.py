@@ -3,7 +3,7 @@
 Producers of wishes: every commit, and the end of a stage (`save_generation`). Consumer: one thread that calls `work`;
 each shard then writes its own files, and no search waits for that. A torn or failed snapshot is never read: the
 directory gets its name and manifest at the end. Generations that checkpoints name are protected from pruning, also
-after a restart of the coordinator (`index/protected.json`). """
+after a restart of the coordinator (`index/protected.json`)."""
 
 import json
 import os
