@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.code_size import PACKAGES, ROOT, longest_functions, python_files
 
 FACE = "tandem"
-MAX_FUNCTION_LINES, MAX_FILE_LINES = 75, 475  # a signature with an argument a line, and the docstring, count
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 75, 450  # a signature with an argument a line, and the docstring, count
 NO_FIRST_WORD = re.compile(r"(What|Whether|Where|How|Of|Which|As)\b")
 NO_NAMES = {"own", "told", "said", "still", "chief"}
 ONE_CLASS = ("Plan", "Serving", "Question")  # names that at most one class has
