@@ -34,6 +34,7 @@ from training.refreshing.freshness import Freshness
 from training.refreshing.policy import RefreshPlan
 from training.retrieving.retrieve import IndexStatus
 from training.stage import Stage
+from training.stopped import Stopped
 from training.training_settings import EngineConfig, ObjectiveConfig, RetrievalConfig, TrainingConfig
 
 # ---------------------------------------------------------------- pure parts
@@ -228,12 +229,28 @@ def test_evaluate_then_save_then_take(make_run):
     assert [row["step"] for row in run.rows()] == [1, 2, 3, 4]
 
 
-def test_what_was_done_before_an_interruption_is_not_done_again(make_run):
+@pytest.mark.parametrize(("evaluated", "first"), [(2, []), (1, ["evaluate 2"])])
+def test_what_was_done_before_an_interruption_is_not_done_again(make_run, evaluated, first):
+    """An evaluation that the interruption cut short is made again; the checkpoint of the interruption is there."""
     run = make_run(training=TrainingConfig(steps=4, batch_size=2))
-    run.stage.state.step = 2
+    run.stage.state.step, run.stage.state.evaluated = 2, evaluated
     log: list[str] = []
     run.train(noting(log, evaluate_every=1, save_every=1))
-    assert log == ["evaluate 3", "save 3"]
+    assert log == [*first, "evaluate 3", "save 3"]
+
+
+def test_a_stop_ends_the_loop_between_two_steps(make_run):
+    run = make_run(training=TrainingConfig(steps=4, batch_size=2))
+    log: list[str] = []
+
+    def stop_point() -> None:
+        if run.stage.state.step == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run.train(replace(noting(log, evaluate_every=1, save_every=1), stop_point=stop_point))
+    assert run.stage.state.step == 2
+    assert log == ["evaluate 0", "evaluate 1", "save 1"]
 
 
 @pytest.mark.parametrize(("depth", "staleness"), [(0, [0, 1, 0, 1, 0, 1]), (1, [0, 1, 2, 1, 2, 1])])
