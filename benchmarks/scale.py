@@ -263,7 +263,10 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
     names = tuple(f"shard-{passages}-{kind}-{num_shards}-{number}" for number in range(num_shards))
     actors = [start_shard(name, n, *bounds, config) for n, (name, bounds) in enumerate(zip(names, ranges, strict=True))]
     pids = [place.pid for place in ray.get([actor.place.remote() for actor in actors])]
-    shards = [TimedShard(n, *ranges[n], NamedActor(name, NAMESPACE), 3600.0) for n, name in enumerate(names)]
+    shards = [
+        TimedShard(n, start, stop=stop, actor=NamedActor(name, NAMESPACE), step_timeout_s=3600.0)
+        for n, (name, (start, stop)) in enumerate(zip(names, ranges, strict=True))
+    ]
     events = EventLog(folder / "events.jsonl")
     worker, group = BlockWorker(), ShardGroup(shards)
     log = ChangeLog(folder / "corpus", "", passages)  # of a corpus that nobody changes

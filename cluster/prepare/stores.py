@@ -166,7 +166,7 @@ def _starting_tokenizers(settings: Settings) -> Path | None:
 
 
 def _texts(settings: Settings) -> Iterator[str]:
-    """What a fresh tokeniser is trained on."""
+    """Yield the texts that a fresh tokeniser is trained on."""
     passages, _ = iterate_corpus(settings.corpus)
     for passage in passages:
         yield f"{passage.title} {passage.text}"
@@ -288,8 +288,8 @@ def _data_folder(settings: Settings, root: Path, text: RunText) -> Path:
 
 
 def _is_of(passages: Path, settings: Settings, run: Path, sides: list[TokenSide]) -> bool:
-    """Whether a store was made of the corpus and the questions of `settings`, as config.yaml of the run folder `run`
-    has them, with these tokenisers."""
+    """Return true if a store was made of the corpus and the questions of `settings`, as config.yaml of the run folder
+    `run` has them, with these tokenisers."""
     if not is_complete(passages) or not (run / "config.yaml").is_file():
         return False
     kept, recorded = Store.open(passages, verify=False).sides, load([str(run)], []).settings

@@ -210,7 +210,7 @@ class Snapshots:
             self._events("snapshot_failed", generation=generation, why=self._failures[generation])
 
     def failure(self, generation: int) -> str | None:
-        """Why a generation could not be written."""
+        """Return why a generation could not be written; None if nothing is known against it."""
         with self._lock:
             return self._failures.get(generation)
 
