@@ -19,7 +19,7 @@ from cluster.commands.measure import at_date, build_index, measure
 from cluster.config.experiment import Experiment
 from cluster.config.preflight import changes_since, check_models, check_same_run
 from cluster.config.settings import Settings
-from cluster.machines.run_lock import check_free, clear, holding
+from cluster.machines.run_lock import clear, holding
 from cluster.planning.check_fit import check_fit
 from cluster.planning.placement import nodes_of_cluster
 from cluster.prepare.recorded_stores import check_same_data, root_of_stores
@@ -133,7 +133,6 @@ def _check(experiment: Experiment) -> None:
     earlier: set[str] = set()
     for name, settings in experiment.stages.items():
         try:
-            check_free(run_folder(settings))
             check_models(settings)
             if not settings.run.overwrite:
                 check_same_run(settings)

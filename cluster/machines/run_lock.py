@@ -30,15 +30,50 @@ class Holder:
     host: str
     pid: int
     created: float  # seconds since 1970
-    command: str
+    command: str = ""
+
+
+def this_process() -> Holder:
+    """Return what other processes need to know of this one."""
+    process = psutil.Process()
+    return Holder(
+        host=socket.gethostname(),
+        pid=process.pid,
+        created=process.create_time(),
+        command=" ".join(" ".join(process.cmdline()[-3:]).split()),  # in one line
+    )
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Return the process that a file names; None where there is no such file, or another one."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def lives(holder: Holder, beat: Path, *, silent_s: float, look_s: float) -> bool:
+    """Return True if a process has not ended. One on another machine has ended when nothing touches the file `beat` for
+    `silent_s`; this looks every `look_s`."""
+    if holder.host == socket.gethostname():
+        try:
+            return psutil.Process(holder.pid).create_time() == holder.created
+        except psutil.NoSuchProcess:
+            return False
+    before, deadline = _touched(beat), time.monotonic() + silent_s
+    while time.monotonic() < deadline:
+        time.sleep(look_s)
+        if _touched(beat) != before:
+            return True
+    return False
 
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """Hold the run folder `folder`, which is made if it is not there, while the block runs. A folder that this process
     holds already stays held. Raises ValueError that names the process that holds it."""
-    path, me = folder / LOCK_FILE, _me()
-    if _read(path) == me:
+    path, me = folder / LOCK_FILE, this_process()
+    if read_holder(path) == me:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,16 +85,8 @@ def holding(folder: Path) -> Iterator[None]:
     finally:
         ended.set()
         with suppress(OSError):
-            if _read(path) == me:
+            if read_holder(path) == me:
                 path.unlink()
-
-
-def check_free(folder: Path) -> None:
-    """Refuse a run folder that another process holds. Raises ValueError that names it."""
-    path = folder / LOCK_FILE
-    holder = _read(path)
-    if holder is not None and holder != _me() and _lives(path, holder):
-        raise ValueError(_refusal(folder, holder))
 
 
 def clear(folder: Path) -> None:
@@ -80,31 +107,17 @@ def _take(path: Path, me: Holder) -> None:
                 os.link(draft, path)  # fails where the file is there, complete at once
                 return
             except FileExistsError:
-                holder = _read(path)
-                if holder is not None and _lives(path, holder):
+                holder = read_holder(path)
+                if holder is not None and lives(holder, path, silent_s=SILENT_S, look_s=LOOK_S):
                     raise ValueError(_refusal(path.parent, holder)) from None
                 stale = path.with_name(f".{LOCK_FILE}.stale.{me.pid}")
                 with suppress(FileNotFoundError):  # another process was faster
                     path.rename(stale)
-                    if _read(stale) not in (holder, None):  # it was taken anew meanwhile
+                    if read_holder(stale) not in (holder, None):  # it was taken anew meanwhile
                         stale.rename(path)
                     stale.unlink(missing_ok=True)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _lives(path: Path, holder: Holder) -> bool:
-    if holder.host == socket.gethostname():
-        try:
-            return abs(psutil.Process(holder.pid).create_time() - holder.created) < 0.1
-        except psutil.NoSuchProcess:
-            return False
-    before, deadline = _touched(path), time.monotonic() + SILENT_S
-    while time.monotonic() < deadline:
-        time.sleep(LOOK_S)
-        if _touched(path) != before:
-            return True
-    return False
 
 
 def _touched(path: Path) -> int:
@@ -120,23 +133,6 @@ def _beat(path: Path, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
         with suppress(OSError):
             os.utime(path)
-
-
-def _me() -> Holder:
-    process = psutil.Process()
-    return Holder(
-        host=socket.gethostname(),
-        pid=process.pid,
-        created=process.create_time(),
-        command=" ".join(process.cmdline()[-3:]),
-    )
-
-
-def _read(path: Path) -> Holder | None:
-    try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _refusal(folder: Path, holder: Holder) -> str:

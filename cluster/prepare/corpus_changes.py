@@ -15,17 +15,14 @@ served; the job's coordinator looks at the log ten times a second and needs no c
 """
 
 import json
-import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from cluster.machines.run_lock import lives, read_holder, this_process
 from cluster.prepare.recorded_stores import record_stores, recorded_stores, root_of_stores
 from indexing.corpus.files.corpus import Passage, read_passages
 from indexing.corpus.snapshot import TornSnapshot, write_file
@@ -132,10 +129,8 @@ def open_to_changes(corpus: Path, prepared: "Prepared", has_index: bool = True) 
     served, by a job that has an index."""
     record_stores(corpus.parent, prepared.passages, prepared.tokenizers)
     (corpus / SERVING_FILE).unlink(missing_ok=True)
-    pid = os.getpid()
-    driver = {"host": socket.gethostname(), "pid": pid, "created": psutil.Process(pid).create_time()}
     if has_index:
-        write_file(corpus / RUNNING_FILE, [json.dumps(driver).encode()])
+        write_file(corpus / RUNNING_FILE, [json.dumps(asdict(this_process())).encode()])
     try:
         yield
     finally:
@@ -146,20 +141,8 @@ def open_to_changes(corpus: Path, prepared: "Prepared", has_index: bool = True) 
 
 def is_running(corpus: Path) -> bool:
     """Return true if a job serves the run. Of one on another machine a sign of life is awaited."""
-    driver = _read(corpus / RUNNING_FILE)
-    if not driver:
-        return False
-    if driver["host"] == socket.gethostname():
-        try:
-            return psutil.Process(driver["pid"]).create_time() == driver["created"]
-        except psutil.NoSuchProcess:
-            return False
-    before, deadline = _beat(corpus), time.monotonic() + ALIVE_S
-    while time.monotonic() < deadline:
-        if _beat(corpus) != before:
-            return True
-        time.sleep(POLL_S)
-    return False
+    driver = read_holder(corpus / RUNNING_FILE)
+    return driver is not None and lives(driver, corpus / SERVING_FILE, silent_s=ALIVE_S, look_s=POLL_S)
 
 
 def wait_until_served(corpus: Path, version: int, timeout_s: float) -> dict[str, Any]:
@@ -231,13 +214,6 @@ def _show(store: LiveStore) -> int:
     if served and is_running(log.folder):
         print(f"  a job serves version {served['version']} in generation {served['generation']}")
     return 0
-
-
-def _beat(corpus: Path) -> float:
-    try:
-        return (corpus / SERVING_FILE).stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _read(path: Path) -> dict[str, Any]:

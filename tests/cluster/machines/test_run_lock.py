@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.machines import run_lock
-from cluster.machines.run_lock import LOCK_FILE, check_free, clear, holding
+from cluster.machines.run_lock import LOCK_FILE, clear, holding
 
 HOLD = "import sys, time; from pathlib import Path; from cluster.machines.run_lock import holding\n"
 HOLD += "with holding(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
@@ -19,12 +19,10 @@ def test_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> 
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"is in use by process {first.pid} on "):
-            check_free(tmp_path)
-        with pytest.raises(ValueError, match=r"take another run\.name"), holding(tmp_path):
+        refusal = rf"is in use by process {first.pid} on .* take another run\.name"
+        with pytest.raises(ValueError, match=refusal), holding(tmp_path):
             raise AssertionError("two hold it")
         first.kill()
-    check_free(tmp_path)
     with holding(tmp_path), holding(tmp_path):  # again by the same process
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
         (tmp_path / "old").mkdir()
@@ -39,8 +37,8 @@ def test_lock_of_another_machine_counts_while_it_is_touched(tmp_path: Path, monk
     monkeypatch.setattr(run_lock, "BEAT_S", 0.2)
     with holding(tmp_path):
         monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "another-machine")
-        with pytest.raises(ValueError, match="is in use by process"):
-            check_free(tmp_path)
+        with pytest.raises(ValueError, match="is in use by process"), holding(tmp_path):
+            raise AssertionError("two hold it")
         monkeypatch.undo()
         monkeypatch.setattr(run_lock, "SILENT_S", 1.0)
     (tmp_path / LOCK_FILE).write_text(json.dumps({"host": "gone", "pid": 1, "created": 0.0, "command": "tandem train"}))
