@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="*", help="configuration files and section.field=value")
     experiment = read_experiment(parser.parse_args(arguments).arguments)
-    settings = list(experiment.stages.values())[-1]
+    settings = experiment.last
     settings = replace(settings, retrieval=replace(settings.retrieval, hybrid="learned"))
     torch.set_num_threads(settings.cluster.threads_per_trainer)
     prepared = prepare_data(settings, experiment.directory, print, [settings.questions.evaluate])

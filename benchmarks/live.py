@@ -245,7 +245,13 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
 
     snapshots = Snapshots(index_folder, shards, identity=identity, events=note, keep=2, keep_protected=2, log=log)
     settings = RefreshSettings(
-        chunk_passages=BLOCK, max_failures=3, chunk_timeout_s=600.0, search_timeout_s=120.0, first_generation=1
+        chunk_passages=BLOCK,
+        max_failures=3,
+        chunk_timeout_s=600.0,
+        search_timeout_s=120.0,
+        first_generation=1,
+        grace_s=10.0,
+        snapshot_wait_s=60.0,
     )
     coordinator = RefreshCoordinator(
         settings, shards, pool=pool, snapshots=snapshots, keep_weights=lambda weights: weights, events=note, log=log
@@ -276,6 +282,7 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
             shards=("million",),
             num_passages=num_rows,
             search_timeout_s=120.0,
+            hung_after_s=40.0,
             events_path="/dev/null",
         )
     )

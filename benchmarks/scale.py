@@ -272,7 +272,13 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
     log = ChangeLog(folder / "corpus", "", passages)  # of a corpus that nobody changes
     coordinator = RefreshCoordinator(
         RefreshSettings(
-            chunk_passages=CHUNK, max_failures=0, chunk_timeout_s=3600.0, search_timeout_s=3600.0, first_generation=1
+            chunk_passages=CHUNK,
+            max_failures=0,
+            chunk_timeout_s=3600.0,
+            search_timeout_s=3600.0,
+            first_generation=1,
+            grace_s=10.0,
+            snapshot_wait_s=60.0,
         ),
         group,
         pool=EncodePool([worker], shards, events=events, max_failures=0, chunk_timeout_s=3600.0),
@@ -298,6 +304,7 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
             shards=names,
             num_passages=passages,
             search_timeout_s=600.0,
+            hung_after_s=40.0,
             events_path=str(folder / "events.jsonl"),
         )
     )

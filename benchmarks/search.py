@@ -66,6 +66,7 @@ def start_shards(
             shards=names,
             num_passages=len(vectors),
             search_timeout_s=60.0,
+            hung_after_s=40.0,
             events_path="/dev/null",
         )
     ), actors

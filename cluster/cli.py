@@ -86,7 +86,7 @@ def _corpus(rest: list[str]) -> int:
         experiment = read_experiment([command.run])
     except ValueError as error:
         return _mistake(str(error))
-    settings = list(experiment.stages.values())[-1]
+    settings = experiment.last
     return guarded(lambda: corpus_changes.run(command, settings, folder), folder)
 
 
@@ -105,7 +105,7 @@ def _work(verb: str, rest: list[str]) -> int:
             check_named_paths(verb, experiment)
     except ValueError as error:
         return _mistake(str(error))
-    stopping.set_limit(list(experiment.stages.values())[-1].cluster.stop_timeout_s)
+    stopping.set_limit(experiment.last.cluster.stop_timeout_s)
     if verb == "show":
         return _print(changed(experiment) if flagged else show(experiment))
     if verb == "plan":
@@ -143,7 +143,7 @@ def check_named_paths(verb: str, experiment: "Experiment") -> None:
     from cluster.config.paths import check_paths, check_trained
 
     if verb in ("index", "evaluate", "ask"):
-        check_trained(list(experiment.stages.values())[-1], experiment.directory)
+        check_trained(experiment.last, experiment.directory)
     if verb not in ("train", "prepare", "compare") or experiment.settings.cluster.dry_run:
         return
     starts = {str(Path(stage.run.directory) / stage.run.name) for stage in experiment.stages.values()}

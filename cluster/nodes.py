@@ -9,7 +9,6 @@ The exit code of the head is that of the command. A machine that cannot join exi
 with which `ray symmetric-run` ends, would take every Ray of the same user.
 """
 
-import logging
 import os
 import re
 import secrets
@@ -77,7 +76,8 @@ def main(arguments: list[str]) -> int:
         machine = from_environment(dict(os.environ))
     except ValueError as error:
         return _say(str(error), 2)
-    stopping.install(list(experiment.stages.values())[-1].cluster.stop_timeout_s + STOP_RAY_S)
+    stopping.install()
+    stopping.set_limit(experiment.last.cluster.stop_timeout_s + STOP_RAY_S)
     if machine.rank == 0:
         return _head(machine, arguments)
     return _follower(machine)
@@ -227,10 +227,9 @@ def _wait_until_started(ray_node: subprocess.Popen[bytes], log: IO[bytes], timeo
 
 def _wait_for_machines(machine: Machine) -> bool:
     """Wait until all machines are part of the cluster, and log every 30 s how many are."""
+    joined = session.start_or_join(log_to_driver=False)
     import ray
 
-    with stopping.sparing_children():  # Ray puts a handler of its own in the place of ours
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
     try:
         begin, last_message = time.monotonic(), 0.0
         while True:
@@ -247,8 +246,7 @@ def _wait_for_machines(machine: Machine) -> bool:
                 _say(f"{alive} of {machine.num_nodes} machines are here after {waited:.0f} s")
             time.sleep(1)
     finally:
-        with stopping.sparing_children():
-            ray.shutdown()
+        joined.stop()
 
 
 def _wait_until_gone(machine: Machine, ray_node: subprocess.Popen[bytes], after_s: float = HEAD_GONE_S) -> None:

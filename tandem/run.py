@@ -135,7 +135,7 @@ class Run:
         from cluster.commands.measure import measure
 
         with _as_command(experiment):
-            measure(experiment, list(experiment.stages)[-1])
+            measure(experiment, experiment.last_name)
         return read_results(_folder_of(experiment) / "evaluate")
 
     def results(self) -> Results:
@@ -231,7 +231,7 @@ def _read(arguments: list[str], verb: str) -> "Experiment":
 
 
 def _folder_of(experiment: "Experiment") -> Path:
-    last: Settings = list(experiment.stages.values())[-1]
+    last: Settings = experiment.last
     return Path(last.run.directory) / last.run.name
 
 

@@ -98,10 +98,16 @@ def save_checkpoint(
     return directory
 
 
-def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint whose contents match its manifest; `warn` gets a message for each refused one."""
-    found = snapshot.newest_complete(run_dir / "checkpoints", PREFIX, warn)
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None], contents: bool = True) -> Path | None:
+    """Return the newest checkpoint whose contents match its manifest; `warn` gets a message for each refused one.
+    `contents` False compares sizes only."""
+    found = snapshot.newest_complete(run_dir / "checkpoints", PREFIX, warn, contents)
     return found[1] if found else None
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the step at which a checkpoint was saved; 0 without one."""
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix(PREFIX))
 
 
 def load_checkpoint(path: Path, engine: "Engine") -> tuple[dict[str, Any], dict[str, Any]]:

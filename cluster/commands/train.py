@@ -89,13 +89,13 @@ def prepare(experiment: Experiment) -> int:
 
 def index(experiment: Experiment) -> int:
     """Build and save the index of the last stage's corpus with its newest checkpoint, without training."""
-    build_index(experiment, _last(experiment))
+    build_index(experiment, experiment.last_name)
     return 0
 
 
 def evaluate(experiment: Experiment) -> int:
     """Measure the last stage's newest checkpoint on its evaluation split, and with `update.as_of` after the update."""
-    measure(experiment, _last(experiment))
+    measure(experiment, experiment.last_name)
     return 0
 
 
@@ -110,7 +110,7 @@ def ask(experiment: Experiment, questions: list[str]) -> int:
     """Answer a question, put in one or several ways, from the newest checkpoint; print the passages with scores."""
     from cluster.commands.ask import answer_question
 
-    settings = experiment.stages[_last(experiment)]
+    settings = experiment.last
     checkpoint = newest_of(settings)
     print(answer_question(settings, root_of_stores(experiment.directory), checkpoint, questions))
     return 0
@@ -195,9 +195,5 @@ def _report(experiment: Experiment, seconds: float) -> None:
         after = read_measured(name, run_folder(_updated(experiment, name)))
         if after is not None:
             findings.updates[name] = (findings.stages[name or "run"], after)
-    num_examples = experiment.stages[_last(experiment)].evaluation.examples
+    num_examples = experiment.last.evaluation.examples
     write_findings(findings, experiment.directory, run_dirs, num_examples=num_examples)
-
-
-def _last(experiment: Experiment) -> str:
-    return list(experiment.stages)[-1]

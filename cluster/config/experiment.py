@@ -47,6 +47,16 @@ class Experiment:
         """Return the run folder that holds the stages; that of the only run in a file without stages."""
         return Path(self.settings.run.directory) / self.settings.run.name
 
+    @property
+    def last_name(self) -> str:
+        """Return the name of the last stage."""
+        return list(self.stages)[-1]
+
+    @property
+    def last(self) -> Settings:
+        """Return the settings of the last stage, which commands that take one stage are about."""
+        return self.stages[self.last_name]
+
 
 @cache
 def _schema() -> DictConfig:

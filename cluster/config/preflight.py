@@ -83,15 +83,12 @@ def check_long_prompts(settings: Settings) -> None:
 def check_same_run(settings: Settings) -> None:
     """Refuse to resume, under other settings, what an earlier call of this name has trained."""
     run_dir = Path(settings.run.directory) / settings.run.name
-    if not (run_dir / "config.yaml").is_file() or newest_checkpoint(run_dir, lambda _: None) is None:
+    if not (run_dir / "config.yaml").is_file() or newest_checkpoint(run_dir, lambda _: None, contents=False) is None:
         return
-    before = values_of(with_absolute_models(with_absolute_paths(load([str(run_dir)], []).settings)))
-    for setting, value in values_of(with_absolute_models(with_absolute_paths(settings))).items():
-        if setting.startswith(SAME_RUN) and before[setting] != value:
-            allowed = (
-                f"{run_dir} was trained with {before[setting]!r}: take another run.name, or set run.overwrite=true"
-            )
-            raise refuse(setting, value, allowed)
+    for setting, (before, now) in _changed(settings, run_dir).items():
+        if setting.startswith(SAME_RUN):
+            allowed = f"{run_dir} was trained with {before!r}: take another run.name, or set run.overwrite=true"
+            raise refuse(setting, now, allowed)
 
 
 def changes_since(settings: Settings) -> list[str]:
@@ -100,10 +97,17 @@ def changes_since(settings: Settings) -> list[str]:
     run_dir = Path(settings.run.directory) / settings.run.name
     if not (run_dir / EVALUATION_FILE).is_file() or not (run_dir / "config.yaml").is_file():
         return []
-    before = values_of(with_absolute_models(with_absolute_paths(load([str(run_dir)], []).settings)))
-    now = values_of(with_absolute_models(with_absolute_paths(settings)))
-    decisive = [name for name in now if name.partition(".")[0] not in UNDECISIVE]
-    return [f"{name} {before[name]} -> {now[name]}" for name in decisive if before[name] != now[name]]
+    changed = _changed(settings, run_dir).items()
+    return [f"{name} {before} -> {now}" for name, (before, now) in changed if name.partition(".")[0] not in UNDECISIVE]
+
+
+def _changed(settings: Settings, run_dir: Path) -> dict[str, tuple[object, object]]:
+    """Return the settings that differ from those that the run folder keeps: the value there, and the value now."""
+    recorded, now = (
+        values_of(with_absolute_models(with_absolute_paths(one)))
+        for one in (load([str(run_dir)], []).settings, settings)
+    )
+    return {name: (recorded[name], value) for name, value in now.items() if recorded[name] != value}
 
 
 def check_index(settings: Settings, num_passages: int) -> None:

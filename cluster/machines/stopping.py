@@ -48,11 +48,9 @@ def exit_code(number: int) -> int:
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 
-def install(limit_s: float | None = None) -> None:
-    """Take the signals over; call it in the main thread. `limit_s`: seconds that a stop may take, if they are known."""
+def install() -> None:
+    """Take the signals over; call it in the main thread."""
     _State.since = None
-    if limit_s is not None:
-        _State.limit_s = limit_s
     for number in SIGNALS:
         signal.signal(number, _handle)
 

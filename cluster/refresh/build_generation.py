@@ -134,10 +134,13 @@ class Builder:
                 return
         raise RefreshFailed(f"index shards {sorted(lost)} were lost again and again (refresh.max_failures)")
 
-    def hide(self, shard: ShardPort, status: ShardStatus) -> None:
-        """Make sure that `shard` returns nothing that was deleted, before it is given a generation."""
-        if status.hidden < self.log.version:
-            shard.call(Shard.hide, self.log.version, self.log.deleted_at())
+    def hide(self, shard: ShardPort, status: ShardStatus) -> int:
+        """Make sure that `shard` returns nothing that was deleted, before it is given a generation. Returns the version
+        of the corpus up to which that holds."""
+        version = self.log.version
+        if status.hidden < version:
+            shard.call(Shard.hide, version, self.log.deleted_at(version))
+        return max(status.hidden, version)
 
     def _begin(self, plan: GenerationPlan, shards: Iterable[ShardPort]) -> set[int]:
         """Tell shards what they will have; returns those that were lost. Raises RefreshFailed when one refuses."""

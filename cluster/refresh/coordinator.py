@@ -51,6 +51,7 @@ from cluster.refresh.repair import Repair
 from cluster.refresh.serving_generation import ServingGeneration
 from cluster.refresh.shards import ShardGroup
 from cluster.refresh.snapshots import Snapshots, Wish
+from indexing.corpus.snapshot import TornSnapshot
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.dense.probe import UNKNOWN, Figures
 from indexing.shard.shard_status import ShardStatus
@@ -68,8 +69,8 @@ class RefreshSettings:
     chunk_timeout_s: float
     search_timeout_s: float
     first_generation: int  # this service's numbers begin here
-    grace_s: float = 10.0
-    snapshot_wait_s: float = 60.0
+    grace_s: float
+    snapshot_wait_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,14 +198,11 @@ class RefreshCoordinator:
 
     def keep_newest(self) -> int:
         """Protect the newest generation on disk, which a checkpoint is about to name. Returns its number, -1 if there
-        is none; the serving one is wanted on disk, too."""
-        snapshots, serving = self.snapshots, self.serving.now
-        if serving is not None and snapshots.failure(serving.generation) is None:
-            snapshots.want(serving, asked=True)
-        newest = snapshots.newest(0)
+        is none."""
+        newest = next(self.snapshots.on_disk(), None)
         if newest is None:
             return -1
-        snapshots.protect(newest.generation)
+        self.snapshots.protect(newest.generation)
         return newest.generation
 
     def save_generation(self, generation: int) -> str | None:
@@ -271,7 +269,10 @@ class RefreshCoordinator:
         if weights.only is not None and self.serving.now is not None:
             self._renew(weights, weights.only)
             return
-        self.log.refresh()
+        try:
+            self.log.refresh()
+        except (TornSnapshot, ValueError) as torn:
+            raise RefreshFailed(f"the changes of the corpus cannot be read: {torn}") from torn
         generation, corpus_version = self.serving.next_number(), self.log.version
         self._events("refresh_started", generation=generation, weights_version=weights.version)
         begin = time.monotonic()
@@ -383,7 +384,7 @@ class RefreshCoordinator:
         self.snapshots.tidy()
         first = self.settings.first_generation
         hung_s, hide = self.settings.search_timeout_s / 4, self._builder.hide
-        serving, number = take_over(
+        serving, number, hidden = take_over(
             self.shards,
             self.snapshots,
             events=self._events,
@@ -394,7 +395,7 @@ class RefreshCoordinator:
             hide=hide,
         )
         self.serving.take_over(serving, number)
-        self.live.hidden = self.log.version  # the shards that answered hide it, the others will when they come back
+        self.live.hidden = hidden
 
     def remember(self, committed: int, failures: int) -> None:
         """Counters of the coordinator that was here before."""

@@ -46,22 +46,31 @@ class Repair:
         self.beyond_repair = False  # a shard lacks the serving generation, and only new weights can help
 
     def check(self) -> None:
-        """Look at every shard once, and repair what can be repaired."""
+        """Look at every shard once, and repair what can be repaired; a shard that refuses does not keep the others from
+        that."""
         beyond_repair = False
         for shard in self._shards:
-            serving = self._serving.now  # before the status: a commit in between is then seen in both
             begin = time.monotonic()
             try:
-                status = shard.status()
-                self._note_found(shard)
-                if serving is not None and serving.generation in status.generations:
-                    self._seen[shard.number] = serving.generation
-                elif serving is not None:
-                    self._note_empty(shard, serving.generation)
-                    beyond_repair |= not self._restore(shard, status, serving)
+                beyond_repair |= not self._look_at(shard)
             except ShardLost as lost:
                 self._note_lost(shard, lost, begin)
+            except (ValueError, TimeoutError) as error:
+                self._events("repair_failed", shard=shard.number, why=str(error))
         self.beyond_repair = beyond_repair
+
+    def _look_at(self, shard: ShardPort) -> bool:
+        """Give one shard the serving generation if it lacks it. Returns False if there is nothing to make it from."""
+        serving = self._serving.now  # before the status: a commit in between is then seen in both
+        status = shard.status()
+        self._note_found(shard)
+        if serving is None:
+            return True
+        if serving.generation in status.generations:
+            self._seen[shard.number] = serving.generation
+            return True
+        self._note_empty(shard, serving.generation)
+        return self._restore(shard, status, serving)
 
     def _note_found(self, shard: ShardPort) -> None:
         if (since := self._lost_since.pop(shard.number, None)) is not None:

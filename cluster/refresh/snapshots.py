@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,15 +56,14 @@ class Wish:
     corpus_version: int = 0
 
 
-def check_snapshot(
-    directory: str | Path, identity: IndexIdentity, contents: bool = True, log: ChangeLog | None = None
-) -> Wish:
+def check_snapshot(directory: str | Path, identity: IndexIdentity, log: ChangeLog | None = None) -> Wish:
     """Return the generation and weights version of a snapshot that fits `identity` and the changes in `log` (None:
     none).
 
-    `contents` False compares sizes only. Raises TornSnapshot for an incomplete one, ValueError for another index.
+    Names and sizes are compared here; the contents by each shard, of what it loads. Raises TornSnapshot for an
+    incomplete one, ValueError for another index.
     """
-    extra = verify(directory, contents)
+    extra = verify(directory, contents=False)
     wanted = {**asdict(identity), "ranges": [list(pair) for pair in identity.ranges]}
     found = {name: extra.get(name) for name in wanted}
     reasons = {
@@ -131,6 +130,7 @@ class Snapshots:
         self._wishes: dict[int, Wish] = {}
         self._attempts: Counter[int] = Counter()
         self._postponed: set[int] = set()
+        self._refused: set[str] = set()  # reasons that were reported
         self._failures: dict[int, str] = {}
         self._protected = self._read_protected()
 
@@ -142,20 +142,22 @@ class Snapshots:
         """Return True if a generation is on disk, with a manifest and all files in their size."""
         return is_complete(self.path(generation))
 
-    def newest(self, first: int) -> Wish | None:
-        """Return the newest generation on disk, from number `first` on, that fits this run; sizes are compared."""
-
-        def warn(torn: str) -> None:
-            self._events("snapshot_refused", why=torn)
-
-        for number, path in complete_directories(self.directory, PREFIX, warn):
+    def on_disk(self, first: int = 0) -> Iterator[Wish]:
+        """Yield the generations on disk, from number `first` on, that fit this run by names and sizes, newest first.
+        Their contents are compared by the shard that loads them."""
+        for number, path in complete_directories(self.directory, PREFIX, self.refuse, contents=False):
             if number < first:
-                break
+                return
             try:
-                return check_snapshot(path, self._identity, contents=False, log=self._log)
+                yield check_snapshot(path, self._identity, self._log)
             except ValueError as error:
-                warn(str(error))
-        return None
+                self.refuse(str(error))
+
+    def refuse(self, why: str) -> None:
+        """Report a snapshot that is not used; each reason once."""
+        if why not in self._refused:
+            self._refused.add(why)
+            self._events("snapshot_refused", why=why)
 
     def want(self, serving: Serving, derived: bool = False, asked: bool = False) -> None:
         """Ask for a snapshot; `work` writes it. A `derived` one is not needed any more when the next one is wanted,

@@ -299,8 +299,8 @@ class CoordinatorActor:
             log=log,
         )
         self._place = here()
-        self._start_error = ""
-        self._started = False
+        self._ready = threading.Event()  # once it is known what serves, or that nothing can
+        self._refusal: Exception | None = None  # why nothing can
         self._thread("start", self._start)
 
     def publish(self, weights: Weights) -> Place:
@@ -309,7 +309,16 @@ class CoordinatorActor:
 
     def status(self) -> tuple[CoordinatorStatus, Place]:
         status = self._coordinator.status()
-        return (replace(status, given_up=self._start_error) if self._start_error else status), self._place
+        if self._refusal is not None:
+            status = replace(status, given_up=f"the index service cannot start: {self._refusal}")
+        return status, self._place
+
+    def await_start(self, timeout_s: float) -> None:
+        """Wait until what the shards serve is taken over. Raises what kept it from that, and TimeoutError."""
+        if not self._ready.wait(timeout_s):
+            raise TimeoutError(f"the shards did not load the index within {timeout_s:.0f} s")
+        if self._refusal is not None:
+            raise self._refusal
 
     def encode_again(self, numbers: np.ndarray, weights: Weights, adopt: bool = False) -> int:
         return self._coordinator.encode_again(numbers, weights, adopt)
@@ -320,6 +329,10 @@ class CoordinatorActor:
     def save_generation(self, generation: int) -> str | None:
         return self._coordinator.save_generation(generation) if self._started else None
 
+    @property
+    def _started(self) -> bool:
+        return self._ready.is_set() and self._refusal is None
+
     def _start(self) -> None:
         """Take over, then start the threads."""
         coordinator, settings = self._coordinator, self._settings
@@ -328,10 +341,11 @@ class CoordinatorActor:
         try:
             coordinator.recover(settings.start_timeout_s, settings.initial)
         except Exception as error:  # the edge of a thread: clients read it in the status
-            self._start_error = f"the index service cannot start: {error}"
+            self._refusal = error
             self._events("index_not_started", why=str(error))
             return
-        self._started = True
+        finally:
+            self._ready.set()
         self._thread("refresh", lambda: self._for_ever(lambda: coordinator.wait_and_refresh(TICK_S), 0.0))
         self._thread("corpus", lambda: self._for_ever(self._follow, CORPUS_S))
         self._thread("repair", lambda: self._for_ever(coordinator.tick, TICK_S))

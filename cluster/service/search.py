@@ -53,7 +53,7 @@ class IndexAddress:
     num_passages: int
     search_timeout_s: float
     events_path: str
-    hung_after_s: float = 40.0  # a coordinator silent for so long is killed, and starts again
+    hung_after_s: float  # a coordinator silent for so long is killed, and starts again
     replicas: int = 1
     slowness: Slowness = WAIT
     where: Filter | None = None  # of every search that names no other one; num_passages are those that pass it

@@ -16,11 +16,12 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.config.settings import RefreshConfig
 from cluster.planning.placement import PlacementPlan, Seat
 from cluster.refresh.coordinator import RefreshSettings
+from cluster.refresh.ports import RefreshFailed
 from cluster.refresh.snapshots import PREFIX, IndexIdentity, Wish, check_snapshot
 from cluster.service.actors import (
     SHARD_THREADS,
@@ -32,8 +33,9 @@ from cluster.service.actors import (
 )
 from cluster.service.fanout import Slowness
 from cluster.service.lexical_actor import THREADS, LexicalActor
-from cluster.service.ray_ports import NamedActor
+from cluster.service.ray_ports import NamedActor, get, own_error
 from cluster.service.search import IndexAddress, IndexClient
+from indexing.attempts import Attempts
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.corpus.stores.filters import Filter
 from indexing.corpus.stores.metadata import count_passing
@@ -118,7 +120,7 @@ def start_index_service(
     identity = _identity_of(passages, encoder, index, lexical)
     ranges = identity.ranges
     check_config(index, min(stop - start for start, stop in ranges))
-    initial = None if snapshot is None else (check_snapshot(snapshot, identity, log=log), str(Path(snapshot).resolve()))
+    initial = None if snapshot is None else (check_snapshot(snapshot, identity, log), str(Path(snapshot).resolve()))
 
     prefix = f"index-{uuid.uuid4().hex[:8]}"
     address = replace(
@@ -240,7 +242,7 @@ def await_ready(
     added to the corpus since. Returns whether it has that, which it cannot where it was saved without the weights that
     it was encoded with.
 
-    Raises TimeoutError with what Ray has free, and ValueError where the snapshot cannot be served.
+    Raises TimeoutError with what Ray has free; TornSnapshot, ValueError or OSError where the snapshot cannot be served.
     """
     deadline = time.monotonic() + timeout_s
     methods = {handle.address.coordinator: "status"} | dict.fromkeys(handle.address.shards, "status")
@@ -250,12 +252,25 @@ def await_ready(
     _await_all(asked, timeout_s, placement)
     if initial is None:
         return True
+    _await_start(NamedActor(handle.address.coordinator, handle.address.namespace), deadline - time.monotonic())
     client = handle.connect()
-    try:
-        client.wait_for_version(initial.weights_version, max(0.1, deadline - time.monotonic()))
-        return client.wait_for_corpus(corpus_version, timeout_s)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+    client.wait_for_version(initial.weights_version, max(0.1, deadline - time.monotonic()))
+    return client.wait_for_corpus(corpus_version, timeout_s)
+
+
+def _await_start(coordinator: NamedActor, timeout_s: float) -> None:
+    """Wait until the coordinator has taken over what is to serve; one that is started again is asked again."""
+    attempts = Attempts(timeout_s)
+    for _ in attempts:
+        try:
+            get(coordinator.submit("await_start", max(0.1, attempts.left_s)))
+            return
+        except RayTaskError as error:
+            refusal = own_error(error)
+            raise TimeoutError(str(refusal)) if isinstance(refusal, RefreshFailed) else refusal from error
+        except RayError:  # it is being started again
+            continue
+    raise TimeoutError(f"the coordinator of the index did not start within {timeout_s:.0f} s")
 
 
 def index_identity(passages: Store, encoder: EncoderConfig, index: IndexConfig) -> IndexIdentity:

@@ -27,7 +27,8 @@ def inherit_corpus(
     tokenised in this run; what was added there is tokenised again where that run's tokenisers were others."""
     log = ChangeLog(run_dir / "corpus", passages.fingerprint, len(passages))
     folder = Path(init_from).parents[1] / "corpus" if init_from else log.folder
-    if folder.resolve() == log.folder.resolve() or newest_checkpoint(run_dir, lambda _: None) is not None:
+    begun = newest_checkpoint(run_dir, lambda _: None, contents=False) is not None
+    if begun or folder.resolve() == log.folder.resolve():
         return log
     try:
         theirs = ChangeLog(folder, passages.fingerprint, len(passages))
@@ -78,13 +79,13 @@ def inherit_index(
     if settings.index.rescore_candidates and not list(source.rglob(f"*{HALVES}")):
         return None
     try:
-        check_snapshot(source, identity, contents=False, log=log)
+        check_snapshot(source, identity, log)
         if not target.exists():
             partial = target.with_name(f".{name}.tmp")
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(source, partial, copy_function=_link)
             partial.rename(target)
-        check_snapshot(target, identity, log=log)
+        check_snapshot(target, identity, log)
     except (TornSnapshot, ValueError, OSError):
         return None
     return target

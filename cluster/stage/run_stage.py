@@ -34,13 +34,14 @@ from cluster.planning.check_fit import check_fit
 from cluster.planning.placement import PlacementPlan
 from cluster.prepare.corpus_changes import open_to_changes, passage_sides
 from cluster.prepare.stores import Prepared
+from cluster.refresh.snapshots import PREFIX
 from cluster.service.start import IndexServiceHandle, await_ready, index_identity, start_index_service
 from cluster.stage.inherit import inherit_corpus, inherit_index
 from cluster.stage.stop_request import make_desk, run_until_stopped, watch
 from indexing.corpus.snapshot import TornSnapshot, is_complete
 from indexing.corpus.stores.filters import parse_filter
 from indexing.corpus.stores.passages import Store
-from training.checkpoint import newest_checkpoint, saved_names
+from training.checkpoint import newest_checkpoint, saved_names, step_of
 from training.feeding.mixture import pretrains
 from training.job import StageJob, StageSettings
 from training.models.retriever.encoder import with_towers_of
@@ -51,7 +52,6 @@ from training.stage import EVALUATION_FILE
 from training.training_settings import PREFERENCE
 
 if TYPE_CHECKING:
-    from ray.actor import ActorHandle
     from ray.train import TrainingFailedError
     from ray.train.torch import TorchTrainer
 
@@ -92,14 +92,15 @@ def _run_held(
     log = inherit_corpus(job.init_from, run_dir, passages, lambda: passage_sides(settings, prepared.tokenizers))
     check_where(settings, prepared.passages, log.folder)
     events = EventLog(run_dir / "events.jsonl")
-    events("stage_started", step=_resumed_step(run_dir))
+    checkpoint = newest_checkpoint(run_dir, lambda _: None)
+    events("stage_started", step=step_of(checkpoint))
     service = None
     serving = open_to_changes(log.folder, prepared, uses_index(settings))
     with serving, _console(run_dir / CONSOLE):
         try:
             if uses_index(settings):
-                snapshot = snapshot_to_resume(run_dir)
-                if snapshot is None and newest_checkpoint(run_dir, lambda _: None) is None:
+                snapshot = None if checkpoint is None else snapshot_of(checkpoint)
+                if checkpoint is None:
                     identity = index_identity(passages, settings.encoder, settings.index)
                     snapshot = inherit_index(settings, job.init_from, run_dir=run_dir, identity=identity, log=log)
                 try:
@@ -116,10 +117,11 @@ def _run_held(
                 job.index_from_snapshot = snapshot is not None and service.complete
             with _started(service, placement, settings.cluster.start_timeout_s):
                 desk = make_desk()
-                run_until_stopped(lambda: _fit(job, service, desk, settings=settings, placement=placement), desk)
+                sent = {"job": pickle.dumps((job, service)), "desk": desk}  # as bytes: the controller imports no torch
+                run_until_stopped(lambda: _fit(sent, run_dir, settings, placement), desk)
         except Interrupted as signal:
-            signal.saved = newest_checkpoint(run_dir, lambda _: None)
-            events("stage_stopped", signal=str(signal), step=_resumed_step(run_dir))
+            signal.saved = newest_checkpoint(run_dir, lambda _: None, contents=False)
+            events("stage_stopped", signal=str(signal), step=step_of(signal.saved))
             raise
         finally:
             if service is not None:
@@ -249,38 +251,23 @@ def stage_settings(settings: Settings, init_from: str) -> StageSettings:
     return StageSettings(**sections | {"refresh": refresh, "encoder": encoder})
 
 
-def snapshot_to_resume(run_dir: Path) -> Path | None:
-    """Return the index generation that the newest checkpoint names, if it is on disk and whole."""
-    newest = newest_checkpoint(run_dir, lambda _: None)
-    if newest is None:
-        return None
-    generation = json.loads((newest / "state.json").read_text(encoding="utf-8"))["generation"]
-    directory = run_dir / "index" / f"generation-{generation}"
+def snapshot_of(checkpoint: Path) -> Path | None:
+    """Return the index generation that a checkpoint names, if it is on disk with all its files."""
+    generation = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["generation"]
+    directory = checkpoint.parents[1] / "index" / f"{PREFIX}{generation}"
     return directory if generation >= 0 and is_complete(directory) else None
 
 
-def _resumed_step(run_dir: Path) -> int:
-    newest = newest_checkpoint(run_dir, lambda _: None)
-    return int(newest.name.rpartition("-")[2]) if newest is not None else 0
-
-
-def _fit(
-    job: StageJob,
-    service: IndexServiceHandle | None,
-    desk: "ActorHandle",
-    *,
-    settings: Settings,
-    placement: PlacementPlan,
-) -> None:
+def _fit(sent: dict[str, Any], run_dir: Path, settings: Settings, placement: PlacementPlan) -> None:
     """Ray Train, again while cluster.max_failures allows; each attempt resumes from the newest checkpoint. What another
-    attempt would meet again is raised at once."""
+    attempt would meet again is raised at once. `sent` is what each trainer gets."""
     from ray.exceptions import RayActorError, WorkerCrashedError
     from ray.train import TrainingFailedError
 
-    events = EventLog(Path(job.run_dir) / "events.jsonl")
+    events = EventLog(run_dir / "events.jsonl")
     for attempt in range(settings.cluster.max_failures + 1):
         try:
-            _trainer(job, service, desk, settings=settings, placement=placement).fit()
+            _trainer(sent, run_dir, settings, placement).fit()
             return
         except (RayActorError, WorkerCrashedError) as error:  # the controller itself; its trainers ended with it
             kind, what, cause = "controller_lost", "the controller of the trainers was lost", error
@@ -295,14 +282,7 @@ def _fit(
         print(f"{what}; training goes on from the last checkpoint", flush=True)
 
 
-def _trainer(
-    job: StageJob,
-    service: IndexServiceHandle | None,
-    desk: "ActorHandle",
-    *,
-    settings: Settings,
-    placement: PlacementPlan,
-) -> "TorchTrainer":
+def _trainer(sent: dict[str, Any], run_dir: Path, settings: Settings, placement: PlacementPlan) -> "TorchTrainer":
     """Return one attempt, which is not started yet."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -311,12 +291,11 @@ def _trainer(
     resources = {"CPU": seat.cpus} | ({"GPU": seat.gpus} if seat.gpus else {})
     return TorchTrainer(
         _train_loop,
-        # The job as bytes: the controller need not import torch.
-        train_loop_config={"job": pickle.dumps((job, service)), "desk": desk},
+        train_loop_config=sent,
         scaling_config=ScalingConfig(num_workers=seat.number, use_gpu=seat.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",
-            storage_path=str(Path(job.run_dir).resolve() / "ray"),
+            storage_path=str(run_dir.resolve() / "ray"),
             failure_config=FailureConfig(max_failures=0),  # `_fit` knows which failures are worth another attempt
         ),
         torch_config=TorchConfig(backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)),

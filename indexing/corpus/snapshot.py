@@ -133,17 +133,29 @@ def write_file(path: str | Path, chunks: Iterable[bytes | np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def complete_directories(parent: str | Path, prefix: str, warn: Callable[[str], None]) -> list[tuple[int, Path]]:
-    """Return every `PREFIX<number>` in `parent` whose contents match its manifest, newest (largest number) first.
+def complete_directories(
+    parent: str | Path, prefix: str, warn: Callable[[str], None], contents: bool = True
+) -> Iterator[tuple[int, Path]]:
+    """Yield every `PREFIX<number>` in `parent` whose contents match its manifest, newest (largest number) first; each
+    is read when it is its turn.
 
-    `warn` is called with a message about each directory that is refused. A parent that does not exist has none.
+    `warn` is called with a message about each directory that is refused. `contents` False compares sizes only. A parent
+    that does not exist has none.
     """
-    return list(_complete(Path(parent), prefix, warn))
+    for number, path in _numbered(Path(parent), prefix):
+        try:
+            verify(path, contents)
+        except TornSnapshot as torn:
+            warn(str(torn))
+        else:
+            yield number, path
 
 
-def newest_complete(parent: str | Path, prefix: str, warn: Callable[[str], None]) -> tuple[int, Path] | None:
+def newest_complete(
+    parent: str | Path, prefix: str, warn: Callable[[str], None], contents: bool = True
+) -> tuple[int, Path] | None:
     """Return the newest of `complete_directories`; older ones are not read."""
-    return next(_complete(Path(parent), prefix, warn), None)
+    return next(complete_directories(parent, prefix, warn, contents), None)
 
 
 def prune(parent: str | Path, prefix: str, keep: int, protected: Sequence[int] = ()) -> list[Path]:
@@ -173,16 +185,6 @@ def sync_directory(directory: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _complete(parent: Path, prefix: str, warn: Callable[[str], None]) -> Iterator[tuple[int, Path]]:
-    for number, path in _numbered(parent, prefix):
-        try:
-            verify(path)
-        except TornSnapshot as torn:
-            warn(str(torn))
-        else:
-            yield number, path
 
 
 def _numbered(parent: Path, prefix: str) -> list[tuple[int, Path]]:

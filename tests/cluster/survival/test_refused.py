@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.refresh.snapshots import WEIGHTS
 from cluster.service.start import IndexServiceHandle
 from indexing.corpus.snapshot import TornSnapshot, verify
 from indexing.corpus.stores.passages import Store
+from indexing.shard.shard import Shard, shard_ranges
 from indexing.shard.shard_files import INDEX_FILE
 from tests.cluster.small_corpus import ENCODER, NUM_PASSAGES
-from tests.cluster.survival.conftest import Victim, answer
+from tests.cluster.survival.conftest import INDEX, Victim, answer
 from tests.cluster.survival.observers import kill, status_of, wait_until
 
 NUM_OFFSETS = 40  # of each file that is damaged
@@ -60,8 +62,10 @@ def damage(path: Path, chance: np.random.Generator) -> Callable[[], None]:
 def test_no_service_starts_from_a_damaged_snapshot(
     victim: Victim, launch: Callable[..., IndexServiceHandle], tmp_path: Path
 ) -> None:
-    """A bit or a cut anywhere in any file is found before an actor starts."""
-    path = Path(victim.client.save_generation(answer(victim), 30.0))
+    """A cut or a bit anywhere in any file is found: sizes and manifests before an actor starts, contents by the shard
+    that loads them, and weights where they are read."""
+    generation = answer(victim)
+    path = Path(victim.client.save_generation(generation, 30.0))
     chance = np.random.default_rng(3)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     assert sum(file.name == INDEX_FILE for file in files) == 3
@@ -69,9 +73,22 @@ def test_no_service_starts_from_a_damaged_snapshot(
         for _ in range(NUM_OFFSETS // (1 if file.name == INDEX_FILE else 4)):
             undo = damage(file, chance)
             with pytest.raises(TornSnapshot, match="incomplete or damaged"):
-                launch(tmp_path / "run", snapshot=path)
+                load(path, generation)
             undo()
-    verify(path)
+    load(path, generation)
+    undo = damage(path / "shard-0002" / INDEX_FILE, chance)
+    with pytest.raises(TornSnapshot, match=r"shard-0002.* is incomplete or damaged"):
+        launch(tmp_path / "run", snapshot=path)
+    undo()
+
+
+def load(path: Path, generation: int) -> None:
+    """Read a whole generation as a service does that starts from it. Raises TornSnapshot."""
+    verify(path, contents=False)
+    for number, (start, stop) in enumerate(shard_ranges(NUM_PASSAGES, INDEX.num_shards)):
+        Shard(number, start, stop=stop, config=INDEX).load(generation, path)
+    if (path / WEIGHTS).is_dir():
+        verify(path / WEIGHTS)
 
 
 def test_an_index_of_another_encoder_is_refused(

@@ -145,7 +145,7 @@ def test_complete_directories_newest_first_torn_ones_refused_by_name(tmp_path: P
     assert "g-2 " in refused[1]
     assert newest_complete(tmp_path, "g-", refused.append) == (10, tmp_path / "g-10")
     assert len(refused) == 3  # older ones were not read
-    assert complete_directories(tmp_path / "nowhere", "g-", refused.append) == []
+    assert list(complete_directories(tmp_path / "nowhere", "g-", refused.append)) == []
 
 
 def test_prune_keeps_the_newest_the_protected_and_what_is_under_way(tmp_path: Path) -> None:
