@@ -25,8 +25,10 @@ from typing import IO
 
 from cluster import cli
 from cluster.machines import session, stopping
+from indexing.allowance import usable_cpus, usable_memory
 
 STARTED = "Ray runtime started"  # the line that `ray start` prints when this machine has joined
+RAY_MEMORY = 0.7  # Share of the free memory for processes; Ray keeps the rest for objects
 STOP_RAY_S = 10.0  # that the Ray of this machine may take to end, after the command did
 HEAD_GONE_S = 20.0  # that the head's port stays closed until it counts as gone: a busy machine may refuse a connection
 
@@ -203,7 +205,8 @@ def _log_file() -> IO[bytes]:
 
 def _ray_start(options: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start `ray start --block` in a process group of its own, so that Ctrl-C reaches the command before Ray goes."""
-    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    command += [f"--num-cpus={usable_cpus()}", f"--memory={int(RAY_MEMORY * usable_memory()[1])}", *options]
     with stopping.sparing_children():
         return subprocess.Popen(
             command,

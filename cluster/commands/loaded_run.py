@@ -19,6 +19,7 @@ from cluster.commands.answer import Answer, Passage
 from cluster.commands.local_search import OneGeneration
 from cluster.config.settings import Settings
 from cluster.prepare.stores import prepare_data
+from indexing.allowance import usable_cpus
 from indexing.corpus.files.corpus import Question
 from indexing.corpus.stores.live_store import LiveStore
 from indexing.corpus.stores.questions import write_questions
@@ -58,6 +59,7 @@ class LoadedRun:
         """Read everything but the index, which is made for the first question. `root` holds stores and tokenisers.
         Raises ValueError where neither the store of the corpus nor its files are there."""
         folder = Path(checkpoint)
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch sees no quota of processors
         self.settings, self.checkpoint = settings, folder
         self.text = RunText.load(settings, folder / "tokenizers")
         self._prepared = prepare_data(settings, root, lambda _: None, splits=[])

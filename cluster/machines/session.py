@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.machines.allocator import keeping_freed_memory
 from cluster.machines.stopping import sparing_children
+from indexing.allowance import usable_cpus
 
 NAMESPACE = "tandem"
 MIN_LOGICAL_CPUS = 4  # a Ray CPU is a ticket: trainer, controller and tests must fit on a machine with two cores
@@ -64,7 +65,7 @@ def set_environment() -> None:
 
 def logical_cpus() -> int:
     """Return the number of CPUs that a Ray started here counts with."""
-    return max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+    return max(MIN_LOGICAL_CPUS, usable_cpus())
 
 
 def start_or_join(

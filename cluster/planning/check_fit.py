@@ -31,7 +31,8 @@ def check_fit(
     except (ValueError, AttributeError, TypeError) as error:  # a configuration that is absent or unusual
         say(f"the memory of {settings.run.name} is not checked: {error}")
         return
-    for have, seats in (_on_host(work, placement), _on_gpu(work, placement)):
+    shards = settings.index.num_shards  # those of the placement are their replicas, each with a whole part
+    for have, seats in (_on_host(work, placement, shards), _on_gpu(work, placement, shards)):
         needed = sum(number * each for _, number, each in seats)
         if have and needed > have * (1 - margin):
             complaint = _complaint(settings, have, seats)
@@ -43,7 +44,7 @@ def check_fit(
 Seats = list[tuple[str, int, float]]  # name, Number on one machine (or on one GPU), bytes of each
 
 
-def _on_host(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
+def _on_host(work: Work, placement: PlacementPlan, num_shards: int) -> tuple[float, Seats]:
     """Return the memory of the smallest machine, and the processes on one machine if they are spread evenly."""
     nodes = len(placement.nodes)
     have = min((node.memory_bytes for node in placement.nodes if node.memory_bytes), default=0.0)
@@ -51,7 +52,7 @@ def _on_host(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
     device_bytes, host_bytes = trainer_bytes(work, trains.number, trains.gpus > 0)
     seats = [("trainer", math.ceil(trains.number / nodes), host_bytes if trains.gpus else device_bytes)]
     if work.uses_index:
-        one = shard_bytes(work, placement.shards.number)
+        one = shard_bytes(work, num_shards)
         of_worker = estimate.TORCH_PROCESS_BYTES if encodes.gpus else worker_bytes(work, on_gpu=False)
         each = one.host_at_most + estimate.PROCESS_BYTES
         seats.append(("index shard", math.ceil(placement.shards.number / nodes), each))
@@ -59,15 +60,15 @@ def _on_host(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
     return have, seats
 
 
-def _on_gpu(work: Work, placement: PlacementPlan) -> tuple[float, Seats]:
+def _on_gpu(work: Work, placement: PlacementPlan, num_shards: int) -> tuple[float, Seats]:
     """Return the memory of the smallest GPU, and the processes on the fullest one: those with a part of a GPU may share
     it."""
     have = min((node.gpu_memory_bytes for node in placement.nodes if node.gpu_memory_bytes), default=0.0)
-    trains, shards = placement.trainers, placement.shards
+    trains = placement.trainers
     device_bytes, _ = trainer_bytes(work, trains.number, on_gpu=True)
     each = {"trainer": device_bytes}
     if work.uses_index:
-        on_gpu = shard_bytes(work, shards.number).at_most + estimate.CUDA_CONTEXT_BYTES
+        on_gpu = shard_bytes(work, num_shards).at_most + estimate.CUDA_CONTEXT_BYTES
         each |= {"index shard": on_gpu, "refresh worker": worker_bytes(work, on_gpu=True)}
     fullest: Seats = []
     for seat in placement.seats():

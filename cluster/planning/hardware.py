@@ -4,12 +4,13 @@ Peak numbers come from the vendors and are dense (those that datasheets mark "wi
 `share` is the part of them that a program reaches, from published measurements of training if there are any.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from indexing.allowance import usable_cpus, usable_memory
 
 GB = 1e9
 SCAN_K = 36  # Number of hits of a probing search: 20 and the spare ones
@@ -151,8 +152,6 @@ def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], fl
     """Return this machine, measured for about `seconds` of `clock`: the rates of one thread, with vectors of `dim`
     numbers and `batch` queries at a time. The default clock counts the seconds of this process alone, since other work
     will be over when the plan is carried out."""
-    import psutil
-
     from indexing.dense.faiss_library import load_faiss, tune_blas
 
     faiss = load_faiss()
@@ -175,10 +174,10 @@ def this_host(dim: int, batch: int, seconds: float = 0.4, clock: Callable[[], fl
         copy = vectors.nbytes / median_seconds(lambda: np.copyto(target, vectors), each, clock)
     finally:
         faiss.omp_set_num_threads(threads)
-    cpus = os.cpu_count() or 1
+    cpus = usable_cpus()
     return Host(
         cpus=cpus,
-        memory_bytes=float(psutil.virtual_memory().total),
+        memory_bytes=usable_memory()[0],
         product_flops=product,
         scan_flops=scan,
         pair_bytes=pair,

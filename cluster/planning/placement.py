@@ -7,11 +7,10 @@ left, so that the same plan starts on a laptop with two cores.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from cluster.config.settings import ClusterConfig, RefreshConfig
 from cluster.machines.session import logical_cpus
 from cluster.planning.hardware import GPUS
+from indexing.allowance import usable_memory
 from indexing.declare import refuse
 from indexing.indexing_settings import IndexConfig
 
@@ -83,7 +82,7 @@ def nodes_of_cluster() -> list[Node]:
 
         count = torch.cuda.device_count()
         each = float(torch.cuda.get_device_properties(0).total_memory) if count else 0.0
-        return [Node(float(logical_cpus()), float(count), float(psutil.virtual_memory().available), each)]
+        return [Node(float(logical_cpus()), float(count), usable_memory()[1], each)]
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [
         Node(one.get("CPU", 0.0), one.get("GPU", 0.0), one.get("memory", 0.0), gpu_memory(one)) for one in resources

@@ -2,11 +2,13 @@
 
 import functools
 import importlib.metadata
+import os
 import re
 from typing import Any
 
 import numpy as np
 
+from indexing.allowance import usable_cpus
 from indexing.declare import refuse
 
 # Number of queries: so few are quicker one by one than as a matrix product (measured, one thread)
@@ -35,10 +37,15 @@ def check_faiss_install() -> None:
             f"{' and '.join(found)} are both installed and overwrite each other: "
             f"run `pip uninstall {' '.join(found)}`, then install tandem-rag[cpu] or tandem-rag[gpu]"
         )
+    given = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = given or str(usable_cpus())  # OpenMP reads it once, and sees no quota by itself
     try:
         import faiss  # noqa: F401
     except ImportError as error:
         raise ImportError(f"FAISS is missing ({error}): install tandem-rag[cpu] or tandem-rag[gpu]") from error
+    finally:
+        if given is None:  # child processes choose for themselves
+            del os.environ["OMP_NUM_THREADS"]
 
 
 def tune_blas(dim: int) -> None:

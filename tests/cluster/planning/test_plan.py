@@ -185,6 +185,14 @@ def test_machines_share_the_load(file: str) -> None:
     check_fit(settings, seat(settings.cluster, settings.refresh, settings.index, [node] * 4), 6 * 10**6)
 
 
+def test_every_replica_holds_a_whole_part(file: str) -> None:
+    """20 M vectors of 128 numbers in 16 bits, three generations of them: 15.36 GB, on two shards 7.68 each, and 0.25
+    for the process. Four replicas of both hold 63.44 GB, not 17.36."""
+    settings = load([file], ["index.factory=SQfp16", "index.num_shards=2", "index.replicas=4"]).settings
+    refused = refusal_of(settings, Node(16, 0, memory_bytes=60 * GB), 20 * 10**6)
+    assert "8 x index shard of 7.93 GB" in refused
+
+
 def test_the_command_refuses_before_anything_starts(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["corpus.world.num_people=12", "corpus.world.num_values=20", "encoder.tokenizer.vocabulary=300"]
     assert cli.main(["train", file, *small, "cluster.memory_margin=0.9999"]) == 2
