@@ -104,8 +104,8 @@ class ClusterConfig:
     threads_per_trainer: int = setting(1, "Number of threads of a trainer on CPU.", unit="threads", least=1)
     max_failures: int = setting(3, "Number of times that the trainers are started again before the run is given up.",
         unit="restarts")
-    start_timeout_s: float = setting(300.0, "Seconds that the processes of the index may take to start.", unit="s",
-        above=0)
+    start_timeout_s: float = setting(300.0, "Seconds that the processes of the index may take to start, and that a "
+        "stage waits for room for its trainers.", unit="s", above=0)
     stop_timeout_s: float = setting(30.0, "Seconds that a stopped run (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1) may take to "
         "save and end. It is ended at once afterwards.", unit="s", above=0)
     change_timeout_s: float = setting(600.0, "Seconds that a job may take to serve a change of its corpus.", unit="s",

@@ -1,11 +1,14 @@
-"""Decides which process gets which processors and GPUs, once, from settings and the cluster's nodes, before launch.
+"""Decides which process gets which processors and GPUs of which node, once, before launch.
 
 A Ray CPU is a ticket, not a core. Trainers always hold theirs; shards and refresh workers hold one only if enough are
-left, so that the same plan starts on a laptop with two cores.
+left, so that the same plan starts on a laptop with two cores. Each process is started on the node that it has here:
+left to itself, Ray spreads shards and workers until no node has room for a trainer, and then waits for ever.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from cluster.config.settings import ClusterConfig, RefreshConfig
 from cluster.machines.session import logical_cpus
@@ -25,6 +28,7 @@ class Node:
     gpus: float
     memory_bytes: float = 0.0  # bytes free for programs; 0: not known
     gpu_memory_bytes: float = 0.0  # bytes of each GPU; 0: not known
+    id: str = ""  # that Ray gives it; "": it is no part of a Ray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class Seat:
     cpus: float
     gpus: float
     threads: int  # Number of computing threads; 0: the library's default
+    places: tuple[int, ...] = ()  # the node of each process, counted from 0
 
     @property
     def device(self) -> str:
@@ -45,7 +50,9 @@ class Seat:
     def __str__(self) -> str:
         gpus = f", {self.gpus:g} GPU each" if self.gpus else ", on CPU"
         threads = f", {self.threads} threads" if self.threads else ""
-        return f"{self.number} x {self.name}: {self.cpus:g} CPU each{gpus}{threads}"
+        here = sorted(Counter(self.places).items())
+        nodes = "; " + ", ".join(f"{number} on node {node + 1}" for node, number in here) if len(here) > 1 else ""
+        return f"{self.number} x {self.name}: {self.cpus:g} CPU each{gpus}{threads}{nodes}"
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,13 @@ class PlacementPlan:
 
     @property
     def multi_node(self) -> bool:
-        """Return True if shards and workers are to be spread over several nodes."""
+        """Return True if the processes have several nodes to run on."""
         return len(self.nodes) > 1
+
+    def node_ids(self, seat: Seat) -> tuple[str, ...]:
+        """Return Ray's id of the node of each process of a seat; "" where there is one node, and any will do."""
+        places = seat.places if self.multi_node else ()
+        return tuple(self.nodes[place].id for place in places) or ("",) * seat.number
 
     def __str__(self) -> str:
         cpus, gpus = _sum(self.nodes, "cpus"), _sum(self.nodes, "gpus")
@@ -73,8 +85,8 @@ class PlacementPlan:
 
 
 def nodes_of_cluster() -> list[Node]:
-    """Return the living machines of the Ray that this process is connected to, or the one that it would be started
-    on."""
+    """Return the living machines of the Ray that this process is connected to, its own first, or the one that it would
+    be started on."""
     import ray
 
     if not ray.is_initialized():
@@ -83,9 +95,12 @@ def nodes_of_cluster() -> list[Node]:
         count = torch.cuda.device_count()
         each = float(torch.cuda.get_device_properties(0).total_memory) if count else 0.0
         return [Node(float(logical_cpus()), float(count), usable_memory()[1], each)]
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    here = ray.get_runtime_context().get_node_id()
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
     return [
-        Node(one.get("CPU", 0.0), one.get("GPU", 0.0), one.get("memory", 0.0), gpu_memory(one)) for one in resources
+        Node(one.get("CPU", 0.0), one.get("GPU", 0.0), one.get("memory", 0.0), gpu_memory(one), node["NodeID"])
+        for node in alive
+        for one in [node["Resources"]]
     ]
 
 
@@ -108,35 +123,25 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
     trainer_threads = 0 if trainer_gpus else cluster.threads_per_trainer
     trainer_cpus = float(max(1, trainer_threads))
     left_cpus = cpus - cluster.num_trainers * trainer_cpus - 1  # one ticket stays for the controller of the trainers
-    shard_threads = _shard_threads(cluster, refresh, index, nodes)
+    tickets = (1.0, 0.0) if left_cpus >= num_shards + refresh.num_workers else (0.0,)
 
-    def seated(helper_cpus: float) -> PlacementPlan:
-        return PlacementPlan(
-            Seat(
-                name="trainer",
-                number=cluster.num_trainers,
-                cpus=trainer_cpus,
-                gpus=trainer_gpus,
-                threads=trainer_threads,
-            ),
-            Seat(name="index shard", number=num_shards, cpus=helper_cpus, gpus=shard_gpus, threads=shard_threads),
-            Seat(
-                name="refresh worker",
-                number=refresh.num_workers,
-                cpus=helper_cpus,
-                gpus=worker_gpus,
-                threads=0 if worker_gpus else refresh.threads,
-            ),
-            tuple(nodes),
+    def placed(helper_cpus: float, spread: bool) -> PlacementPlan:
+        number, threads = cluster.num_trainers, 0 if worker_gpus else refresh.threads
+        helpers = (
+            ("index shard", num_shards, shard_gpus, 0),
+            ("refresh worker", refresh.num_workers, worker_gpus, threads),
         )
+        seats = [
+            Seat(name="trainer", number=number, cpus=trainer_cpus, gpus=trainer_gpus, threads=trainer_threads),
+            *(Seat(name=n, number=m, cpus=helper_cpus, gpus=g, threads=t) for n, m, g, t in helpers),
+        ]
+        return _place(seats, nodes, spread)
 
-    generous = seated(1.0)
-    if left_cpus >= num_shards + refresh.num_workers and _without_room(generous) is None:
-        return generous
-    modest = seated(0.0)
-    if (refused := _without_room(modest)) is not None:
-        raise ValueError(_refusal(modest, *refused))
-    return modest
+    plans = (placed(*how) for how in product(tickets, (True, False)))
+    found = next((one for one in plans if _without_room(one) is None), None)
+    if found is None:
+        raise ValueError(_refusal(placed(0.0, spread=False)))
+    return replace(found, shards=replace(found.shards, threads=_shard_threads(found, cluster.threads_per_trainer)))
 
 
 def _share(left_gpus: float, num_workers: int) -> float:
@@ -145,10 +150,15 @@ def _share(left_gpus: float, num_workers: int) -> float:
     return 1.0 if share >= 1 else int(share * 100) / 100
 
 
-def _shard_threads(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> int:
-    """Return the FAISS threads of a shard: an even share of the cores that trainers and workers leave."""
-    used = cluster.num_trainers * cluster.threads_per_trainer + refresh.num_workers * refresh.threads
-    return max(1, int((_sum(nodes, "cpus") - used) // (index.num_shards * index.replicas)))
+def _shard_threads(placed: PlacementPlan, of_trainer: int) -> int:
+    """Return the FAISS threads of a shard: an even share of the cores that trainers and workers leave on its node, on
+    the node where that is the least."""
+    trainers, shards, workers = (Counter(seat.places) for seat in placed.seats())
+    left = {
+        node: placed.nodes[node].cpus - trainers[node] * of_trainer - workers[node] * max(1, placed.workers.threads)
+        for node in shards
+    }
+    return max(1, int(min(left[node] // number for node, number in shards.items())))
 
 
 def _check_gpus(wanted: dict[str, float], device: str) -> None:
@@ -159,25 +169,70 @@ def _check_gpus(wanted: dict[str, float], device: str) -> None:
         raise refuse("cluster.shard_gpus", 0, "must be above 0 with index.device=gpu")
 
 
-def _without_room(plan: PlacementPlan) -> tuple[Seat, int] | None:
-    """Place every process on a node, those that need most first. Returns the first that finds no room, or None."""
-    free = [[node.cpus, node.gpus] for node in plan.nodes]
-    for seat in sorted(plan.seats(), key=lambda seat: (-seat.gpus, -seat.cpus)):
-        for number in range(seat.number):
-            room = next((f for f in free if f[0] + EPSILON >= seat.cpus and f[1] + EPSILON >= seat.gpus), None)
-            if room is None:
-                return seat, number
-            room[0] -= seat.cpus
-            room[1] -= seat.gpus
-    return None
+@dataclass
+class _Room:
+    """The resources of a node that no process holds yet."""
+
+    cpus: float
+    gpus: list[float]  # Share of each GPU
+    processes: int = 0
+
+    def holds(self, seat: Seat) -> bool:
+        """Return True if there is room for one more process; a share of a GPU must be free on one GPU."""
+        whole, share = divmod(seat.gpus, 1)
+        full = sum(gpu + EPSILON >= 1 for gpu in self.gpus) >= whole
+        part = not share or any(gpu + EPSILON >= share for gpu in self.gpus)
+        return full and part and self.cpus + EPSILON >= seat.cpus
+
+    def take(self, seat: Seat) -> None:
+        """Give one process its part. A share is taken from the GPU that it fills best, as Ray does."""
+        self.cpus -= seat.cpus
+        self.processes += 1
+        for _ in range(int(seat.gpus)):
+            self.gpus.remove(max(self.gpus))
+        if share := seat.gpus % 1:
+            best = min((n for n, gpu in enumerate(self.gpus) if gpu + EPSILON >= share), key=self.gpus.__getitem__)
+            self.gpus[best] -= share
 
 
-def _refusal(plan: PlacementPlan, seat: Seat, seated: int) -> str:
+def _place(seats: Sequence[Seat], nodes: Sequence[Node], spread: bool) -> PlacementPlan:
+    """Give every process a node as far as there is room, those that need most first. Trainers, which talk most, are
+    packed on the largest nodes; shards, their replicas and workers are spread, or packed as well if that does not
+    fit."""
+    rooms = [_Room(node.cpus, [1.0] * int(node.gpus)) for node in nodes]
+    placed: dict[str, Seat] = {}
+    for seat in sorted(seats, key=lambda seat: (-seat.gpus, -seat.cpus)):
+        places: list[int] = []
+        here = Counter(places)
+        for _ in range(seat.number):
+            fitting = [number for number, room in enumerate(rooms) if room.holds(seat)]
+            if not fitting:
+                break
+            if spread and seat.name != "trainer":
+                best = min(fitting, key=lambda number: (here[number], rooms[number].processes))
+            else:
+                best = max(fitting, key=lambda number: nodes[number].gpus if seat.gpus else nodes[number].cpus)
+            rooms[best].take(seat)
+            places.append(best)
+            here[best] += 1
+        placed[seat.name] = replace(seat, places=tuple(places))
+    trainers, shards, workers = (placed[seat.name] for seat in seats)
+    return PlacementPlan(trainers, shards, workers, tuple(nodes))
+
+
+def _without_room(plan: PlacementPlan) -> Seat | None:
+    """Return a seat that has processes without a node, or None."""
+    return next((seat for seat in plan.seats() if len(seat.places) < seat.number), None)
+
+
+def _refusal(plan: PlacementPlan) -> str:
     cpus = sum(s.number * s.cpus for s in plan.seats())
     gpus = sum(s.number * s.gpus for s in plan.seats())
+    seat = _without_room(plan)
+    assert seat is not None
     return (
         f"the cluster cannot hold this run: it wants {cpus:g} CPU and {gpus:g} GPU, and no node has room for "
-        f"{seat.name} {seated + 1} of {seat.number} ({seat.cpus:g} CPU, {seat.gpus:g} GPU).\n{plan}\n"
+        f"{seat.name} {len(seat.places) + 1} of {seat.number} ({seat.cpus:g} CPU, {seat.gpus:g} GPU).\n{plan}\n"
         "Lower cluster.num_trainers, index.num_shards, index.replicas, refresh.num_workers, cluster.trainer_gpus, "
         "cluster.shard_gpus, cluster.refresh_gpus or cluster.threads_per_trainer, or add machines"
     )

@@ -1,8 +1,7 @@
 """An index service: shards, refresh workers and a coordinator, started together and stopped together.
 
 The driver starts and owns them; trainers reach them by name, also while they still start: Ray keeps a call until its
-actor runs. `await_ready` waits until every actor answers, bounded by cluster.start_timeout_s; Ray itself would wait for
-ever for processors that it does not have.
+actor runs. `await_ready` waits until every actor answers, bounded by cluster.start_timeout_s.
 """
 
 import hashlib
@@ -34,6 +33,7 @@ from cluster.service.actors import (
 from cluster.service.fanout import Slowness
 from cluster.service.lexical_actor import THREADS, LexicalActor
 from cluster.service.ray_ports import NamedActor, get, own_error
+from cluster.service.room import await_answers, on_node
 from cluster.service.search import IndexAddress, IndexClient
 from indexing.attempts import Attempts
 from indexing.corpus.stores.changes import ChangeLog
@@ -50,6 +50,7 @@ from training.training_settings import EncoderConfig
 SIDE = "retriever"  # whose tokens are encoded
 FIRST_GENERATION = 1
 COORDINATOR_THREADS = 8
+IDLE = Seat(name="coordinator or lexical index", number=1, cpus=0.0, gpus=0.0, threads=0)
 # What the vectors depend on; the rest of the encoder's settings may change between runs.
 ENCODER_IDENTITY = ("name", "fresh", "pooling", "normalize", "max_passage_tokens", "max_title_tokens")
 
@@ -149,7 +150,7 @@ def start_index_service(
     )
     try:
         if lexical is not None:
-            _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus), where), placement)
+            _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus), where))
         _start(handle, ranges, index=index, worker=worker, coordinator=coordinator, placement=placement)
         if wait:
             wish = None if initial is None else initial[0]
@@ -249,7 +250,8 @@ def await_ready(
     methods |= dict.fromkeys(handle.workers, "place")
     methods |= {handle.address.lexical: "load"} if handle.address.lexical else {}
     asked = [NamedActor(name, handle.address.namespace).submit(method) for name, method in methods.items()]
-    _await_all(asked, timeout_s, placement)
+    seats = dict.fromkeys(handle.address.shards, placement.shards) | dict.fromkeys(handle.workers, placement.workers)
+    await_answers(asked, [seats.get(name, IDLE) for name in methods], timeout_s, placement)
     if initial is None:
         return True
     _await_start(NamedActor(handle.address.coordinator, handle.address.namespace), deadline - time.monotonic())
@@ -311,45 +313,41 @@ def _start(
     placement: PlacementPlan,
 ) -> None:
     """Start every actor; they come up while the caller goes on."""
-    seats = placement.shards, placement.workers
     remote: Any = ray.remote  # its stubs know no concurrency groups
     shard_class = remote(concurrency_groups=SHARD_THREADS)(ShardActor)
     worker_class = remote(max_concurrency=2)(RefreshWorkerActor)  # encoding, and `place`
     coordinator_class = remote(max_concurrency=COORDINATOR_THREADS)(CoordinatorActor)
+    nodes = iter(placement.node_ids(placement.shards))  # replicas of a shard follow each other: so they are spread
     shards = [
-        shard_class.options(**_options(name, handle, seats[0], placement)).remote(
-            number, start, stop, index, seats[0].threads, worker.store, worker.corpus
+        shard_class.options(**_options(name, handle, placement.shards, next(nodes))).remote(
+            number, start, stop, index, placement.shards.threads, worker.store, worker.corpus
         )
         for number, (names, (start, stop)) in enumerate(zip(handle.address.by_shard(), ranges, strict=True))
         for name in names
     ]
     workers = [
-        worker_class.options(**_options(name, handle, seats[1], placement)).remote(worker) for name in handle.workers
+        worker_class.options(**_options(name, handle, placement.workers, node)).remote(worker)
+        for name, node in zip(handle.workers, placement.node_ids(placement.workers), strict=True)
     ]
-    idle = Seat(name="coordinator", number=1, cpus=0.0, gpus=0.0, threads=0)
-    coordinator_actor = coordinator_class.options(
-        **_options(handle.address.coordinator, handle, idle, placement)
-    ).remote(coordinator)
+    coordinator_actor = coordinator_class.options(**_options(handle.address.coordinator, handle, IDLE)).remote(
+        coordinator
+    )
     for one in workers:
         one.warm.remote()
     _keep_alive(handle, [*shards, *workers, coordinator_actor])
 
 
-def _start_lexical(
-    handle: IndexServiceHandle, parts: tuple[str, str, str, Filter | None], placement: PlacementPlan
-) -> None:
+def _start_lexical(handle: IndexServiceHandle, parts: tuple[str, str, str, Filter | None]) -> None:
     """Start the actor; `parts`: where index, store and changes lie, and who may be found."""
     remote: Any = ray.remote
-    options = _options(
-        handle.address.lexical, handle, Seat(name="lexical", number=1, cpus=0.0, gpus=0.0, threads=0), placement
-    )
+    options = _options(handle.address.lexical, handle, IDLE)
     actor = remote(concurrency_groups=THREADS)(LexicalActor).options(**options).remote(*parts)
     actor.load.remote()
     _ALIVE[handle.address.lexical] = [actor]
 
 
-def _options(name: str, handle: IndexServiceHandle, seat: Seat, placement: PlacementPlan) -> dict[str, Any]:
-    """Ray's options of one actor: restarted for ever, and never outliving the driver."""
+def _options(name: str, handle: IndexServiceHandle, seat: Seat, node_id: str = "") -> dict[str, Any]:
+    """Ray's options of one actor: on its node, restarted for ever, and never outliving the driver."""
     return {
         "name": name,
         "namespace": handle.address.namespace,
@@ -357,19 +355,8 @@ def _options(name: str, handle: IndexServiceHandle, seat: Seat, placement: Place
         "num_gpus": seat.gpus,
         "max_restarts": -1,
         "max_task_retries": 0,
-        "scheduling_strategy": "SPREAD" if placement.multi_node else "DEFAULT",
+        **on_node(node_id),
     }
-
-
-def _await_all(answers: list[Any], timeout_s: float, placement: PlacementPlan) -> None:
-    ready, missing = ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
-    if missing:
-        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
-        raise TimeoutError(
-            f"{len(missing)} of {len(answers)} actors of the index service did not start within {timeout_s:g} s "
-            f"(cluster.start_timeout_s); free now: {free}\n{placement}"
-        )
-    ray.get(ready)
 
 
 _ALIVE: dict[str, list[ActorHandle]] = {}

@@ -35,6 +35,7 @@ from cluster.planning.placement import PlacementPlan
 from cluster.prepare.corpus_changes import open_to_changes, passage_sides
 from cluster.prepare.stores import Prepared
 from cluster.refresh.snapshots import PREFIX
+from cluster.service.room import hold_trainers, node_labels, release
 from cluster.service.start import IndexServiceHandle, await_ready, index_identity, start_index_service
 from cluster.stage.inherit import inherit_corpus, inherit_index
 from cluster.stage.stop_request import make_desk, run_until_stopped, watch
@@ -54,6 +55,7 @@ from training.training_settings import PREFERENCE
 if TYPE_CHECKING:
     from ray.train import TrainingFailedError
     from ray.train.torch import TorchTrainer
+    from ray.util.placement_group import PlacementGroup
 
 CONSOLE = "console.log"  # what rank 0 prints; the driver follows it
 RESULT_POLL_S = 0.2  # Seconds between two looks at the console of rank 0
@@ -94,9 +96,10 @@ def _run_held(
     events = EventLog(run_dir / "events.jsonl")
     checkpoint = newest_checkpoint(run_dir, lambda _: None)
     events("stage_started", step=step_of(checkpoint))
-    service = None
+    service, timeout_s = None, settings.cluster.start_timeout_s
     serving = open_to_changes(log.folder, prepared, uses_index(settings))
     with serving, _console(run_dir / CONSOLE):
+        held = hold_trainers(placement, timeout_s)  # before shards and workers take their places
         try:
             if uses_index(settings):
                 snapshot = None if checkpoint is None else snapshot_of(checkpoint)
@@ -115,15 +118,16 @@ def _run_held(
                         settings, prepared, placement=placement, run_dir=run_dir, namespace=namespace, snapshot=snapshot
                     )
                 job.index_from_snapshot = snapshot is not None and service.complete
-            with _started(service, placement, settings.cluster.start_timeout_s):
+            with _started(service, placement, timeout_s):
                 desk = make_desk()
                 sent = {"job": pickle.dumps((job, service)), "desk": desk}  # as bytes: the controller imports no torch
-                run_until_stopped(lambda: _fit(sent, run_dir, settings, placement), desk)
+                run_until_stopped(lambda: _fit(sent, run_dir, settings, placement, held), desk)
         except Interrupted as signal:
             signal.saved = newest_checkpoint(run_dir, lambda _: None, contents=False)
             events("stage_stopped", signal=str(signal), step=step_of(signal.saved))
             raise
         finally:
+            release(held)
             if service is not None:
                 service.stop()
     events("stage_finished")
@@ -258,14 +262,20 @@ def snapshot_of(checkpoint: Path) -> Path | None:
     return directory if generation >= 0 and is_complete(directory) else None
 
 
-def _fit(sent: dict[str, Any], run_dir: Path, settings: Settings, placement: PlacementPlan) -> None:
+def _fit(
+    sent: dict[str, Any], run_dir: Path, settings: Settings, placement: PlacementPlan, held: "PlacementGroup"
+) -> None:
     """Ray Train, again while cluster.max_failures allows; each attempt resumes from the newest checkpoint. What another
-    attempt would meet again is raised at once. `sent` is what each trainer gets."""
+    attempt would meet again is raised at once. `sent` is what each trainer gets, `held` the room that is kept for
+    them."""
     from ray.exceptions import RayActorError, WorkerCrashedError
     from ray.train import TrainingFailedError
 
     events = EventLog(run_dir / "events.jsonl")
     for attempt in range(settings.cluster.max_failures + 1):
+        if attempt:
+            held = hold_trainers(placement, settings.cluster.start_timeout_s)
+        release(held)  # Ray Train makes a placement group of its own, on the same nodes
         try:
             _trainer(sent, run_dir, settings, placement).fit()
             return
@@ -292,11 +302,17 @@ def _trainer(sent: dict[str, Any], run_dir: Path, settings: Settings, placement:
     return TorchTrainer(
         _train_loop,
         train_loop_config=sent,
-        scaling_config=ScalingConfig(num_workers=seat.number, use_gpu=seat.gpus > 0, resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=seat.number,
+            use_gpu=seat.gpus > 0,
+            resources_per_worker=resources,
+            label_selector=node_labels(placement),
+        ),
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",
             storage_path=str(run_dir.resolve() / "ray"),
-            failure_config=FailureConfig(max_failures=0),  # `_fit` knows which failures are worth another attempt
+            # `_fit` knows which failures are worth another attempt; Ray Train would wait for room for ever
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
         torch_config=TorchConfig(backend="nccl" if seat.gpus else "gloo", timeout_s=int(settings.engine.timeout_s)),
     )

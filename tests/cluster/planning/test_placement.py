@@ -38,6 +38,39 @@ def test_helpers_go_without_a_ticket_where_one_would_keep_the_trainers_out() -> 
     assert (seats.shards.cpus, seats.workers.cpus) == (0, 0)
 
 
+def places(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: list[Node]) -> tuple[str, ...]:
+    """The nodes of trainers, shards and workers."""
+    return tuple("".join(map(str, seat.places)) for seat in plan(cluster, refresh, index, nodes).seats())
+
+
+def test_trainers_are_packed_and_all_others_spread() -> None:
+    """Replicas of one shard follow each other, so that they are apart; a worker goes where there is least."""
+    eight, three = [Node(8, 0)] * 2, [Node(8, 4)] * 3
+    assert places(replace(CLUSTER, num_trainers=3), REFRESH, replace(INDEX, replicas=2), eight) == ("000", "1010", "1")
+    wanted = replace(CLUSTER, num_trainers=4)
+    assert places(wanted, replace(REFRESH, num_workers=3), INDEX, three) == ("0000", "21", "121")
+    assert places(CLUSTER, REFRESH, INDEX, [Node(4, 0), Node(8, 0)]) == ("1", "01", "0")  # the largest node trains
+    seats = plan(replace(CLUSTER, num_trainers=4, threads_per_trainer=2), REFRESH, INDEX, [Node(16, 0), Node(4, 0)])
+    assert seats.shards.places == (1, 0)
+    assert seats.shards.threads == 3  # 4 - worker on the second node, 16 - 4 x 2 on the first
+    assert "2 x index shard: 1 CPU each, on CPU, 3 threads; 1 on node 1, 1 on node 2" in str(seats)
+
+
+def test_what_ray_would_spread_until_nothing_fits_has_a_node_each() -> None:
+    two = replace(REFRESH, num_workers=2)
+    trainer_of_4 = replace(CLUSTER, threads_per_trainer=4)
+    assert places(trainer_of_4, two, INDEX, [Node(5, 0)] * 2) == ("0", "10", "11")
+    assert places(replace(CLUSTER, trainer_gpus=2.0), two, INDEX, [Node(5, 2)] * 2) == ("0", "01", "11")
+
+
+def test_a_share_of_a_gpu_is_on_one_gpu() -> None:
+    """Two GPUs with 0.4 left each have no room for 0.5, though they have 0.8 left."""
+    shares = replace(CLUSTER, num_trainers=2, trainer_gpus=0.6)
+    assert plan(replace(shares, refresh_gpus=0.4), replace(REFRESH, num_workers=2), INDEX, [Node(8, 2)]).workers.gpus
+    with pytest.raises(ValueError, match="no node has room for refresh worker 1 of 1"):
+        plan(replace(shares, refresh_gpus=0.5), REFRESH, INDEX, [Node(8, 2)])
+
+
 @pytest.mark.parametrize(
     ("nodes", "cluster", "refresh", "index", "gpus"),
     [
