@@ -78,7 +78,8 @@ class RefreshConfig:
         least=1)
     precision: str = setting("float32", "Precision of the published weights, and of products where workers have such "
         "(a GPU, a CPU with AMX).", choices=DTYPES)
-    threads: int = setting(1, "Number of threads of a worker on CPU.", unit="threads", least=1)
+    threads: int = setting(1, "Number of threads of a worker on CPU. Beside trainers on GPUs it takes its share of "
+        "the CPUs that they leave, if that is more.", unit="threads", least=1)
     max_failures: int = setting(3, "Number of failures of one refresh before it is given up until the next publish.",
         unit="failures")
     chunk_timeout_s: float = setting(600.0, "Seconds that a worker may take for one chunk.", unit="s", above=0)
@@ -95,11 +96,14 @@ class ClusterConfig:
     """The processes of a run and their shares of the machines."""
 
     num_trainers: int = setting(1, "Number of trainer processes.", unit="trainers", least=1)
-    trainer_gpus: float = setting(-1.0, "Number of GPUs of a trainer. -1: 1 if the cluster has GPUs, else 0.",
+    trainer_gpus: float = setting(-1.0, "Number of GPUs of a trainer. -1: 1 if the cluster has GPUs (0.6 "
+        "where none would be left to encode with), else 0.",
         unit="GPUs", holds=_is_gpus, allowed=_GPU_VALUES)
-    refresh_gpus: float = setting(-1.0, "Number of GPUs of a refresh worker. -1: its share of those that are left.",
+    refresh_gpus: float = setting(-1.0, "Number of GPUs of a refresh worker. -1: its share of what is left. 0: it "
+        "encodes on CPU.",
         unit="GPUs", holds=_is_gpus, allowed=_GPU_VALUES)
-    shard_gpus: float = setting(-1.0, "Number of GPUs of an index shard. -1: 1 with index.device=gpu, else 0.",
+    shard_gpus: float = setting(-1.0, "Number of GPUs of an index shard. -1: 1 with index.device=gpu (less where "
+        "trainers share theirs), else 0.",
         unit="GPUs", holds=_is_gpus, allowed=_GPU_VALUES)
     threads_per_trainer: int = setting(1, "Number of threads of a trainer on CPU.", unit="threads", least=1)
     max_failures: int = setting(3, "Number of times that the trainers are started again before the run is given up.",

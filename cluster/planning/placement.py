@@ -5,6 +5,7 @@ left, so that the same plan starts on a laptop with two cores. Each process is s
 left to itself, Ray spreads shards and workers until no node has room for a trainer, and then waits for ever.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from itertools import product
 from cluster.config.settings import ClusterConfig, RefreshConfig
 from cluster.machines.session import logical_cpus
 from cluster.planning.hardware import GPUS
+from cluster.planning.sizing import SHARED_GPU
 from indexing.allowance import usable_memory
 from indexing.declare import refuse
 from indexing.indexing_settings import IndexConfig
@@ -69,6 +71,12 @@ class PlacementPlan:
         """Return True if the processes have several nodes to run on."""
         return len(self.nodes) > 1
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Return True if trainers leave parts of a node's several GPUs to others. The others take them while the room
+        of the trainers is held; otherwise all of them could end on one GPU, where a trainer would lack room."""
+        return 0 < self.trainers.gpus < 1 and any(node.gpus > 1 for node in self.nodes)
+
     def node_ids(self, seat: Seat) -> tuple[str, ...]:
         """Return Ray's id of the node of each process of a seat; "" where there is one node, and any will do."""
         places = seat.places if self.multi_node else ()
@@ -113,11 +121,8 @@ def gpu_memory(resources: Mapping[str, float]) -> float:
 def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nodes: Sequence[Node]) -> PlacementPlan:
     """Place all processes. Raises ValueError with the numbers if the nodes cannot hold the plan."""
     cpus, gpus = _sum(nodes, "cpus"), _sum(nodes, "gpus")
-    trainer_gpus = cluster.trainer_gpus if cluster.trainer_gpus >= 0 else float(gpus > 0)
-    shard_gpus = cluster.shard_gpus if cluster.shard_gpus >= 0 else float(index.device == "gpu")
     num_shards = index.num_shards * index.replicas
-    left_gpus = gpus - cluster.num_trainers * trainer_gpus - num_shards * shard_gpus
-    worker_gpus = cluster.refresh_gpus if cluster.refresh_gpus >= 0 else _share(left_gpus, refresh.num_workers)
+    trainer_gpus, shard_gpus, worker_gpus = _gpus_of_each(cluster, refresh, index, int(gpus))
     wanted = {"trainer_gpus": trainer_gpus, "shard_gpus": shard_gpus, "refresh_gpus": worker_gpus}
     _check_gpus(wanted, index.device)
     trainer_threads = 0 if trainer_gpus else cluster.threads_per_trainer
@@ -141,7 +146,25 @@ def plan(cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, nod
     found = next((one for one in plans if _without_room(one) is None), None)
     if found is None:
         raise ValueError(_refusal(placed(0.0, spread=False)))
-    return replace(found, shards=replace(found.shards, threads=_shard_threads(found, cluster.threads_per_trainer)))
+    return _with_threads(found, cluster.threads_per_trainer)
+
+
+def _gpus_of_each(
+    cluster: ClusterConfig, refresh: RefreshConfig, index: IndexConfig, gpus: int
+) -> tuple[float, float, float]:
+    """Return the GPUs of each trainer, shard and refresh worker. Where trainers and shards would leave none to encode
+    with, and no setting says who has how much, all share: on a CPU, encoding takes days."""
+    trainer = cluster.trainer_gpus if cluster.trainer_gpus >= 0 else float(gpus > 0)
+    shard = cluster.shard_gpus if cluster.shard_gpus >= 0 else float(index.device == "gpu")
+    num_shards = index.num_shards * index.replicas
+    if cluster.refresh_gpus >= 0:
+        return trainer, shard, cluster.refresh_gpus
+    left = gpus - cluster.num_trainers * trainer - num_shards * shard
+    if left <= 0 and gpus >= cluster.num_trainers and cluster.trainer_gpus < 0 and cluster.shard_gpus < 0:
+        helpers = refresh.num_workers + num_shards * (index.device == "gpu")
+        part = int(100 * (1 - SHARED_GPU[0]) / math.ceil(helpers / gpus) + EPSILON) / 100
+        return SHARED_GPU[0], part * (index.device == "gpu"), part
+    return trainer, shard, _share(left, refresh.num_workers)
 
 
 def _share(left_gpus: float, num_workers: int) -> float:
@@ -150,15 +173,22 @@ def _share(left_gpus: float, num_workers: int) -> float:
     return 1.0 if share >= 1 else int(share * 100) / 100
 
 
-def _shard_threads(placed: PlacementPlan, of_trainer: int) -> int:
-    """Return the FAISS threads of a shard: an even share of the cores that trainers and workers leave on its node, on
-    the node where that is the least."""
+def _with_threads(placed: PlacementPlan, of_trainer: int) -> PlacementPlan:
+    """Return the plan with the threads of its helpers. A shard has an even share of the cores that trainers and workers
+    leave on its node, on the node where that is the least. Beside trainers on GPUs, which need few, workers on a CPU
+    have a share of all cores, and shards on a CPU as much."""
     trainers, shards, workers = (Counter(seat.places) for seat in placed.seats())
-    left = {
-        node: placed.nodes[node].cpus - trainers[node] * of_trainer - workers[node] * max(1, placed.workers.threads)
-        for node in shards
-    }
-    return max(1, int(min(left[node] // number for node, number in shards.items())))
+    left = {number: node.cpus - trainers[number] * of_trainer for number, node in enumerate(placed.nodes)}
+    each = placed.workers.threads
+    if each and placed.trainers.gpus:
+        parts = 1 if placed.shards.gpus else 2
+        each = max(each, min(int(left[node] / parts // number) for node, number in workers.items()))
+    shares = [(left[node] - workers[node] * max(1, each)) // number for node, number in shards.items()]
+    return replace(
+        placed,
+        shards=replace(placed.shards, threads=max(1, int(min(shares)))),
+        workers=replace(placed.workers, threads=each),
+    )
 
 
 def _check_gpus(wanted: dict[str, float], device: str) -> None:

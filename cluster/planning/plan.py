@@ -245,13 +245,14 @@ def table(one: Plan) -> str:
             ("a refresh worker", _bytes(cost.worker_bytes)),
             (
                 "search",
-                f"{_time(cost.search_s)} a batch of {work.batch}; shards are busy {_busy(cost.search_share_of_step)}",
+                f"{duration(cost.search_s)} a batch of {work.batch}; "
+                f"shards are busy {_busy(cost.search_share_of_step)}",
             ),
         ]
-    rows.append(("a step", f"{_time(cost.step_s)}{'' if work.step_seconds else ' (estimated)'}"))
+    rows.append(("a step", f"{duration(cost.step_s)}{'' if work.step_seconds else ' (estimated)'}"))
     if cost.refresh_s:
         parts = ", ".join(
-            f"{what} {_time(seconds)}"
+            f"{what} {duration(seconds)}"
             for what, seconds in (
                 ("encode", cost.encode_s),
                 ("stage", cost.stage_s),
@@ -260,7 +261,7 @@ def table(one: Plan) -> str:
             )
             if seconds
         )
-        rows.append(("a refresh", f"{_time(cost.refresh_s)} ({parts})"))
+        rows.append(("a refresh", f"{duration(cost.refresh_s)} ({parts})"))
     if cost.staleness_at_commit_steps:
         steps = f"{cost.staleness_at_commit_steps:.0f} steps at a commit, at most {cost.staleness_at_most_steps:.0f}"
         late = " (slower than it is published: some versions are skipped)" if _is_late(one) else ""
@@ -341,10 +342,11 @@ def _bytes(number: float) -> str:
     return f"{number / 1e3:.3g} kB"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return seconds in a unit that suits them."""
     if not math.isfinite(seconds):
         return "unknown"
-    for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= 2 * size or (unit == "s" and seconds >= 1):
             return f"{seconds / size:.3g} {unit}"
     return f"{1000 * seconds:.3g} ms"

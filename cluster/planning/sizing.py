@@ -15,7 +15,7 @@ from indexing.dense.kinds import parse
 if TYPE_CHECKING:
     from training.measuring.sizes import EncoderSize, GeneratorSize
 
-SHARED_GPU = (0.6, 0.2, 0.2)  # Share of a GPU that serves all: trainer, refresh worker, shard
+SHARED_GPU = (0.6, 0.2, 0.2)  # Share of a GPU that a trainer shares: trainer, refresh worker, shard
 COMMIT_S = 0.05  # Seconds of a commit, which only swaps names
 RAY_CALL_S, RAY_SHARD_S = 0.0015, 0.0005  # seconds of one search through Ray, and per shard (benchmarks/search.py)
 
@@ -93,7 +93,7 @@ class Counts:
     workers: int
     nodes: int
     gpus: int
-    shared: bool = False  # True if one GPU serves all
+    shared: bool = False  # True if trainers share their GPUs with all others
 
     def layout(self, machines: Machines, shards_on_gpu: bool) -> str:
         """Return the processes of each machine in words, machines counted from 1."""
@@ -102,7 +102,9 @@ class Counts:
         parts, taken = [], 0
         seats = [("train", self.trainers), ("serve", self.shards if shards_on_gpu else 0), ("refresh", self.workers)]
         if self.shared:
-            return "machine 1: one GPU does it all"
+            return (
+                "machine 1: one GPU does it all" if self.gpus == 1 else f"each of {self.gpus} GPUs does a part of all"
+            )
         for name, number in seats:
             if number:
                 first, last = taken // machines.gpus_per_node + 1, (taken + number - 1) // machines.gpus_per_node + 1

@@ -70,7 +70,7 @@ def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
         what = f"one of {MAX_PLANNED} shards"
         raise ValueError(_too_small(what, part.at_most, room, "the memory of one GPU or machine"))
     on_gpu = shards if work.index_on_gpu else 0
-    if shared := _one_gpu(work, machines, trainers, shards):
+    if shared := _shared(work, machines, trainers, shards):
         return shared
     left = limit - trainers - on_gpu
     if left < 1:
@@ -103,18 +103,22 @@ def _shard_fits(work: Work, machines: Machines, shards: int) -> bool:
     return one.at_most + estimate.PROCESS_BYTES + beside <= machines.host_room
 
 
-def _one_gpu(work: Work, machines: Machines, trainers: int, shards: int) -> Counts | None:
-    """Return a placement on one GPU if memory and time allow, else None."""
-    if trainers > 1 or shards > 1:
+def _shared(work: Work, machines: Machines, trainers: int, shards: int) -> Counts | None:
+    """Return a placement on the GPUs of the trainers alone, each of which has a refresh worker, too, and the shard of a
+    GPU index; None if memory or time does not allow it, or several trainers leave GPUs to others."""
+    nodes = math.ceil(trainers / machines.gpus_per_node)
+    held = trainers if work.index_on_gpu else nodes  # shards, as many as there are places for them
+    if shards > held or (trainers > 1 and machines.limit > trainers):
         return None
-    needed = trainer_bytes(work, 1, on_gpu=True)[0] + worker_bytes(work, on_gpu=True)
+    needed = trainer_bytes(work, trainers, on_gpu=True)[0] + worker_bytes(work, on_gpu=True)
     if work.index_on_gpu:
-        needed += shard_bytes(work, 1).at_most + estimate.CUDA_CONTEXT_BYTES
-    interval = _interval(work, step_seconds(work, machines, 1, SHARED_GPU[0]))
-    fast = machines.limit == 1 or not interval or encode_seconds(work, machines, 1, SHARED_GPU[1]) <= interval
+        needed += shard_bytes(work, held).at_most + estimate.CUDA_CONTEXT_BYTES
+    interval = _interval(work, step_seconds(work, machines, trainers, SHARED_GPU[0]))
+    seconds = encode_seconds(work, machines, trainers, SHARED_GPU[1])
+    fast = machines.limit == trainers or not interval or seconds <= interval
     if needed > machines.device_room or not fast:
         return None
-    return Counts(trainers=1, shards=1, workers=1, nodes=1, gpus=1, shared=True)
+    return Counts(trainers=trainers, shards=held, workers=trainers, nodes=nodes, gpus=trainers, shared=True)
 
 
 def _first(fits: Callable[[int], bool], limit: int) -> int | None:

@@ -131,9 +131,7 @@ def start_index_service(
         where=where,
     )
     handle = IndexServiceHandle(address, tuple(f"{prefix}-worker-{number}" for number in range(refresh.num_workers)))
-    worker = _worker_settings(
-        refresh, encoder, store=store, tokenizer=tokenizer, corpus=corpus, device=placement.workers.device
-    )
+    worker = _worker_settings(refresh, encoder, store=store, tokenizer=tokenizer, corpus=corpus, seat=placement.workers)
     coordinator = CoordinatorSettings(
         namespace=namespace,
         shards=tuple(address.by_shard()),
@@ -202,7 +200,7 @@ def _worker_settings(
     store: str | Path,
     tokenizer: str | Path,
     corpus: Path,
-    device: str,
+    seat: Seat,
 ) -> WorkerSettings:
     """Return what a refresh worker is started with."""
     return WorkerSettings(
@@ -212,8 +210,8 @@ def _worker_settings(
         tokenizer=str(Path(tokenizer).resolve()),
         batch_tokens=refresh.batch_tokens,
         precision=refresh.precision,
-        threads=refresh.threads,
-        device=device,
+        threads=seat.threads,
+        device=seat.device,
         corpus=str(corpus),
     )
 

@@ -178,7 +178,7 @@ def _start_index(
         snapshot=snapshot,
         start_timeout_s=settings.cluster.start_timeout_s,
         where=parse_filter(settings.retrieval.where),
-        wait=snapshot is not None,
+        wait=snapshot is not None or placement.shares_gpus,
         lexical=prepared.lexical,
     )
 

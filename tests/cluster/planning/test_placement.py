@@ -74,13 +74,19 @@ def test_a_share_of_a_gpu_is_on_one_gpu() -> None:
 @pytest.mark.parametrize(
     ("nodes", "cluster", "refresh", "index", "gpus"),
     [
-        ([Node(8, 1)], CLUSTER, REFRESH, INDEX, (1, 0, 0)),  # nothing is left for the worker: it encodes on CPU
+        ([Node(8, 1)], CLUSTER, REFRESH, INDEX, (0.6, 0, 0.4)),  # nothing would be left for the worker: they share
         ([Node(8, 2)], CLUSTER, REFRESH, INDEX, (1, 0, 1)),
         ([Node(8, 1)], replace(CLUSTER, trainer_gpus=0.7), REFRESH, INDEX, (0.7, 0, 0.3)),
         ([Node(8, 4)], CLUSTER, replace(REFRESH, num_workers=2), replace(INDEX, device="gpu", num_shards=1), (1, 1, 1)),
         ([Node(8, 2)], replace(CLUSTER, num_trainers=1), replace(REFRESH, num_workers=4), INDEX, (1, 0, 0.25)),
         ([Node(8, 4), Node(8, 4)], replace(CLUSTER, num_trainers=6), replace(REFRESH, num_workers=2), INDEX, (1, 0, 1)),
         ([Node(8, 8)], replace(CLUSTER, refresh_gpus=0.0), REFRESH, INDEX, (1, 0, 0)),
+        ([Node(8, 1)], replace(CLUSTER, trainer_gpus=1.0), REFRESH, INDEX, (1, 0, 0)),  # as the setting says
+        ([Node(8, 1)], replace(CLUSTER, refresh_gpus=0.0), REFRESH, INDEX, (1, 0, 0)),
+        ([Node(8, 1)], CLUSTER, REFRESH, replace(INDEX, device="gpu"), (0.6, 0.13, 0.13)),  # 0.4 for three
+        ([Node(8, 4)], replace(CLUSTER, num_trainers=4), replace(REFRESH, num_workers=4), INDEX, (0.6, 0, 0.4)),
+        ([Node(8, 2)] * 2, replace(CLUSTER, num_trainers=4), replace(REFRESH, num_workers=6), INDEX, (0.6, 0, 0.2)),
+        ([Node(8, 0)], CLUSTER, REFRESH, INDEX, (0, 0, 0)),
     ],
 )
 def test_gpus(
@@ -90,6 +96,23 @@ def test_gpus(
     assert tuple(seat.gpus for seat in seats.seats()) == pytest.approx(gpus)
 
 
+def test_trainers_that_share_gpus_have_theirs_first() -> None:
+    """On several GPUs of one node, workers that come first could fill one of them, where a trainer would lack room."""
+    assert plan(replace(CLUSTER, num_trainers=2), REFRESH, INDEX, [Node(8, 2)]).shares_gpus
+    assert not plan(CLUSTER, REFRESH, INDEX, [Node(8, 1)]).shares_gpus
+    assert not plan(CLUSTER, REFRESH, INDEX, [Node(8, 2)]).shares_gpus
+
+
+def test_workers_without_a_gpu_have_the_cores_that_trainers_with_gpus_leave() -> None:
+    on_cpu = replace(CLUSTER, refresh_gpus=0.0)
+    seats = plan(on_cpu, replace(REFRESH, num_workers=2), INDEX, [Node(17, 1)])
+    assert (seats.workers.threads, seats.shards.threads) == (4, 4)  # 17 - trainer, half for each kind of two
+    whole = replace(INDEX, device="gpu", num_shards=1)
+    assert plan(on_cpu, REFRESH, whole, [Node(16, 2)]).workers.threads == 15  # a shard on a GPU needs none
+    assert plan(on_cpu, replace(REFRESH, threads=12), INDEX, [Node(17, 1)]).workers.threads == 12
+    assert plan(on_cpu, REFRESH, INDEX, [Node(17, 0)]).workers.threads == 1  # trainers compute on the CPU
+
+
 @pytest.mark.parametrize(
     ("nodes", "cluster", "refresh", "index", "message"),
     [
@@ -97,7 +120,7 @@ def test_gpus(
         ([Node(8, 1)], replace(CLUSTER, num_trainers=2), REFRESH, INDEX, "trainer 2 of 2 (1 CPU, 1 GPU)"),
         (
             [Node(8, 1)],
-            CLUSTER,
+            replace(CLUSTER, shard_gpus=1.0),
             REFRESH,
             replace(INDEX, device="gpu"),
             "and 3 GPU, and no node has room for index shard 1",

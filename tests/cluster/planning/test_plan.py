@@ -52,6 +52,17 @@ def test_a_billion_passages_have_an_answer(file: str, capsys: pytest.CaptureFixt
     assert f"index.num_shards={numbers['shards']}" in table
 
 
+def test_all_gpus_train_and_encode(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With as many GPUs as trainers, each has a worker beside its trainer; the settings place exactly that."""
+    few = ["plan.gpu=h100", "plan.gpus=4", "cluster.num_trainers=4", "plan.passages=1000000", "index.device=gpu"]
+    table, numbers = planned(capsys, file, *SIZES, *few)
+    assert (numbers["gpus"], numbers["trainers"], numbers["shards"], numbers["workers"]) == (4, 4, 4, 4)
+    assert "each of 4 GPUs does a part of all" in table
+    settings = load([file], [*SIZES, *few, *numbers["overrides"]]).settings
+    placement = seat(settings.cluster, settings.refresh, settings.index, [Node(48, 4)])
+    assert [one.gpus for one in placement.seats()] == [0.6, 0.2, 0.2]
+
+
 def test_json_only(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--json", file, "plan.gpu=a10g", "plan.passages=5000"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["gpu"] == "a10g"
@@ -175,6 +186,52 @@ def test_a_gpu_that_is_too_small(file: str) -> None:
     assert "2 x trainer of" in refused or "1 x trainer of" in refused
     assert " x index shard of" in refused
     assert " x refresh worker of" in refused
+
+
+def test_a_shared_gpu_holds_a_trainer_and_a_worker(file: str) -> None:
+    """Each has room alone; where they have not together, the refusal names the way out, which fits."""
+    settings = load([file], [*SIZES, "engine.precision=bf16", "refresh.batch_tokens=131072"]).settings
+    node = Node(8, 1, 500 * GB, 24 * GB)
+    placement = seat(settings.cluster, settings.refresh, settings.index, [node])
+    assert (placement.trainers.gpus, placement.workers.gpus) == (0.6, 0.4)
+    check_fit(settings, placement, 10**6)
+    refused = refusal_of(settings, replace(node, gpu_memory_bytes=18 * GB))
+    assert "1 x refresh worker of" in refused
+    assert "1 x trainer of" in refused
+    assert "cluster.refresh_gpus=0 encodes on CPU" in refused
+    alone = replace(settings, cluster=replace(settings.cluster, refresh_gpus=0.0))
+    placement = seat(alone.cluster, alone.refresh, alone.index, [replace(node, gpu_memory_bytes=18 * GB)])
+    check_fit(alone, placement, 10**6, lambda _: None)
+
+
+@pytest.mark.parametrize("mode", ["refuse", "off"])
+def test_refreshes_without_a_gpu_are_said_with_their_time(file: str, mode: str) -> None:
+    """21 M passages x 26.3 GFLOP, at 0.6 x 32 GFLOP/s and thread: 333 days with one thread, 47.6 with seven."""
+    wanted = [*SIZES, "cluster.trainer_gpus=1", "encoder.max_passage_tokens=150", f"cluster.check_fit={mode}"]
+    settings = load([file], wanted).settings
+    said: list[str] = []
+    for cpus, expected in (
+        (2, "1 threads): a refresh of 21,015,324 passages takes about 333 days"),
+        (15, "47.6 days."),
+    ):
+        placement = seat(settings.cluster, settings.refresh, settings.index, [Node(cpus, 1)])
+        check_fit(settings, placement, 21_015_324, said.append)
+        assert expected in said[-1]
+    assert len(said) == 2
+    assert "cluster.trainer_gpus=0.6 and cluster.refresh_gpus=0.2 let a trainer and a worker share a GPU" in said[0]
+    check_fit(settings, seat(settings.cluster, settings.refresh, settings.index, [Node(8, 2)]), 10**6, said.append)
+    settings = load([file], SIZES).settings
+    check_fit(settings, seat(settings.cluster, settings.refresh, settings.index, [Node(8, 0)]), 10**6, said.append)
+    assert len(said) == 2  # with a GPU for each, and where nobody has one, there is nothing to say
+
+
+def test_the_fullest_machine_counts(file: str) -> None:
+    """Shards of 15.36 GB in all are spread; the machine of the trainer holds one of them, too."""
+    settings = load([file], ["index.factory=SQfp16", "index.num_shards=2"]).settings
+    small = [Node(8, 0, memory_bytes=20 * GB), Node(8, 0, memory_bytes=8 * GB)]
+    placement = seat(settings.cluster, settings.refresh, settings.index, small)
+    with pytest.raises(ValueError, match=r"1 x index shard of 7\.93 GB.* there are 8\.00 GB"):
+        check_fit(settings, placement, 20 * 10**6)
 
 
 def test_machines_share_the_load(file: str) -> None:

@@ -20,7 +20,7 @@ def test_everything_starts_where_it_was_planned(tmp_path: Path) -> None:
     *said, last = done.stdout.splitlines()
     told = json.loads(last)
     refused = told.pop("no room")
-    assert len(told) == 2
+    assert len(told) == 3
     for found in told.values():
         for seat, nodes in found.pop("planned").items():
             assert found[seat] == nodes, seat

@@ -31,11 +31,12 @@ from tests.cluster.small_corpus import Corpus, make_corpus  # noqa: E402
 from tests.cluster.survival.observers import inside  # noqa: E402
 from tests.cluster.survival.two_nodes import STORE_BYTES, start_patiently  # noqa: E402
 
-INDEX, REFRESH = IndexConfig(num_shards=2, replicas=2), RefreshConfig(num_workers=2)
-# What Ray, left to itself, spreads until no node has room for the trainer
+INDEX, TWO = IndexConfig(num_shards=2, replicas=2), RefreshConfig(num_workers=2)
+# What Ray, left to itself, spreads until no node, or fills up until no GPU, has room for a trainer
 PLANS = {
-    "a trainer of 4 CPUs": (ClusterConfig(threads_per_trainer=4, trainer_gpus=0.0, refresh_gpus=0.0), INDEX),
-    "a trainer of 2 GPUs": (ClusterConfig(trainer_gpus=2.0, refresh_gpus=1.0), INDEX),
+    "a trainer of 4 CPUs": (ClusterConfig(threads_per_trainer=4, trainer_gpus=0.0, refresh_gpus=0.0), TWO),
+    "a trainer of 2 GPUs": (ClusterConfig(trainer_gpus=2.0, refresh_gpus=1.0), TWO),
+    "four trainers that share their GPUs": (ClusterConfig(num_trainers=4), RefreshConfig(num_workers=4)),
 }
 
 
@@ -61,11 +62,11 @@ def main(folder: Path) -> dict[str, Any]:
 
 def started(corpus: Corpus, folder: Path, name: str) -> dict[str, Any]:
     """Start the index beside the room of the trainers, which is free again, and taken again, as Ray Train does it."""
-    cluster, index = PLANS[name]
-    placement = plan(cluster, REFRESH, index, nodes_of_cluster())
+    cluster, refresh = PLANS[name]
+    placement = plan(cluster, refresh, INDEX, nodes_of_cluster())
     held = hold_trainers(placement, 30.0)
     try:
-        service = start_service(corpus, folder, index, REFRESH, placement=placement, start_timeout_s=90.0)
+        service = start_service(corpus, folder, INDEX, refresh, placement=placement, start_timeout_s=90.0)
     finally:
         release(held)
     try:
@@ -94,8 +95,8 @@ def _node(_: Any) -> str:
 
 def refused() -> str:
     """The message where somebody else holds what the trainers were planned on."""
-    cluster, index = PLANS["a trainer of 4 CPUs"]
-    placement = plan(cluster, REFRESH, index, nodes_of_cluster())
+    cluster, refresh = PLANS["a trainer of 4 CPUs"]
+    placement = plan(cluster, refresh, INDEX, nodes_of_cluster())
     taken = placement_group([{"CPU": 3.0}, {"CPU": 2.0}], strategy="STRICT_SPREAD")
     room.SAY_S = 2.0
     try:
