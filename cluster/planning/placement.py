@@ -104,10 +104,10 @@ def nodes_of_cluster() -> list[Node]:
         each = float(torch.cuda.get_device_properties(0).total_memory) if count else 0.0
         return [Node(float(logical_cpus()), float(count), usable_memory()[1], each)]
     here = ray.get_runtime_context().get_node_id()
-    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"] != here)
+    usable = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]  # a head may offer none
     return [
         Node(one.get("CPU", 0.0), one.get("GPU", 0.0), one.get("memory", 0.0), gpu_memory(one), node["NodeID"])
-        for node in alive
+        for node in sorted(usable, key=lambda node: node["NodeID"] != here)
         for one in [node["Resources"]]
     ]
 

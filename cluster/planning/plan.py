@@ -98,6 +98,7 @@ def work_of(
         factory=settings.index.factory,
         halves=settings.index.rescore_candidates > 0 or settings.index.products == "bfloat16",
         index_on_gpu=settings.index.device == "gpu",
+        replicas=settings.index.replicas,
         nprobe=settings.index.nprobe,
         training_sample=settings.index.training_sample,
         batch=training.batch_size,
@@ -223,13 +224,14 @@ def table(one: Plan) -> str:
         what = f"{counts.nodes} machine(s) of {machines.host.cpus} processors and {_bytes(machines.host.memory_bytes)}"
     else:
         what = f"{counts.gpus} x {kind} in {counts.nodes} machine(s) of {machines.gpus_per_node}"
+    shards = f"{counts.shards} shard(s){f' x {work.replicas} replicas' if work.replicas > 1 else ''}"
     rows = [
         ("stage", one.stage),
         ("corpus", f"{work.passages:,} passages x {work.tokens:.0f} tokens, {work.dim} numbers a vector"),
         ("models", _models(work)),
         ("smallest placement", what),
-        ("who", f"{counts.trainers} trainer(s), {counts.shards} shard(s), {counts.workers} refresh worker(s)"),
-        ("where", counts.layout(machines, work.index_on_gpu)),
+        ("who", f"{counts.trainers} trainer(s), {shards}, {counts.workers} refresh worker(s)"),
+        ("where", counts.layout(machines, counts.shards * work.replicas * work.index_on_gpu)),
         ("launch with", " ".join(overrides(one))),
         ("trainer", f"{_bytes(cost.trainer_bytes)} of {_bytes(_room(machines))}, ZeRO {work.zero_stage}"),
     ]

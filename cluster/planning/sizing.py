@@ -38,6 +38,7 @@ class Work:
     factory: str
     halves: bool  # True with 16-bit vectors beside the index: index.rescore_candidates, index.products
     index_on_gpu: bool
+    replicas: int  # of each shard
     nprobe: int
     training_sample: int
     batch: int  # Number of questions of a micro-batch and trainer
@@ -95,12 +96,12 @@ class Counts:
     gpus: int
     shared: bool = False  # True if trainers share their GPUs with all others
 
-    def layout(self, machines: Machines, shards_on_gpu: bool) -> str:
-        """Return the processes of each machine in words, machines counted from 1."""
+    def layout(self, machines: Machines, on_gpu: int) -> str:
+        """Return the processes of each machine in words, machines counted from 1; `on_gpu` shards are on GPUs."""
         if machines.device is None:
             return "machine 1" if self.nodes == 1 else f"machine 1: trainer; machines 1-{self.nodes}: shards, refresh"
         parts, taken = [], 0
-        seats = [("train", self.trainers), ("serve", self.shards if shards_on_gpu else 0), ("refresh", self.workers)]
+        seats = [("train", self.trainers), ("serve", on_gpu), ("refresh", self.workers)]
         if self.shared:
             return (
                 "machine 1: one GPU does it all" if self.gpus == 1 else f"each of {self.gpus} GPUs does a part of all"
@@ -111,7 +112,7 @@ class Counts:
                 where = f"machine {first}" if first == last else f"machines {first}-{last}"
                 parts.append(f"{name} on {number} GPU of {where}")
                 taken += number
-        if self.shards and not shards_on_gpu:
+        if self.shards and not on_gpu:
             parts.append(
                 f"shards in the memory of machines 1-{self.nodes}" if self.nodes > 1 else "shards in its memory"
             )
@@ -288,7 +289,7 @@ def costs(work: Work, machines: Machines, counts: Counts) -> Costs:
     train_share, encode_share, _ = SHARED_GPU if counts.shared else (1.0, 1.0, 1.0)
     step = step_seconds(work, machines, counts.trainers, train_share)
     device_bytes, host_bytes = trainer_bytes(work, counts.trainers, on_gpu)
-    vectors = work.passages * work.dim * 4.0 if work.uses_index else 0.0
+    vectors = work.replicas * work.passages * work.dim * 4.0 if work.uses_index else 0.0  # each replica is sent them
     encode = stage = build = network = search = share = 0.0
     one = estimate.ShardBytes(0.0, 0.0, False)
     if work.uses_index:

@@ -41,8 +41,7 @@ def _smallest_on_cpu(work: Work, machines: Machines) -> Counts:
         there = math.ceil(work.trainers / nodes) * trainer
         if not work.uses_index:
             return there
-        beside = estimate.PROCESS_BYTES + worker_bytes(work, on_gpu=False)
-        return there + shard_bytes(work, nodes).at_most + beside
+        return there + worker_bytes(work, on_gpu=False) + _on_one_host(work, nodes)
 
     nodes = _first(lambda number: needed(number) <= machines.host_room, machines.limit)
     if nodes is None:
@@ -69,7 +68,7 @@ def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
         part = shard_bytes(work, MAX_PLANNED)
         what = f"one of {MAX_PLANNED} shards"
         raise ValueError(_too_small(what, part.at_most, room, "the memory of one GPU or machine"))
-    on_gpu = shards if work.index_on_gpu else 0
+    on_gpu = shards * work.replicas if work.index_on_gpu else 0
     if shared := _shared(work, machines, trainers, shards):
         return shared
     left = limit - trainers - on_gpu
@@ -83,7 +82,7 @@ def _smallest_on_gpus(work: Work, machines: Machines) -> Counts:
     workers = min(max(1, wanted), left)
     gpus = trainers + on_gpu + workers
     nodes = max(math.ceil(gpus / per_node), 1 if on_gpu else shards)
-    return Counts(trainers=trainers, shards=on_gpu or nodes, workers=workers, nodes=nodes, gpus=gpus)
+    return Counts(trainers=trainers, shards=shards if on_gpu else nodes, workers=workers, nodes=nodes, gpus=gpus)
 
 
 def _interval(work: Work, step_s: float) -> float:
@@ -97,17 +96,23 @@ def _shard_fits(work: Work, machines: Machines, shards: int) -> bool:
     one = shard_bytes(work, shards)
     beside = machines.gpus_per_node * estimate.TORCH_PROCESS_BYTES
     if work.index_on_gpu:
-        here = min(shards, machines.gpus_per_node)  # GPUs of one machine share its memory
+        here = min(shards * work.replicas, machines.gpus_per_node)  # GPUs of one machine share its memory
         on_gpu = one.at_most + estimate.CUDA_CONTEXT_BYTES <= machines.device_room
         return on_gpu and here * (one.host_at_most + estimate.PROCESS_BYTES) + beside <= machines.host_room
-    return one.at_most + estimate.PROCESS_BYTES + beside <= machines.host_room
+    return _on_one_host(work, shards) + beside <= machines.host_room
+
+
+def _on_one_host(work: Work, nodes: int) -> float:
+    """Return the bytes of an index in the memory of `nodes` machines on each of them: a replica of as many shards as
+    each shard has replicas."""
+    return work.replicas * (shard_bytes(work, nodes).at_most + estimate.PROCESS_BYTES)
 
 
 def _shared(work: Work, machines: Machines, trainers: int, shards: int) -> Counts | None:
     """Return a placement on the GPUs of the trainers alone, each of which has a refresh worker, too, and the shard of a
     GPU index; None if memory or time does not allow it, or several trainers leave GPUs to others."""
     nodes = math.ceil(trainers / machines.gpus_per_node)
-    held = trainers if work.index_on_gpu else nodes  # shards, as many as there are places for them
+    held = trainers // work.replicas if work.index_on_gpu else nodes  # shards, as many as there are places for
     if shards > held or (trainers > 1 and machines.limit > trainers):
         return None
     needed = trainer_bytes(work, trainers, on_gpu=True)[0] + worker_bytes(work, on_gpu=True)

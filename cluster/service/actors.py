@@ -28,6 +28,7 @@ from cluster.refresh.ports import Weights
 from cluster.refresh.shards import ShardGroup
 from cluster.refresh.snapshots import IndexIdentity, Snapshots, Wish
 from cluster.service.ray_ports import NamedActor, RayWorker, keep_weights, ray_shard, read_weights, write_weights
+from indexing.allowance import usable_cpus
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.corpus.stores.filters import Filter
 from indexing.corpus.stores.live_store import LiveStore
@@ -82,6 +83,7 @@ class ShardActor:
     ) -> None:
         """`store`, and `corpus`, the folder of its changes: where the passages' metadata lie, for searches with a
         filter."""
+        threads = min(threads, usable_cpus())  # a Ray CPU is a ticket, and there may be more of them
         os.environ["OMP_NUM_THREADS"] = str(threads)  # before FAISS is imported, which reads it once
         if config.products == "bfloat16":
             offer_half_products(threads)

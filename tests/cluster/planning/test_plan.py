@@ -63,6 +63,20 @@ def test_all_gpus_train_and_encode(file: str, capsys: pytest.CaptureFixture[str]
     assert [one.gpus for one in placement.seats()] == [0.6, 0.2, 0.2]
 
 
+def test_replicas_need_machines_of_their_own(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three generations of 20 M x 128 in 16 bits are 15.36 GB, and fit one machine of 18 GB beside a trainer, a worker
+    and a process of 2.5. With four replicas, a machine of N has 4 x 15.36 / N, and 3.24 for the others: N is 5."""
+    wanted = ["plan.gpu=cpu", "plan.node_memory_gb=20", "plan.passages=20000000", "index.factory=SQfp16"]
+    for replicas, nodes in (1, 1), (4, 5):
+        table, numbers = planned(capsys, file, *wanted, f"index.replicas={replicas}")
+        assert numbers["nodes"] == nodes, table
+    assert "5 shard(s) x 4 replicas" in table
+    few = ["plan.gpu=h100", "plan.passages=1000000", "index.device=gpu", "plan.gpus=8", "index.replicas=3"]
+    table, numbers = planned(capsys, file, *SIZES, *few)
+    assert (numbers["shards"], numbers["gpus"]) == (1, 1 + 3 + numbers["workers"])
+    assert "serve on 3 GPU" in table
+
+
 def test_json_only(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--json", file, "plan.gpu=a10g", "plan.passages=5000"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["gpu"] == "a10g"

@@ -51,6 +51,7 @@ def work(**changes: object) -> Work:
         uses_index=True,
         factory="Flat",
         halves=False,
+        replicas=1,
         index_on_gpu=True,
         nprobe=16,
         training_sample=100_000,
