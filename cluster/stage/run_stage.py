@@ -99,8 +99,9 @@ def _run_held(
     service, timeout_s = None, settings.cluster.start_timeout_s
     serving = open_to_changes(log.folder, prepared, uses_index(settings))
     with serving, _console(run_dir / CONSOLE):
-        held = hold_trainers(placement, timeout_s)  # before shards and workers take their places
+        held = None
         try:
+            held = hold_trainers(placement, timeout_s)  # before shards and workers take their places
             if uses_index(settings):
                 snapshot = None if checkpoint is None else snapshot_of(checkpoint)
                 if checkpoint is None:
@@ -127,7 +128,8 @@ def _run_held(
             events("stage_stopped", signal=str(signal), step=step_of(signal.saved))
             raise
         finally:
-            release(held)
+            if held is not None:
+                release(held)
             if service is not None:
                 service.stop()
     events("stage_finished")

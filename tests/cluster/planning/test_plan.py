@@ -77,6 +77,24 @@ def test_replicas_need_machines_of_their_own(file: str, capsys: pytest.CaptureFi
     assert "serve on 3 GPU" in table
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("passages", "per_node"), [(10**6, 1), (10**7, 2), (10**8, 8), (10**9, 8)])
+def test_what_is_planned_can_be_placed(
+    file: str, capsys: pytest.CaptureFixture[str], device: str, replicas: int, passages: int, per_node: int
+) -> None:
+    """The settings that `plan` prints have room on the machines that it prints."""
+    wanted = [*SIZES, "plan.gpu=h100", f"plan.gpus_per_node={per_node}", f"plan.passages={passages}"]
+    wanted += [f"index.device={device}", f"index.replicas={replicas}", "index.factory=SQfp16"]
+    _, numbers = planned(capsys, file, *wanted)
+    settings = load([file], [*wanted, *numbers["overrides"]]).settings
+    nodes = [Node(12 * per_node, per_node)] * numbers["nodes"]
+    placement = seat(settings.cluster, settings.refresh, settings.index, nodes)
+    assert placement.trainers.gpus > 0
+    assert placement.workers.gpus > 0
+    assert placement.shards.number == numbers["shards"] * replicas
+
+
 def test_json_only(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--json", file, "plan.gpu=a10g", "plan.passages=5000"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["gpu"] == "a10g"

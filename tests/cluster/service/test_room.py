@@ -33,6 +33,7 @@ def test_everything_starts_where_it_was_planned(tmp_path: Path) -> None:
         "there was no room for the trainers within 5 s (cluster.start_timeout_s): 1 x trainer of 4"
     )
     assert "free: " in refused
+    assert "placement on 2 node(s) with 10 CPU and 4 GPU" in refused
     assert "2 CPU and 2 GPU on " in refused
     assert "3 CPU and 2 GPU on " in refused
     assert any(line.startswith("waits ") and "1 x trainer of 4 CPU and 0 GPU; free: " in line for line in said)

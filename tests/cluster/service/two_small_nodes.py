@@ -1,5 +1,5 @@
-"""An index and the room of its trainers on a Ray of two nodes, each with 5 CPUs and 2 GPUs (which Ray only counts). A
-program of its own: a process can be connected to one Ray only.
+"""An index and the room of its trainers on a Ray of two nodes, each with 5 CPUs and 2 GPUs (which Ray only counts), and
+a third one without any. A program of its own: a process can be connected to one Ray only.
 
     python -m tests.cluster.service.two_small_nodes FOLDER
 
@@ -46,6 +46,8 @@ def main(folder: Path) -> dict[str, Any]:
     cluster = start_patiently(size | {"include_dashboard": False})
     try:
         cluster.add_node(**size)
+        nothing: dict[str, Any] = size | {"num_cpus": 0, "num_gpus": 0}  # as a head has it that only leads
+        cluster.add_node(**nothing)
         cluster.wait_for_nodes(60)
         assert cluster.address is not None
         os.environ["RAY_ADDRESS"] = cluster.address
