@@ -46,7 +46,7 @@ from cluster.refresh.ports import Chunk, ShardPort, Weights  # noqa: E402
 from cluster.refresh.shards import ShardGroup  # noqa: E402
 from cluster.refresh.snapshots import IndexIdentity, Snapshots  # noqa: E402
 from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
-from cluster.service.ray_ports import NamedActor, RayShard  # noqa: E402
+from cluster.service.ray_ports import NamedActor, Patience, RayShard  # noqa: E402
 from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
 from cluster.service.start import start_index_service  # noqa: E402
 from indexing.corpus.files.corpus import Passage, iterate_corpus  # noqa: E402
@@ -228,7 +228,9 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
     actor = shard_class.options(name="million", namespace=NAMESPACE, num_cpus=0).remote(
         0, 0, num_rows, IndexConfig(), 1
     )
-    shards = ShardGroup([RayShard(0, 0, stop=num_rows, actor=NamedActor("million", NAMESPACE), step_timeout_s=600.0)])
+    shards = ShardGroup(
+        [RayShard(0, 0, stop=num_rows, actor=NamedActor("million", NAMESPACE), patience=Patience(600.0, 4.0))]
+    )
     known: dict[int, np.ndarray] = {}
     pool = EncodePool(
         [KnowingWorker(known)], shards, events=lambda event, **fields: None, max_failures=3, chunk_timeout_s=600.0
@@ -252,6 +254,7 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
         first_generation=1,
         grace_s=10.0,
         snapshot_wait_s=60.0,
+        snapshot_every=1,
     )
     coordinator = RefreshCoordinator(
         settings, shards, pool=pool, snapshots=snapshots, keep_weights=lambda weights: weights, events=note, log=log

@@ -48,7 +48,7 @@ from cluster.refresh.ports import Chunk, P, ShardMethod, ShardPort, T, Weights  
 from cluster.refresh.shards import ShardGroup  # noqa: E402
 from cluster.refresh.snapshots import IndexIdentity, Snapshots  # noqa: E402
 from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
-from cluster.service.ray_ports import NamedActor, RayShard  # noqa: E402
+from cluster.service.ray_ports import NamedActor, Patience, RayShard  # noqa: E402
 from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
 from indexing.corpus.stores.changes import ChangeLog  # noqa: E402
 from indexing.dense.kinds import parse  # noqa: E402
@@ -264,7 +264,7 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
     actors = [start_shard(name, n, *bounds, config) for n, (name, bounds) in enumerate(zip(names, ranges, strict=True))]
     pids = [place.pid for place in ray.get([actor.place.remote() for actor in actors])]
     shards = [
-        TimedShard(n, start, stop=stop, actor=NamedActor(name, NAMESPACE), step_timeout_s=3600.0)
+        TimedShard(n, start, stop=stop, actor=NamedActor(name, NAMESPACE), patience=Patience(3600.0, 4.0))
         for n, (name, (start, stop)) in enumerate(zip(names, ranges, strict=True))
     ]
     events = EventLog(folder / "events.jsonl")
@@ -279,6 +279,7 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
             first_generation=1,
             grace_s=10.0,
             snapshot_wait_s=60.0,
+            snapshot_every=1,
         ),
         group,
         pool=EncodePool([worker], shards, events=events, max_failures=0, chunk_timeout_s=3600.0),

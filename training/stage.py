@@ -183,8 +183,10 @@ class Stage:
             publish(self.engine, self.service, state=self.state, precision=self.settings.refresh.precision)
         begin = time.monotonic()
 
-        def report(encoded: int) -> None:
-            if encoded:
+        def report(encoded: int, doing: str) -> None:
+            if doing:
+                self.parts.progress(f"index: {doing}")
+            elif encoded:
                 rate = encoded / (time.monotonic() - begin)
                 left_s = max(0, len(self.store) - encoded) / rate
                 self.parts.progress(f"index: {encoded}/{len(self.store)} passages, {rate:.0f}/s, {left_s:.0f} s left")
@@ -305,18 +307,22 @@ class Stage:
         if self.service is None or not self.settings.checkpoint.index:
             return
         generation, begin = self.service.status().generation, time.monotonic()
+        heard = begin  # of a shard that is at it
         while True:
             failure = self.engine.broadcast_object(self._save_failure(generation) if self.engine.rank == 0 else None)
             if failure is None:
                 return
-            waited_s = time.monotonic() - begin
-            late = self.engine.any_rank(waited_s > self.job.wait_timeout_s)
+            now, doing = time.monotonic(), self.service.status().doing
+            heard = now if doing else heard
+            waited_s = now - begin
+            late = self.engine.any_rank(now - heard > self.job.wait_timeout_s)
             if failure != PENDING or late:
                 why = f"it is not there after {waited_s:.0f} s" if failure == PENDING else failure
                 self.monitor.message(f"index generation {generation} was not saved, a resume will encode again: {why}")
                 self.monitor.event("index_save_failed", generation=generation, message=why)
                 return
-            self.parts.after_batch(f"index generation {generation} is being written: {waited_s:.0f} s")
+            writing = doing or f"{waited_s:.0f} s"
+            self.parts.after_batch(f"index generation {generation} is being written: {writing}")
 
     def _save_failure(self, generation: int) -> str | None:
         """Return None if the generation is on disk, PENDING if it is being written, else the reason why it cannot

@@ -324,7 +324,9 @@ class CheckpointConfig:
     every_steps: int = setting(100, "Number of steps from one checkpoint to the next. 0: only at the end.",
         unit="steps")
     keep: int = setting(2, "Number of newest checkpoints that are kept.", unit="checkpoints", least=1)
-    index: bool = setting(True, "Saves the index generation in use with the checkpoint.")
+    index: bool = setting(True, "Names the newest index generation on disk in the checkpoint; a resume serves it.")
+    index_every: int = setting(1, "Number of refreshes from one whose generation is written to disk to the next; the "
+        "last one of a stage is, too. A large index takes long to write.", unit="refreshes", least=1)
 
 
 @dataclass

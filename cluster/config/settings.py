@@ -83,6 +83,8 @@ class RefreshConfig:
     max_failures: int = setting(3, "Number of failures of one refresh before it is given up until the next publish.",
         unit="failures")
     chunk_timeout_s: float = setting(600.0, "Seconds that a worker may take for one chunk.", unit="s", above=0)
+    estimate_slack: float = setting(4.0, "Number of times its estimated duration that a build, a save or a load of an "
+        "index may take, beyond refresh.chunk_timeout_s, before it is given up.", unit="times", least=1)
     grace_s: float = setting(10.0, "Seconds that a replaced generation stays open for trainers that have not heard of "
         "the next one.", unit="s", least=0)
     snapshot_wait_s: float = setting(60.0, "Seconds that a refresh waits for the snapshot of a generation that has to "

@@ -113,7 +113,7 @@ class Builder:
 
     def build(self, plan: GenerationPlan) -> None:
         """Stage and prepare on every shard; one that is lost on the way is filled again. Raises RefreshFailed."""
-        generation, lost = plan.generation, set[int]()
+        generation, lost = plan.generation, dict[int, str]()  # shard -> why
         for attempt in range(self._max_failures + 1):
             plan.before()
             unprepared = self._shards.lacking(has_prepared, generation)
@@ -125,14 +125,17 @@ class Builder:
             self._shards.wait(self._wait_s, self._in_order, shards=missing)
             lost = self._begin(plan, missing)
             there = [shard for shard in missing if shard.number not in lost]
-            lost |= self._pool.run(generation, plan.weights, [c for s in there for c in plan.chunks(s)], plan.urgent)
-            lost |= self._unstaged(plan) & {shard.number for shard in there}
+            chunks = [chunk for shard in there for chunk in plan.chunks(shard)]
+            died = self._pool.run(generation, plan.weights, chunks, plan.urgent)
+            died |= self._unstaged(plan) & {shard.number for shard in there}
+            lost |= dict.fromkeys(died, "it died before it had all its rows")
             if not lost:  # contract 3: only when every shard has staged all its rows
                 lost = self._prepare(plan, self._shards.pick(self._shards.lacking(has_prepared, generation)))
-                lost |= self._shards.lacking(has_prepared, generation)
+                lost = dict.fromkeys(self._shards.lacking(has_prepared, generation), "it came back empty") | lost
             if not lost:
                 return
-        raise RefreshFailed(f"index shards {sorted(lost)} were lost again and again (refresh.max_failures)")
+        why = "; ".join(f"shard {number}: {reason}" for number, reason in sorted(lost.items()))
+        raise RefreshFailed(f"index shards were lost {self._max_failures + 1} times (refresh.max_failures): {why}")
 
     def hide(self, shard: ShardPort, status: ShardStatus) -> int:
         """Make sure that `shard` returns nothing that was deleted, before it is given a generation. Returns the version
@@ -142,31 +145,31 @@ class Builder:
             shard.call(Shard.hide, version, self.log.deleted_at(version))
         return max(status.hidden, version)
 
-    def _begin(self, plan: GenerationPlan, shards: Iterable[ShardPort]) -> set[int]:
-        """Tell shards what they will have; returns those that were lost. Raises RefreshFailed when one refuses."""
+    def _begin(self, plan: GenerationPlan, shards: Iterable[ShardPort]) -> dict[int, str]:
+        """Tell shards what they will have; returns why others were lost. Raises RefreshFailed when one refuses."""
 
         def begin(shard: ShardPort) -> None:
             self.hide(shard, shard.status())
             plan.begin(shard)
 
-        lost = set[int]()
+        lost = dict[int, str]()
         for number, error in self._shards.each(begin, list(shards)).items():
             if isinstance(error, ShardLost | GenerationGone):
-                lost.add(number)  # it died, or came back without what is to be derived from
+                lost[number] = str(error)  # it died, or came back without what is to be derived from
             elif error is not None:
                 raise RefreshFailed(f"shard {number} refuses generation {plan.generation}: {error}") from error
         return lost
 
-    def _prepare(self, plan: GenerationPlan, shards: list[ShardPort]) -> set[int]:
-        """Build the staged rows on `shards`; returns those that were lost. Raises RefreshFailed when one refuses."""
-        generation, lost = plan.generation, set[int]()
+    def _prepare(self, plan: GenerationPlan, shards: list[ShardPort]) -> dict[int, str]:
+        """Build the staged rows on `shards`; returns why some were lost. Raises RefreshFailed when one refuses."""
+        generation, lost = plan.generation, dict[int, str]()
         for number, error in self._shards.each(lambda shard: shard.call(Shard.prepare, generation), shards).items():
             if error is None:
                 continue
             if not isinstance(error, ShardLost) and number not in self._unstaged(plan):
                 final = isinstance(error, ValueError)
                 raise RefreshFailed(f"shard {number} refuses generation {generation}: {error}", final) from error
-            lost.add(number)  # it died, or came back without its rows
+            lost[number] = str(error)  # it died, or came back without its rows
         return lost
 
     def _unstaged(self, plan: GenerationPlan) -> set[int]:

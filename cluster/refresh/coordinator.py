@@ -71,6 +71,7 @@ class RefreshSettings:
     first_generation: int  # this service's numbers begin here
     grace_s: float
     snapshot_wait_s: float
+    snapshot_every: int  # commits from one that is written to disk to the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,7 @@ class CoordinatorStatus:
     num_passages: int = 0  # living ones
     oldest_version: int = -1  # weights version of the passage of the serving generation that was encoded longest ago
     figures: Figures = UNKNOWN  # of the serving generation
+    doing: str = ""  # what a shard is at that takes as long as its index is large
 
 
 class RefreshCoordinator:
@@ -194,6 +196,7 @@ class RefreshCoordinator:
                 num_passages=served.num_passages,
                 oldest_version=oldest_version,
                 figures=figures,
+                doing=next((shard.doing for shard in self.shards if shard.doing), ""),
             )
 
     def keep_newest(self) -> int:
@@ -323,7 +326,8 @@ class RefreshCoordinator:
         waited for."""
         self.serving.switch(new)
         passages = self.log.num_living(new.corpus_version)
-        self.snapshots.want(new)
+        if self._committed % self.settings.snapshot_every == 0:
+            self.snapshots.want(new)
         self._note_committed(new.generation, new.weights_version, time.monotonic() - begin, passages)
 
     def _note_committed(self, generation: int, version: int, seconds: float, passages: int, **fields: object) -> None:

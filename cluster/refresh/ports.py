@@ -105,6 +105,11 @@ class ShardPort(Protocol):
     start: int
     stop: int
 
+    @property
+    def doing(self) -> str:
+        """Return what a long step that is waited for is at, for messages; empty: there is none."""
+        ...
+
     def call(self, method: ShardMethod[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Carry out `method`, as in `port.call(Shard.commit, 3)`. Raises what the method raises, and ShardLost."""
         ...

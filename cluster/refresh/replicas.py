@@ -28,6 +28,10 @@ class ReplicatedShard:
         self._replicas = tuple(replicas)
         self._silent: set[int] = set()  # replicas that did not answer when they were last asked
 
+    @property
+    def doing(self) -> str:
+        return "; ".join(filter(None, (replica.doing for replica in self._replicas)))
+
     def status(self) -> ShardStatus:
         """Return what all replicas have. Raises ShardLost when one does not answer."""
         return in_common(self._each(lambda replica: replica.status()))
@@ -124,6 +128,7 @@ def in_common(statuses: Sequence[ShardStatus]) -> ShardStatus:
         num_living=min(status.num_living for status in statuses),
         oldest_version=min(status.oldest_version for status in newest),
         figures=next((s.figures for s in newest if s.figures.recall is not None), newest[0].figures),
+        steps=tuple(step for status in statuses for step in status.steps),
     )
 
 

@@ -27,6 +27,7 @@ from indexing.corpus.snapshot import (
     write_once,
 )
 from indexing.corpus.stores.changes import ChangeLog
+from indexing.shard.long_steps import LongStep
 from indexing.shard.reshard import check_ranges
 from indexing.shard.serving import GenerationGone
 from indexing.shard.shard import Shard
@@ -131,6 +132,7 @@ class Snapshots:
         self._attempts: Counter[int] = Counter()
         self._postponed: set[int] = set()
         self._refused: set[str] = set()  # reasons that were reported
+        self._late: set[tuple[int, int]] = set()  # shard and generation of saves that were reported as late
         self._failures: dict[int, str] = {}
         self._protected = self._read_protected()
 
@@ -227,7 +229,9 @@ class Snapshots:
             write_file(self.directory / "protected.json", [json.dumps(self._protected).encode()])
 
     def work(self) -> bool:
-        """Write the oldest wish; returns whether there was one."""
+        """Write the oldest wish, unless a shard still writes an earlier one; returns whether there was one to write."""
+        if not self.pending() or self._is_late():
+            return False
         with self._lock:
             if not self._wishes:
                 return False
@@ -256,13 +260,23 @@ class Snapshots:
         return True
 
     def tidy(self) -> None:
-        """Remove what a killed coordinator left half-written."""
+        """Remove what a killed coordinator, or a shard that was given up, left half-written."""
         for leftover in self.directory.glob(f".{PREFIX}*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def _is_late(self) -> bool:
+        """Return True while a shard still writes what was given up: a second save beside it would only be slower."""
+        steps = {shard.number: step for shard in self._shards for step in saves_of(shard)}
+        for number, step in steps.items():
+            if (number, step.generation) not in self._late:
+                self._events("snapshot_waits", why=f"shard {number} still {step}")
+        self._late = {(number, step.generation) for number, step in steps.items()}
+        return bool(steps)
 
     def _write(self, wish: Wish) -> None:
         if self.saved(wish.generation):
             return
+        self.tidy()  # of a save that was given up, and has ended since
         target = self.path(wish.generation)
         shutil.rmtree(target, ignore_errors=True)  # torn: it would have been found complete
         extra = {**asdict(self._identity), "generation": wish.generation, "weights_version": wish.weights_version}
@@ -307,6 +321,14 @@ class Snapshots:
     def _read_protected(self) -> list[int]:
         path = self.directory / "protected.json"
         return [int(number) for number in json.loads(path.read_text())] if path.exists() else []
+
+
+def saves_of(shard: ShardPort) -> list[LongStep]:
+    """Return the saves that are under way on a shard; none if it does not answer."""
+    try:
+        return [step for step in shard.status().steps if step.name == "save"]
+    except ShardLost:
+        return []
 
 
 def _link_weights(source: Path, target: Path, wish: Wish, weights: Weights | None) -> bool:

@@ -27,7 +27,15 @@ from cluster.refresh.encode_queue import EncodePool
 from cluster.refresh.ports import Weights
 from cluster.refresh.shards import ShardGroup
 from cluster.refresh.snapshots import IndexIdentity, Snapshots, Wish
-from cluster.service.ray_ports import NamedActor, RayWorker, keep_weights, ray_shard, read_weights, write_weights
+from cluster.service.ray_ports import (
+    NamedActor,
+    Patience,
+    RayWorker,
+    keep_weights,
+    ray_shard,
+    read_weights,
+    write_weights,
+)
 from indexing.allowance import usable_cpus
 from indexing.corpus.stores.changes import ChangeLog
 from indexing.corpus.stores.filters import Filter
@@ -258,6 +266,7 @@ class CoordinatorSettings:
     refresh: RefreshSettings
     keep_generations: int
     keep_protected: int
+    estimate_slack: float
     start_timeout_s: float
     initial: tuple[Wish, str] | None  # snapshot to start from, and its directory
     corpus: str  # folder of the changes to the corpus
@@ -270,11 +279,14 @@ class CoordinatorActor:
     def __init__(self, settings: CoordinatorSettings) -> None:
         self._settings = settings
         refresh, limit = settings.refresh, settings.refresh.chunk_timeout_s
+        patience = Patience(limit, settings.estimate_slack)
         self._events = EventLog(Path(settings.run_dir) / "events.jsonl")
         shards = ShardGroup(
             [
-                ray_shard(number, *settings.identity.ranges[number], names, settings.namespace, limit)
-                for number, names in enumerate(settings.shards)
+                ray_shard(number, start, stop=stop, names=names, namespace=settings.namespace, patience=patience)
+                for number, (names, (start, stop)) in enumerate(
+                    zip(settings.shards, settings.identity.ranges, strict=True)
+                )
             ]
         )
         log = ChangeLog(settings.corpus, settings.identity.corpus_fingerprint, settings.num_base)

@@ -4,8 +4,9 @@ A call to an actor that died ends with an error within seconds; one to an actor 
 why each has a timeout. Errors that the called method raised itself arrive as what they were.
 """
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ from indexing.shard.shard_status import ShardStatus
 
 STATUS_S = 10.0  # Seconds for a status, which waits for nothing; a loaded machine is slow
 QUICK_S = 90.0  # Seconds for calls that wait for a search or a lock at most (release: 60)
+LOOK_S = 5.0  # Seconds between two looks at a long step
+LONG = (Shard.prepare, Shard.save, Shard.load)  # as long as the index is large
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Bounds of what takes as long as an index is large."""
+
+    base_s: float  # refresh.chunk_timeout_s
+    slack: float  # refresh.estimate_slack
+
+    def limit_s(self, expected_s: float) -> float:
+        """Return the seconds after which a step that is estimated to take `expected_s` is given up."""
+        return self.base_s + self.slack * expected_s
 
 
 class NamedActor:
@@ -78,17 +93,26 @@ def own_error(error: RayTaskError) -> Exception:
     return error.cause if isinstance(error.cause, Exception) else error
 
 
+class _Unanswered(ShardLost):
+    """A call that is not done within its bound; it may still be."""
+
+
 class RayShard:
     """A `ShardPort`."""
 
     def __init__(
-        self, number: int, start: int, *, stop: int, actor: NamedActor, step_timeout_s: float, name: str = ""
+        self, number: int, start: int, *, stop: int, actor: NamedActor, patience: Patience, name: str = ""
     ) -> None:
-        """`step_timeout_s` bounds what builds, reads or writes an index; `name` is for messages."""
+        """`patience` bounds what builds, reads or writes an index; `name` is for messages."""
         self.number, self.start, self.stop = number, start, stop
         self._name = name or f"shard {number}"
         self.actor = actor
-        self._step_timeout_s = step_timeout_s
+        self._patience = patience
+        self._doing = dict[str, str]()  # method -> sentence
+
+    @property
+    def doing(self) -> str:
+        return "; ".join(list(self._doing.values()))
 
     def status(self) -> ShardStatus:
         return self._call("status", timeout_s=STATUS_S)
@@ -97,9 +121,11 @@ class RayShard:
         return "" if generation in self.status().generations else self._name
 
     def call(self, method: ShardMethod[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        """Have the actor carry out `method`, within a bound that depends on what it does."""
-        slow = method in (Shard.prepare, Shard.save, Shard.load)
-        return self._call(method.__name__, *arguments, timeout_s=self._step_timeout_s if slow else QUICK_S, **named)
+        """Have the actor carry out `method`, within a bound that depends on what it does. A build that passes its bound
+        costs the shard, which then comes back empty; of a save or load that does, TimeoutError is raised."""
+        if method in LONG:
+            return self._long(method.__name__, *arguments, **named)
+        return self._call(method.__name__, *arguments, timeout_s=QUICK_S, **named)
 
     def restart(self) -> None:
         try:
@@ -107,12 +133,53 @@ class RayShard:
         except (RayError, ValueError) as error:
             raise ShardLost(f"{self._name} cannot be killed: {error}") from error
 
-    def _call(self, method: str, *arguments: Any, timeout_s: float, **named: Any) -> Any:
+    def _long(self, method: str, *arguments: Any, **named: Any) -> Any:
+        """Call a method once, and wait as long as the shard reports that it is at it, within the bound of its
+        estimate."""
+        asked, begin, heard = list[Any](), time.monotonic(), time.monotonic()
+        expected_s = 0.0
+        try:
+            while True:
+                try:
+                    return self._call(method, *arguments, timeout_s=LOOK_S, asked=asked, **named)
+                except _Unanswered:
+                    now = time.monotonic()
+                try:
+                    steps = [step for step in self.status().steps if step.name == method]
+                    heard = now
+                except ShardLost as lost:
+                    if not lost.silent or now - heard > QUICK_S:
+                        raise
+                    continue
+                if steps:
+                    expected_s = steps[-1].expected_s
+                    self._doing[method] = f"{self._name} {steps[-1]}"
+                if now - begin > self._patience.limit_s(expected_s):
+                    raise self._overdue(method, now - begin, expected_s)
+        finally:
+            self._doing.pop(method, None)
+
+    def _overdue(self, method: str, seconds: float, expected_s: float) -> Exception:
+        """Return the error of a long step that passed its bound."""
+        why = f"{self._name} has been at {method} for {seconds:.0f} s; about {expected_s:.0f} s were expected"
+        why += f" (refresh.chunk_timeout_s={self._patience.base_s:g}, refresh.estimate_slack={self._patience.slack:g})"
+        if method != Shard.prepare.__name__:
+            return TimeoutError(why)
+        self.restart()  # the build would go on beside the next one
+        return ShardLost(why)
+
+    def _call(
+        self, method: str, *arguments: Any, timeout_s: float, asked: list[Any] | None = None, **named: Any
+    ) -> Any:
+        """Return the answer of a call. `asked` keeps its reference, for the next look at the same call."""
         try:
             self.actor.find_place()
-            return get(self.actor.submit(method, *arguments, **named), timeout_s)
+            references = [] if asked is None else asked
+            if not references:
+                references.append(self.actor.submit(method, *arguments, **named))
+            return get(references[0], timeout_s)
         except GetTimeoutError:
-            raise ShardLost(f"{self._name} did not answer {method} in {timeout_s:g} s", silent=True) from None
+            raise _Unanswered(f"{self._name} did not answer {method} in {timeout_s:g} s", silent=True) from None
         except RayTaskError as error:
             raise own_error(error) from error
         except RayError as error:
@@ -123,12 +190,12 @@ class RayShard:
 
 
 def ray_shard(
-    number: int, start: int, stop: int, names: Sequence[str], namespace: str, step_timeout_s: float
+    number: int, start: int, *, stop: int, names: Sequence[str], namespace: str, patience: Patience
 ) -> RayShard | ReplicatedShard:
     """Return the port of a shard whose replicas have these names."""
     labels = [f"shard {number}, replica {replica}" for replica in range(len(names))] if len(names) > 1 else [""]
     replicas = [
-        RayShard(number, start, stop=stop, actor=NamedActor(name, namespace), step_timeout_s=step_timeout_s, name=label)
+        RayShard(number, start, stop=stop, actor=NamedActor(name, namespace), patience=patience, name=label)
         for name, label in zip(names, labels, strict=True)
     ]
     return ReplicatedShard(replicas) if len(replicas) > 1 else replicas[0]

@@ -263,7 +263,7 @@ class IndexClient:
         self,
         weights_version: int,
         timeout_s: float,
-        report: Callable[[int], None] = lambda _: None,
+        report: Callable[[int, str], None] = lambda encoded, doing: None,
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -271,18 +271,18 @@ class IndexClient:
         if `stop` returns true.
 
         A version that this client published itself is awaited as that very publish. `report` hears how many passages
-        were encoded since. Raises TimeoutError after `timeout_s` without a further passage, and RuntimeError when its
-        refresh was given up.
+        were encoded since, and what shards do with them, which has bounds of its own. Raises TimeoutError after
+        `timeout_s` without a further passage or such work, and RuntimeError when its refresh was given up.
         """
         attempts = Attempts(timeout_s)
-        encoded = begun_with = -1
+        encoded, begun_with, doing = -1, -1, ""
         for _ in attempts:
             status = self._ask(min(ASK_S, max(0.1, attempts.left_s)))
-            if status is not None and status.passages_encoded != encoded:
-                encoded = status.passages_encoded
+            if status is not None and (status.passages_encoded, status.doing) != (encoded, doing):
+                encoded, doing = status.passages_encoded, status.doing
                 attempts.extend()
                 begun_with = encoded if not 0 <= begun_with <= encoded else begun_with  # a new coordinator counts anew
-                report(encoded - begun_with)
+                report(encoded - begun_with, doing)
             if status is not None and self._serves(status, weights_version):
                 self._pinned = status.generation
                 return
@@ -359,6 +359,7 @@ class IndexClient:
             refused=counts["refused"],
             oldest_version=status.oldest_version,
             figures=status.figures,
+            doing=status.doing,
         )
 
     def hand_in_again(self) -> None:

@@ -45,12 +45,13 @@ from indexing.indexing_settings import IndexConfig
 from indexing.lexical.lexical import lexical_corpus
 from indexing.shard.shard import shard_ranges
 from training.reporting.jsonl import read_rows
-from training.training_settings import EncoderConfig
+from training.training_settings import CheckpointConfig, EncoderConfig
 
 SIDE = "retriever"  # whose tokens are encoded
 FIRST_GENERATION = 1
 COORDINATOR_THREADS = 8
 IDLE = Seat(name="coordinator or lexical index", number=1, cpus=0.0, gpus=0.0, threads=0)
+CHECKPOINT = CheckpointConfig()
 # What the vectors depend on; the rest of the encoder's settings may change between runs.
 ENCODER_IDENTITY = ("name", "fresh", "pooling", "normalize", "max_passage_tokens", "max_title_tokens")
 
@@ -99,7 +100,7 @@ def start_index_service(
     snapshot: str | Path | None = None,
     corpus: str | Path | None = None,
     start_timeout_s: float = 300.0,
-    keep_protected: int = 4,
+    checkpoint: CheckpointConfig = CHECKPOINT,
     wait: bool = True,
     where: Filter | None = None,
     lexical: str | Path | None = None,
@@ -109,18 +110,17 @@ def start_index_service(
 
     `run_dir` gets `index/generation-N` and `events.jsonl` and must be seen by all machines, as must `store`. `corpus`
     is the folder of the changes made to the store, now and while the service runs (None: `corpus` in `run_dir`).
-    `keep_protected` saved generations that checkpoints name outlive the pruning. `where` is the filter of all searches
-    of its clients, unless they name another one. `lexical`: the directory of the lexical index of the same store, which
-    is searched beside the dense one. Raises ValueError for settings or a snapshot that do not fit, TornSnapshot for a
-    damaged one, TimeoutError when the actors do not start."""
+    Generations that checkpoints name outlive the pruning, as many as `checkpoint` keeps and two. `where` is the filter
+    of all searches of its clients, unless they name another one. `lexical`: the directory of the lexical index of the
+    same store, which is searched beside the dense one. Raises ValueError for settings or a snapshot that do not fit,
+    TornSnapshot for a damaged one, TimeoutError when the actors do not start."""
     run_dir = Path(run_dir).resolve()
     (run_dir / "index").mkdir(parents=True, exist_ok=True)
     corpus = run_dir / "corpus" if corpus is None else Path(corpus).resolve()
     passages = Store.open(store, verify=False)
     log = ChangeLog(corpus, passages.fingerprint, len(passages))
     identity = _identity_of(passages, encoder, index, lexical)
-    ranges = identity.ranges
-    check_config(index, min(stop - start for start, stop in ranges))
+    check_config(index, min(stop - start for start, stop in identity.ranges))
     initial = None if snapshot is None else (check_snapshot(snapshot, identity, log), str(Path(snapshot).resolve()))
 
     prefix = f"index-{uuid.uuid4().hex[:8]}"
@@ -138,9 +138,10 @@ def start_index_service(
         workers=handle.workers,
         run_dir=str(run_dir),
         identity=identity,
-        refresh=_refresh_settings(refresh, index, run_dir),
+        refresh=_refresh_settings(refresh, index, checkpoint, run_dir),
         keep_generations=index.keep_generations,
-        keep_protected=keep_protected,
+        keep_protected=checkpoint.keep + 2,
+        estimate_slack=refresh.estimate_slack,
         start_timeout_s=start_timeout_s,
         initial=initial,
         corpus=str(corpus),
@@ -149,7 +150,7 @@ def start_index_service(
     try:
         if lexical is not None:
             _start_lexical(handle, (str(Path(lexical).resolve()), worker.store, str(corpus), where))
-        _start(handle, ranges, index=index, worker=worker, coordinator=coordinator, placement=placement)
+        _start(handle, identity.ranges, index=index, worker=worker, coordinator=coordinator, placement=placement)
         if wait:
             wish = None if initial is None else initial[0]
             timeout_s, version = start_timeout_s, log.version
@@ -216,7 +217,9 @@ def _worker_settings(
     )
 
 
-def _refresh_settings(refresh: RefreshConfig, index: IndexConfig, run_dir: Path) -> RefreshSettings:
+def _refresh_settings(
+    refresh: RefreshConfig, index: IndexConfig, checkpoint: CheckpointConfig, run_dir: Path
+) -> RefreshSettings:
     """Return what the coordinator reads of the settings; generations are numbered on from those on disk."""
     return RefreshSettings(
         chunk_passages=refresh.chunk_passages,
@@ -226,6 +229,7 @@ def _refresh_settings(refresh: RefreshConfig, index: IndexConfig, run_dir: Path)
         first_generation=_next_number(run_dir),
         grace_s=refresh.grace_s,
         snapshot_wait_s=refresh.snapshot_wait_s,
+        snapshot_every=checkpoint.index_every,
     )
 
 

@@ -176,6 +176,7 @@ def _start_index(
         encoder=settings.encoder,
         index=settings.index,
         refresh=settings.refresh,
+        checkpoint=settings.checkpoint,
         placement=placement,
         snapshot=snapshot,
         start_timeout_s=settings.cluster.start_timeout_s,

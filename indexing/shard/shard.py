@@ -32,6 +32,7 @@ from indexing.dense.probe import UNKNOWN, RecentQueries
 from indexing.hits import CorpusState, ShardHits, ShardIndexed
 from indexing.indexing_settings import IndexConfig
 from indexing.shard.generation import Generation, Passes
+from indexing.shard.long_steps import DISK_BYTES_PER_S, LongSteps
 from indexing.shard.reshard import fits, load_range
 from indexing.shard.serving import GenerationGone, ServingTable
 from indexing.shard.shard_files import SHARD_PREFIX, check_saved, read_generation, write_generation
@@ -63,6 +64,7 @@ class Shard:
         self.shard_number, self.start, self.stop = shard_number, start, stop
         self._config, self._seed, self._metadata = config, seed + shard_number, metadata
         self._recent = RecentQueries(config.probe_queries)
+        self._steps = LongSteps()
         self._staging_lock, self._delta_lock = threading.Lock(), threading.Lock()
         self._serving = ServingTable(shard_number)
         self._table = self._serving.lock
@@ -182,7 +184,8 @@ class Shard:
             if staging is None or staging.generation != generation:
                 raise ValueError(f"generation {generation} is not staged on shard {self.shard_number}")
             if staging.built is None:
-                staging.build(self._seed, self._recent.take(staging.dim))
+                with self._steps.under_way("prepare", generation, staging.expected_s):
+                    staging.build(self._seed, self._recent.take(staging.dim))
 
     def commit(self, generation: int) -> None:
         """Serve a prepared generation as the newest. Does nothing the second time.
@@ -268,20 +271,23 @@ class Shard:
         """Write `generation` to `DIRECTORY/shard-NNNN`, sealed by a manifest, unless it is there; returns that path.
 
         `earlier`: the directory of another generation on disk; where that shares its big index with this one, it is
-        linked instead of written again. Raises GenerationGone, OSError with the path where the disk is full, ValueError
-        where another one is there.
+        linked instead of written again. Raises GenerationGone, OSError with the path where the disk is full, or while
+        this shard still writes another one, ValueError where another one is there.
         """
         name, place = f"{SHARD_PREFIX}{self.shard_number:04d}", self._place()
         path = Path(directory) / name
         with self._serving.pinned(generation) as (number, found):
-            if path.exists():
-                if is_complete(path):
-                    check_saved(path, verify(path, contents=False), generation=number, **place)
-                    return path
-                shutil.rmtree(path)
+            if is_complete(path):
+                check_saved(path, verify(path, contents=False), generation=number, **place)
+                return path
             other = None if earlier is None else Path(earlier) / name
             place["num_shards"] = self._config.num_shards
-            write_generation(path, number, generation=found, place=place, earlier=other)
+            with self._steps.under_way(
+                "save", number, found.figures.bytes_per_passage * found.num_living / DISK_BYTES_PER_S, alone=True
+            ):
+                if path.exists():
+                    shutil.rmtree(path)
+                write_generation(path, number, generation=found, place=place, earlier=other)
         return path
 
     def load(self, generation: int, directory: str | Path) -> int:
@@ -294,12 +300,17 @@ class Shard:
         with self._table:
             if self._serving.is_open(generation):
                 return self._serving.served[generation].generation.weights_version
-        if fits(directory, self.shard_number, start=self.start, stop=self.stop, num_shards=self._config.num_shards):
-            check_saved(path, verify(path, contents=False), generation=generation, **self._place())
-            found, _ = read_generation(path, self._config)
-        else:
-            bounds = self.start, self.stop
-            found = load_range(directory, self.shard_number, *bounds, generation, self._config, self._seed)
+        fitting = fits(
+            directory, self.shard_number, start=self.start, stop=self.stop, num_shards=self._config.num_shards
+        )
+        num_bytes = sum(file.stat().st_size for file in (path if fitting else Path(directory)).rglob("*"))
+        with self._steps.under_way("load", generation, num_bytes / DISK_BYTES_PER_S):
+            if fitting:
+                check_saved(path, verify(path, contents=False), generation=generation, **self._place())
+                found, _ = read_generation(path, self._config)
+            else:
+                bounds = self.start, self.stop
+                found = load_range(directory, self.shard_number, *bounds, generation, self._config, self._seed)
         with self._table:
             if generation not in self._serving.served:
                 self._serving.add(generation, found)
@@ -325,6 +336,7 @@ class Shard:
                 num_living=0 if serving is None else serving.num_living,
                 oldest_version=-1 if serving is None else serving.oldest_version,
                 figures=UNKNOWN if serving is None else serving.figures,
+                steps=self._steps.now(),
             )
 
     def _passes(self, where: Filter) -> Passes:

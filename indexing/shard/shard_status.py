@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from indexing.dense.probe import UNKNOWN, Figures
+from indexing.shard.long_steps import LongStep
 from indexing.shard.staging import StagingStatus
 
 
@@ -23,6 +24,7 @@ class ShardStatus:
     num_living: int = 0  # passages of the newest generation that may be returned
     oldest_version: int = -1  # weights version of the passage of the newest generation that was encoded longest ago
     figures: Figures = UNKNOWN  # of the newest committed generation
+    steps: tuple[LongStep, ...] = ()  # long ones that are under way, the oldest first
 
     @property
     def staged(self) -> list[StagingStatus]:

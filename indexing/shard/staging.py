@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from indexing.dense.build_time import build_seconds
 from indexing.dense.faiss_build import bad_rows
 from indexing.indexing_settings import IndexConfig
 from indexing.shard.generation import Generation, build_base
@@ -96,6 +97,11 @@ class Staging:
         if self.origin is not None:
             self._versions[rows] = version
         self.num_filled = int(np.count_nonzero(self._filled))
+
+    @property
+    def expected_s(self) -> float:
+        """Return about how many seconds `build` takes."""
+        return build_seconds(self._config, max(self.num_rows, 1), max(self.dim, 1)) if self.origin is None else 0.0
 
     def build(self, seed: int, recent: np.ndarray | None = None) -> None:
         """Build the generation, measure a new big index with the `recent` queries [any, dim], and let the vectors go.

@@ -39,6 +39,7 @@ class FakeShard:
         self.name = f"shard {number}"
         self.log = log
         self.before: Callable[[str, int], None] = lambda method, generation: None
+        self.doing = ""
         self.shard = self._empty()
 
     def _empty(self) -> Shard:
@@ -147,7 +148,8 @@ class World:
     def coordinator(self, recover: bool = True, keep: int = 2, **changes: Any) -> RefreshCoordinator:
         """A coordinator without threads of its own."""
         numbers: dict[str, Any] = {"chunk_passages": 3, "max_failures": 2, "chunk_timeout_s": 20.0}
-        numbers |= {"search_timeout_s": 20.0, "first_generation": 1, "grace_s": 10.0, "snapshot_wait_s": 0.0, **changes}
+        numbers |= {"search_timeout_s": 20.0, "first_generation": 1, "grace_s": 10.0, "snapshot_wait_s": 0.0}
+        numbers |= {"snapshot_every": 1, **changes}
         settings = RefreshSettings(**numbers)
         group = ShardGroup(self.ports)
         pool = EncodePool(

@@ -221,7 +221,7 @@ def test_dry_run_prints_the_placement_without_ray(
     monkeypatch.setattr(session, "start_or_join", None)
     assert cli.main(["train", CLUSTER, "cluster.dry_run=true", "cluster.dry_run_nodes=2x8x96"]) == 0
     printed = capsys.readouterr().out
-    for part in ("2 node(s) with 192 CPU and 16 GPU", "6 x trainer", "ZeRO 2", "IVF65536,Flat on 8 shards"):
+    for part in ("2 node(s) with 192 CPU and 16 GPU", "6 x trainer", "ZeRO 2", "IVF8192,Flat on 8 shards"):
         assert part in printed
 
 

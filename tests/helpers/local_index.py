@@ -153,14 +153,14 @@ class LocalIndex:
         self,
         weights_version: int,
         timeout_s: float,
-        report: Callable[[int], None] = lambda _: None,
+        report: Callable[[int, str], None] = lambda encoded, doing: None,
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """What waits is built now. Raises TimeoutError when that is not new enough."""
         self.waited_for.append(weights_version)
         self.refresh()
-        report(self.num_passages)
+        report(self.num_passages, "")
         if self.weights_version < weights_version and not self._is_complete:
             raise TimeoutError(f"version {weights_version} after {timeout_s} s: {self.weights_version} serves")
 

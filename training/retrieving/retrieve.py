@@ -42,6 +42,7 @@ class IndexStatus:
     # Weights version of the passage that was encoded longest ago; None: all have `weights_version`
     oldest_version: int | None = None
     figures: Figures = UNKNOWN  # figures of the serving generation, as far as they are known
+    doing: str = ""  # what a shard is at that takes as long as its index is large
 
     @property
     def oldest(self) -> int:
@@ -124,12 +125,13 @@ class IndexService(DenseIndex, Protocol):
         self,
         weights_version: int,
         timeout_s: float,
-        report: Callable[[int], None] = lambda _: None,
+        report: Callable[[int, str], None] = lambda encoded, doing: None,
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Wait until a generation of that version or a newer one serves, or `stop` returns true; `report` gets the
-        number of passages encoded since. Raises TimeoutError after `timeout_s` without a further passage."""
+        number of passages encoded since, and what is done with them (empty: they are encoded). Raises TimeoutError
+        after `timeout_s` without progress."""
         ...
 
     def keep_newest(self) -> int:

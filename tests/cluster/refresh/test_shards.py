@@ -7,7 +7,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from cluster.refresh import shards
 from cluster.refresh.ports import RefreshFailed, ShardLost
-from cluster.service.ray_ports import NamedActor, RayShard
+from cluster.service.ray_ports import NamedActor, Patience, RayShard
 from tests.cluster.fakes import World, weights
 
 
@@ -70,5 +70,5 @@ def test_a_process_that_takes_no_connection_counts_as_silent(error: RayError, si
 
     actor.find_place = fail
     with pytest.raises(ShardLost) as caught:
-        RayShard(0, 0, stop=1, actor=actor, step_timeout_s=1.0).status()
+        RayShard(0, 0, stop=1, actor=actor, patience=Patience(1.0, 4.0)).status()
     assert caught.value.silent == silent

@@ -120,3 +120,16 @@ def test_a_follower_hides_what_a_silent_shard_was_not_told(world: World) -> None
     assert world.hidden_found([1]) == ["1 on 0: 1"]
     assert follower.follow_corpus()
     world.check_corpus_hidden([1, 12])
+
+
+def test_every_other_refresh_is_written_to_disk(world: World) -> None:
+    coordinator = world.coordinator(snapshot_every=2, keep=9)
+    for version in (7, 8, 9):
+        build(coordinator, version)
+        while coordinator.snapshots.work():
+            pass
+    assert [wish.generation for wish in coordinator.snapshots.on_disk()] == [3, 1]
+    build(coordinator, 10)
+    assert coordinator.save_generation(4) is None  # the end of a stage asks for the last one
+    assert coordinator.snapshots.work()
+    assert coordinator.save_generation(4) == str(coordinator.snapshots.path(4))

@@ -207,7 +207,7 @@ def test_status_and_publish_return_at_once(client: IndexClient, corpus: Corpus) 
     client.status()
     assert time.monotonic() - begin < 1.0
     told: list[int] = []
-    client.wait_for_version(2, WAIT_S, told.append)
+    client.wait_for_version(2, WAIT_S, lambda encoded, doing: told.append(encoded))
     assert told == sorted(told)
     assert 0 <= told[-1] <= NUM_PASSAGES
     status = client.status()
@@ -242,7 +242,7 @@ class SlowClient(IndexClient):
 def test_a_wait_is_as_long_as_passages_are_encoded(client: IndexClient) -> None:
     """A first index may take hours: the bound counts from the last passage."""
     slow, told, begin = SlowClient(client.address), list[int](), time.monotonic()
-    slow.wait_for_version(99, 0.6, told.append)
+    slow.wait_for_version(99, 0.6, lambda encoded, doing: told.append(encoded))
     assert time.monotonic() - begin > 0.6
     assert told == [0, 10, 20, 30, 40, 50, 60, 70]
 

@@ -154,7 +154,7 @@ class PartsFirst(LocalIndex):
         self,
         weights_version: int,
         timeout_s: float,
-        report: Callable[[int], None] = lambda _: None,
+        report: Callable[[int, str], None] = lambda encoded, doing: None,
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:

@@ -124,7 +124,7 @@ class ToldService:
         self,
         weights_version: int,
         timeout_s: float,
-        report: Callable[[int], None] = lambda _: None,
+        report: Callable[[int, str], None] = lambda encoded, doing: None,
         *,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
