@@ -40,7 +40,7 @@ import ray  # noqa: E402
 from cluster.config.settings import ClusterConfig, RefreshConfig  # noqa: E402
 from cluster.planning.placement import nodes_of_cluster, plan  # noqa: E402
 from cluster.prepare.corpus_changes import wait_until_served  # noqa: E402
-from cluster.refresh.coordinator import RefreshCoordinator, RefreshSettings  # noqa: E402
+from cluster.refresh.coordinator import RefreshCoordinator  # noqa: E402
 from cluster.refresh.encode_queue import EncodePool  # noqa: E402
 from cluster.refresh.ports import Chunk, ShardPort, Weights  # noqa: E402
 from cluster.refresh.shards import ShardGroup  # noqa: E402
@@ -48,7 +48,7 @@ from cluster.refresh.snapshots import IndexIdentity, Snapshots  # noqa: E402
 from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
 from cluster.service.ray_ports import NamedActor, Patience, RayShard  # noqa: E402
 from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
-from cluster.service.start import start_index_service  # noqa: E402
+from cluster.service.start import refresh_settings, start_index_service  # noqa: E402
 from indexing.corpus.files.corpus import Passage, iterate_corpus  # noqa: E402
 from indexing.corpus.stores.live_store import LiveStore, Wanted, change_corpus  # noqa: E402
 from indexing.corpus.stores.passages import TokenSide, write_store  # noqa: E402
@@ -60,7 +60,12 @@ from training.models.parts.weights import to_numpy  # noqa: E402
 from training.models.retriever.encoder import TextEncoder, build_encoder  # noqa: E402
 from training.models.text.token_rows import retriever_passage_side  # noqa: E402
 from training.models.text.tokenizers import build_tokenizer, load_tokenizer  # noqa: E402
-from training.training_settings import EncoderConfig, FreshEncoderConfig, TokenizerConfig  # noqa: E402
+from training.training_settings import (  # noqa: E402
+    CheckpointConfig,
+    EncoderConfig,
+    FreshEncoderConfig,
+    TokenizerConfig,
+)
 
 NAMESPACE = "benchmark"
 K, DIM, BLOCK = 20, 384, 50_000
@@ -246,15 +251,8 @@ def measure_million(num_rows: int, folder: Path, repeats: int = 5) -> dict[str, 
         events.append((event, fields))
 
     snapshots = Snapshots(index_folder, shards, identity=identity, events=note, keep=2, keep_protected=2, log=log)
-    settings = RefreshSettings(
-        chunk_passages=BLOCK,
-        max_failures=3,
-        chunk_timeout_s=600.0,
-        search_timeout_s=120.0,
-        first_generation=1,
-        grace_s=10.0,
-        snapshot_wait_s=60.0,
-        snapshot_every=1,
+    settings = refresh_settings(
+        RefreshConfig(chunk_passages=BLOCK), IndexConfig(search_timeout_s=120.0), CheckpointConfig(), folder / "run"
     )
     coordinator = RefreshCoordinator(
         settings, shards, pool=pool, snapshots=snapshots, keep_weights=lambda weights: weights, events=note, log=log

@@ -38,11 +38,12 @@ session.set_environment()
 
 import ray  # noqa: E402
 
+from cluster.config.settings import RefreshConfig  # noqa: E402
 from cluster.machines.events import EventLog  # noqa: E402
 from cluster.planning import estimate  # noqa: E402
 from cluster.planning.hardware import Host, this_host  # noqa: E402
 from cluster.planning.sizing import RAY_CALL_S, RAY_SHARD_S  # noqa: E402
-from cluster.refresh.coordinator import RefreshCoordinator, RefreshSettings  # noqa: E402
+from cluster.refresh.coordinator import RefreshCoordinator  # noqa: E402
 from cluster.refresh.encode_queue import EncodePool  # noqa: E402
 from cluster.refresh.ports import Chunk, P, ShardMethod, ShardPort, T, Weights  # noqa: E402
 from cluster.refresh.shards import ShardGroup  # noqa: E402
@@ -50,10 +51,12 @@ from cluster.refresh.snapshots import IndexIdentity, Snapshots  # noqa: E402
 from cluster.service.actors import SHARD_THREADS, ShardActor  # noqa: E402
 from cluster.service.ray_ports import NamedActor, Patience, RayShard  # noqa: E402
 from cluster.service.search import IndexAddress, IndexClient  # noqa: E402
+from cluster.service.start import refresh_settings  # noqa: E402
 from indexing.corpus.stores.changes import ChangeLog  # noqa: E402
 from indexing.dense.kinds import parse  # noqa: E402
 from indexing.indexing_settings import IndexConfig  # noqa: E402
 from indexing.shard.shard import Shard, shard_ranges  # noqa: E402
+from training.training_settings import CheckpointConfig  # noqa: E402
 
 DIM, BATCH, K, CENTRES = 384, 16, 20, 1000
 CHUNK = 20_000  # passages a chunk
@@ -271,21 +274,17 @@ def measure(passages: int, kind: str, num_shards: int, repeats: int, folder: Pat
     worker, group = BlockWorker(), ShardGroup(shards)
     log = ChangeLog(folder / "corpus", "", passages)  # of a corpus that nobody changes
     coordinator = RefreshCoordinator(
-        RefreshSettings(
-            chunk_passages=CHUNK,
-            max_failures=0,
-            chunk_timeout_s=3600.0,
-            search_timeout_s=3600.0,
-            first_generation=1,
-            grace_s=10.0,
-            snapshot_wait_s=60.0,
-            snapshot_every=1,
+        refresh_settings(
+            RefreshConfig(chunk_passages=CHUNK, max_failures=0, chunk_timeout_s=3600.0),
+            IndexConfig(search_timeout_s=3600.0),
+            CheckpointConfig(),
+            folder,
         ),
         group,
         pool=EncodePool([worker], shards, events=events, max_failures=0, chunk_timeout_s=3600.0),
         snapshots=Snapshots(
             folder / "index",
-            shards,
+            group,
             identity=IndexIdentity(
                 encoder_fingerprint="", corpus_fingerprint="", factory=factory, ranges=tuple(ranges)
             ),

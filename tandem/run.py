@@ -231,8 +231,8 @@ def _read(arguments: list[str], verb: str) -> "Experiment":
 
 
 def _folder_of(experiment: "Experiment") -> Path:
-    last: Settings = experiment.last
-    return Path(last.run.directory) / last.run.name
+    run = experiment.last.run
+    return Path(run.directory) / run.name
 
 
 @contextmanager

@@ -233,7 +233,7 @@ def _place(seats: Sequence[Seat], nodes: Sequence[Node], spread: bool) -> Placem
     placed: dict[str, Seat] = {}
     for seat in sorted(seats, key=lambda seat: (-seat.gpus, -seat.cpus)):
         places: list[int] = []
-        here = Counter(places)
+        here = Counter[int]()
         for _ in range(seat.number):
             fitting = [number for number, room in enumerate(rooms) if room.holds(seat)]
             if not fitting:

@@ -196,7 +196,7 @@ class RefreshCoordinator:
                 num_passages=served.num_passages,
                 oldest_version=oldest_version,
                 figures=figures,
-                doing=next((shard.doing for shard in self.shards if shard.doing), ""),
+                doing=next(filter(None, (shard.doing for shard in self.shards)), ""),
             )
 
     def keep_newest(self) -> int:

@@ -49,15 +49,15 @@ class ShardGroup:
 
     def lacking(self, has: Callable[[ShardStatus, int], bool], generation: int) -> set[int]:
         """Return the numbers of shards that do not answer, or of which `has(status, generation)` is not true."""
-        statuses = self._statuses()
+        statuses = self.statuses()
         return {number for number, status in statuses.items() if status is None or not has(status, generation)}
 
     def serving(self, generation: int) -> list[ShardStatus]:
         """Return the status of each shard that answers, with `generation` as its newest."""
-        statuses = self._statuses().values()
+        statuses = self.statuses().values()
         return [status for status in statuses if status is not None and status.committed == generation]
 
-    def _statuses(self) -> dict[int, ShardStatus | None]:
+    def statuses(self) -> dict[int, ShardStatus | None]:
         """Return the status of each shard, by number, None for one that is lost; all are asked at the same time, so
         that silent ones cost one wait."""
         statuses = dict[int, ShardStatus | None]()

@@ -10,12 +10,13 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.refresh.ports import Events, Serving, ShardLost, ShardPort, Weights
+from cluster.refresh.ports import Events, Serving, ShardLost, Weights
+from cluster.refresh.shards import ShardGroup
 from indexing.corpus.snapshot import (
     MANIFEST,
     TornSnapshot,
@@ -27,7 +28,6 @@ from indexing.corpus.snapshot import (
     write_once,
 )
 from indexing.corpus.stores.changes import ChangeLog
-from indexing.shard.long_steps import LongStep
 from indexing.shard.reshard import check_ranges
 from indexing.shard.serving import GenerationGone
 from indexing.shard.shard import Shard
@@ -105,7 +105,7 @@ class Snapshots:
     def __init__(
         self,
         directory: str | Path,
-        shards: Iterable[ShardPort],
+        shards: ShardGroup,
         *,
         identity: IndexIdentity,
         events: Events,
@@ -118,7 +118,7 @@ class Snapshots:
         """`log`: the changes of the corpus. `write_weights` and `read_weights` (None: weights are not kept) write those
         that a generation was encoded with to one file beside it, and read them back; they raise OSError."""
         self.directory = Path(directory)
-        self._shards = tuple(shards)
+        self._shards = shards
         self._identity = identity
         self._events = events
         self._keep = keep
@@ -266,12 +266,16 @@ class Snapshots:
 
     def _is_late(self) -> bool:
         """Return True while a shard still writes what was given up: a second save beside it would only be slower."""
-        steps = {shard.number: step for shard in self._shards for step in saves_of(shard)}
-        for number, step in steps.items():
-            if (number, step.generation) not in self._late:
-                self._events("snapshot_waits", why=f"shard {number} still {step}")
-        self._late = {(number, step.generation) for number, step in steps.items()}
-        return bool(steps)
+        saves = {
+            (number, step.generation): step
+            for number, status in self._shards.statuses().items()
+            for step in (() if status is None else status.steps)
+            if step.name == "save"
+        }
+        for number, generation in saves.keys() - self._late:
+            self._events("snapshot_waits", why=f"shard {number} still {saves[number, generation]}")
+        self._late = set(saves)
+        return bool(saves)
 
     def _write(self, wish: Wish) -> None:
         if self.saved(wish.generation):
@@ -321,14 +325,6 @@ class Snapshots:
     def _read_protected(self) -> list[int]:
         path = self.directory / "protected.json"
         return [int(number) for number in json.loads(path.read_text())] if path.exists() else []
-
-
-def saves_of(shard: ShardPort) -> list[LongStep]:
-    """Return the saves that are under way on a shard; none if it does not answer."""
-    try:
-        return [step for step in shard.status().steps if step.name == "save"]
-    except ShardLost:
-        return []
 
 
 def _link_weights(source: Path, target: Path, wish: Wish, weights: Weights | None) -> bool:

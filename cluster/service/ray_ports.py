@@ -5,7 +5,8 @@ why each has a timeout. Errors that the called method raised itself arrive as wh
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,6 @@ def own_error(error: RayTaskError) -> Exception:
     return error.cause if isinstance(error.cause, Exception) else error
 
 
-class _Unanswered(ShardLost):
-    """A call that is not done within its bound; it may still be."""
-
-
 class RayShard:
     """A `ShardPort`."""
 
@@ -136,14 +133,16 @@ class RayShard:
     def _long(self, method: str, *arguments: Any, **named: Any) -> Any:
         """Call a method once, and wait as long as the shard reports that it is at it, within the bound of its
         estimate."""
-        asked, begin, heard = list[Any](), time.monotonic(), time.monotonic()
+        with self._losses(method, STATUS_S):
+            self.actor.find_place()
+            reference = self.actor.submit(method, *arguments, **named)
+        begin = heard = time.monotonic()
         expected_s = 0.0
         try:
             while True:
-                try:
-                    return self._call(method, *arguments, timeout_s=LOOK_S, asked=asked, **named)
-                except _Unanswered:
-                    now = time.monotonic()
+                with self._losses(method, LOOK_S), suppress(GetTimeoutError):
+                    return get(reference, LOOK_S)
+                now = time.monotonic()
                 try:
                     steps = [step for step in self.status().steps if step.name == method]
                     heard = now
@@ -168,18 +167,18 @@ class RayShard:
         self.restart()  # the build would go on beside the next one
         return ShardLost(why)
 
-    def _call(
-        self, method: str, *arguments: Any, timeout_s: float, asked: list[Any] | None = None, **named: Any
-    ) -> Any:
-        """Return the answer of a call. `asked` keeps its reference, for the next look at the same call."""
-        try:
+    def _call(self, method: str, *arguments: Any, timeout_s: float, **named: Any) -> Any:
+        with self._losses(method, timeout_s):
             self.actor.find_place()
-            references = [] if asked is None else asked
-            if not references:
-                references.append(self.actor.submit(method, *arguments, **named))
-            return get(references[0], timeout_s)
+            return get(self.actor.submit(method, *arguments, **named), timeout_s)
+
+    @contextmanager
+    def _losses(self, method: str, timeout_s: float) -> Iterator[None]:
+        """Raise Ray's errors of the block, which calls `method`, as those of a port."""
+        try:
+            yield
         except GetTimeoutError:
-            raise _Unanswered(f"{self._name} did not answer {method} in {timeout_s:g} s", silent=True) from None
+            raise ShardLost(f"{self._name} did not answer {method} in {timeout_s:g} s", silent=True) from None
         except RayTaskError as error:
             raise own_error(error) from error
         except RayError as error:

@@ -95,11 +95,12 @@ def missing(seats: Iterable[Seat]) -> str:
 def _free() -> str:
     from ray._private.state import available_resources_per_node  # the public functions add all nodes up
 
+    available = available_resources_per_node()
     free = [
         f"{one.get('CPU', 0.0):g} CPU and {one.get('GPU', 0.0):g} GPU on {node['NodeManagerAddress']}"
         for node in ray.nodes()
         if node["Alive"]
-        for one in [available_resources_per_node().get(node["NodeID"], {})]
+        for one in [available.get(node["NodeID"], {})]
     ]
     more = f", and {len(free) - MOST_NODES} more nodes" if len(free) > MOST_NODES else ""
     return ", ".join(free[:MOST_NODES]) + more

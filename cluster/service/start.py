@@ -138,7 +138,7 @@ def start_index_service(
         workers=handle.workers,
         run_dir=str(run_dir),
         identity=identity,
-        refresh=_refresh_settings(refresh, index, checkpoint, run_dir),
+        refresh=refresh_settings(refresh, index, checkpoint, run_dir),
         keep_generations=index.keep_generations,
         keep_protected=checkpoint.keep + 2,
         estimate_slack=refresh.estimate_slack,
@@ -217,7 +217,7 @@ def _worker_settings(
     )
 
 
-def _refresh_settings(
+def refresh_settings(
     refresh: RefreshConfig, index: IndexConfig, checkpoint: CheckpointConfig, run_dir: Path
 ) -> RefreshSettings:
     """Return what the coordinator reads of the settings; generations are numbered on from those on disk."""
